@@ -1,0 +1,166 @@
+"""Where the blocks, the MLP output projection, the final norm and the head live in each Hugging Face family.
+
+Everything that touches a model's insides goes through :class:`Architecture`; a family is one row of ``FAMILIES``, and
+a decoder-only model that has no row is searched by inspection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from comeba_ext.errors import ArchitectureError
+
+# model_type -> (decoder, blocks inside it, MLP output projection inside a block, final norm inside the decoder)
+FAMILIES: dict[str, tuple[str, str, str, str]] = {
+    "gpt2": ("transformer", "h", "mlp.c_proj", "ln_f"),
+    "gptj": ("transformer", "h", "mlp.fc_out", "ln_f"),
+    "gpt_neo": ("transformer", "h", "mlp.c_proj", "ln_f"),
+    "gpt_neox": ("gpt_neox", "layers", "mlp.dense_4h_to_h", "final_layer_norm"),
+    "opt": ("model.decoder", "layers", "fc2", "final_layer_norm"),
+    "phi": ("model", "layers", "mlp.fc2", "final_layernorm"),
+    **{
+        model_type: ("model", "layers", "mlp.down_proj", "norm")
+        for model_type in (
+            "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite",
+            "smollm3",
+        )
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names of a model's parts, as in ``model.named_modules()``.
+
+    Attributes:
+        decoder: the module that receives ``input_ids``, ``attention_mask`` and ``past_key_values`` and owns the blocks.
+        blocks: the module list of transformer blocks.
+        projection: the MLP output projection, relative to a block.
+        final_norm: the norm before the head.
+    """
+
+    decoder: str
+    blocks: str
+    projection: str
+    final_norm: str
+
+    @classmethod
+    def of(cls, model: nn.Module, blocks: str | None = None, projection: str | None = None) -> Architecture:
+        """Locate the parts of a decoder-only language model.
+
+        Args:
+            model: a Hugging Face causal language model (a PEFT wrapper around one is looked through).
+            blocks: full name of the list of blocks, where inspection cannot find it.
+            projection: name of the MLP output projection inside a block, likewise.
+
+        Raises:
+            ArchitectureError: the model is encoder-only or encoder-decoder, or its parts were not found; the message
+                says which names to give.
+        """
+        config = getattr(model, "config", None)
+        model_type = getattr(config, "model_type", type(model).__name__)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ArchitectureError(f"{model_type} is an encoder-decoder; editing needs a decoder-only language model")
+        if getattr(model, "get_output_embeddings", lambda: None)() is None:
+            raise ArchitectureError(
+                f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM (encoder-only "
+                "models cannot be edited)"
+            )
+        if config is not None and hasattr(config, "is_decoder") and not config.is_decoder and _is_masked_lm(model):
+            raise ArchitectureError(f"{type(model).__name__} is encoder-only; editing needs a decoder-only model")
+        prefix = _wrapper_prefix(model)
+        if blocks is None and projection is None and model_type in FAMILIES:
+            decoder, inner, inside, norm = FAMILIES[model_type]
+            found = cls(prefix + decoder, f"{prefix}{decoder}.{inner}", inside, f"{prefix}{decoder}.{norm}")
+        else:
+            found = _inspect(model, blocks, projection)
+        found._check(model)
+        return found
+
+    def _check(self, model: nn.Module) -> None:
+        names = dict(model.named_modules())
+        for name in (self.decoder, self.blocks, f"{self.blocks}.0.{self.projection}"):
+            if name not in names:
+                raise ArchitectureError(
+                    f"{type(model).__name__} has no module {name!r}; give EditConfig(blocks=..., projection=...) with "
+                    f"names from model.named_modules(), e.g. blocks='model.layers', projection='mlp.down_proj'"
+                )
+
+    def num_blocks(self, model: nn.Module) -> int:
+        return len(model.get_submodule(self.blocks))
+
+    def block(self, model: nn.Module, index: int) -> nn.Module:
+        return model.get_submodule(f"{self.blocks}.{index}")
+
+    def projection_name(self, index: int) -> str:
+        """Full name of block ``index``'s MLP output projection."""
+        return f"{self.blocks}.{index}.{self.projection}"
+
+    def head(self, model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The function from the decoder's output ``(..., d_model)`` to logits ``(..., vocab)``.
+
+        Includes what some families do to the logits after the head (Gemma 2's soft cap, Granite's scale).
+        """
+        head, config = model.get_output_embeddings(), model.config
+        cap = getattr(config, "final_logit_softcapping", None)
+        scale = getattr(config, "logits_scaling", None)
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            out = head(hidden)
+            if scale is not None:
+                out = out / scale
+            return out if cap is None else torch.tanh(out / cap) * cap
+
+        return logits
+
+
+def _is_masked_lm(model: nn.Module) -> bool:
+    return "MaskedLM" in type(model).__name__ or type(model).__name__.endswith("ForPreTraining")
+
+
+def _wrapper_prefix(model: nn.Module) -> str:
+    """``"base_model.model."`` for PEFT models, else nothing."""
+    inner = getattr(model, "base_model", None)
+    return "base_model.model." if type(model).__module__.startswith("peft") and hasattr(inner, "model") else ""
+
+
+def _inspect(model: nn.Module, blocks: str | None, projection: str | None) -> Architecture:
+    """Find the block list and the projection by shape: the longest list of like modules, and in its blocks the
+    linear layer with the most inputs among those that write ``d_model`` outputs from another width."""
+    modules = dict(model.named_modules())
+    if blocks is None:
+        lists = {n: m for n, m in modules.items() if isinstance(m, nn.ModuleList) and len(m) and len({type(b) for b in m}) == 1}
+        if not lists:
+            raise ArchitectureError(
+                f"{type(model).__name__}: found no list of transformer blocks; give EditConfig(blocks=..., "
+                "projection=...) with names from model.named_modules()"
+            )
+        blocks = max(lists, key=lambda n: (len(lists[n]), -n.count(".")))
+    if blocks not in modules:
+        raise ArchitectureError(f"{type(model).__name__} has no module {blocks!r} (given as blocks)")
+    if projection is None:
+        width = model.get_input_embeddings().weight.shape[-1]
+        sizes = {n: _linear_shape(m) for n, m in modules[blocks][0].named_modules()}
+        wide = {n: s[0] for n, s in sizes.items() if s is not None and s[1] == width and s[0] != width}
+        if len([n for n, s in wide.items() if s == max(wide.values())]) != 1:
+            raise ArchitectureError(
+                f"{type(model).__name__}: could not tell the MLP output projection in {blocks}.0 (candidates: "
+                f"{sorted(wide) or 'none'}); give EditConfig(projection=...)"
+            )
+        projection = max(wide, key=wide.get)
+    decoder = blocks.rpartition(".")[0]
+    norms = [n for n, m in modules[decoder].named_children() if "norm" in type(m).__name__.lower()]
+    return Architecture(decoder, blocks, projection, f"{decoder}.{norms[-1]}" if norms else decoder)
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """``(d_in, d_out)`` of a linear layer, by attributes so that quantised and wrapped layers count too."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.in_features, module.out_features
+    if hasattr(module, "nx") and hasattr(module, "nf"):  # GPT-2's Conv1D
+        return module.nx, module.nf
+    return None

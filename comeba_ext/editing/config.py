@@ -1,0 +1,199 @@
+"""EditConfig: every number of the procedure, with published values where there are any."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from comeba_ext.architectures import Architecture
+from comeba_ext.errors import ConfigError
+from comeba_ext.hooked_linear import SCOPES
+
+OPTIMIZERS = ("adam",)
+LR_UNITS = ("absolute", "hidden_rms")
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """Settings of consecutive batch editing.
+
+    Args:
+        layers: edited blocks, increasing; the last one is the value layer.
+        lam: λ, weight of the covariance against edited keys in ``C = λ·C0 + Σ k kᵀ``.
+        scope: score that decides scope, ``"zscore"`` or ``"reference"``.
+        alpha: threshold before any edit; ``None`` for the score's own start (2.2, infinity).
+        steps: loss evaluations per target value at most; the optimiser steps between them.
+        lr: learning rate for target values.
+        lr_unit: ``"absolute"``, or ``"hidden_rms"``: ``lr`` times the root mean square of the request's hidden state.
+        kl_factor: weight of KL at the subject's last token of "{subject} is a".
+        weight_decay: weight of ‖δ‖/‖h‖².
+        clamp: bound on ‖δ‖ in units of ‖h‖.
+        early_stop: a request whose loss falls below it is done.
+        optimizer: of target values.
+        prefixes: number of sampled context prefixes (beside the empty one).
+        prefix_length: tokens each.
+        seed: of the sampled prefixes; the user's random state is never touched.
+        max_tokens: padded tokens per forward pass.
+        blocks, projection: names for models that cannot be inspected, see ``Architecture.of``.
+
+    Raises:
+        ConfigError: a value is out of range or of the wrong type.
+    """
+
+    layers: tuple[int, ...]
+    lam: float = 15_000.0
+    scope: str = "zscore"
+    alpha: float | None = None
+    steps: int = 25
+    lr: float = 0.5
+    lr_unit: str = "absolute"
+    kl_factor: float = 0.0625
+    weight_decay: float = 0.5
+    clamp: float = 0.75
+    early_stop: float = 0.05
+    optimizer: str = "adam"
+    prefixes: int = 5
+    prefix_length: int = 10
+    seed: int = 0
+    max_tokens: int = 4096
+    blocks: str | None = None
+    projection: str | None = None
+
+    def __post_init__(self) -> None:
+        layers = self.layers
+        if not isinstance(layers, (list, tuple)) or not layers or not all(_is_int(x) and x >= 0 for x in layers):
+            raise ConfigError(f"layers must be a non-empty list of block numbers, got {layers!r}")
+        if list(layers) != sorted(set(layers)):
+            raise ConfigError(f"layers must increase, got {list(layers)}")
+        object.__setattr__(self, "layers", tuple(layers))
+        for name, choices in (("scope", SCOPES), ("optimizer", OPTIMIZERS), ("lr_unit", LR_UNITS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        bounds = {"lam": 0, "lr": 0, "clamp": 0, "steps": 1, "kl_factor": 0, "weight_decay": 0, "early_stop": 0,
+                  "prefixes": 0, "prefix_length": 1, "max_tokens": 1, "seed": 0}  # fmt: skip
+        for name, low in bounds.items():
+            value = getattr(self, name)
+            positive = name in ("lam", "lr", "clamp")
+            whole = name in ("steps", "prefixes", "prefix_length", "max_tokens", "seed")
+            if not (_is_int(value) if whole else _is_number(value)) or value < low or (positive and value <= 0):
+                kind = "a whole number" if whole else "a finite number"
+                raise ConfigError(f"{name} must be {kind} {'>' if positive else '>='} {low}, got {value!r}")
+        if self.alpha is not None and not (isinstance(self.alpha, (int, float)) and not math.isnan(self.alpha)):
+            raise ConfigError(f"alpha must be a number or null, got {self.alpha!r}")
+
+    @property
+    def value_layer(self) -> int:
+        """The block after which target values live: the last edited one."""
+        return self.layers[-1]
+
+    @classmethod
+    def for_model(cls, model, **changes) -> EditConfig:
+        """Settings for a model's architecture; keyword arguments replace single values.
+
+        In order: what the model's own ``config.json`` says under ``"comeba_ext"``; the paper's values (GPT2-XL, GPT-J);
+        EasyEdit's MEMIT values by family and depth.
+
+        Raises:
+            ArchitectureError: the model's parts cannot be found.
+            ConfigError: a replaced value is out of range.
+        """
+        own = getattr(model.config, "comeba_ext", None)
+        if own is not None:
+            return cls.from_dict({**own, **changes})
+        names = {k: changes.get(k) for k in ("blocks", "projection")}
+        depth = Architecture.of(model, **names).num_blocks(model)
+        return cls.from_dict({**_published(model.config.model_type, depth), **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict, where: str = "configuration") -> EditConfig:
+        """Raises :class:`ConfigError` naming unknown keys and the nearest valid ones."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where}: expected keys and values, got {type(values).__name__}")
+        fields = [f.name for f in dataclasses.fields(cls)]
+        unknown = [key for key in values if key not in fields]
+        if unknown:
+            hints = []
+            for key in unknown:
+                near = difflib.get_close_matches(str(key), fields, 1, 0.0)
+                hints.append(f"{key!r} (nearest valid: {near[0]!r})" if near else repr(key))
+            raise ConfigError(f"{where}: unknown key {', '.join(hints)}")
+        if "layers" not in values:
+            raise ConfigError(f"{where}: 'layers' is missing")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> EditConfig:
+        """Read JSON or YAML (by the file's ending).
+
+        Raises:
+            ConfigError: the file is missing or malformed, or has unknown keys or values out of range.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            if path.suffix in (".yaml", ".yml"):
+                import yaml
+
+                values = yaml.safe_load(text)
+            else:
+                values = json.loads(text)
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror or error}") from None
+        except Exception as error:  # a parser's error of either library
+            raise ConfigError(f"{path}: not valid {path.suffix or 'JSON'}: {error}") from None
+        return cls.from_dict(values, str(path))
+
+    def to_dict(self) -> dict:
+        return {**dataclasses.asdict(self), "layers": list(self.layers)}
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON or YAML (by the file's ending), atomically."""
+        from comeba_ext.storage import write_text
+
+        path = Path(path)
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+        else:
+            write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def replace(self, **changes) -> EditConfig:
+        return dataclasses.replace(self, **changes)
+
+
+def _published(model_type: str, depth: int) -> dict:
+    """Published values by family and depth; elsewhere scale-free ones.
+
+    GPT2-XL and GPT-J: the paper, section 4.1 and appendix. Others: the MEMIT settings EasyEdit ships per model, which
+    are written for some 30 blocks; shallower models take the same share of their depth.
+    """
+    if model_type == "gpt2" and depth == 48:
+        return {"layers": (13, 14, 15, 16, 17), "lam": 15_000.0}
+    if model_type == "gptj":
+        layers = tuple(range(3, 9)) if depth >= 12 else _by_depth(depth)
+        return {"layers": layers, "lam": 15_000.0}
+    gpt_style = model_type in ("gpt2", "gpt_neo", "gpt_neox", "opt", "phi")
+    values = {"layers": tuple(range(4, 9)) if depth >= 24 else _by_depth(depth), "clamp": 0.75 if gpt_style else 4.0}
+    if depth < 24:  # nothing is published for small models, whose hidden norms differ a hundredfold
+        values |= {"lr": 0.1, "lr_unit": "hidden_rms"}
+    return values
+
+
+def _by_depth(depth: int) -> tuple[int, ...]:
+    """Blocks 4–8 of 32, in proportion, and never the last block, after which nothing could read the edit."""
+    first, last = round(depth / 8), max(round(depth / 4), round(depth / 8))
+    last = max(0, min(last, depth - 2))
+    return tuple(range(min(first, last), last + 1))
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,470 @@
+"""Editor: consecutive batch editing of one model (COMEBA-HK, arXiv 2403.05330, algorithm 1)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from comeba_ext import hooked_linear, saved_edits
+from comeba_ext.architectures import Architecture
+from comeba_ext.covariance import Covariance, collect_covariance
+from comeba_ext.editing.config import EditConfig
+from comeba_ext.editing.encoding import pad_id
+from comeba_ext.editing.key_memory import KeyMemory
+from comeba_ext.editing.keys import LayerReading, read_layer
+from comeba_ext.editing.ledger import Entry, Ledger, stacked
+from comeba_ext.editing.prefixes import sample_prefixes
+from comeba_ext.editing.report import EditReport, Phases, peak_memory
+from comeba_ext.editing.request import EditRequest, as_requests
+from comeba_ext.editing.rows import check_length, essence_rows, prompt_rows, target_rows
+from comeba_ext.editing.scope import peak_scores, reference_scale
+from comeba_ext.editing.target_values import TargetValues, optimise_target_values
+from comeba_ext.errors import ConfigError, CovarianceError, RequestError
+
+
+class Editor:
+    """Edits facts in a model, batch after batch. The model object itself is what has been edited.
+
+    Args:
+        model: a Hugging Face causal language model; hook layers are put in place, weights are never written.
+        tokenizer: its tokenizer.
+        config: default :meth:`EditConfig.for_model`.
+
+    Raises:
+        ArchitectureError: not a decoder-only language model, its parts cannot be found, or it is hooked already.
+        ConfigError: edited blocks that the model does not have.
+
+    Attributes:
+        layers: hooked layers by name, in increasing order.
+        key_memory: layer name to :class:`KeyMemory`; empty until a covariance is there.
+        step: number of steps taken (edits and retractions).
+        log: append-only list of plain records, one an edit, retraction or rollback.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, config: EditConfig | None = None):
+        self.model, self.tokenizer = model, tokenizer
+        self.config = config or EditConfig.for_model(model)
+        self.architecture = Architecture.of(model, self.config.blocks, self.config.projection)
+        depth = self.architecture.num_blocks(model)
+        if self.config.value_layer >= depth:
+            raise ConfigError(f"layers {list(self.config.layers)}: the model has blocks 0 to {depth - 1}")
+        names = [self.architecture.projection_name(index) for index in self.config.layers]
+        self.layers = hooked_linear.install(
+            model, names, self.architecture.decoder, self.config.scope, self.config.alpha
+        )
+        self.key_memory: dict[str, KeyMemory] = {}
+        self.covariance: Covariance | None = None
+        self.ledger = Ledger()
+        self.step = 0
+        self.log: list[dict] = []
+        self._alphas: list[dict[str, float]] = [self._alpha()]  # after every step, from step 0
+        self._prefixes: list[str] | None = None
+        self._next_id = 0
+        # delta in the precision sums are kept in: the buffer itself, or a float32 master of a half-precision one.
+        self._delta = {
+            name: layer.delta if layer.delta.dtype.itemsize >= 4 else layer.delta.float()
+            for name, layer in self.layers.items()
+        }
+
+    # -- covariance ---------------------------------------------------------------------------------------------
+
+    def collect_covariance(
+        self, texts: Iterable[str], tokens: int | None = None, path: str | Path | None = None, progress: bool = True
+    ) -> None:
+        """Collect ``C0`` of all edited layers in one pass over a corpus.
+
+        Args:
+            texts: plain texts, e.g. Wikipedia articles.
+            tokens: how many; default 10 per input dimension (arXiv 2506.04226).
+            path: checkpoint file; an unfinished one is resumed.
+
+        Raises:
+            CovarianceError: too little text, or edits were made already.
+        """
+        with self.disabled():
+            covariance = collect_covariance(
+                self.model, self.tokenizer, texts, self.layers, self._decoder, self._value_block, tokens=tokens,
+                max_tokens=self.config.max_tokens, path=path, progress=progress,
+            )  # fmt: skip
+        self.set_covariance(covariance)
+
+    def load_covariance(self, path: str | Path) -> None:
+        """Raises :class:`CovarianceError`/:class:`StorageError` for another model's, a broken or a foreign file."""
+        self.set_covariance(Covariance.load(path))
+
+    def save_covariance(self, path: str | Path) -> None:
+        if self.covariance is None:
+            raise CovarianceError("there is no covariance to save; call collect_covariance(texts) first")
+        self.covariance.save(path)
+
+    def set_covariance(self, covariance: Covariance) -> None:
+        """Start the key memories at ``λ·C0``.
+
+        Raises:
+            CovarianceError: it does not fit the model or is not positive definite, or edits were made already.
+        """
+        if self.step:
+            raise CovarianceError("edits were made with another covariance already; start from a new Editor")
+        covariance.check(self.model, {name: layer.in_features for name, layer in self.layers.items()})
+        memory = {}
+        for name, layer in self.layers.items():
+            try:
+                memory[name] = KeyMemory(self.config.lam * covariance[name].to(layer.delta.device))
+            except CovarianceError as error:
+                raise CovarianceError(f"{name}: {error}") from None
+        self.key_memory, self.covariance = memory, covariance
+
+    # -- editing ------------------------------------------------------------------------------------------------
+
+    def edit(
+        self,
+        requests: Iterable[EditRequest | Mapping],
+        target_values: torch.Tensor | None = None,
+        *,
+        progress: bool = False,
+    ) -> EditReport:
+        """One consecutive batch (algorithm 1; DESIGN §3). Either all of it happens or nothing.
+
+        Args:
+            requests: any number; see :meth:`EditRequest.from_record` for the forms. A request about a fact edited
+                before (same prompt and subject) takes the earlier one's place.
+            target_values: ``(u, d_model)``, to skip their optimisation.
+
+        Raises:
+            RequestError: an unusable request or batch; nothing was changed.
+            CovarianceError: there is no covariance yet.
+        """
+        batch = self._prepare(requests)
+        if not self.key_memory:
+            raise CovarianceError("no covariance yet: call collect_covariance(texts) or load_covariance(path) first")
+        phases = Phases(self._device)
+        found = None
+        with phases("values"):
+            if target_values is None:
+                found = self._optimise(batch, progress)
+                values = found.values
+            else:
+                values = self._check_values(target_values, len(batch))
+        replaced = [entry for request in batch for entry in self.ledger.of_fact(request.fact)]
+        with self._transaction():
+            if replaced:
+                with phases("update"):
+                    for name in self.layers:
+                        self._exchange(name, remove=replaced, add=[])
+            keys, responses = self._write(batch, values, phases)
+            report = EditReport(
+                step=self.step + 1,
+                request_ids=[request.request_id for request in batch],
+                superseded=[entry.request.request_id for entry in replaced],
+                losses=found.losses if found else [],
+                optimizer_steps=found.steps if found else [],
+                alpha=self._alpha(),
+                seconds=phases.seconds,
+                peak_memory=peak_memory(self._device),
+            )
+        self.step += 1
+        for entry in replaced:
+            self.ledger.remove(entry, self.step)
+        for n, request in enumerate(batch):
+            own = lambda table, n=n: {name: rows[n].cpu() for name, rows in table.items()}  # noqa: E731
+            self.ledger.add(Entry(request, self.step, own(keys), own(responses)))
+        self._alphas.append(self._alpha())
+        self.log.append({"event": "edit", **report.to_dict(), "requests": [r.to_record() for r in batch]})
+        return report
+
+    def edit_all(
+        self, requests: Iterable[EditRequest | Mapping], batch_size: int = 10, *, progress: bool = True
+    ) -> Iterator[EditReport]:
+        """Edit many requests in consecutive batches, a report each; all are checked before the first is edited.
+
+        Stopping the iteration, or Ctrl-C, leaves the last complete batch.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        checked = as_requests(requests)
+        batches = [checked[i : i + batch_size] for i in range(0, len(checked), batch_size)]
+        for number, batch in enumerate(batches or [[]]):
+            try:
+                self._validate(batch)
+            except RequestError as error:
+                raise RequestError(f"batch {number + 1} of {len(batches)}: {error}") from None
+        return self._edit_batches(batches, len(checked), progress)
+
+    def _edit_batches(self, batches: list[list[EditRequest]], total: int, progress: bool) -> Iterator[EditReport]:
+        with tqdm(total=total, unit="edit", desc="editing", disable=not progress) as bar:
+            for batch in batches:
+                report = self.edit(batch)
+                bar.update(len(batch))
+                if report.losses:
+                    bar.set_postfix(loss=f"{sum(report.losses) / len(report.losses):.3f}")
+                yield report
+
+    def target_values(self, requests: Iterable[EditRequest | Mapping], *, progress: bool = False) -> torch.Tensor:
+        """``v*`` of every request against the model as edited so far, ``(u, d_model)``; nothing is edited."""
+        return self._optimise(self._prepare(requests), progress).values
+
+    def retract(self, request_ids: str | Iterable[str]) -> None:
+        """Take edits back: their keys leave ``C`` and their share leaves ``delta``.
+
+        The result is what the remaining requests' keys and responses give on their own, to the rounding of ``delta``
+        (1e-5 relative in float32, tested). Thresholds stay. Counts as a step.
+
+        Raises:
+            RequestError: an id that is not live; nothing was changed.
+        """
+        ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        entries = [self.ledger.by_id(request_id) for request_id in ids]
+        unknown = [request_id for request_id, entry in zip(ids, entries, strict=True) if entry is None]
+        if unknown or not ids or len(set(ids)) != len(ids):
+            what = f"no live edit has the id {', '.join(map(repr, unknown))}" if unknown else "no or repeated ids given"
+            raise RequestError(f"{what}; ids are in every report's request_ids")
+        with self._transaction():
+            for name in self.layers:
+                self._exchange(name, remove=entries, add=[])
+        self.step += 1
+        for entry in entries:
+            self.ledger.remove(entry, self.step)
+        self._alphas.append(self._alpha())
+        self.log.append({"event": "retract", "step": self.step, "request_ids": ids})
+
+    def rollback(self, step: int) -> None:
+        """Return to the state after ``step`` (0: unedited); later steps are forgotten, except in the log.
+
+        Raises:
+            ComebaError: there was no such step.
+        """
+        if not 0 <= step <= self.step:
+            raise RequestError(f"cannot roll back to step {step}; steps 0 to {self.step} exist")
+        added, removed = self.ledger.changes_since(step)
+        with self._transaction():
+            for name, layer in self.layers.items():
+                if added or removed:
+                    self._exchange(name, remove=added, add=removed)
+                layer.alpha.fill_(self._alphas[step][name])
+        self.ledger.rewind(step)
+        self._alphas = self._alphas[: step + 1]
+        self.log.append({"event": "rollback", "step": step, "from_step": self.step})
+        self.step = step
+
+    @contextlib.contextmanager
+    def disabled(self):
+        """Inside, the original model, bit for bit."""
+        with hooked_linear.disabled(self.model):
+            yield self.model
+
+    def close(self) -> None:
+        """Take the hook layers out again: the model as it came."""
+        hooked_linear.uninstall(self.model)
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, *, inference_only: bool = False) -> None:
+        """Save all edits, and unless ``inference_only`` what is needed to go on editing; atomic."""
+        saved_edits.save(self, folder, inference_only)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, tokenizer, folder: str | Path) -> Editor:
+        """Go on editing where :meth:`save_pretrained` stopped.
+
+        Raises:
+            StorageError: truncated, foreign, saved for inference only, or of another base model.
+        """
+        return saved_edits.load_editor(cls, model, tokenizer, folder)
+
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Context prefixes, the empty one first; sampled once, from the unedited model."""
+        if self._prefixes is None:
+            with self.disabled(), self._evaluating():
+                self._prefixes = sample_prefixes(
+                    self.model, self.tokenizer, self.config.prefixes, self.config.prefix_length, self.config.seed
+                )
+        return self._prefixes
+
+    @property
+    def _decoder(self) -> nn.Module:
+        return self.model.get_submodule(self.architecture.decoder)
+
+    @property
+    def _value_block(self) -> nn.Module:
+        return self.architecture.block(self.model, self.config.value_layer)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def _alpha(self) -> dict[str, float]:
+        return {name: layer.alpha.item() for name, layer in self.layers.items()}
+
+    def _prepare(self, requests) -> list[EditRequest]:
+        """The batch with ids, after every check that needs no forward pass."""
+        batch = self._validate(as_requests(requests))
+        named = []
+        for request in batch:
+            if request.request_id is None:
+                while f"edit-{self._next_id}" in self.ledger._by_id:
+                    self._next_id += 1
+                request = dataclasses.replace(request, request_id=f"edit-{self._next_id}")
+                self._next_id += 1
+            named.append(request)
+        return named
+
+    def _validate(self, batch: list[EditRequest]) -> list[EditRequest]:
+        if not batch:
+            raise RequestError("the batch is empty; give at least one request")
+        targets: dict[tuple[str, str], str] = {}
+        ids: set[str] = set()
+        for request in batch:
+            before = targets.setdefault(request.fact, request.target_new)
+            if before != request.target_new:
+                raise RequestError(
+                    f"two requests of the batch contradict each other: {request.text!r} -> {before!r} and "
+                    f"{request.target_new!r}"
+                )
+            if request.request_id is not None:
+                live = self.ledger.by_id(request.request_id)
+                if request.request_id in ids or (live is not None and live.request.fact != request.fact):
+                    raise RequestError(f"request_id {request.request_id!r} is used by another request; ids must differ")
+                ids.add(request.request_id)
+        rows = target_rows(self.tokenizer, batch, self.prefixes) + essence_rows(self.tokenizer, batch)
+        check_length(rows, batch, getattr(self.model.config, "max_position_embeddings", None))
+        return batch
+
+    def _check_values(self, values: torch.Tensor, count: int) -> torch.Tensor:
+        width = self.model.get_submodule(self.architecture.projection_name(self.config.value_layer)).out_features
+        if tuple(values.shape) != (count, width):
+            raise RequestError(f"target_values are {tuple(values.shape)}, expected {(count, width)}")
+        if not torch.isfinite(values).all():
+            raise RequestError("target_values have NaN or infinite entries")
+        return values.to(self._device)
+
+    def _optimise(self, batch: list[EditRequest], progress: bool) -> TargetValues:
+        with self._evaluating(), tqdm(total=len(batch), unit="value", desc="target values", disable=not progress) as bar:
+
+            def on_progress(done: int, loss: float) -> None:
+                bar.update(done - bar.n)
+                bar.set_postfix(loss=f"{loss:.3f}")
+
+            return optimise_target_values(
+                self.model, self.tokenizer, self.architecture, self.config, batch, self.prefixes, on_progress
+            )
+
+    def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases):
+        """Step 2 and 3 of DESIGN §3: per layer keys, residual, update, threshold. Returns keys and responses."""
+        rows = prompt_rows(self.tokenizer, batch, self.prefixes)
+        keys: dict[str, torch.Tensor] = {}
+        responses: dict[str, torch.Tensor] = {}
+        for layer in self.layers.values():
+            layer.mode = "temporary"
+        with self._evaluating():
+            for number, (name, layer) in enumerate(self.layers.items()):
+                with phases("keys"):
+                    reading = read_layer(
+                        self._decoder, layer, self._value_block, rows, pad_id(self.tokenizer), self.config.max_tokens,
+                        self._device,
+                    )  # fmt: skip
+                with phases("update"):
+                    residual = (values.to(reading.hidden) - reading.hidden) / (len(self.layers) - number)
+                    keys[name] = reading.keys
+                    responses[name] = self._add(name, reading.keys, residual)
+                layer.mode = "validated"
+                with phases("calibrate"):
+                    self._calibrate(name, layer, reading)
+        return keys, responses
+
+    def _add(self, name: str, keys: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """``C ← C + K Kᵀ``, ``delta ← delta + R Kᵀ C⁻¹``; returns the responses ``delta·k + R``.
+
+        Args:
+            keys: ``(u, d_in)``.
+            residual: ``(u, d_out)``.
+        """
+        memory, delta = self.key_memory[name], self._delta[name]
+        device, dtype = memory.factor.device, memory.factor.dtype
+        keys, residual = keys.to(device, dtype), residual.to(device, dtype)
+        responses = keys @ delta.to(dtype).mT + residual
+        memory.update(keys.mT)
+        self._shift(name, residual.mT @ memory.solve(keys.mT).mT)
+        return responses.to(torch.promote_types(delta.dtype, torch.float32))
+
+    def _exchange(self, name: str, remove: list[Entry], add: list[Entry]) -> None:
+        """Least squares with some requests taken out and others put back.
+
+        From ``delta·C = Σ v kᵀ`` over live requests follows, with ``C' = C + Σ_add k kᵀ − Σ_remove k kᵀ``,
+        ``delta' = delta + (Σ_add − Σ_remove)(v − delta·k) kᵀ C'⁻¹``.
+        """
+        memory = self.key_memory[name]
+        keys, responses = stacked(add + remove, name)
+        keys, responses = keys.to(memory.factor), responses.to(memory.factor)  # (d_in, n), (d_out, n)
+        memory.update(keys[:, : len(add)])
+        memory.downdate(keys[:, len(add) :])
+        sign = torch.tensor([1.0] * len(add) + [-1.0] * len(remove)).to(memory.factor)
+        missing = (responses - self._delta[name].to(memory.factor) @ keys) * sign
+        self._shift(name, missing @ memory.solve(keys).mT)
+        self._rescale(name)
+
+    def _shift(self, name: str, change: torch.Tensor) -> None:
+        """``delta ← delta + change``."""
+        delta, layer = self._delta[name], self.layers[name]
+        if not torch.isfinite(change).all():
+            raise RequestError(f"the update of {name} is not finite; check the target values and the covariance")
+        delta += change.to(delta)
+        if layer.delta is not delta:
+            layer.delta.copy_(delta)
+
+    def _rescale(self, name: str) -> None:
+        """Keep ``tr(delta·C0·deltaᵀ)`` in step with delta, where the score needs it."""
+        layer = self.layers[name]
+        if layer.scope == "reference":
+            layer.reference_scale.copy_(reference_scale(self._delta[name], self.covariance[name].to(layer.delta.device)))
+
+    def _calibrate(self, name: str, layer: hooked_linear.HookedLinear, reading: LayerReading) -> None:
+        """``α ← min(α, min over requests of max over tokens of the score)``."""
+        self._rescale(name)
+        lowest = peak_scores(layer, reading).min().item()
+        if not math.isfinite(lowest):
+            raise RequestError(f"the scope scores of {name} are not finite")
+        layer.alpha.fill_(min(layer.alpha.item(), lowest))
+
+    @contextlib.contextmanager
+    def _transaction(self):
+        """Whatever goes wrong inside, interruption included: delta, C, α and scale are as they were."""
+        before = {
+            name: (self._delta[name].clone(), layer.alpha.clone(), layer.reference_scale.clone(),
+                   self.key_memory[name].factor)
+            for name, layer in self.layers.items()
+        }  # fmt: skip
+        try:
+            yield
+        except BaseException:
+            for name, (delta, alpha, scale, factor) in before.items():
+                layer = self.layers[name]
+                self._delta[name].copy_(delta)
+                layer.delta.copy_(delta)
+                layer.alpha.copy_(alpha)
+                layer.reference_scale.copy_(scale)
+                self.key_memory[name].factor = factor
+            raise
+        finally:
+            for layer in self.layers.values():
+                layer.mode = "validated"
+
+    @contextlib.contextmanager
+    def _evaluating(self):
+        """Dropout off, and every module's own training flag back afterwards."""
+        training = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module, flag in training.items():
+                module.training = flag

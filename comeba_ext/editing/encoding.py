@@ -1,0 +1,123 @@
+"""From texts to padded token batches, with the positions editing and evaluation need.
+
+A prompt and its target are tokenised *together*, as the model will meet them, and the boundary is found from character
+offsets; so it makes no difference whether a tokenizer glues the space to the following word, emits it alone, or starts
+every text with special tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from comeba_ext.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenised text.
+
+    Attributes:
+        ids: token ids, special tokens included.
+        subject_last: position of the last token of the subject, or ``None`` when no subject was given.
+        target_start: position of the first target token; ``len(ids)`` when there is no target.
+    """
+
+    ids: list[int]
+    subject_last: int | None
+    target_start: int
+
+    @property
+    def target_ids(self) -> list[int]:
+        return self.ids[self.target_start :]
+
+
+def encode(tokenizer, prompt: str, target: str | None = None, subject_end: int | None = None) -> Encoded:
+    """Tokenise ``prompt``, or ``prompt + " " + target``.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer, fast or slow.
+        prompt: text without trailing space.
+        target: text that follows the prompt after one space.
+        subject_end: index in ``prompt`` of the character after the subject.
+
+    Raises:
+        RequestError: the target or the subject has no token of its own.
+    """
+    text = prompt if target is None else f"{prompt} {target}"
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        ids, ends = encoded["input_ids"], [b if b > a else None for a, b in encoded["offset_mapping"]]
+        starts = [a for a, _ in encoded["offset_mapping"]]
+    else:
+        ids = tokenizer(text)["input_ids"]
+        starts, ends = _slow_offsets(tokenizer, text, ids)
+    if target is not None and ids and ends[-1] is None:  # an end-of-text token after the target is not part of it
+        while ids and ends[-1] is None:
+            ids, starts, ends = ids[:-1], starts[:-1], ends[:-1]
+    target_start = len(ids)
+    if target is not None:
+        target_start = next((i for i, end in enumerate(ends) if end is not None and end > len(prompt)), len(ids))
+        if target_start == len(ids):
+            raise RequestError(f"target {target!r} of prompt {prompt!r} has no token")
+    subject_last = None
+    if subject_end is not None:
+        touching = [i for i, end in enumerate(ends) if end is not None and starts[i] < subject_end]
+        touching = [i for i in touching if i < target_start]
+        if not touching:
+            raise RequestError(f"the subject of prompt {prompt!r} has no token")
+        subject_last = touching[-1]
+    return Encoded(list(ids), subject_last, target_start)
+
+
+def _slow_offsets(tokenizer, text: str, ids: list[int]) -> tuple[list[int], list[int | None]]:
+    """Character spans for tokenizers that keep none: each token ends where the decoded text so far ends."""
+    starts: list[int] = []
+    ends: list[int | None] = []
+    special, position = set(tokenizer.all_special_ids), 0
+    for i, token in enumerate(ids):
+        starts.append(position)
+        if token in special:
+            ends.append(None)
+            continue
+        so_far = tokenizer.decode(ids[: i + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # A decoder may or may not keep a leading space; compare from the right end of what the text shares.
+        shared = len(so_far) if text.startswith(so_far) else len(so_far.lstrip()) + (len(text) - len(text.lstrip()))
+        position = max(position, min(shared, len(text)))
+        ends.append(position)
+    return starts, ends
+
+
+def pad_id(tokenizer) -> int:
+    """The id to pad with; any id serves, because padding is masked out, so a tokenizer without one is no error."""
+    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):
+        if value is not None:
+            return value if isinstance(value, int) else value[0]
+    return 0
+
+
+def pad(rows: list[list[int]], pad_token: int, side: str = "right", device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both int64 ``(len(rows), longest row)``."""
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), pad_token)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for n, row in enumerate(rows):
+        where = slice(length - len(row), None) if side == "left" else slice(0, len(row))
+        ids[n, where] = torch.tensor(row)
+        mask[n, where] = 1
+    return ids.to(device), mask.to(device)
+
+
+def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices grouped so that a group, padded to its longest row, has at most ``max_tokens`` tokens.
+
+    Rows of like length go together; a row longer than the budget goes alone. Every index appears exactly once.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if groups and lengths[index] * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

@@ -1,0 +1,97 @@
+"""The ledger: every request ever edited, with what each edited layer must know to take it back.
+
+For request ``i`` a layer keeps its key ``k_i`` and its *response* ``v_i = delta·k_i + R_i``, what the layer was asked to
+answer to that key. Sequential updates ``delta ← delta + R Kᵀ C⁻¹`` are recursive least squares, so at any time
+
+    delta · C = Σ v_i k_iᵀ   over the live requests,
+
+and a request can be removed, or put back, exactly: see :meth:`Editor._exchange`. Memory: ``d_in + d_out`` floats a
+request and layer, on the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from comeba_ext.editing.request import EditRequest
+
+
+@dataclass
+class Entry:
+    """One edited request.
+
+    Attributes:
+        step: the step that added it.
+        removed: the step that superseded or retracted it, ``None`` while live.
+        keys, responses: layer name to ``(d_in,)`` and ``(d_out,)``, float32 or better, on the host.
+    """
+
+    request: EditRequest
+    step: int
+    keys: dict[str, torch.Tensor]
+    responses: dict[str, torch.Tensor]
+    removed: int | None = None
+
+
+class Ledger:
+    """Entries in the order they were edited; at most one live entry a fact and a request id."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self._by_fact: dict[tuple[str, str], list[Entry]] = {}
+        self._by_id: dict[str, Entry] = {}
+
+    def __len__(self) -> int:
+        """Number of live requests."""
+        return len(self._by_id)
+
+    def live(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.removed is None]
+
+    def of_fact(self, fact: tuple[str, str]) -> list[Entry]:
+        """Live entries of a fact."""
+        return list(self._by_fact.get(fact, ()))
+
+    def by_id(self, request_id: str) -> Entry | None:
+        """The live entry of that id."""
+        return self._by_id.get(request_id)
+
+    def add(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self._index(entry)
+
+    def remove(self, entry: Entry, step: int) -> None:
+        entry.removed = step
+        self._by_fact[entry.request.fact].remove(entry)
+        if self._by_id.get(entry.request.request_id) is entry:
+            del self._by_id[entry.request.request_id]
+
+    def changes_since(self, step: int) -> tuple[list[Entry], list[Entry]]:
+        """``(added, removed)`` after ``step`` among the live and the once live then: what a rollback must undo."""
+        added = [e for e in self.entries if e.step > step and e.removed is None]
+        removed = [e for e in self.entries if e.step <= step and e.removed is not None and e.removed > step]
+        return added, removed
+
+    def rewind(self, step: int) -> None:
+        """Forget everything after ``step``."""
+        self.entries = [e for e in self.entries if e.step <= step]
+        self._by_fact, self._by_id = {}, {}
+        for entry in self.entries:
+            if entry.removed is not None and entry.removed > step:
+                entry.removed = None
+            if entry.removed is None:
+                self._index(entry)
+
+    def _index(self, entry: Entry) -> None:
+        self._by_fact.setdefault(entry.request.fact, []).append(entry)
+        self._by_id[entry.request.request_id] = entry
+
+
+def stacked(entries: list[Entry], layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys ``(d_in, n)`` and responses ``(d_out, n)`` of a layer."""
+    return (
+        torch.stack([e.keys[layer] for e in entries], 1),
+        torch.stack([e.responses[layer] for e in entries], 1),
+    )

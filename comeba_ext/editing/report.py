@@ -1,0 +1,66 @@
+"""What one step did, and how long its phases took."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class EditReport:
+    """Result of one consecutive step.
+
+    Attributes:
+        step: number of the step, from 1.
+        request_ids: ids of the batch's requests, in order; what :meth:`Editor.retract` takes.
+        superseded: ids of earlier requests about the same facts, whose place they took.
+        losses: final loss of every target value (empty when target values were given).
+        optimizer_steps: steps each target value took.
+        alpha: threshold of every layer after the step.
+        seconds: time of the phases ``values``, ``keys``, ``update``, ``calibrate``.
+        peak_memory: high-water mark in bytes, of the GPU where the model is on one, else of the process.
+    """
+
+    step: int
+    request_ids: list[str]
+    superseded: list[str] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    optimizer_steps: list[int] = field(default_factory=list)
+    alpha: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: int = 0
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+class Phases:
+    """Seconds spent in named phases; device work is waited for, so that it counts where it belongs."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds = dict.fromkeys(("values", "keys", "update", "calibrate"), 0.0)
+
+    @contextmanager
+    def __call__(self, name: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[name] += time.perf_counter() - start
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024

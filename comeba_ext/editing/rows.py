@@ -1,0 +1,81 @@
+"""Token rows of a batch of requests: every context prefix before every prompt, with the positions that matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from comeba_ext.editing.encoding import Encoded, encode, pad
+from comeba_ext.editing.request import EditRequest
+from comeba_ext.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised text of a request.
+
+    Attributes:
+        request: index of the request in its batch.
+        ids: token ids.
+        subject_last: position of the subject's last token.
+        target: target token ids, of which all but the last are in ``ids``; empty for rows without a target.
+        plain: the row with the empty prefix, where ``h`` is read.
+    """
+
+    request: int
+    ids: list[int]
+    subject_last: int
+    target: list[int]
+    plain: bool
+
+    @property
+    def predicts(self) -> range:
+        """Positions whose next token is a target token."""
+        return range(len(self.ids) - len(self.target), len(self.ids))
+
+
+def prompt_rows(tokenizer, requests: list[EditRequest], prefixes: list[str]) -> list[Row]:
+    """``prefix + prompt`` for every request and prefix: the rows keys are read from."""
+    return [
+        Row(n, e.ids, e.subject_last, [], prefix == "")
+        for n, request in enumerate(requests)
+        for prefix in prefixes
+        for e in [_encode(tokenizer, request, prefix, None)]
+    ]
+
+
+def target_rows(tokenizer, requests: list[EditRequest], prefixes: list[str]) -> list[Row]:
+    """``prefix + prompt + target`` without the target's last token: the rows target values are optimised on."""
+    return [
+        Row(n, e.ids[:-1], e.subject_last, e.target_ids, prefix == "")
+        for n, request in enumerate(requests)
+        for prefix in prefixes
+        for e in [_encode(tokenizer, request, prefix, request.target_new)]
+    ]
+
+
+def essence_rows(tokenizer, requests: list[EditRequest]) -> list[Row]:
+    """``"{subject} is a"``: the rows on which the model must go on knowing what the subject is (KL)."""
+    encoded = [encode(tokenizer, f"{r.subject} is a", subject_end=len(r.subject)) for r in requests]
+    return [Row(n, e.ids, e.subject_last, [], False) for n, e in enumerate(encoded)]
+
+
+def check_length(rows: list[Row], requests: list[EditRequest], limit: int | None) -> None:
+    """Raises :class:`RequestError` for a row longer than the model's context."""
+    for row in rows:
+        if limit is not None and len(row.ids) > limit:
+            raise RequestError(
+                f"request {row.request} ({requests[row.request].text[:60]!r}): {len(row.ids)} tokens with its context "
+                f"prefix exceed the model's context of {limit}; shorten the prompt"
+            )
+
+
+def batch_inputs(rows: list[Row], pad_token: int, device) -> dict[str, torch.Tensor]:
+    """Right-padded decoder inputs, each ``(len(rows), seq)``."""
+    ids, mask = pad([row.ids for row in rows], pad_token, device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _encode(tokenizer, request: EditRequest, prefix: str, target: str | None) -> Encoded:
+    return encode(tokenizer, prefix + request.text, target, len(prefix) + request.subject_end)

@@ -1,0 +1,218 @@
+"""HookedLinear: a linear layer with all edits beside it, and the token-by-token choice between the two."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from comeba_ext.errors import ArchitectureError, ComebaError
+from comeba_ext.ops import hooked_linear as ops
+from comeba_ext.sequence_context import SequenceContext
+
+MODES = ("off", "temporary", "validated")
+SCOPES = {"zscore": 2.2, "reference": math.inf}  # score -> α before any edit (paper section 4.1; DESIGN §3)
+
+
+class HookedLinear(nn.Module):
+    """Drop-in for a linear layer: ``base_layer(x)``, plus ``x @ deltaᵀ`` for the tokens in scope.
+
+    The base layer is called as a module and never written, so it may be quantised, LoRA-wrapped or dispatched over
+    devices. Modes: ``"off"`` returns the base output bit for bit; ``"temporary"`` uses the edited output everywhere
+    (while editing); ``"validated"`` uses it for tokens whose score reaches ``alpha`` (COMEBA-HK, arXiv 2403.05330,
+    section 3.3).
+
+    Args:
+        base: ``nn.Linear``, GPT-2's ``Conv1D``, or any module with ``in_features``/``out_features``.
+        scope: ``"zscore"`` (the paper's, relative to the other tokens of the sequence) or ``"reference"`` (relative to
+            an average corpus token, DESIGN §3).
+        alpha: threshold; default 2.2 for zscore and infinity for reference.
+        dtype: of ``delta``; default the base weight's, or float32 where that is quantised.
+        device: of ``delta``; default where the base layer computes.
+
+    Attributes:
+        base_layer: the wrapped layer.
+        delta: ``(d_out, d_in)`` buffer, the sum of all edits.
+        alpha: scalar buffer, float64 on the base's device.
+        reference_scale: scalar buffer, ``tr(delta·C0·deltaᵀ)``.
+        mode: one of ``MODES``.
+
+    Raises:
+        ArchitectureError: ``base`` is not a linear layer.
+        ComebaError: unknown scope or mode.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        scope: str = "zscore",
+        alpha: float | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        if isinstance(base, HookedLinear):
+            raise ArchitectureError("the layer is hooked already; edit through the editor that holds it")
+        if scope not in SCOPES:
+            raise ComebaError(f"unknown scope {scope!r}; choose one of {', '.join(SCOPES)}")
+        self.base_layer = base
+        self.in_features, self.out_features = _shape(base)
+        self.scope = scope
+        self._mode = "validated"
+        self.context: SequenceContext | None = None
+        self.name = ""
+        weight = getattr(base, "weight", None)
+        if dtype is None:
+            dtype = weight.dtype if weight is not None and weight.is_floating_point() else torch.float32
+            dtype = dtype if dtype.itemsize > 1 else torch.float32  # 8-bit floats store, they do not compute
+        if device is None:
+            device = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
+        if device is None:
+            device = weight.device if weight is not None and weight.device.type != "meta" else "cpu"
+        alpha = SCOPES[scope] if alpha is None else float(alpha)
+        self.register_buffer("delta", torch.zeros(self.out_features, self.in_features, dtype=dtype, device=device))
+        self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64, device=device))
+        self.register_buffer("reference_scale", torch.tensor(0.0, dtype=torch.float64, device=device))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return getattr(self.base_layer, "bias", None)
+
+    @property
+    def mode(self) -> str:
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        if mode not in MODES:
+            raise ComebaError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+        self._mode = mode
+
+    def forward(self, x: torch.Tensor, *args, mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        """Base or edited output.
+
+        Args:
+            x: ``(batch, seq, d_in)``, or ``(tokens, d_in)`` (one sequence, unless the model's mask says otherwise).
+            mask: ``(batch, seq)`` bool of real tokens; inside a model it is taken from the model's attention mask.
+
+        Returns:
+            ``(..., d_out)`` in the base layer's output dtype.
+        """
+        output = self.base_layer(x, *args, **kwargs)
+        if self._mode == "off":
+            return output
+        edit = self.edit_output(x)
+        if self._mode == "temporary":
+            return output + edit.to(output.dtype)
+        shape = output.shape
+        edit, mask = self._as_sequences(edit, mask)
+        scope = ops.in_scope(self._score(edit, mask), self.alpha, mask, edit.dtype)
+        return ops.swap(output.view(edit.shape), edit, scope).view(shape)
+
+    def edit_output(self, x: torch.Tensor) -> torch.Tensor:
+        """``x @ deltaᵀ``, ``(..., d_out)``."""
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.delta.dtype)
+        return F.linear(x, self.delta)
+
+    def scores(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Score of every token, ``(batch, seq)``, for ``x`` of ``(batch, seq, d_in)`` with its mask."""
+        edit, mask = self._as_sequences(self.edit_output(x), mask)
+        return self._score(edit, mask)
+
+    def _score(self, edit: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        norm = ops.edit_norm(edit)
+        if self.scope == "reference":
+            return ops.reference_score(norm, self.reference_scale)
+        before = self.context.statistics.get(self.name) if self.context is not None else None
+        score, after = ops.zscore(norm, mask, before)
+        if self.context is not None:
+            self.context.updated[self.name] = after
+        return score
+
+    def _as_sequences(self, edit: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``edit`` as ``(batch, seq, d_out)`` and its mask; some families (OPT) flatten tokens before the MLP."""
+        if mask is None and self.context is not None:
+            mask = self.context.mask
+        if mask is not None:
+            mask = mask.to(edit.device)
+            return edit.reshape(*mask.shape, edit.shape[-1]), mask
+        if edit.dim() == 3:
+            return edit, None
+        length = edit.shape[-2] if edit.dim() > 1 else 1
+        return edit.reshape(-1, length, edit.shape[-1]), None
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, mode={self._mode!r}, "
+            f"scope={self.scope!r}"
+        )
+
+
+def install(model: nn.Module, names: list[str], decoder: str, scope: str, alpha: float | None) -> dict[str, HookedLinear]:
+    """Put a :class:`HookedLinear` around each named layer, all listening to one :class:`SequenceContext`.
+
+    Args:
+        model: the model, changed in place; its weights are not.
+        names: of the layers, as in ``model.named_modules()``.
+        decoder: name of the module that receives the attention mask.
+
+    Raises:
+        ArchitectureError: a name matches nothing or a layer is hooked already; then the model is as before.
+    """
+    known = dict(model.named_modules())
+    for name in names:
+        if name not in known:
+            raise ArchitectureError(f"the model has no layer {name!r}; see model.named_modules()")
+    layers = {name: HookedLinear(known[name], scope, alpha) for name in names}
+    context = SequenceContext(known[decoder])
+    for name, layer in layers.items():
+        layer.context, layer.name = context, name
+        layer.train(known[name].training)
+        model.set_submodule(name, layer)
+    return layers
+
+
+def uninstall(model: nn.Module) -> None:
+    """Put every base layer back and stop listening: the model as it was before :func:`install`."""
+    contexts = set()
+    for name, layer in hooked_layers(model).items():
+        contexts.add(layer.context)
+        model.set_submodule(name, layer.base_layer)
+    for context in contexts - {None}:
+        context.detach()
+
+
+def hooked_layers(model: nn.Module) -> dict[str, HookedLinear]:
+    """Every :class:`HookedLinear` of a model by name, in the order of the blocks."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, HookedLinear)}
+
+
+@contextmanager
+def disabled(model: nn.Module):
+    """Inside, every hooked layer is off: the original model, bit for bit. Modes come back at the end."""
+    before = {layer: layer.mode for layer in hooked_layers(model).values()}
+    try:
+        for layer in before:
+            layer.mode = "off"
+        yield model
+    finally:
+        for layer, mode in before.items():
+            layer.mode = mode
+
+
+def _shape(base: nn.Module) -> tuple[int, int]:
+    """``(d_in, d_out)``."""
+    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+        return base.in_features, base.out_features
+    if hasattr(base, "nf"):  # GPT-2's Conv1D stores its weight as (d_in, d_out)
+        return base.weight.shape[0], base.nf
+    raise ArchitectureError(f"{type(base).__name__} is not a linear layer: it has no in_features and out_features")

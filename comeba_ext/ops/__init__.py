@@ -1,0 +1,1 @@
+"""Numerical operations, one a file. They know tensors, not models."""

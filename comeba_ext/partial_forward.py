@@ -1,0 +1,88 @@
+"""Running only a part of a model, whatever its family: read a layer's input, stop early, resume from a block.
+
+All of it works through forward hooks on the model's own modules, so attention masks, rotary tables and devices stay the
+model's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class _Stop(Exception):
+    """Raised by a hook once everything asked for was seen."""
+
+
+def hidden_of(output):
+    """The hidden states of a block's output, which is a tensor in some families and a tuple in others."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_hidden(output, hidden: torch.Tensor):
+    """The same block output with other hidden states."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+@torch.no_grad()
+def run_until(
+    decoder: nn.Module, last: nn.Module, inputs: dict, taps: dict[nn.Module, Callable], output: Callable | None = None
+) -> None:
+    """Run ``decoder(**inputs)`` up to and including module ``last``, then stop.
+
+    Args:
+        taps: module to a function that is given the module's input tensor.
+        output: a function that is given the hidden states ``last`` returns.
+    """
+
+    def on_input(tap):
+        return lambda module, args: tap(args[0])
+
+    def on_last(module, args, result):
+        if output is not None:
+            output(hidden_of(result))
+        raise _Stop
+
+    handles = [module.register_forward_pre_hook(on_input(tap)) for module, tap in taps.items()]
+    handles.append(last.register_forward_hook(on_last))
+    try:
+        decoder(**inputs, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def resumed(blocks: list[nn.Module], index: int, hidden: Callable[[], torch.Tensor], template):
+    """Inside, blocks ``0 … index`` do nothing and block ``index`` returns ``hidden()``: a run starts in the middle.
+
+    Args:
+        blocks: the model's blocks.
+        hidden: called once a run, gives the hidden states ``(batch, seq, d_model)`` after block ``index``.
+        template: an output of block ``index``, for its type (tensor or tuple).
+    """
+    originals = [block.forward for block in blocks[: index + 1]]
+
+    def skip(hidden_states, *args, **kwargs):
+        return with_hidden(template, hidden_states)
+
+    def start(hidden_states, *args, **kwargs):
+        return with_hidden(template, hidden())
+
+    try:
+        for block in blocks[:index]:
+            block.forward = skip
+        blocks[index].forward = start
+        yield
+    finally:
+        for block, original in zip(blocks, originals, strict=False):
+            # An instance attribute shadowed the method; accelerate's dispatch had put one there itself.
+            if getattr(original, "__self__", None) is block and original.__func__ is type(block).forward:
+                del block.forward
+            else:
+                block.forward = original

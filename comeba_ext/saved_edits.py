@@ -1,0 +1,171 @@
+"""Edits on disk: what :meth:`Editor.save_pretrained` writes and :func:`load_edits` reads.
+
+A folder holds the manifest (JSON), ``comeba_adapter-*.safetensors`` (all that inference needs: per layer ``delta``,
+factored while there are few edits, and the thresholds), and, to go on editing, ``comeba_state-*.safetensors`` (key
+memory, ledger) and ``comeba_log-*.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from comeba_ext import hooked_linear
+from comeba_ext.architectures import Architecture
+from comeba_ext.covariance import Covariance
+from comeba_ext.editing.config import EditConfig
+from comeba_ext.editing.key_memory import KeyMemory
+from comeba_ext.editing.ledger import Entry, stacked
+from comeba_ext.editing.request import EditRequest
+from comeba_ext.errors import StorageError
+from comeba_ext.storage import check_identity, identity, read_file, read_manifest, write_folder
+
+
+def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Put saved edits onto a model, to use it: no tokenizer, no key memory.
+
+    Args:
+        model: the base model the edits were made on, in any floating dtype.
+        folder: written by :meth:`Editor.save_pretrained`.
+
+    Returns:
+        The same model object, edited.
+
+    Raises:
+        StorageError: truncated, foreign, or of another base model; the model is as it was.
+    """
+    manifest, tensors = _read(model, folder)
+    names = list(manifest["layers"])
+    config = EditConfig.from_dict(manifest["config"], str(folder))
+    architecture = Architecture.of(model, config.blocks, config.projection)
+    deltas = {name: _delta(tensors, name, folder) for name in names}
+    layers = hooked_linear.install(model, names, architecture.decoder, config.scope, config.alpha)
+    for name, layer in layers.items():
+        layer.delta.copy_(deltas[name])
+        layer.alpha.copy_(tensors[f"{name}.alpha"])
+        layer.reference_scale.copy_(tensors[f"{name}.reference_scale"])
+    return model
+
+
+def save(editor, folder: str | Path, inference_only: bool) -> None:
+    """Write an editor's edits; see the module docstring for the files."""
+    live = editor.ledger.live()
+    manifest = {
+        "format": 1,
+        "model": identity(editor.model, list(editor.layers)),
+        "config": editor.config.to_dict(),
+        "edits": len(live),
+        "layers": list(editor.layers),
+        "step": editor.step,
+    }
+    tensors = {"adapter": _adapter(editor, live)}
+    texts = {}
+    if not inference_only:
+        manifest |= {"alphas": editor._alphas, "prefixes": editor._prefixes, "next_id": editor._next_id}
+        manifest["ledger"] = [
+            {"request": e.request.to_record(), "step": e.step, "removed": e.removed} for e in editor.ledger.entries
+        ]
+        if editor.covariance is not None:
+            manifest["covariance_tokens"] = editor.covariance.tokens
+        tensors["state"] = _state(editor)
+        texts["log"] = "".join(json.dumps(record) + "\n" for record in editor.log)
+    write_folder(folder, manifest, tensors, texts)
+
+
+def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
+    """An editor as it was when saved."""
+    manifest, _ = _read(model, folder)
+    state = read_file(folder, manifest, "state")
+    log = read_file(folder, manifest, "log")
+    try:
+        covariance = _covariance(manifest, state)
+        entries = _entries(manifest, state)
+        log = [json.loads(line) for line in log.splitlines()]
+        deltas = {name: state[f"{name}.delta"] for name in manifest["layers"]}
+        scalars = {name: (state[f"{name}.alpha"], state[f"{name}.reference_scale"]) for name in manifest["layers"]}
+        memory = {n: state[f"{n}.factor"] for n in manifest["layers"] if f"{n}.factor" in state}
+    except (KeyError, IndexError, ValueError) as error:
+        raise StorageError(f"{folder} is incomplete: {error}") from None
+    editor = cls(model, tokenizer, EditConfig.from_dict(manifest["config"], str(folder)))
+    for name, layer in editor.layers.items():
+        editor._delta[name].copy_(deltas[name])
+        layer.delta.copy_(deltas[name])
+        layer.alpha.copy_(scalars[name][0])
+        layer.reference_scale.copy_(scalars[name][1])
+    editor.key_memory = {n: KeyMemory.from_factor(f.to(editor.layers[n].delta.device)) for n, f in memory.items()}
+    editor.covariance = covariance
+    for entry in entries:
+        editor.ledger.add(entry)
+    for entry, saved in zip(entries, manifest["ledger"], strict=True):
+        if saved["removed"] is not None:
+            editor.ledger.remove(entry, saved["removed"])
+    editor.step, editor._alphas, editor._prefixes = manifest["step"], manifest["alphas"], manifest["prefixes"]
+    editor._next_id, editor.log = manifest["next_id"], log
+    return editor
+
+
+def _read(model: nn.Module, folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    manifest = read_manifest(folder)
+    check_identity(manifest["model"], model, f"the folder {folder}")
+    return manifest, read_file(folder, manifest, "adapter")
+
+
+def _adapter(editor, live: list[Entry]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, layer in editor.layers.items():
+        delta = editor._delta[name]
+        d_out, d_in = delta.shape
+        if live and len(live) * (d_out + d_in) < d_out * d_in:
+            # delta = V Kᵀ C⁻¹ over the live requests (see ledger), so its factors are V and C⁻¹K.
+            keys, responses = stacked(live, name)
+            tensors[f"{name}.left"] = responses.to(delta.dtype)  # (d_out, n)
+            tensors[f"{name}.right"] = editor.key_memory[name].solve(keys).mT.to(delta.dtype)  # (n, d_in)
+        elif live:
+            tensors[f"{name}.delta"] = delta
+        tensors[f"{name}.alpha"] = layer.alpha
+        tensors[f"{name}.reference_scale"] = layer.reference_scale
+    return tensors
+
+
+def _delta(tensors: dict[str, torch.Tensor], name: str, folder) -> torch.Tensor:
+    if f"{name}.alpha" not in tensors:
+        raise StorageError(f"{folder} is incomplete: no tensors of layer {name}")
+    if f"{name}.delta" in tensors:
+        return tensors[f"{name}.delta"]
+    if f"{name}.left" in tensors:
+        return tensors[f"{name}.left"] @ tensors[f"{name}.right"]
+    return torch.zeros(())  # saved before the first edit
+
+
+def _state(editor) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, layer in editor.layers.items():
+        tensors[f"{name}.delta"] = editor._delta[name]
+        tensors[f"{name}.alpha"], tensors[f"{name}.reference_scale"] = layer.alpha, layer.reference_scale
+        if name in editor.key_memory:
+            tensors[f"{name}.factor"] = editor.key_memory[name].factor
+        if editor.covariance is not None:
+            tensors[f"{name}.moment"] = editor.covariance.moments[name]
+        if editor.ledger.entries:
+            tensors[f"{name}.keys"], tensors[f"{name}.responses"] = stacked(editor.ledger.entries, name)
+    return tensors
+
+
+def _covariance(manifest: dict, state: dict[str, torch.Tensor]) -> Covariance | None:
+    tokens = manifest.get("covariance_tokens")
+    if tokens is None:
+        return None
+    moments = {name: state[f"{name}.moment"] for name in manifest["layers"]}
+    return Covariance(moments, tokens, manifest["model"], 0, tokens)
+
+
+def _entries(manifest: dict, state: dict[str, torch.Tensor]) -> list[Entry]:
+    entries = []
+    for n, saved in enumerate(manifest["ledger"]):
+        keys = {name: state[f"{name}.keys"][:, n].clone() for name in manifest["layers"]}
+        responses = {name: state[f"{name}.responses"][:, n].clone() for name in manifest["layers"]}
+        entries.append(Entry(EditRequest.from_record(saved["request"]), saved["step"], keys, responses))
+    return entries

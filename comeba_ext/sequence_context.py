@@ -1,0 +1,102 @@
+"""What a hooked layer must know of the forward pass around it: which tokens are real, and what came before them.
+
+A linear layer sees only its input. The attention mask is known one level up, and in cached decoding the earlier tokens
+of a sequence are gone. One :class:`SequenceContext` a model listens at the decoder (forward hooks), reads the mask
+there, and keeps each layer's running z-score statistics *on the generation's own cache*, so that they follow it through
+beam reordering, batch expansion and copies.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import torch
+from torch import nn
+
+
+class SequenceContext:
+    """Mask and running statistics of the forward pass in progress; empty between passes.
+
+    Attributes:
+        mask: ``(batch, seq)`` bool of real tokens, or ``None`` when every token is real or no pass is in progress.
+        statistics: layer name to ``(batch, 3)`` statistics of the tokens before this pass (:func:`ops.zscore`).
+        updated: the same after this pass, filled in by the layers.
+    """
+
+    def __init__(self, decoder: nn.Module):
+        self.mask: torch.Tensor | None = None
+        self.statistics: dict[str, torch.Tensor] = {}
+        self.updated: dict[str, torch.Tensor] = {}
+        self._names = list(inspect.signature(decoder.forward).parameters)
+        self._handles = [
+            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
+            decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        """Stop listening."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        cache = given.get("past_key_values")
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        past = cache.get_seq_length() if cache is not None else 0
+        self.mask = _real_tokens(given.get("attention_mask"), past, tokens.shape[1])
+        self.statistics = getattr(cache, "comeba_statistics", {})
+        self.updated = {}
+
+    def _after(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        cache = {**dict(zip(self._names, args, strict=False)), **kwargs}.get("past_key_values")
+        if cache is None:
+            cache = getattr(output, "past_key_values", None)
+        if cache is not None and self.updated:
+            if not hasattr(cache, "comeba_statistics"):
+                cache.__class__ = _with_statistics(type(cache))
+            cache.comeba_statistics = self.updated
+        self.mask, self.statistics, self.updated = None, {}, {}
+
+
+def _real_tokens(attention_mask, past, length: int) -> torch.Tensor | None:
+    """The ``(batch, length)`` bool mask of the tokens that this pass adds after ``past`` cached ones."""
+    if isinstance(attention_mask, dict):  # one prepared mask per kind of attention
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 4:  # prepared (batch, 1, query, key): a real token is seen by some query
+        seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+        attention_mask = seen[:, 0].any(1)
+    if attention_mask.shape[1] == length:
+        return attention_mask.bool()
+    return attention_mask[:, past : past + length].bool()
+
+
+@functools.lru_cache(maxsize=None)
+def _with_statistics(cache_class: type) -> type:
+    """``cache_class`` whose batch operations carry the attribute ``comeba_statistics`` along."""
+
+    class Tracked(cache_class):
+        def _carry(self, move) -> None:
+            self.comeba_statistics = {name: move(s) for name, s in self.comeba_statistics.items()}
+
+        def reorder_cache(self, beam_idx):
+            super().reorder_cache(beam_idx)
+            self._carry(lambda s: s.index_select(0, beam_idx.to(s.device)))
+
+        def batch_repeat_interleave(self, repeats):
+            super().batch_repeat_interleave(repeats)
+            self._carry(lambda s: s.repeat_interleave(repeats, 0))
+
+        def batch_select_indices(self, indices):
+            super().batch_select_indices(indices)
+            self._carry(lambda s: s[indices.to(s.device)])
+
+        def reset(self):
+            super().reset()
+            self.comeba_statistics = {}
+
+    Tracked.__name__, Tracked.__qualname__ = cache_class.__name__, cache_class.__qualname__
+    return Tracked

@@ -1,0 +1,168 @@
+"""Files: atomic writes, checked reads, and the identity of a base model.
+
+A folder of several files is replaced atomically by writing every file under a fresh name and then one JSON file, the
+*manifest*, that names them: a kill at any moment leaves the old manifest with the old files or the new one with the new.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from comeba_ext.errors import StorageError
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically; the folder must exist."""
+    _replace(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict | None = None) -> None:
+    """Write a safetensors file atomically; ``metadata`` is stored as JSON."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    meta = {"comeba_ext": json.dumps(metadata or {})}
+    _replace(Path(path), lambda temporary: save_file(tensors, temporary, metadata=meta))
+
+
+def _replace(path: Path, write) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and metadata of a safetensors file this package wrote.
+
+    Raises:
+        StorageError: missing, truncated or foreign.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get("comeba_ext")
+            if metadata is None:
+                raise StorageError(f"{path} was not written by comeba_ext")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata)
+    except FileNotFoundError:
+        raise StorageError(f"{path} does not exist") from None
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise StorageError(f"{path} is truncated or not a safetensors file ({error})") from None
+
+
+MANIFEST = "comeba_edits.json"
+
+
+def write_folder(folder: str | Path, manifest: dict, tensors: dict[str, dict], texts: dict[str, str]) -> None:
+    """Replace a folder's contents of ours in one step; other files in it are left alone.
+
+    Args:
+        manifest: JSON-serialisable; gains ``"files"``, the kind-to-name table.
+        tensors: kind to tensors, each a safetensors file.
+        texts: kind to text, each a ``.jsonl`` file.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = uuid.uuid4().hex[:8]
+    files = {kind: f"comeba_{kind}-{stamp}.safetensors" for kind in tensors}
+    files |= {kind: f"comeba_{kind}-{stamp}.jsonl" for kind in texts}
+    for kind, content in tensors.items():
+        write_tensors(folder / files[kind], content)
+    for kind, content in texts.items():
+        write_text(folder / files[kind], content)
+    write_text(folder / MANIFEST, json.dumps({**manifest, "files": files}, indent=2) + "\n")
+    for old in folder.glob("*comeba_*-*.*"):
+        if old.name not in files.values():
+            old.unlink(missing_ok=True)
+
+
+def read_manifest(folder: str | Path) -> dict:
+    """The manifest of a folder written by :func:`write_folder`.
+
+    Raises:
+        StorageError: missing, truncated, or not ours.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise StorageError(f"{folder} holds no edits: {MANIFEST} is missing") from None
+    except ValueError as error:
+        raise StorageError(f"{path} is truncated or not JSON ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != 1 or "files" not in manifest:
+        raise StorageError(f"{path} was not written by this version of comeba_ext")
+    return manifest
+
+
+def read_file(folder: str | Path, manifest: dict, kind: str) -> dict[str, torch.Tensor] | str:
+    """Tensors or text of one kind."""
+    name = manifest["files"].get(kind)
+    if name is None:
+        raise StorageError(f"{folder} has no {kind}: it was saved for inference only, so editing cannot go on from it")
+    path = Path(folder) / name
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+
+
+def identity(model: nn.Module, layers: list[str]) -> dict:
+    """What tells one base model from another: its shape, and a few weights of the named layers.
+
+    Weights are sampled at fixed places and compared up to half-precision rounding, so that edits made on a float32 copy
+    fit the bfloat16 one, but a fine-tuned sibling of the same shape is refused.
+    """
+    config = model.config
+    facts = {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_blocks": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+    }
+    return {**facts, "layers": {name: _sample(model.get_submodule(name)) for name in layers}}
+
+
+def check_identity(found: dict, model: nn.Module, what: str) -> None:
+    """Refuse what belongs to another model.
+
+    Raises:
+        StorageError: shapes or sampled weights differ.
+    """
+    try:
+        here = identity(model, list(found["layers"]))
+    except AttributeError as error:
+        raise StorageError(f"{what} belongs to another model: {error}") from None
+    for key in ("model_type", "hidden_size", "num_blocks", "vocab_size"):
+        if found.get(key) != here[key]:
+            raise StorageError(f"{what} belongs to another model: {key} is {found.get(key)} there and {here[key]} here")
+    for name, theirs in found["layers"].items():
+        ours = here["layers"][name]
+        if theirs is None or ours is None:  # quantised weights cannot be compared
+            continue
+        a, b = torch.tensor(theirs), torch.tensor(ours)
+        if a.shape != b.shape or ((a - b).abs() > 2**-7 * a.abs() + 1e-7).any():
+            raise StorageError(f"{what} belongs to another model: the weights of {name} differ")
+
+
+def _sample(layer: nn.Module, count: int = 64) -> list[float] | None:
+    while hasattr(layer, "base_layer"):  # hooked or LoRA-wrapped
+        layer = layer.base_layer
+    weight = getattr(layer, "weight", None)
+    if weight is None or not weight.is_floating_point() or weight.device.type == "meta" or weight.dtype.itemsize < 2:
+        return None
+    flat = weight.detach().reshape(-1)
+    places = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long().to(flat.device)
+    return flat[places].float().tolist()
