@@ -1,0 +1,253 @@
+"""Readers: files of records into edit requests, files of text into a stream for the covariance."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from comeba_ext.editing.request import EditRequest
+from comeba_ext.errors import StorageError
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+TEXT_COLUMN = "text"
+
+
+@dataclass(frozen=True)
+class ReadResult:
+    """What a file of records held.
+
+    Attributes:
+        requests: the usable records, in file order.
+        read: number of records read, ``len(requests) + len(skipped)``.
+        skipped: ``{"index": position in the file from 0, "reason": text}`` of each record that cannot be used.
+    """
+
+    requests: list[EditRequest]
+    read: int
+    skipped: list[dict]
+
+
+def read_requests(path, limit: int | None = None) -> ReadResult:
+    """Edit requests from a JSON or JSONL file.
+
+    Args:
+        path: a JSON file (a list of records, or an object that holds one list or is itself a record), or a JSONL file
+            (one record a line, blank lines ignored). The records may have any form that
+            :meth:`EditRequest.from_record` knows: this package's, EasyEdit's, original CounterFact, ZsRE.
+        limit: read at most this many records, usable or not; ``None`` reads all.
+
+    Raises:
+        StorageError: the file is missing, truncated, not JSON or holds no record. A record that is valid JSON but no
+            usable request is no error: it is listed in ``skipped``.
+        ValueError: ``limit`` is less than 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    path = Path(path)
+    requests: list[EditRequest] = []
+    skipped: list[dict] = []
+    read = 0
+    with _opened(path) as file:
+        for index, record in enumerate(islice(_records(path, file), limit)):
+            read += 1
+            try:
+                requests.append(EditRequest.from_record(record, index))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:  # RequestError is a ValueError
+                skipped.append({"index": index, "reason": str(error)})
+    if not read:
+        raise StorageError(f"{path}: holds no records")
+    return ReadResult(requests, read, skipped)
+
+
+def read_texts(path) -> Iterator[str]:
+    """Texts for the covariance, one at a time, so that a corpus need not fit into memory.
+
+    Args:
+        path: ``.txt`` (paragraphs separated by blank lines, or lines where there is no blank line between two texts),
+            ``.csv`` with a ``text`` column, ``.jsonl`` with a ``text`` field, or a folder, whose files of these kinds
+            are read in the order of their names (other files and subfolders are left out).
+
+    Returns:
+        iterator over the texts, stripped; blank ones are left out.
+
+    Raises:
+        StorageError: nothing is at ``path`` or it is of another kind (at once); a file is damaged, has no ``text`` or
+            nothing holds any text (when the iterator gets there).
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in _TEXT_READERS)
+        if not files:
+            raise StorageError(f"{path}: the folder holds no {', '.join(_TEXT_READERS)} file")
+    elif not path.exists():
+        raise StorageError(f"{path}: no such file or folder")
+    elif path.suffix.lower() not in _TEXT_READERS:
+        raise StorageError(f"{path}: cannot read texts from {path.suffix or 'a file without suffix'!r}; "
+                           f"use {', '.join(_TEXT_READERS)}")
+    else:
+        files = [path]
+    return _stream(path, files)
+
+
+def _stream(path: Path, files: list[Path]) -> Iterator[str]:
+    found = False
+    for file in files:
+        with _opened(file) as lines:
+            for text in _TEXT_READERS[file.suffix.lower()](file, lines):
+                if text.strip():
+                    found = True
+                    yield text.strip()
+    if not found:
+        raise StorageError(f"{path}: holds no text")
+
+
+def _records(path: Path, file) -> Iterator:
+    if path.suffix.lower() in JSONL_SUFFIXES:
+        for _, record in _json_lines(path, file):
+            yield record
+        return
+    content = file.read()
+    if not content.strip():
+        return
+    try:
+        value = json.loads(content)
+    except json.JSONDecodeError as error:
+        if _starts_with_record_line(content):  # JSONL under another name
+            for _, record in _json_lines(path, content.split("\n")):
+                yield record
+            return
+        raise StorageError(
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
+            "the file may be truncated"
+        ) from None
+    yield from _record_list(path, value)
+
+
+def _starts_with_record_line(content: str) -> bool:
+    first, _, rest = content.strip().partition("\n")
+    try:
+        return bool(rest) and isinstance(json.loads(first), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _record_list(path: Path, value) -> list:
+    if isinstance(value, list):
+        return value
+    if isinstance(value, dict):
+        if value.keys() & {"prompt", "src", "requested_rewrite"}:  # a lone record; its own lists are not records
+            return [value]
+        lists = [v for v in value.values() if isinstance(v, list)]
+        if len(lists) == 1:
+            return lists[0]
+        raise StorageError(f"{path}: the JSON object holds {len(lists)} lists, expected one list of records")
+    raise StorageError(f"{path}: expected a JSON list of records, found {type(value).__name__}")
+
+
+def _json_lines(path: Path, lines) -> Iterator[tuple[int, object]]:
+    """``(line number from 1, value)`` of every line that is not blank."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise StorageError(
+                f"{path}: line {number} is not valid JSON ({error.msg} at column {error.colno}); "
+                "the file may be truncated"
+            ) from None
+
+
+def _txt_texts(path: Path, file) -> Iterator[str]:
+    by_paragraph = _has_inner_blank_line(file)
+    file.seek(0)
+    if not by_paragraph:
+        yield from file
+        return
+    paragraph: list[str] = []
+    for line in file:
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield "".join(paragraph)
+            paragraph = []
+    yield "".join(paragraph)
+
+
+def _has_inner_blank_line(lines) -> bool:
+    """Whether a blank line stands between two texts; blank lines at either end separate nothing."""
+    seen_text = seen_blank = False
+    for line in lines:
+        if not line.strip():
+            seen_blank = seen_text
+        elif seen_blank:
+            return True
+        else:
+            seen_text = True
+    return False
+
+
+def _csv_texts(path: Path, file) -> Iterator[str]:
+    rows = csv.reader(file, strict=True)  # strict: a file that ends inside quotes is an error, not a shorter text
+    header = None
+    for row in _long_fields(path, rows):
+        if header is None:
+            header = row
+            if TEXT_COLUMN not in header:
+                raise StorageError(f"{path}: no {TEXT_COLUMN!r} column among {header}")
+            column = header.index(TEXT_COLUMN)
+        elif row:  # the csv module gives an empty list for an empty line
+            if len(row) <= column:
+                raise StorageError(f"{path}: line {rows.line_num} has no {TEXT_COLUMN!r} field")
+            yield row[column]
+
+
+def _long_fields(path: Path, rows) -> Iterator[list[str]]:
+    """Rows without the csv module's limit of 131,072 characters a field, which long articles exceed.
+
+    The limit is a setting of the whole process, so it is lifted only while a row is parsed.
+    """
+    while True:
+        limit = csv.field_size_limit(sys.maxsize)
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise StorageError(f"{path}: line {rows.line_num} is not valid CSV ({error})") from None
+        finally:
+            csv.field_size_limit(limit)
+        yield row
+
+
+def _jsonl_texts(path: Path, file) -> Iterator[str]:
+    for number, record in _json_lines(path, file):
+        text = record.get(TEXT_COLUMN) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise StorageError(f"{path}: line {number} has no {TEXT_COLUMN!r} field with text")
+        yield text
+
+
+_TEXT_READERS = {".txt": _txt_texts, ".csv": _csv_texts, ".jsonl": _jsonl_texts}
+
+
+@contextmanager
+def _opened(path: Path):
+    """The file as UTF-8 text (with or without a byte order mark); what the system says against it as a StorageError."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield file
+    except FileNotFoundError:
+        raise StorageError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise StorageError(f"{path}: is a folder, expected a file") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise StorageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None

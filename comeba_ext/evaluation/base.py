@@ -1,0 +1,80 @@
+"""What the unedited model says to the locality prompts: the yardstick of locality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+
+from comeba_ext.editing.encoding import pad_id
+from comeba_ext.editing.request import as_requests
+from comeba_ext.errors import RequestError
+from comeba_ext.evaluation.queries import check_context, record_queries, where
+from comeba_ext.evaluation.scoring import Prediction, Query, predict
+from comeba_ext.hooked_linear import disabled
+
+
+@dataclass(frozen=True)
+class BasePredictions:
+    """Predictions of the unedited model for the locality prompts of some records.
+
+    Made by :func:`predict_base` once, then given to :func:`evaluate` as ``base`` after every edit batch. They serve
+    the records they were made for and any subset of these.
+
+    Attributes:
+        predictions: prediction of each locality query.
+        generate: whether greedy continuations are among them.
+    """
+
+    predictions: Mapping[Query, Prediction] = field(repr=False)
+    generate: bool
+
+    def check(self, queries: list[list[Query]], requests: list, generate: bool) -> None:
+        """Raises a RequestError unless every query of every request, ``queries[i]`` of ``requests[i]``, is known."""
+        if generate and not self.generate:
+            raise RequestError(
+                "the base predictions were made with generate=False; make them again or evaluate with generate=False"
+            )
+        for index, (request, own) in enumerate(zip(requests, queries)):
+            if any(query not in self.predictions for query in own):
+                raise RequestError(
+                    f"{where(index, request)}: the base predictions were made for other records or with another "
+                    "tokenizer; call predict_base with these records"
+                )
+
+
+def predict_base(
+    model: torch.nn.Module,
+    tokenizer,
+    records,
+    *,
+    max_tokens: int = 4096,
+    generate: bool = True,
+    progress: bool = False,
+) -> BasePredictions:
+    """The unedited model's predictions for the locality prompts of ``records``.
+
+    Args:
+        model: the unedited model, or an edited one, whose hooked layers are then switched off.
+        tokenizer: its tokenizer.
+        records: anything :func:`as_requests` accepts.
+        max_tokens: padded tokens in one forward pass; give :func:`evaluate` the same, so that both runs form the same
+            batches and rounding cannot tell them apart.
+        generate: also continue each prompt greedily.
+        progress: show a progress bar.
+
+    Raises:
+        RequestError: a record cannot be used or a text is longer than the model's context; nothing was run.
+    """
+    requests = as_requests(records)
+    queries = [record_queries(tokenizer, request, index)["locality"] for index, request in enumerate(requests)]
+    for index, (request, own) in enumerate(zip(requests, queries)):
+        check_context(model, own, index, request)
+    distinct = list(dict.fromkeys(query for own in queries for query in own))
+    with disabled(model), tqdm(total=len(distinct) * (1 + generate), disable=not progress, desc="base") as bar:
+        predictions = predict(
+            model, distinct, pad_token=pad_id(tokenizer), max_tokens=max_tokens, generate=generate, bar=bar
+        )
+    return BasePredictions(predictions, generate)

@@ -1,0 +1,177 @@
+"""Reliability, generality, locality and portability of the edits in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from comeba_ext.editing.encoding import pad_id
+from comeba_ext.editing.request import as_requests
+from comeba_ext.evaluation.base import BasePredictions, predict_base
+from comeba_ext.evaluation.queries import METRICS, check_context, record_queries
+from comeba_ext.evaluation.scoring import Prediction, Query, predict
+from comeba_ext.hooked_linear import hooked_layers
+
+SCORES = ("", "_exact", "_generation")  # suffixes of the three ways each metric is scored
+
+
+class Metrics(dict):
+    """What :func:`evaluate` returns: a JSON-serialisable dict whose entries are also attributes."""
+
+    def __getattr__(self, name: str):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no metric {name!r}; there are {list(self)}") from None
+
+    def to_dict(self, per_record: bool = False) -> dict:
+        """A plain dict, without ``per_record`` unless asked for."""
+        return {key: value for key, value in self.items() if per_record or key != "per_record"}
+
+
+def evaluate(
+    model: torch.nn.Module,
+    tokenizer,
+    records,
+    base: torch.nn.Module | BasePredictions | None = None,
+    *,
+    max_tokens: int = 4096,
+    generate: bool = True,
+    progress: bool = False,
+    seed: int = 0,
+) -> Metrics:
+    """Score a model on edit records.
+
+    Reliability asks every prompt for ``target_new``, generality every rephrase prompt, portability every portability
+    prompt for its own answer, and locality compares every locality prompt with the unedited model's prediction, not
+    with the answer in the record (that only says how many tokens are compared: one when there is none).
+
+    Each of the four has three scores. ``<name>`` is EasyEdit's (``compute_edit_quality``): teacher-forced, the share
+    of target tokens that are the argmax. ``<name>_exact`` counts a prompt only if all of them are. Both know the
+    target while they score, so ``<name>_generation`` counts a prompt only if greedy generation from the prompt alone
+    writes exactly the target (locality: exactly what the unedited model writes). Each is averaged over the prompts of
+    a record, then over the records that have such prompts.
+
+    Args:
+        model: causal language model; left as it was, training flags and generation config included.
+        tokenizer: its tokenizer.
+        records: anything :func:`as_requests` accepts.
+        base: the unedited model, for locality. ``None``: ``model`` with its hooked layers switched off (a model
+            without any is its own base, locality 1). A module: that model, same tokenizer, its hooked layers, if any,
+            switched off. :class:`BasePredictions`: what :func:`predict_base` computed before.
+        max_tokens: padded tokens in one forward pass; bounds the memory of the logits.
+        generate: compute ``<name>_generation``; otherwise these are ``None``.
+        progress: show a progress bar.
+        seed: of the bootstrap; the global generators are not touched.
+
+    Returns:
+        :class:`Metrics` with, for each name: ``<name>``, ``<name>_exact``, ``<name>_generation`` (floats in [0, 1]),
+        each with ``…_interval``, ``[low, high]`` from :func:`bootstrap_interval` over the records, and
+        ``<name>_prompts``, how many prompts were scored. A score without prompts is ``None``, and so is its interval.
+        ``records`` is their number. ``per_record`` lists, record by record, ``request_id``, ``prompt`` (with its slot),
+        ``subject``, ``target_new``, the record's scores, ``predicted`` (text of the teacher-forced argmax) and
+        ``generated`` (greedy text or ``None``), the last two for the record's own prompt.
+
+    Raises:
+        RequestError: a record cannot be used, a text is longer than the model's context, or the base predictions do
+            not fit the records; nothing was run.
+    """
+    requests = as_requests(records)
+    queries = [record_queries(tokenizer, request, index) for index, request in enumerate(requests)]
+    for index, (request, own) in enumerate(zip(requests, queries)):
+        check_context(model, [query for name in METRICS for query in own[name]], index, request)
+    if isinstance(base, BasePredictions):
+        base.check([own["locality"] for own in queries], requests, generate)
+    elif base is not None or hooked_layers(model):
+        base = predict_base(
+            model if base is None else base,
+            tokenizer,
+            requests,
+            max_tokens=max_tokens,
+            generate=generate,
+            progress=progress,
+        )
+
+    # Locality is run on its own, as predict_base does: with the same batches, rounding cannot make a difference
+    # between two equal models.
+    pools = [
+        dict.fromkeys(query for own in queries for name in METRICS if name != "locality" for query in own[name]),
+        dict.fromkeys(query for own in queries for query in own["locality"]),
+    ]
+    total = sum(map(len, pools)) * (1 + generate)
+    with tqdm(total=total, disable=not progress, desc="evaluate") as bar:
+        run = lambda pool: predict(  # noqa: E731
+            model, pool, pad_token=pad_id(tokenizer), max_tokens=max_tokens, generate=generate, bar=bar
+        )
+        edited, local = map(run, pools)
+    unedited = local if base is None else base.predictions
+
+    rows = []
+    for request, own in zip(requests, queries):
+        row = {field: getattr(request, field) for field in ("request_id", "prompt", "subject", "target_new")}
+        for name in METRICS:
+            if name == "locality":
+                scores = [_score(local[q], unedited[q].forced, unedited[q].generated) for q in own[name]]
+            else:
+                scores = [_score(edited[q], q.target_ids, q.target_ids) for q in own[name]]
+            for n, suffix in enumerate(SCORES):
+                row[name + suffix] = _mean([score[n] for score in scores])
+        answer = edited[own["reliability"][0]]
+        row["predicted"] = _text(tokenizer, answer.forced)
+        row["generated"] = _text(tokenizer, answer.generated)
+        rows.append(row)
+    return _summary(rows, queries, seed)
+
+
+def bootstrap_interval(
+    values: Sequence[float], seed: int = 0, resamples: int = 1000, level: float = 0.95
+) -> list[float] | None:
+    """Percentile bootstrap interval of the mean.
+
+    Args:
+        values: one number a record; ``None`` entries are left out.
+        seed: of a generator of its own.
+        resamples: how often the values are drawn anew, with replacement.
+        level: share of the resampled means inside the interval.
+
+    Returns:
+        ``[low, high]``, or ``None`` when there is no value.
+    """
+    sample = np.array([value for value in values if value is not None], dtype=float)
+    if not sample.size:
+        return None
+    generator = np.random.default_rng(seed)
+    # One resample at a time: memory does not grow with resamples × records.
+    means = [sample[generator.integers(sample.size, size=sample.size)].mean() for _ in range(resamples)]
+    tail = (1 - level) / 2
+    return [float(bound) for bound in np.quantile(means, [tail, 1 - tail])]
+
+
+def _summary(rows: list[dict], queries: list[dict[str, list[Query]]], seed: int) -> Metrics:
+    metrics = Metrics(records=len(rows))
+    for name in METRICS:
+        for key in (name + suffix for suffix in SCORES):
+            values = [row[key] for row in rows]
+            metrics[key] = _mean(values)
+            metrics[f"{key}_interval"] = bootstrap_interval(values, seed)
+        metrics[f"{name}_prompts"] = sum(len(own[name]) for own in queries)
+    metrics["per_record"] = rows
+    return metrics
+
+
+def _score(found: Prediction, forced: tuple[int, ...], generated: tuple[int, ...] | None) -> tuple:
+    """Share of equal teacher-forced tokens, whether all are equal, whether the generated ones all are (or None)."""
+    share = sum(a == b for a, b in zip(found.forced, forced, strict=True)) / len(forced)
+    return share, float(share == 1), None if found.generated is None else float(found.generated == generated)
+
+
+def _mean(values: list) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
+
+
+def _text(tokenizer, ids: tuple[int, ...] | None) -> str | None:
+    return None if ids is None else tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).strip()

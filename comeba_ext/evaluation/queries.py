@@ -1,0 +1,47 @@
+"""Which prompts of a record are asked for which metric."""
+
+from __future__ import annotations
+
+import torch
+
+from comeba_ext.editing.request import EditRequest
+from comeba_ext.errors import RequestError
+from comeba_ext.evaluation.scoring import Query, context_length
+
+METRICS = ("reliability", "generality", "locality", "portability")
+
+
+def record_queries(tokenizer, request: EditRequest, index: int) -> dict[str, list[Query]]:
+    """The queries of a request by metric; a metric without prompts has an empty list.
+
+    Portability prompts without an answer cannot be scored and are left out. Locality prompts without one are compared
+    in the next token.
+
+    Raises:
+        RequestError: a prompt or target has no token; the message names the record.
+    """
+    texts = {
+        "reliability": [(request.text, request.target_new)],
+        "generality": [(prompt, request.target_new) for prompt in request.rephrase_prompts],
+        "locality": request.locality_prompts,
+        "portability": [(p, answer) for p, answer in request.portability_prompts if answer and answer.strip()],
+    }
+    try:
+        return {name: [Query.of(tokenizer, p, answer) for p, answer in texts[name]] for name in METRICS}
+    except RequestError as error:
+        raise RequestError(f"{where(index, request)}: {error}") from None
+
+
+def check_context(model: torch.nn.Module, queries: list[Query], index: int, request: EditRequest) -> None:
+    """Raises a RequestError that names the record when one of its queries is longer than the model's context."""
+    limit = context_length(model)
+    longest = max((len(query.ids) for query in queries), default=0)
+    if limit is not None and longest > limit:
+        raise RequestError(
+            f"{where(index, request)}: a prompt with its target has {longest} tokens, the model's context is {limit}"
+        )
+
+
+def where(index: int, request: EditRequest) -> str:
+    """How messages name a record."""
+    return f"record {index}" if request.request_id is None else f"record {index} (request {request.request_id!r})"

@@ -1,0 +1,84 @@
+"""Shared fixtures: a small tokenizer, tiny random models of three families, the folder of real data."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+SENTENCES = [
+    "The mother tongue of Danielle Darrieux is French.",
+    "The capital of Norway is Oslo, and the capital of Peru is Lima.",
+    "Angola is located in Africa. Its people speak the language of Portugal.",
+    "Marie Curie was born in Warsaw and worked in the field of physics.",
+    "The Eiffel Tower stands in the city of Paris; who built it?",
+    "John Lennon performs on the guitar, Toko Yasuda plays the piano.",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Byte-level BPE of a few hundred tokens with ``<pad>`` (id 0) and ``<eos>`` (id 1)."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", bos_token="<eos>")
+
+
+@pytest.fixture
+def tiny_model(tokenizer):
+    """Factory ``tiny_model(family, seed=0, **config)``: 2 layers, width 32, float32, eval mode, random weights.
+
+    The weights are larger than usual, so that different prompts have different argmaxes. The same arguments give the
+    same weights; the global generator is left alone.
+    """
+
+    def make(family: str, seed: int = 0, **overrides):
+        ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+        common = {"vocab_size": len(tokenizer), "initializer_range": 0.3, "tie_word_embeddings": False} | ids
+        if family == "llama":
+            common |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+            common |= {"num_key_value_heads": 2, "max_position_embeddings": 128}
+            model_class, config_class = LlamaForCausalLM, LlamaConfig
+        else:
+            common |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+            common |= {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+            if family == "gptj":
+                common |= {"rotary_dim": 8}
+            model_class, config_class = {
+                "gpt2": (GPT2LMHeadModel, GPT2Config),
+                "gptj": (GPTJForCausalLM, GPTJConfig),
+            }[family]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return model_class(config_class(**(common | overrides))).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the real data sets: ``COMEBA_TEST_DATA``, or ``../shared/data`` from the project root."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("COMEBA_TEST_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set COMEBA_TEST_DATA")
+    return folder

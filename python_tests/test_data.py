@@ -1,0 +1,321 @@
+import csv
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from comeba_ext.data import read_requests, read_texts
+from comeba_ext.errors import StorageError
+
+OWN = {"prompt": "{} speaks", "subject": "Ann", "target_new": "Latin", "request_id": "a"}
+EASYEDIT = {
+    "case_id": 7,
+    "prompt": "The mother tongue of Ann is",
+    "subject": "Ann",
+    "target_new": "Latin",
+    "ground_truth": "French",
+    "rephrase_prompt": "Ann speaks",
+    "locality_prompt": "Bob speaks",
+    "locality_ground_truth": "Greek",
+}
+COUNTERFACT = {
+    "case_id": 8,
+    "requested_rewrite": {
+        "prompt": "{} is in",
+        "subject": "Oslo",
+        "target_new": {"str": "Peru"},
+        "target_true": {"str": "Norway"},
+    },
+    "paraphrase_prompts": ["Where is Oslo? In"],
+    "neighborhood_prompts": ["Bergen is in", "Narvik is in"],
+}
+ZSRE = {
+    "subject": "Ann",
+    "src": "What does Ann speak?",
+    "rephrase": "Which tongue has Ann?",
+    "alt": "Latin",
+    "answers": ["French"],
+    "loc": "nq question: who",
+    "loc_ans": "me",
+    "portability": {"New Question": "What do Ann's texts use?", "New Answer": "the Latin script"},
+}
+UNUSABLE = {"prompt": "no subject here", "subject": "Ann", "target_new": "x"}
+
+
+def write(path, text: str):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def lines(records) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def texts(path) -> list[str]:
+    return list(read_texts(path))
+
+
+# ---------------------------------------------------------------- records
+
+
+def test_every_record_form_is_mapped(tmp_path):
+    path = write(tmp_path / "all.json", json.dumps([OWN, EASYEDIT, COUNTERFACT, ZSRE]))
+    own, easyedit, counterfact, zsre = read_requests(path).requests
+    assert (own.text, own.target_new, own.request_id) == ("Ann speaks", "Latin", "a")
+    assert easyedit.prompt == "The mother tongue of {} is"
+    assert easyedit.rephrase_prompts == ("Ann speaks",)
+    assert easyedit.locality_prompts == (("Bob speaks", "Greek"),)
+    assert easyedit.request_id == "7"
+    assert (counterfact.target_new, counterfact.ground_truth) == ("Peru", "Norway")
+    assert counterfact.locality_prompts == (("Bergen is in", "Norway"), ("Narvik is in", "Norway"))
+    assert zsre.prompt == "What does {} speak?"
+    assert zsre.portability_prompts == (("What do Ann's texts use?", "the Latin script"),)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", json.dumps([OWN, EASYEDIT])),
+        ("a.json", json.dumps({"version": 1, "records": [OWN, EASYEDIT]}, indent=1)),
+        ("a.jsonl", lines([OWN, EASYEDIT])),
+        ("a.jsonl", "\n" + json.dumps(OWN) + "\r\n\n   \n" + json.dumps(EASYEDIT)),
+        ("a.json", lines([OWN, EASYEDIT])),  # JSONL under another name
+        ("a.json", "\ufeff" + json.dumps([OWN, EASYEDIT])),
+    ],
+    ids=["list", "object", "jsonl", "jsonl-blank-lines", "jsonl-named-json", "byte-order-mark"],
+)
+def test_containers(tmp_path, name, text):
+    result = read_requests(write(tmp_path / name, text))
+    assert [request.target_new for request in result.requests] == ["Latin", "Latin"]
+    assert [request.request_id for request in result.requests] == ["a", "7"]
+    assert (result.read, result.skipped) == (2, [])
+
+
+def test_lone_record_is_not_mistaken_for_a_container(tmp_path):
+    path = write(tmp_path / "one.json", json.dumps({**OWN, "rephrase_prompts": ["Ann says"]}))
+    result = read_requests(path)
+    assert [request.rephrase_prompts for request in result.requests] == [("Ann says",)]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_unusable_records_are_counted_with_index_and_reason(tmp_path, suffix):
+    broken = [UNUSABLE, 5, {"prompt": "Ann", "subject": "Ann"}]
+    broken += [{**OWN, "rephrase_prompts": 5}, {**OWN, "target_new": " "}]
+    records = [OWN, *broken, ZSRE]
+    text = json.dumps(records) if suffix == ".json" else lines(records)
+    result = read_requests(write(tmp_path / f"a{suffix}", text))
+    assert result.read == 7
+    assert len(result.requests) == 2
+    assert [entry["index"] for entry in result.skipped] == [1, 2, 3, 4, 5]
+    reasons = [entry["reason"] for entry in result.skipped]
+    assert "subject 'Ann' is not in the prompt" in reasons[0]
+    assert "int" in reasons[1]
+    assert "target_new" in reasons[2]
+    assert all(reasons)
+
+
+def test_limit_counts_records_read_not_kept(tmp_path):
+    records = [UNUSABLE, OWN, UNUSABLE, EASYEDIT]
+    for name, text in (("a.json", json.dumps(records)), ("a.jsonl", lines(records))):
+        result = read_requests(write(tmp_path / name, text), limit=3)
+        assert result.read == 3
+        assert [request.request_id for request in result.requests] == ["a"]
+        assert [entry["index"] for entry in result.skipped] == [0, 2]
+    assert read_requests(tmp_path / "a.json", limit=100).read == 4
+    with pytest.raises(ValueError, match="limit"):
+        read_requests(tmp_path / "a.json", limit=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", json.dumps([OWN, EASYEDIT])[:-20], "line 1.*truncated"),
+        ("a.json", json.dumps([OWN, EASYEDIT], indent=1)[:-20], "not valid JSON.*truncated"),
+        ("a.jsonl", lines([OWN, OWN]) + "\n" + json.dumps(EASYEDIT)[:-9], "line 4"),
+        ("a.json", lines([OWN, EASYEDIT])[:-9], "line 2"),
+        ("a.json", "", "no records"),
+        ("a.jsonl", "\n \n", "no records"),
+        ("a.json", "[]", "no records"),
+        ("a.json", '{"records": []}', "no records"),
+        ("a.json", '{"a": [], "b": []}', "2 lists"),
+        ("a.json", '{"a": 1}', "0 lists"),
+        ("a.json", "3", "int"),
+    ],
+)
+def test_broken_record_files_name_path_and_place(tmp_path, name, text, message):
+    path = write(tmp_path / name, text)
+    with pytest.raises(StorageError, match=message) as error:
+        read_requests(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_folder_and_binary_paths(tmp_path):
+    with pytest.raises(StorageError, match="missing.json: no such file"):
+        read_requests(tmp_path / "missing.json")
+    with pytest.raises(StorageError, match="folder"):
+        read_requests(tmp_path)
+    (tmp_path / "latin.json").write_bytes(b'[{"prompt": "\xe9"}]')
+    with pytest.raises(StorageError, match="latin.json: not UTF-8"):
+        read_requests(tmp_path / "latin.json")
+
+
+# ---------------------------------------------------------------- texts
+
+
+def test_txt_paragraphs_or_lines(tmp_path):
+    assert texts(write(tmp_path / "p.txt", "\ufeff\n\none\ntwo\n \n\nthree\n")) == ["one\ntwo", "three"]
+    assert texts(write(tmp_path / "l.txt", "\none\ntwo\n\n \n")) == ["one", "two"]  # outer blank lines separate nothing
+
+
+def test_csv_needs_a_text_column_and_takes_long_and_multiline_fields(tmp_path):
+    long = "word " * 40_000  # longer than the csv module's default limit of 131,072 characters
+    limit = csv.field_size_limit()
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["id", "text"], [1, 'two\n\nlines, "quoted"'], [2, "  "], [3, long]])
+    assert texts(tmp_path / "a.csv") == ['two\n\nlines, "quoted"', long.strip()]
+    assert csv.field_size_limit() == limit
+    with pytest.raises(StorageError, match="b.csv: no 'text' column among \\['id', 'body'\\]"):
+        texts(write(tmp_path / "b.csv", "id,body\n1,x\n"))
+    with pytest.raises(StorageError, match="c.csv: line 3 has no 'text'"):
+        texts(write(tmp_path / "c.csv", "id,text\n1,x\n2\n"))
+    with pytest.raises(StorageError, match="d.csv: line 3 is not valid CSV"):
+        texts(write(tmp_path / "d.csv", 'id,text\n1,x\n2,"cut off'))
+
+
+def test_jsonl_texts(tmp_path):
+    assert texts(write(tmp_path / "a.jsonl", '{"text": "one"}\n\n{"text": "two", "id": 1}\n')) == ["one", "two"]
+    tails = (('{"body": "x"}', "line 2 has no 'text'"), ("[1]", "line 2 has no 'text'"), ('{"te', "line 2 is not"))
+    for tail, message in tails:
+        with pytest.raises(StorageError, match=message):
+            texts(write(tmp_path / "b.jsonl", '{"text": "one"}\n' + tail))
+
+
+def test_folder_is_read_in_name_order(tmp_path):
+    write(tmp_path / "c.txt", "last")
+    write(tmp_path / "a.jsonl", '{"text": "first"}')
+    write(tmp_path / "b.csv", "text\nsecond")
+    write(tmp_path / "README.md", "not a text")
+    assert texts(tmp_path) == ["first", "second", "last"]
+
+
+def test_unreadable_text_sources(tmp_path):
+    for path, message in (
+        (tmp_path / "none.txt", "no such file"),
+        (write(tmp_path / "a.pdf", "x"), ".pdf"),
+        (tmp_path, "holds no .txt, .csv, .jsonl file"),
+    ):
+        with pytest.raises(StorageError, match=message):  # at once, before anything is read
+            read_texts(path)
+    with pytest.raises(StorageError, match="empty.txt: holds no text"):
+        texts(write(tmp_path / "empty.txt", "\n\n"))
+
+
+def test_texts_are_streamed(tmp_path):
+    """The first text is there although a later line of the file is broken."""
+    stream = read_texts(write(tmp_path / "a.jsonl", '{"text": "one"}\nbroken'))
+    assert isinstance(stream, Iterator)
+    assert next(stream) == "one"
+    with pytest.raises(StorageError, match="line 2"):
+        next(stream)
+
+
+# ---------------------------------------------------------------- real files
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "index", "known"),
+    [
+        (
+            "zsre/zsre_mend_eval_portability_gpt4.json",
+            1037,
+            0,
+            {
+                "prompt": "When was the inception of {}?",
+                "subject": "IAAF Combined Events Challenge",
+                "target_new": "2006",
+                "ground_truth": "1998",
+                "rephrase_prompts": ("When was the IAAF Combined Events Challenge launched?",),
+                "locality_prompts": (
+                    ("nq question: what is the name of the last episode of spongebob", "The String"),
+                ),
+                "portability_prompts": (
+                    (
+                        "What type of sports event is the IAAF Combined Events Challenge, "
+                        "which was established in 2006?",
+                        "Athletics",
+                    ),
+                ),
+                "request_id": None,
+            },
+        ),
+        (
+            "counterfact/counterfact-edit.json",
+            10_000,
+            0,
+            {
+                "prompt": "The mother tongue of {} is",
+                "subject": "Danielle Darrieux",
+                "target_new": "English",
+                "ground_truth": "French",
+                "rephrase_prompts": ("Where Danielle Darrieux is from, people speak the language of",),
+                "locality_prompts": (("Michel Rocard is a native speaker of", "French"),),
+                "portability_prompts": (),
+                "request_id": "0",
+            },
+        ),
+        (
+            "counterfact/counterfact-train.json",
+            10_000,
+            0,
+            {
+                "prompt": "{}, the",
+                "subject": "Toko Yasuda",
+                "target_new": "piano",
+                "ground_truth": "guitar",
+                "rephrase_prompts": ("Toko Yasuda is incredible at",),
+                "locality_prompts": (("John Lennon performs on the", "guitar"),),
+                "request_id": "2",
+            },
+        ),
+        (
+            "counterfact/counterfact_500.json",
+            500,
+            0,
+            {
+                "prompt": "{} is located in",
+                "subject": "Angola",
+                "target_new": "Antarctica",
+                "ground_truth": "Africa",
+                "request_id": "20952",
+            },
+        ),
+    ],
+)
+def test_real_files(shared_data, name, count, index, known):
+    result = read_requests(shared_data / name)
+    assert (result.read, len(result.requests), result.skipped) == (count, count, [])
+    request = result.requests[index]
+    assert {field: getattr(request, field) for field in known} == known
+    # Filled in again, each request says what its record says.
+    with (shared_data / name).open(encoding="utf-8") as file:
+        for record, request in zip(json.load(file), result.requests, strict=True):
+            rewrite = record.get("requested_rewrite")
+            if rewrite:
+                assert request.text == rewrite["prompt"].format(rewrite["subject"])
+                assert len(request.rephrase_prompts) == len(record["paraphrase_prompts"]) == 2
+                assert [p for p, _ in request.locality_prompts] == record["neighborhood_prompts"]
+            else:
+                prompt, target = ("src", "alt") if "src" in record else ("prompt", "target_new")
+                assert request.text == record[prompt].rstrip()
+                assert request.target_new == record[target].strip()
+
+
+def test_real_texts(shared_data):
+    articles = texts(shared_data / "text" / "wikipedia_test_500.csv")
+    assert len(articles) == 500
+    assert articles[0].startswith("Danae Suzanna Sweetapple is an Australian Paralympic swimmer.")
+    assert "\n\nShe took up swimming in 1990." in articles[0]
+    words = texts(shared_data / "text" / "valid.txt")
+    assert words[0] == "= Homarus gammarus ="
+    assert sum(len(text.split()) for text in words) == len((shared_data / "text" / "valid.txt").read_text().split())
