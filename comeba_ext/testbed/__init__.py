@@ -23,7 +23,7 @@ RESERVED = 0.2  # share of the facts that locality prompts are taken from; they 
 def load(folder: str | Path = FOLDER):
     """``(model, tokenizer)``, the model in float32 and eval mode."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     bar = logging.is_progress_bar_enabled()
@@ -33,7 +33,7 @@ def load(folder: str | Path = FOLDER):
     finally:
         if bar:
             logging.enable_progress_bar()
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def raw_facts() -> list[dict]:

@@ -150,14 +150,14 @@ def diagnose(model, tokenizer, facts: list[dict] | None = None, seed: int = 0, s
 
 
 def main() -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, default=Path(__file__).with_name("model"))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    result = diagnose(model, AutoTokenizer.from_pretrained(args.model))
+    result = diagnose(model, PreTrainedTokenizerFast.from_pretrained(args.model))
     if args.json:
         print(json.dumps(result))
         return
