@@ -70,7 +70,7 @@ class Architecture:
                 f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM (encoder-only "
                 "models cannot be edited)"
             )
-        if config is not None and hasattr(config, "is_decoder") and not config.is_decoder and _is_masked_lm(model):
+        if _is_masked_lm(model) and not getattr(config, "is_decoder", False):
             raise ArchitectureError(f"{type(model).__name__} is encoder-only; editing needs a decoder-only model")
         prefix = _wrapper_prefix(model)
         if blocks is None and projection is None and model_type in FAMILIES:
@@ -82,13 +82,17 @@ class Architecture:
         return found
 
     def _check(self, model: nn.Module) -> None:
-        names = dict(model.named_modules())
-        for name in (self.decoder, self.blocks, f"{self.blocks}.0.{self.projection}"):
-            if name not in names:
-                raise ArchitectureError(
-                    f"{type(model).__name__} has no module {name!r}; give EditConfig(blocks=..., projection=...) with "
-                    f"names from model.named_modules(), e.g. blocks='model.layers', projection='mlp.down_proj'"
-                )
+        modules = dict(model.named_modules())
+        hint = (
+            "; give EditConfig(blocks=..., projection=...) with names from model.named_modules(), e.g. "
+            "blocks='model.layers', projection='mlp.down_proj'"
+        )
+        projection = f"{self.blocks}.0.{self.projection}"
+        for name in (self.decoder, self.blocks, projection, self.final_norm):
+            if name not in modules:
+                raise ArchitectureError(f"{type(model).__name__} has no module {name!r}{hint}")
+        if _linear_shape(modules[projection]) is None:
+            raise ArchitectureError(f"{projection} is a {type(modules[projection]).__name__}, not a linear layer{hint}")
 
     def num_blocks(self, model: nn.Module) -> int:
         return len(model.get_submodule(self.blocks))
@@ -140,12 +144,16 @@ def _inspect(model: nn.Module, blocks: str | None, projection: str | None) -> Ar
                 "projection=...) with names from model.named_modules()"
             )
         blocks = max(lists, key=lambda n: (len(lists[n]), -n.count(".")))
-    if blocks not in modules:
-        raise ArchitectureError(f"{type(model).__name__} has no module {blocks!r} (given as blocks)")
+    if not isinstance(modules.get(blocks), nn.ModuleList) or not len(modules[blocks]):
+        raise ArchitectureError(
+            f"{type(model).__name__} has no list of blocks named {blocks!r} (given as blocks); see model.named_modules()"
+        )
     if projection is None:
         width = model.get_input_embeddings().weight.shape[-1]
         sizes = {n: _linear_shape(m) for n, m in modules[blocks][0].named_modules()}
-        wide = {n: s[0] for n, s in sizes.items() if s is not None and s[1] == width and s[0] != width}
+        sizes = {n: s for n, s in sizes.items() if s is not None}
+        outer = {n for n in sizes if not any(n.startswith(f"{other}.") for other in sizes)}  # not inside LoRA or a hook
+        wide = {n: sizes[n][0] for n in outer if sizes[n][1] == width and sizes[n][0] != width}
         if len([n for n, s in wide.items() if s == max(wide.values())]) != 1:
             raise ArchitectureError(
                 f"{type(model).__name__}: could not tell the MLP output projection in {blocks}.0 (candidates: "
@@ -154,7 +162,7 @@ def _inspect(model: nn.Module, blocks: str | None, projection: str | None) -> Ar
         projection = max(wide, key=wide.get)
     decoder = blocks.rpartition(".")[0]
     norms = [n for n, m in modules[decoder].named_children() if "norm" in type(m).__name__.lower()]
-    return Architecture(decoder, blocks, projection, f"{decoder}.{norms[-1]}" if norms else decoder)
+    return Architecture(decoder, blocks, projection, ".".join(filter(None, (decoder, *norms[-1:]))))
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -111,6 +111,8 @@ def collect_covariance(
     Raises:
         CovarianceError: the corpus has no text, or ``path`` holds another model's or other layers' covariance.
     """
+    if isinstance(texts, str):
+        raise CovarianceError("texts must be a list of texts, got a single one; wrap it in [...]")
     widths = {name: layer.in_features for name, layer in layers.items()}
     wanted = tokens if tokens is not None else TOKENS_PER_DIMENSION * max(widths.values())
     device = model.get_input_embeddings().weight.device
@@ -130,7 +132,7 @@ def collect_covariance(
     if done.tokens >= wanted:
         return done
     limit = min(context, _context_length(model) or context)
-    was_training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     bar = tqdm(total=wanted, initial=done.tokens, unit="token", desc="covariance", disable=not progress)
     try:
@@ -151,7 +153,8 @@ def collect_covariance(
                 done.save(path)
     finally:
         bar.close()
-        model.train(was_training)
+        for module, flag in training.items():
+            module.training = flag
     if done.tokens == 0:
         raise CovarianceError("the corpus holds no text to collect a covariance from")
     if done.tokens < wanted:

@@ -66,6 +66,7 @@ class HookedLinear(nn.Module):
         self.context: SequenceContext | None = None
         self.name = ""
         weight = getattr(base, "weight", None)
+        weight = weight if isinstance(weight, torch.Tensor) else None  # a method in torch's own quantised layers
         if dtype is None:
             dtype = weight.dtype if weight is not None and weight.is_floating_point() else torch.float32
             dtype = dtype if dtype.itemsize > 1 else torch.float32  # 8-bit floats store, they do not compute
@@ -115,7 +116,7 @@ class HookedLinear(nn.Module):
         shape = output.shape
         edit, mask = self._as_sequences(edit, mask)
         scope = ops.in_scope(self._score(edit, mask), self.alpha, mask, edit.dtype)
-        return ops.swap(output.view(edit.shape), edit, scope).view(shape)
+        return ops.swap(output.reshape(edit.shape), edit, scope).reshape(shape)
 
     def edit_output(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ deltaᵀ``, ``(..., d_out)``."""
@@ -147,8 +148,20 @@ class HookedLinear(nn.Module):
             return edit.reshape(*mask.shape, edit.shape[-1]), mask
         if edit.dim() == 3:
             return edit, None
+        if self.context is not None and self.context.shape is not None:
+            return edit.reshape(*self.context.shape, edit.shape[-1]), None
         length = edit.shape[-2] if edit.dim() > 1 else 1
         return edit.reshape(-1, length, edit.shape[-1]), None
+
+    def _apply(self, fn, recurse: bool = True):
+        """``model.half()`` and the like move the threshold and the scale but leave them in float64."""
+        exact = {name: getattr(self, name) for name in ("alpha", "reference_scale")}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
 
     def extra_repr(self) -> str:
         return (
@@ -169,9 +182,9 @@ def install(model: nn.Module, names: list[str], decoder: str, scope: str, alpha:
         ArchitectureError: a name matches nothing or a layer is hooked already; then the model is as before.
     """
     known = dict(model.named_modules())
-    for name in names:
+    for name in (*names, decoder):
         if name not in known:
-            raise ArchitectureError(f"the model has no layer {name!r}; see model.named_modules()")
+            raise ArchitectureError(f"the model has no module {name!r}; see model.named_modules()")
     layers = {name: HookedLinear(known[name], scope, alpha) for name in names}
     context = SequenceContext(known[decoder])
     for name, layer in layers.items():

@@ -19,12 +19,14 @@ class SequenceContext:
     """Mask and running statistics of the forward pass in progress; empty between passes.
 
     Attributes:
+        shape: ``(batch, seq)`` of the pass, or ``None`` when no pass is in progress.
         mask: ``(batch, seq)`` bool of real tokens, or ``None`` when every token is real or no pass is in progress.
         statistics: layer name to ``(batch, 3)`` statistics of the tokens before this pass (:func:`ops.zscore`).
         updated: the same after this pass, filled in by the layers.
     """
 
     def __init__(self, decoder: nn.Module):
+        self.shape: tuple[int, int] | None = None
         self.mask: torch.Tensor | None = None
         self.statistics: dict[str, torch.Tensor] = {}
         self.updated: dict[str, torch.Tensor] = {}
@@ -44,7 +46,10 @@ class SequenceContext:
         cache = given.get("past_key_values")
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:  # the model's own error says it better
+            return
         past = cache.get_seq_length() if cache is not None else 0
+        self.shape = (tokens.shape[0], tokens.shape[1])
         self.mask = _real_tokens(given.get("attention_mask"), past, tokens.shape[1])
         self.statistics = getattr(cache, "comeba_statistics", {})
         self.updated = {}
@@ -53,11 +58,11 @@ class SequenceContext:
         cache = {**dict(zip(self._names, args, strict=False)), **kwargs}.get("past_key_values")
         if cache is None:
             cache = getattr(output, "past_key_values", None)
-        if cache is not None and self.updated:
+        if cache is not None and output is not None and self.updated:  # None: the pass failed
             if not hasattr(cache, "comeba_statistics"):
                 cache.__class__ = _with_statistics(type(cache))
-            cache.comeba_statistics = self.updated
-        self.mask, self.statistics, self.updated = None, {}, {}
+            cache.comeba_statistics = {**getattr(cache, "comeba_statistics", {}), **self.updated}
+        self.shape, self.mask, self.statistics, self.updated = None, None, {}, {}
 
 
 def _real_tokens(attention_mask, past, length: int) -> torch.Tensor | None:
@@ -98,5 +103,16 @@ def _with_statistics(cache_class: type) -> type:
             super().reset()
             self.comeba_statistics = {}
 
+        def __reduce__(self):
+            return _restore_cache, (cache_class, self.__dict__)
+
     Tracked.__name__, Tracked.__qualname__ = cache_class.__name__, cache_class.__qualname__
     return Tracked
+
+
+def _restore_cache(cache_class: type, state: dict):
+    """A copied or unpickled cache: the class made above has no importable name."""
+    tracked = _with_statistics(cache_class)
+    cache = tracked.__new__(tracked)
+    cache.__dict__.update(state)
+    return cache

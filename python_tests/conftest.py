@@ -1,4 +1,4 @@
-"""Shared fixtures: a small tokenizer, tiny random models of three families, the folder of real data."""
+"""Shared fixtures: a small tokenizer, tiny random models of a few families, the folder of real data."""
 
 import os
 from pathlib import Path
@@ -13,6 +13,8 @@ from transformers import (
     GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -58,6 +60,10 @@ def tiny_model(tokenizer):
             common |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
             common |= {"num_key_value_heads": 2, "max_position_embeddings": 128}
             model_class, config_class = LlamaForCausalLM, LlamaConfig
+        elif family == "opt":
+            common |= {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+            common |= {"word_embed_proj_dim": 32, "max_position_embeddings": 128, "init_std": 0.3}
+            model_class, config_class = OPTForCausalLM, OPTConfig
         else:
             common |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
             common |= {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}

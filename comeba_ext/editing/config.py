@@ -71,7 +71,7 @@ class EditConfig:
             raise ConfigError(f"layers must increase, got {list(layers)}")
         object.__setattr__(self, "layers", tuple(layers))
         for name, choices in (("scope", SCOPES), ("optimizer", OPTIMIZERS), ("lr_unit", LR_UNITS)):
-            if getattr(self, name) not in choices:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         bounds = {"lam": 0, "lr": 0, "clamp": 0, "steps": 1, "kl_factor": 0, "weight_decay": 0, "early_stop": 0,
                   "prefixes": 0, "prefix_length": 1, "max_tokens": 1, "seed": 0}  # fmt: skip
@@ -82,8 +82,11 @@ class EditConfig:
             if not (_is_int(value) if whole else _is_number(value)) or value < low or (positive and value <= 0):
                 kind = "a whole number" if whole else "a finite number"
                 raise ConfigError(f"{name} must be {kind} {'>' if positive else '>='} {low}, got {value!r}")
-        if self.alpha is not None and not (isinstance(self.alpha, (int, float)) and not math.isnan(self.alpha)):
+        if self.alpha is not None and not (self.alpha in (math.inf, -math.inf) or _is_number(self.alpha)):
             raise ConfigError(f"alpha must be a number or null, got {self.alpha!r}")
+        for name in ("blocks", "projection"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ConfigError(f"{name} must be a module's name or null, got {getattr(self, name)!r}")
 
     @property
     def value_layer(self) -> int:

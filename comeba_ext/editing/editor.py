@@ -142,8 +142,7 @@ class Editor:
             CovarianceError: there is no covariance yet.
         """
         batch = self._prepare(requests)
-        if not self.key_memory:
-            raise CovarianceError("no covariance yet: call collect_covariance(texts) or load_covariance(path) first")
+        self._need_covariance()
         phases = Phases(self._device)
         found = None
         with phases("values"):
@@ -152,7 +151,8 @@ class Editor:
                 values = found.values
             else:
                 values = self._check_values(target_values, len(batch))
-        replaced = [entry for request in batch for entry in self.ledger.of_fact(request.fact)]
+        facts = dict.fromkeys(request.fact for request in batch)  # a fact given twice replaces its entries once
+        replaced = [entry for fact in facts for entry in self.ledger.of_fact(fact)]
         with self._transaction():
             if replaced:
                 with phases("update"):
@@ -169,14 +169,16 @@ class Editor:
                 seconds=phases.seconds,
                 peak_memory=peak_memory(self._device),
             )
+            own = lambda table, n: {name: rows[n].cpu() for name, rows in table.items()}  # noqa: E731
+            entries = [Entry(r, report.step, own(keys, n), own(responses, n)) for n, r in enumerate(batch)]
+            record = {"event": "edit", **report.to_dict(), "requests": [r.to_record() for r in batch]}
         self.step += 1
         for entry in replaced:
             self.ledger.remove(entry, self.step)
-        for n, request in enumerate(batch):
-            own = lambda table, n=n: {name: rows[n].cpu() for name, rows in table.items()}  # noqa: E731
-            self.ledger.add(Entry(request, self.step, own(keys), own(responses)))
-        self._alphas.append(self._alpha())
-        self.log.append({"event": "edit", **report.to_dict(), "requests": [r.to_record() for r in batch]})
+        for entry in entries:
+            self.ledger.add(entry)
+        self._alphas.append(dict(report.alpha))
+        self.log.append(record)
         return report
 
     def edit_all(
@@ -188,13 +190,18 @@ class Editor:
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        checked = as_requests(requests)
+        checked = self._named(as_requests(requests))
+        facts: dict[str, tuple[str, str]] = {}
+        for request in checked:
+            if facts.setdefault(request.request_id, request.fact) != request.fact:
+                raise RequestError(f"request_id {request.request_id!r} is used by another request; ids must differ")
         batches = [checked[i : i + batch_size] for i in range(0, len(checked), batch_size)]
         for number, batch in enumerate(batches or [[]]):
             try:
                 self._validate(batch)
             except RequestError as error:
                 raise RequestError(f"batch {number + 1} of {len(batches)}: {error}") from None
+        self._need_covariance()
         return self._edit_batches(batches, len(checked), progress)
 
     def _edit_batches(self, batches: list[list[EditRequest]], total: int, progress: bool) -> Iterator[EditReport]:
@@ -205,6 +212,10 @@ class Editor:
                 if report.losses:
                     bar.set_postfix(loss=f"{sum(report.losses) / len(report.losses):.3f}")
                 yield report
+
+    def check(self, requests: Iterable[EditRequest | Mapping]) -> None:
+        """Raise what :meth:`edit` would raise on this batch before it starts; changes nothing."""
+        self._validate(as_requests(requests))
 
     def target_values(self, requests: Iterable[EditRequest | Mapping], *, progress: bool = False) -> torch.Tensor:
         """``v*`` of every request against the model as edited so far, ``(u, d_model)``; nothing is edited."""
@@ -307,11 +318,15 @@ class Editor:
 
     def _prepare(self, requests) -> list[EditRequest]:
         """The batch with ids, after every check that needs no forward pass."""
-        batch = self._validate(as_requests(requests))
+        return self._named(self._validate(as_requests(requests)))
+
+    def _named(self, batch: list[EditRequest]) -> list[EditRequest]:
+        """The same requests, each with an id: its own, or one that neither they nor a live edit uses."""
+        taken = {request.request_id for request in batch}
         named = []
         for request in batch:
             if request.request_id is None:
-                while f"edit-{self._next_id}" in self.ledger._by_id:
+                while self.ledger.by_id(f"edit-{self._next_id}") or f"edit-{self._next_id}" in taken:
                     self._next_id += 1
                 request = dataclasses.replace(request, request_id=f"edit-{self._next_id}")
                 self._next_id += 1
@@ -339,8 +354,14 @@ class Editor:
         check_length(rows, batch, getattr(self.model.config, "max_position_embeddings", None))
         return batch
 
+    def _need_covariance(self) -> None:
+        if not self.key_memory:
+            raise CovarianceError("no covariance yet: call collect_covariance(texts) or load_covariance(path) first")
+
     def _check_values(self, values: torch.Tensor, count: int) -> torch.Tensor:
         width = self.model.get_submodule(self.architecture.projection_name(self.config.value_layer)).out_features
+        if not isinstance(values, torch.Tensor):
+            raise RequestError(f"target_values must be a tensor, got {type(values).__name__}")
         if tuple(values.shape) != (count, width):
             raise RequestError(f"target_values are {tuple(values.shape)}, expected {(count, width)}")
         if not torch.isfinite(values).all():
@@ -422,10 +443,17 @@ class Editor:
             layer.delta.copy_(delta)
 
     def _rescale(self, name: str) -> None:
-        """Keep ``tr(delta·C0·deltaᵀ)`` in step with delta, where the score needs it."""
+        """Keep ``tr(delta·C0·deltaᵀ)`` in step with delta, where the score needs it.
+
+        α follows: it is the lowest score an edited prompt had, and when the scale grows all those scores shrink with
+        it. Left alone, α would stay above earlier prompts' scores and put them out of scope one by one.
+        """
         layer = self.layers[name]
         if layer.scope == "reference":
-            layer.reference_scale.copy_(reference_scale(self._delta[name], self.covariance[name].to(layer.delta.device)))
+            scale = reference_scale(self._delta[name], self.covariance[name].to(layer.delta.device))
+            if layer.reference_scale > 0 and scale > 0:
+                layer.alpha.mul_(layer.reference_scale / scale)
+            layer.reference_scale.copy_(scale)
 
     def _calibrate(self, name: str, layer: hooked_linear.HookedLinear, reading: LayerReading) -> None:
         """``α ← min(α, min over requests of max over tokens of the score)``."""
@@ -439,19 +467,20 @@ class Editor:
     def _transaction(self):
         """Whatever goes wrong inside, interruption included: delta, C, α and scale are as they were."""
         before = {
-            name: (self._delta[name].clone(), layer.alpha.clone(), layer.reference_scale.clone(),
-                   self.key_memory[name].factor)
+            name: (self._delta[name].clone(), layer.alpha.clone(), layer.reference_scale.clone())
             for name, layer in self.layers.items()
-        }  # fmt: skip
+        }
+        factors = {name: memory.factor for name, memory in self.key_memory.items()}
         try:
             yield
         except BaseException:
-            for name, (delta, alpha, scale, factor) in before.items():
+            for name, (delta, alpha, scale) in before.items():
                 layer = self.layers[name]
                 self._delta[name].copy_(delta)
                 layer.delta.copy_(delta)
                 layer.alpha.copy_(alpha)
                 layer.reference_scale.copy_(scale)
+            for name, factor in factors.items():
                 self.key_memory[name].factor = factor
             raise
         finally:

@@ -30,7 +30,9 @@ def sample_prefixes(model, tokenizer, count: int, length: int, seed: int) -> lis
     rows = [[t for t in row if t != tokenizer.eos_token_id or t == row[0]] for row in rows]
     ids, mask = pad(rows, pad_id(tokenizer), "left", device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed, which seeds every device, also those whose state is not put back.
+        generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+        generator.manual_seed(seed)
         out = model.generate(
             input_ids=ids, attention_mask=mask, do_sample=True, top_k=TOP_K, top_p=1.0, temperature=1.0, num_beams=1,
             min_new_tokens=length, max_new_tokens=length, pad_token_id=pad_id(tokenizer),

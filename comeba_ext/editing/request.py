@@ -121,6 +121,8 @@ def as_requests(records: Iterable[EditRequest | Mapping]) -> list[EditRequest]:
     """:meth:`EditRequest.from_record` over a batch; a single record or text is refused."""
     if isinstance(records, (str, bytes, Mapping, EditRequest)):
         raise RequestError(f"expected a list of requests, got a single {type(records).__name__}; wrap it in [...]")
+    if not isinstance(records, Iterable):
+        raise RequestError(f"expected a list of requests, got {records!r}")
     return [EditRequest.from_record(record, index) for index, record in enumerate(records)]
 
 
@@ -192,7 +194,10 @@ def _zipped(prompts, answers) -> list[tuple[str, str | None]]:
 
 
 def _texts(values, where: str) -> tuple[str, ...]:
-    values = (values,) if isinstance(values, str) else tuple(values)
+    values = (values,) if isinstance(values, str) else values
+    if not isinstance(values, Iterable):
+        raise RequestError(f"{where}: rephrase_prompts must be texts, got {values!r}")
+    values = tuple(values)
     for value in values:
         if not isinstance(value, str):
             raise RequestError(f"{where}: rephrase_prompts must be texts, got {value!r}")
@@ -200,9 +205,13 @@ def _texts(values, where: str) -> tuple[str, ...]:
 
 
 def _pairs(values, where: str, field: str) -> tuple[tuple[str, str | None], ...]:
+    values = (values,) if isinstance(values, str) else values
+    if not isinstance(values, Iterable):
+        raise RequestError(f"{where}: {field} must be texts or (prompt, answer) pairs, got {values!r}")
     pairs = []
-    for value in (values,) if isinstance(values, str) else values:
-        prompt, answer = (value, None) if isinstance(value, str) else (*value, None)[:2]
+    for value in values:
+        is_pair = isinstance(value, (list, tuple)) and 1 <= len(value) <= 2
+        prompt, answer = (value, None) if not is_pair else (*value, None)[:2]
         if not isinstance(prompt, str) or not (answer is None or isinstance(answer, str)):
             raise RequestError(f"{where}: {field} must be texts or (prompt, answer) pairs, got {value!r}")
         pairs.append((prompt, answer))

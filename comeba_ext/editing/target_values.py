@@ -12,6 +12,7 @@ run once: δ cannot reach them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -73,7 +74,11 @@ def optimise_target_values(
             results[n] = result
         done += len(group)
         on_progress(done, sum(r[1] for r in results if r is not None) / done)
-    bad = [requests[n].text for n, (value, _, _) in enumerate(results) if not torch.isfinite(value).all()]
+    bad = [
+        requests[n].text
+        for n, (value, loss, _) in enumerate(results)
+        if not (torch.isfinite(value).all() and math.isfinite(loss))
+    ]
     if bad:
         raise RequestError(f"target values are not finite for {len(bad)} requests, first {bad[0]!r}; lower the learning rate")
     return TargetValues(torch.stack([r[0] for r in results]), [r[1] for r in results], [r[2] for r in results])
@@ -150,7 +155,7 @@ class _Problem:
             losses[active.cpu()] = loss.detach().cpu()
             if step == config.steps - 1:
                 break
-            open_ = loss.detach() >= config.early_stop
+            open_ = ~(loss.detach() < config.early_stop)  # NaN stays open, to be reported
             if not open_.any():
                 break
             (gradient,) = torch.autograd.grad(loss.sum(), current)
@@ -193,12 +198,13 @@ class _Problem:
 
         # Mean over a row's target tokens, then over a request's rows.
         spoken = [row for row in rows if row.target]
-        share = torch.tensor([1 / len(row.target) for row in spoken for _ in row.target], device=out.device)
+        share = [1 / len(row.target) for row in spoken for _ in row.target]
+        share = torch.tensor(share, dtype=log_p.dtype, device=out.device)
         token_owner = torch.tensor([o for o, row in zip(owner.tolist(), rows, strict=True) for _ in row.target], device=out.device)
         rows_each = torch.zeros(len(active), device=out.device).index_add_(
             0, owner[[r for r, row in enumerate(rows) if row.target]], torch.ones(len(spoken), device=out.device))
         loss = torch.zeros(len(active), dtype=log_p.dtype, device=out.device)
-        loss = loss.index_add(0, token_owner, token_nll * share.to(token_nll)) / rows_each.to(log_p)
+        loss = loss.index_add(0, token_owner, token_nll * share) / rows_each.to(log_p)
 
         # KL(now ‖ before) at the subject's last token of the essence row; before: the first step, where δ = 0.
         kept = active[owner[[r for r, _ in essence]]].tolist()

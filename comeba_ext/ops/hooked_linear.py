@@ -41,10 +41,10 @@ def zscore(
         Scores ``(batch, seq)`` (0 where fewer than two tokens or no spread define no deviation) and the updated
         statistics ``(batch, 3)``.
     """
-    real = torch.ones_like(norm) if mask is None else mask.to(norm.dtype)
-    count = real.sum(-1)  # (batch,)
-    mean = (norm * real).sum(-1) / count.clamp(min=1)
-    deviation = (((norm - mean[:, None]) * real) ** 2).sum(-1)
+    real = torch.ones_like(norm, dtype=torch.bool) if mask is None else mask.bool()
+    count = real.sum(-1).to(norm.dtype)  # (batch,)
+    mean = torch.where(real, norm, 0.0).sum(-1) / count.clamp(min=1)  # where, not *: padding may overflow to inf
+    deviation = torch.where(real, (norm - mean[:, None]) ** 2, 0.0).sum(-1)
     if statistics is not None:  # merge two samples (Chan, Golub, LeVeque 1979, equation 2.1)
         old_count, old_mean, old_deviation = statistics.to(norm.dtype).unbind(-1)
         total = old_count + count
@@ -53,7 +53,7 @@ def zscore(
         mean = old_mean + shift * count / total.clamp(min=1)
         count = total
     std = (deviation / (count - 1).clamp(min=1)).sqrt()
-    defined = (count > 1) & (std > 0)
+    defined = (count > 1) & (std > 8 * torch.finfo(norm.dtype).eps * mean)  # less is the rounding of equal norms
     score = torch.where(defined[:, None], (norm - mean[:, None]) / torch.where(defined, std, 1.0)[:, None], 0.0)
     return score, torch.stack((count, mean, deviation), -1)
 
@@ -74,8 +74,9 @@ def reference_score(norm: torch.Tensor, reference_scale: torch.Tensor) -> torch.
 
 def in_scope(score: torch.Tensor, alpha: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Tokens whose edited output goes on: real ones with ``score ≥ α`` up to the rounding of ``dtype`` (``SLACK``)."""
-    scope = score >= alpha.to(score.dtype) * (1.0 - SLACK.get(dtype, 1e-5))
-    return scope if mask is None else scope & mask
+    slack = SLACK.get(dtype, 1e-5) * alpha.sign()  # alpha itself may be infinite
+    scope = score >= (alpha * (1.0 - slack)).to(score.dtype)
+    return scope if mask is None else scope & mask.bool()
 
 
 def swap(output: torch.Tensor, edit: torch.Tensor, scope: torch.Tensor) -> torch.Tensor:

@@ -126,7 +126,7 @@ def diagnose(model, tokenizer, facts: list[dict] | None = None, seed: int = 0, s
     probe = Probe(model, tokenizer, facts)
     chosen = rng.sample(facts, min(sample, len(facts)))
     pairs = []
-    while len(pairs) < 60:
+    while len(pairs) < 200:
         a, b = rng.sample(facts, 2)
         if a["relation"] == b["relation"] and probe.first_object_token(a) != probe.first_object_token(b):
             pairs.append((a, b, rng.choice(a["stated"])))

@@ -1,0 +1,45 @@
+"""What every benchmark prints: one object with machine, versions, rows and targets."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+
+import torch
+import transformers
+
+import comeba_ext
+
+
+def machine() -> dict:
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def versions() -> dict:
+    return {"comeba_ext": comeba_ext.__version__, "torch": torch.__version__,
+            "transformers": transformers.__version__, "python": platform.python_version()}  # fmt: skip
+
+
+def target(name: str, value: float, limit: float, holds: bool) -> dict:
+    return {"name": name, "value": round(value, 4), "limit": limit, "holds": bool(holds)}
+
+
+def finish(rows: list[dict], targets: list[dict], as_json: bool) -> None:
+    """Print the result; exit code 1 when a target is missed."""
+    result = {"machine": machine(), "versions": versions(), "rows": rows, "targets": targets}
+    if as_json:
+        print(json.dumps(result))
+    else:
+        for entry in targets:
+            print(f"{'holds ' if entry['holds'] else 'MISSED'} {entry['name']}: {entry['value']} (limit {entry['limit']})")
+        print(", ".join(f"{k} {v}" for k, v in {**machine(), **versions()}.items()))
+    sys.exit(0 if all(entry["holds"] for entry in targets) else 1)

@@ -1,0 +1,444 @@
+"""The command line: ``comeba demo | edit | eval | covariance | generate | doctor``.
+
+Every command takes ``--json`` and then prints exactly one JSON object on stdout. Exit codes: 0 done; 1 the input was
+unusable (one clear message, or ``{"error": ...}``); 2 wrong usage; 3 ``doctor`` found something missing; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from comeba_ext import __version__
+from comeba_ext.errors import ComebaError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  help="Correct facts in a Hugging Face language model without retraining it.")  # fmt: skip
+
+Model = Annotated[str, typer.Argument(help="local model folder, hub name, or 'testbed' for the embedded model")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
+Edits = Annotated[Optional[Path], typer.Option("--edits", help="folder of saved edits to put onto the model")]
+Config = Annotated[Optional[Path], typer.Option("--config", help="EditConfig as JSON or YAML")]
+Limit = Annotated[Optional[int], typer.Option("--limit", min=1, help="read at most this many records")]
+Device = Annotated[Optional[str], typer.Option("--device", help="cpu, cuda, … (default: cuda where there is one)")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
+
+METRICS = ("reliability", "generality", "locality")
+
+
+@app.command()
+def demo(
+    edits: Annotated[int, typer.Option(min=1, help="number of facts to change")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1)] = 10,
+    scope: Annotated[Optional[str], typer.Option(help="zscore or reference (default: the model's own)")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="also save the edits to this folder")] = None,
+    as_json: Json = False,
+) -> None:
+    """Change facts in the embedded model, batch after batch, and measure after every batch."""
+    from comeba_ext import testbed
+    from comeba_ext.editing.config import EditConfig
+    from comeba_ext.editing.editor import Editor
+    from comeba_ext.evaluation import evaluate, predict_base
+
+    start = time.perf_counter()
+    with _reporting(as_json) as report:
+        model, tokenizer = testbed.load()
+        requests = testbed.facts()[:edits]
+        if len(requests) < edits:
+            raise ComebaError(f"the embedded model knows {len(requests)} facts; ask for at most that many --edits")
+        config = EditConfig.for_model(model, **({"scope": scope} if scope else {}))
+        editor = Editor(model, tokenizer, config)
+        report.say(f"Embedded model: {_size(model)}; editing blocks {list(config.layers)}, score {config.scope}, "
+                   f"{edits} facts in batches of {batch_size}.\n")  # fmt: skip
+        editor.collect_covariance(testbed.texts(), progress=not as_json)
+        base = predict_base(model, tokenizer, requests, generate=False)
+        shown = requests[:: max(1, len(requests) // 6)][:6]
+        before = _continue(model, tokenizer, [r.text for r in shown], 6)
+        rows, seconds = [], 0.0
+        report.table_head("batch", "edits", *METRICS, "edits/s", "loss")
+        for batch in editor.edit_all(requests, batch_size, progress=False):
+            took = sum(batch.seconds.values())
+            seconds += took
+            done = requests[: min(batch.step * batch_size, edits)]
+            # After every batch: everything edited so far, at most 50 of it while on the way.
+            sample = done if len(done) == edits else done[:: max(1, len(done) // 50)]
+            scores = evaluate(model, tokenizer, sample, base, generate=False)
+            rows.append({"batch": batch.step, "edits": len(done), **{m: scores[m] for m in METRICS},
+                         "seconds": took, "loss": sum(batch.losses) / len(batch.losses)})  # fmt: skip
+            report.table_row(str(batch.step), str(len(done)), *(f"{scores[m]:.3f}" for m in METRICS),
+                             f"{len(batch.request_ids) / took:.1f}", f"{rows[-1]['loss']:.3f}")  # fmt: skip
+        final = evaluate(model, tokenizer, requests, generate=True)
+        after = _continue(model, tokenizer, [r.text for r in shown], 6)
+        examples = [
+            {"prompt": r.text, "wanted": r.target_new, "before": b, "after": a}
+            for r, b, a in zip(shown, before, after, strict=True)
+        ]
+        report.say("\nWhat the model writes (greedy):")
+        report.table(("prompt", "before", "edited to say", "after"),
+                     [(e["prompt"], e["before"], e["wanted"], e["after"]) for e in examples])  # fmt: skip
+        report.say(f"\nAll {edits} edits, measured at the end (95 % interval), locality against the unedited model:")
+        report.table(("", "teacher-forced", "exact", "greedy generation"), [_metric_row(final, m) for m in METRICS])
+        if out is not None:
+            editor.save_pretrained(out)
+            report.say(f"\nSaved to {out}.")
+        report.say(f"\n{edits} edits in {seconds:.1f} s of editing ({edits / seconds:.1f} edits/s), "
+                   f"{time.perf_counter() - start:.0f} s in all.")  # fmt: skip
+        report.result = {
+            **final.to_dict(), "edits": edits, "batches": rows, "examples": examples, "config": config.to_dict(),
+            "records": {"read": edits, "used": edits, "skipped": []}, "edit_seconds": seconds,
+            "seconds": time.perf_counter() - start, "out": str(out) if out else None,
+        }  # fmt: skip
+
+
+@app.command()
+def edit(
+    model: Model,
+    records: Annotated[Path, typer.Argument(help="JSON or JSONL: ZsRE, CounterFact, EasyEdit or own records")],
+    out: Annotated[Path, typer.Option("--out", help="folder for the edits")],
+    batch_size: Annotated[int, typer.Option(min=1)] = 10,
+    config: Config = None,
+    covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance'")] = None,
+    texts: Annotated[Optional[Path], typer.Option(help="corpus to collect the covariance from instead")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the edits in --out")] = False,
+    save_every: Annotated[int, typer.Option(min=1, help="batches between saves of --out")] = 10,
+    limit: Limit = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Edit a model with the records of a file, in consecutive batches, and save the edits."""
+    from comeba_ext.data import read_requests
+    from comeba_ext.editing.editor import Editor
+    from comeba_ext.storage import MANIFEST
+
+    with _reporting(as_json) as report:
+        read = read_requests(records, limit)
+        if (out / MANIFEST).exists() and not resume:
+            raise ComebaError(f"{out} holds edits already; add --resume to go on with them, or choose another --out")
+        net, tokenizer = _load(model, device, dtype)
+        if resume and (out / MANIFEST).exists():
+            editor = Editor.from_pretrained(net, tokenizer, out)
+        else:
+            editor = Editor(net, tokenizer, _config(net, config))
+            _provide_covariance(editor, model, covariance, texts, not as_json)
+        skipped = list(read.skipped)
+        used = []
+        positions = [n for n in range(read.read) if n not in {s["index"] for s in skipped}]
+        for position, request in zip(positions, read.requests, strict=True):
+            try:
+                editor.check([request])
+                used.append(request)
+            except ComebaError as error:
+                skipped.append({"index": position, "reason": str(error)})
+        earlier = sum(len(e["request_ids"]) for e in editor.log if e["event"] == "edit")
+        todo = used[earlier:]
+        steps = []
+        if todo:
+            try:
+                for step in editor.edit_all(todo, batch_size, progress=not as_json):
+                    steps.append(step.to_dict())
+                    if len(steps) % save_every == 0:
+                        editor.save_pretrained(out)
+            finally:  # an interruption keeps the last complete batch
+                editor.save_pretrained(out)
+        counts = {"read": read.read, "used": len(used), "skipped": skipped}
+        seconds = sum(sum(s["seconds"].values()) for s in steps)
+        report.say(f"{len(todo)} edits in {len(steps)} batches, {seconds:.1f} s; saved to {out}.")
+        _say_counts(report, counts)
+        report.result = {"records": counts, "edits": len(todo), "earlier_edits": earlier, "steps": steps,
+                         "seconds": seconds, "out": str(out), "config": editor.config.to_dict()}  # fmt: skip
+
+
+@app.command(name="eval")
+def evaluate_(
+    model: Model,
+    records: Annotated[Path, typer.Argument(help="JSON or JSONL records")],
+    edits: Edits = None,
+    generate: Annotated[bool, typer.Option(help="also measure greedy generation")] = True,
+    predictions: Annotated[Optional[Path], typer.Option(help="write every record's scores and texts as JSONL")] = None,
+    limit: Limit = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Reliability, generality and locality of a model, with or without saved edits, on the records of a file."""
+    from comeba_ext.data import read_requests
+    from comeba_ext.evaluation import evaluate
+    from comeba_ext.storage import write_text
+
+    with _reporting(as_json) as report:
+        read = read_requests(records, limit)
+        net, tokenizer = _load(model, device, dtype, edits)
+        used, skipped = _fitting(net, tokenizer, read)
+        if not used:
+            raise ComebaError(f"{records}: none of {read.read} records can be used; first reason: {skipped[0]['reason']}")
+        metrics = evaluate(net, tokenizer, used, generate=generate, progress=not as_json)
+        if predictions is not None:
+            write_text(predictions, "".join(json.dumps(row) + "\n" for row in metrics.per_record))
+        names = [m for m in (*METRICS, "portability") if metrics.get(m) is not None]
+        report.table(("", "teacher-forced", "exact", "greedy generation"), [_metric_row(metrics, m) for m in names])
+        counts = {"read": read.read, "used": len(used), "skipped": skipped}
+        _say_counts(report, counts)
+        report.result = {**metrics.to_dict(), "records": counts, "edits_folder": str(edits) if edits else None}
+
+
+@app.command()
+def covariance(
+    model: Model,
+    texts: Annotated[Path, typer.Argument(help=".txt, .csv (text column), .jsonl (text field), or a folder of them")],
+    out: Annotated[Path, typer.Option("--out", help="file; an unfinished one is resumed")],
+    tokens: Annotated[Optional[int], typer.Option(min=1, help="default: 10 per input dimension")] = None,
+    config: Config = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Collect the covariance of all edited layers in one corpus pass."""
+    from comeba_ext.data import read_texts
+    from comeba_ext.editing.editor import Editor
+
+    with _reporting(as_json) as report:
+        stream = read_texts(texts)
+        net, tokenizer = _load(model, device, dtype)
+        editor = Editor(net, tokenizer, _config(net, config))
+        start = time.perf_counter()
+        editor.collect_covariance(stream, tokens=tokens, path=out, progress=not as_json)
+        found = editor.covariance
+        seconds = time.perf_counter() - start
+        report.say(f"{found.tokens} tokens of {found.texts} texts, {len(found.moments)} layers, {seconds:.1f} s; "
+                   f"saved to {out}.")  # fmt: skip
+        report.result = {"tokens": found.tokens, "layers": list(found.moments), "seconds": seconds, "out": str(out),
+                         "records": {"read": found.texts, "used": found.texts, "skipped": []}}  # fmt: skip
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[list[str], typer.Argument(help="texts to continue")],
+    edits: Edits = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 20,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue prompts greedily, with and without saved edits."""
+    from comeba_ext.hooked_linear import disabled
+
+    with _reporting(as_json) as report:
+        net, tokenizer = _load(model, device, dtype, edits)
+        after = _continue(net, tokenizer, prompts, max_new_tokens)
+        with disabled(net):
+            before = _continue(net, tokenizer, prompts, max_new_tokens) if edits else [None] * len(prompts)
+        rows = [{"prompt": p, "text": a, "unedited": b} for p, a, b in zip(prompts, after, before, strict=True)]
+        if edits:
+            report.table(("prompt", "unedited", "edited"), [(r["prompt"], r["unedited"], r["text"]) for r in rows])
+        else:
+            report.table(("prompt", "text"), [(r["prompt"], r["text"]) for r in rows])
+        report.result = {"generations": rows,
+                         "records": {"read": len(rows), "used": len(rows), "skipped": []}}  # fmt: skip
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, devices, compiled operations; what is missing and how to get it."""
+    from comeba_ext.doctor import examine
+
+    with _reporting(as_json) as report:
+        found = examine()
+        report.table(("what", "found"), [(k, str(v)) for k, v in found["found"].items()])
+        for problem in found["problems"]:
+            report.say(f"! {problem}")
+        for hint in found["hints"]:
+            report.say(f"  {hint}")
+        report.say("Ready." if not found["problems"] else "Not ready.")
+        report.result = found
+        report.code = 3 if found["problems"] else 0
+
+
+# -- parts ------------------------------------------------------------------------------------------------------
+
+
+class _Report:
+    """Where a command's output goes: tables and sentences, or one JSON object at the end."""
+
+    def __init__(self, as_json: bool):
+        from rich.console import Console
+
+        self.as_json, self.result, self.code = as_json, {}, 0
+        self.console = Console(quiet=as_json, highlight=False, soft_wrap=False)
+        self._widths: list[int] = []
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def table(self, head: tuple, rows: list[tuple]) -> None:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*head, box=box.SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*(Text(str(cell)) for cell in row))
+        self.console.print(table)
+
+    def table_head(self, *names: str) -> None:
+        self._widths = [max(9, len(name) + 2) for name in names]
+        self.table_row(*names)
+
+    def table_row(self, *cells: str) -> None:
+        """A row of a table that grows while one watches."""
+        self.say("".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)))
+
+
+@contextlib.contextmanager
+def _reporting(as_json: bool):
+    report = _Report(as_json)
+    _quiet_libraries()
+    try:
+        yield report
+    except ComebaError as error:
+        _fail(as_json, str(error), 1)
+    except KeyboardInterrupt:
+        _fail(as_json, "interrupted; what was complete is kept", 130)
+    if as_json:
+        print(json.dumps({"version": __version__, **report.result}))
+    if report.code:
+        raise typer.Exit(report.code)
+
+
+def _fail(as_json: bool, message: str, code: int) -> None:
+    if as_json:
+        print(json.dumps({"version": __version__, "error": message}))
+    else:
+        print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(code) from None
+
+
+def _quiet_libraries() -> None:
+    """One voice on the terminal: Transformers' own bars and warnings off."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _load(name: str, device: str | None, dtype: str, edits: Path | None = None):
+    """Model and tokenizer, with saved edits if any."""
+    import torch
+
+    from comeba_ext import testbed
+    from comeba_ext.saved_edits import load_edits
+
+    if name == "testbed":
+        model, tokenizer = testbed.load()
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ComebaError(f"unknown --dtype {dtype!r}; choose auto, float32, bfloat16 or float16")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        except (OSError, ValueError) as error:
+            raise ComebaError(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}") from None
+    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    if edits is not None:
+        load_edits(model, edits)
+    return model, tokenizer
+
+
+def _config(model, path: Path | None):
+    from comeba_ext.editing.config import EditConfig
+
+    return EditConfig.from_file(path) if path else EditConfig.for_model(model)
+
+
+def _provide_covariance(editor, model: str, file: Path | None, texts: Path | None, progress: bool) -> None:
+    from comeba_ext import testbed
+    from comeba_ext.data import read_texts
+
+    if file is not None:
+        editor.load_covariance(file)
+    elif texts is not None:
+        editor.collect_covariance(read_texts(texts), progress=progress)
+    elif model == "testbed":
+        editor.collect_covariance(testbed.texts(), progress=progress)
+    else:
+        raise ComebaError(
+            f"no covariance: run 'comeba covariance {model} TEXTS --out FILE' once and add --covariance FILE, or add "
+            "--texts TEXTS (plain text such as Wikipedia articles)"
+        )
+
+
+def _fitting(model, tokenizer, read) -> tuple[list, list[dict]]:
+    """Records whose every prompt fits the model's context, and why the others do not."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    skipped = list(read.skipped)
+    positions = [n for n in range(read.read) if n not in {s["index"] for s in skipped}]
+    used = []
+    for position, request in zip(positions, read.requests, strict=True):
+        prompts = [(request.text, request.target_new), *((p, request.target_new) for p in request.rephrase_prompts),
+                   *request.locality_prompts, *request.portability_prompts]  # fmt: skip
+        longest = max(len(tokenizer(f"{p} {a or ''}".strip())["input_ids"]) + (a is None) for p, a in prompts)
+        if limit is not None and longest > limit:
+            skipped.append({"index": position, "reason": f"{longest} tokens exceed the model's context of {limit}"})
+        else:
+            used.append(request)
+    return used, skipped
+
+
+def _continue(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str]:
+    """Greedy continuations, up to the end of the first line."""
+    import torch
+
+    from comeba_ext.editing.encoding import pad, pad_id
+
+    limit = getattr(model.config, "max_position_embeddings", None)
+    rows = [tokenizer(p)["input_ids"] for p in prompts]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not row:
+            raise ComebaError("a prompt is empty")
+        if limit is not None and len(row) + new_tokens > limit:
+            raise ComebaError(f"prompt {prompt[:40]!r}… and {new_tokens} new tokens exceed the context of {limit}")
+    ids, mask = pad(rows, pad_id(tokenizer), "left", model.get_input_embeddings().weight.device)
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens,
+                             pad_token_id=pad_id(tokenizer))  # fmt: skip
+    texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    return [text.strip().split("\n")[0] for text in texts]
+
+
+def _metric_row(metrics, name: str) -> tuple[str, ...]:
+    cells = []
+    for suffix in ("", "_exact", "_generation"):
+        value, interval = metrics.get(name + suffix), metrics.get(f"{name}{suffix}_interval")
+        cells.append("–" if value is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]")
+    return (name, *cells)
+
+
+def _say_counts(report: _Report, counts: dict) -> None:
+    report.say(f"Records: {counts['read']} read, {counts['used']} used, {len(counts['skipped'])} skipped.")
+    for skip in counts["skipped"][:5]:
+        report.say(f"  record {skip['index']}: {skip['reason']}")
+    if len(counts["skipped"]) > 5:
+        report.say(f"  … and {len(counts['skipped']) - 5} more (all with --json)")
+
+
+def _size(model) -> str:
+    count = sum(p.numel() for p in model.parameters())
+    return f"{count / 1e6:.1f}M parameters, {model.config.num_hidden_layers} blocks, {platform.machine()} {model.device.type}"
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

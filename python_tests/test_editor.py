@@ -1,0 +1,685 @@
+"""Editor against an oracle that shares no code with it, and its promises: atomic, reversible, harmless to the model."""
+
+import copy
+import itertools
+import random
+
+import pytest
+import torch
+
+from comeba_ext import EditConfig, Editor
+from comeba_ext.covariance import Covariance
+from comeba_ext.editing.request import EditRequest
+from comeba_ext.errors import ComebaError, ConfigError, CovarianceError, RequestError
+
+WORDS = (
+    "the mother tongue of Danielle Darrieux is French capital Norway Oslo and Peru Lima Angola located in Africa people "
+    "speak language Portugal Marie Curie was born Warsaw worked field physics Eiffel Tower stands city Paris who built "
+    "it John Lennon performs on guitar Toko Yasuda plays piano"
+).split()
+SMALL = {"gpt2": {"n_layer": 4, "n_inner": 48}, "gptj": {"n_layer": 4, "n_inner": 48}, "llama": {"num_hidden_layers": 4}}
+
+
+def corpus(count=120, seed=0):
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(3, 14))).capitalize() + "." for _ in range(count)]
+
+
+TEXTS = corpus()
+PROMPTS = ("The mother tongue of {} is", "{} was born in the city of", "The capital of {}, as everyone knows, is", "{} plays the",
+           "People say that {} works in the field of")  # fmt: skip
+SUBJECTS = ("Danielle Darrieux", "Marie Curie", "Norway", "John Lennon", "Toko Yasuda", "Angola", "Peru")
+TARGETS = ("English", "Lima", "Paris", "piano", "physics", "Oslo")
+
+
+def some_requests(count, seed=0):
+    """Requests about different facts."""
+    pairs = list(itertools.product(PROMPTS, SUBJECTS))
+    draw = random.Random(seed)
+    draw.shuffle(pairs)
+    return [EditRequest(prompt, subject, draw.choice(TARGETS)) for prompt, subject in pairs[:count]]
+
+
+def small_model(tiny_model, family="gpt2", seed=0, **changes):
+    return tiny_model(family, seed, **(SMALL[family] | changes))
+
+
+def make_editor(model, tokenizer, **changes):
+    settings = {"layers": (1, 2), "lam": 20.0, "prefixes": 2, "prefix_length": 4, "steps": 5, "lr": 0.1, "clamp": 2.0}
+    editor = Editor(model, tokenizer, EditConfig(**(settings | changes)))
+    editor.collect_covariance(TEXTS, tokens=10**6, progress=False)
+    return editor
+
+
+def random_values(count, width=32, seed=0, scale=3.0):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def ids_of(model, tokenizer, text="The mother tongue of Danielle Darrieux is"):
+    return tokenizer([text], return_tensors="pt")["input_ids"]
+
+
+def relative(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def snapshot(editor):
+    return {
+        "layers": {
+            name: [t.clone() for t in (layer.delta, editor._delta[name], layer.alpha, layer.reference_scale)]
+            for name, layer in editor.layers.items()
+        },
+        "memory": {name: memory.matrix().clone() for name, memory in editor.key_memory.items()},
+        "ledger": [(e.request.request_id, e.request.fact, e.step, e.removed) for e in editor.ledger.entries],
+        "live": [e.request.request_id for e in editor.ledger.live()],
+        "log": copy.deepcopy(editor.log),
+        "step": editor.step,
+        "alphas": copy.deepcopy(editor._alphas),
+    }
+
+
+def assert_same(before, after):
+    for name in before["layers"]:
+        for a, b in zip(before["layers"][name], after["layers"][name], strict=True):
+            assert torch.equal(a, b)
+    assert before["memory"].keys() == after["memory"].keys()
+    for name in before["memory"]:
+        assert torch.equal(before["memory"][name], after["memory"][name])
+    for key in ("ledger", "live", "log", "step", "alphas"):
+        assert before[key] == after[key]
+
+
+def assert_usable(editor, tokenizer):
+    assert {layer.mode for layer in editor.layers.values()} == {"validated"}
+    with torch.no_grad():
+        assert torch.isfinite(editor.model(ids_of(editor.model, tokenizer)).logits).all()
+
+
+# -- the oracle -----------------------------------------------------------------------------------------------------
+
+PLACES = {  # family -> blocks, projection inside a block
+    "gpt2": ("transformer.h", "mlp.c_proj"),
+    "gptj": ("transformer.h", "mlp.fc_out"),
+    "llama": ("model.layers", "mlp.down_proj"),
+}
+
+
+class Oracle:
+    """The procedure by literal loops: one unpadded text at a time, dense matrices, own hooks, float64."""
+
+    def __init__(self, model, tokenizer, family, layers, lam, scope, prefixes):
+        self.model, self.tokenizer, self.layers, self.prefixes = model, tokenizer, layers, prefixes
+        self.lam, self.scope = lam, scope
+        blocks, inside = PLACES[family]
+        self.blocks = {n: model.get_submodule(f"{blocks}.{n}") for n in layers}
+        modules = {n: model.get_submodule(f"{blocks}.{n}.{inside}") for n in layers}
+        self.names = {n: f"{blocks}.{n}.{inside}" for n in layers}
+        self.inputs, self.hidden, self.mode = {}, None, {}
+        self.delta, self.C, self.C0 = {}, {}, {}
+        self.alpha = dict.fromkeys(layers, 2.2 if scope == "zscore" else float("inf"))
+        for n, module in modules.items():
+            module.register_forward_hook(self._hook(n))
+
+        def keep(module, args, output):
+            self.hidden = (output[0] if isinstance(output, tuple) else output)[0]
+
+        self.blocks[layers[-1]].register_forward_hook(keep)
+        self._covariances()
+
+    def _hook(self, n):
+        def hook(module, args, output):
+            x = args[0][0]  # (seq, d_in)
+            self.inputs[n] = x
+            if n not in self.delta:
+                return None
+            edit = torch.stack([self.delta[n] @ row for row in x])
+            if self.mode[n] == "temporary":
+                return output + edit
+            chosen = [s >= self.alpha[n] - 1e-10 for s in self.scores(n, x)]
+            return torch.stack([o + e if c else o for o, e, c in zip(output[0], edit, chosen, strict=True)])[None]
+
+        return hook
+
+    def scores(self, n, x):
+        norms = [(self.delta[n] @ row).norm().item() for row in x]
+        if self.scope == "reference":
+            scale = torch.trace(self.delta[n] @ self.C0[n] @ self.delta[n].T).item()
+            return [norm**2 / scale if scale else 0.0 for norm in norms]
+        mean = sum(norms) / len(norms)
+        std = (sum((norm - mean) ** 2 for norm in norms) / (len(norms) - 1)) ** 0.5
+        return [(norm - mean) / std if std else 0.0 for norm in norms]
+
+    @torch.no_grad()
+    def run(self, text, subject_end=None):
+        tokens = self.tokenizer(text, return_offsets_mapping=True)
+        self.model(torch.tensor([tokens["input_ids"]]))
+        if subject_end is not None:
+            return max(i for i, (a, b) in enumerate(tokens["offset_mapping"]) if a < subject_end)
+
+    def _covariances(self):
+        sums, count = {}, 0
+        for text in TEXTS:
+            self.run(text)
+            for n in self.layers:
+                for key in self.inputs[n]:
+                    sums[n] = sums.get(n, 0) + torch.outer(key, key)
+            count += len(self.inputs[self.layers[0]])
+        for n in self.layers:
+            self.C0[n] = sums[n] / count
+            self.C[n] = self.lam * self.C0[n]
+            self.delta[n] = torch.zeros(self.hidden.shape[-1], len(sums[n]), dtype=torch.float64)
+
+    def edit(self, requests, values):
+        for n in self.layers:
+            self.mode[n] = "temporary"
+        for number, n in enumerate(self.layers):
+            keys, residuals, prompts = [], [], []
+            for request, value in zip(requests, values, strict=True):
+                before, after = request.prompt.split("{}")
+                found = []
+                for prefix in self.prefixes:
+                    head = prefix + before + request.subject
+                    last = self.run(head + after, len(head))
+                    found.append(self.inputs[n][last])
+                    if prefix == "":
+                        residuals.append((value - self.hidden[last]) / (len(self.layers) - number))
+                        prompts.append(self.inputs[n])
+                keys.append(sum(found) / len(found))
+            K, R = torch.stack(keys, 1), torch.stack(residuals, 1)
+            self.C[n] = self.C[n] + sum(torch.outer(key, key) for key in keys)
+            self.delta[n] = self.delta[n] + torch.linalg.solve(self.C[n], K @ R.T).T
+            self.mode[n] = "validated"
+            self.alpha[n] = min([self.alpha[n]] + [max(self.scores(n, x)) for x in prompts])
+
+
+@pytest.mark.parametrize(
+    "family, layers, scope",
+    [("gpt2", (1, 2), "zscore"), ("gptj", (0, 1, 2), "zscore"), ("llama", (1, 2), "zscore"), ("llama", (0, 2), "reference")],
+)
+def test_five_batches_agree_with_the_oracle(tiny_model, tokenizer, family, layers, scope):
+    model = small_model(tiny_model, family).double()
+    untouched = copy.deepcopy(model)
+    editor = make_editor(model, tokenizer, layers=layers, scope=scope, lam=20.0)
+    oracle = Oracle(untouched, tokenizer, family, layers, 20.0, scope, editor.prefixes)
+    assert len(editor.prefixes) == 3 and editor.prefixes[0] == ""
+    requests = some_requests(13)
+    alphas = []
+    for batch_number, size in enumerate((3, 1, 4, 2, 3)):
+        batch, requests = requests[:size], requests[size:]
+        values = random_values(size, seed=batch_number)
+        editor.edit(batch, target_values=values)
+        oracle.edit(batch, values)
+        alphas.append(dict(oracle.alpha))
+    assert alphas[0] != alphas[-1]  # the thresholds did move between batches
+    for n in layers:
+        name = oracle.names[n]
+        assert relative(editor.layers[name].delta, oracle.delta[n]) < 1e-6
+        assert relative(editor.key_memory[name].matrix(), oracle.C[n]) < 1e-6
+        assert editor.layers[name].alpha.item() == pytest.approx(oracle.alpha[n], rel=1e-6)
+        assert relative(editor.covariance[name], oracle.C0[n]) < 1e-8  # GPT-J attends in float32 whatever its dtype
+    # and the edited model says what the oracle's does
+    text = "People say that Norway works in the field of"
+    with torch.no_grad():
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        assert torch.allclose(model(ids).logits, untouched(ids).logits, rtol=0, atol=1e-6)
+
+
+def test_score_of_a_batch_ignores_padding_and_mates(tiny_model, tokenizer):
+    """The same facts edited in another order inside the batch give the same edit."""
+    requests, values = some_requests(4), random_values(4)
+    order = [2, 0, 3, 1]
+    results = []
+    for chosen in (range(4), order):
+        editor = make_editor(small_model(tiny_model).double(), tokenizer, max_tokens=64)
+        editor.edit([requests[i] for i in chosen], target_values=values[list(chosen)])
+        results.append(editor)
+    for name, layer in results[0].layers.items():
+        assert relative(results[1].layers[name].delta, layer.delta) < 1e-9
+        assert results[1].layers[name].alpha.item() == pytest.approx(layer.alpha.item(), rel=1e-9)
+
+
+# -- atomicity ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["_add", "_calibrate"])
+@pytest.mark.parametrize("scope", ["zscore", "reference"])
+def test_error_in_the_middle_changes_nothing(tiny_model, tokenizer, monkeypatch, error, where, scope):
+    editor = make_editor(small_model(tiny_model), tokenizer, scope=scope)
+    requests = some_requests(4)
+    editor.edit(requests[:2], target_values=random_values(2))
+    before = snapshot(editor)
+    real, last = getattr(editor, where), list(editor.layers)[-1]
+
+    def failing(name, *args):
+        result = real(name, *args)
+        if name == last:
+            raise error("in the middle")
+        return result
+
+    monkeypatch.setattr(editor, where, failing)
+    # one new fact, and one that supersedes
+    batch = [requests[2], EditRequest(requests[0].prompt, requests[0].subject, "Warsaw")]
+    with pytest.raises(error, match="in the middle"):
+        editor.edit(batch, target_values=random_values(2, seed=1))
+    assert_same(before, snapshot(editor))
+    assert_usable(editor, tokenizer)
+    monkeypatch.undo()
+    fresh = make_editor(small_model(tiny_model), tokenizer, scope=scope)
+    fresh.edit(requests[:2], target_values=random_values(2))
+    for each in (editor, fresh):
+        each.edit(batch, target_values=random_values(2, seed=1))
+    for name in editor.layers:
+        assert torch.equal(editor.layers[name].delta, fresh.layers[name].delta)
+
+
+@pytest.mark.parametrize("what", ["retract", "rollback"])
+def test_error_while_taking_back_changes_nothing(tiny_model, tokenizer, monkeypatch, what):
+    editor = make_editor(small_model(tiny_model), tokenizer)
+    for n, request in enumerate(some_requests(3)):
+        editor.edit([request], target_values=random_values(1, seed=n))
+    before, last = snapshot(editor), list(editor.layers)[-1]
+    real = editor._exchange
+
+    def failing(name, **changes):
+        real(name, **changes)
+        if name == last:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(editor, "_exchange", failing)
+    with pytest.raises(KeyboardInterrupt):
+        editor.retract(["edit-0"]) if what == "retract" else editor.rollback(1)
+    assert_same(before, snapshot(editor))
+    assert_usable(editor, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [torch.full((2, 32), torch.nan), torch.full((2, 32), torch.inf), torch.zeros(3, 32), torch.zeros(2, 31), torch.zeros(64),
+     [[0.0] * 31] * 2, "nonsense"],
+)  # fmt: skip
+def test_bad_target_values(tiny_model, tokenizer, values):
+    editor = make_editor(small_model(tiny_model), tokenizer)
+    editor.edit(some_requests(1), target_values=random_values(1))
+    before = snapshot(editor)
+    with pytest.raises(RequestError, match="target_values"):
+        editor.edit(some_requests(3)[1:], target_values=values)
+    assert_same(before, snapshot(editor))
+    assert_usable(editor, tokenizer)
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+GOOD = {"prompt": "The mother tongue of {} is", "subject": "Marie Curie", "target_new": "English"}
+BAD_BATCHES = {
+    "empty batch": ([], "empty"),
+    "missing subject": ([{k: v for k, v in GOOD.items() if k != "subject"}], "subject"),
+    "missing prompt": ([{k: v for k, v in GOOD.items() if k != "prompt"}], "prompt"),
+    "missing target": ([{k: v for k, v in GOOD.items() if k != "target_new"}], "target_new"),
+    "empty subject": ([GOOD | {"subject": " "}], "subject"),
+    "empty prompt": ([GOOD | {"prompt": ""}], "prompt"),
+    "empty target": ([GOOD | {"target_new": "  "}], "target_new"),
+    "subject not in prompt": ([GOOD | {"prompt": "The capital of Peru is"}], "not in the prompt"),
+    "contradiction": ([GOOD, GOOD | {"target_new": "Polish"}], "contradict"),
+    "too long": ([GOOD | {"prompt": "Lima " * 150 + "{} is"}], "context"),
+    "same id twice": ([GOOD | {"request_id": "a"}, GOOD | {"subject": "Peru", "request_id": "a"}], "'a'"),
+    "id of another fact": ([GOOD | {"request_id": "edit-0"}], "'edit-0'"),
+    "single request": (GOOD, "list"),
+    "text": ("Marie Curie", "list"),
+    "not iterable": (5, "list"),
+    "nothing": (None, "list"),
+    "not a record": ([5], "mapping"),
+    "rephrase_prompts=5": ([GOOD | {"rephrase_prompts": 5}], "rephrase_prompts"),
+    "locality_prompts=5": ([GOOD | {"locality_prompts": 5}], "locality_prompts"),
+    "locality_prompts=[5]": ([GOOD | {"locality_prompts": [5]}], "locality_prompts"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_bad_batches(tiny_model, tokenizer, case):
+    batch, message = BAD_BATCHES[case]
+    editor = make_editor(small_model(tiny_model), tokenizer)
+    editor.edit([GOOD | {"subject": "Norway"}], target_values=random_values(1))
+    before = snapshot(editor)
+    with pytest.raises(RequestError, match=message):
+        editor.edit(batch)
+    with pytest.raises(RequestError, match=message):
+        editor.edit_all(batch, progress=False)
+    assert_same(before, snapshot(editor))
+    assert_usable(editor, tokenizer)
+
+
+@pytest.mark.parametrize("field", ["rephrase_prompts", "locality_prompts", "portability_prompts"])
+def test_prompts_that_are_no_list(field):
+    with pytest.raises(RequestError, match=field):
+        EditRequest(**GOOD, **{field: 5})
+
+
+def test_tokenizer_without_pad_token(tiny_model, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    results = []
+    for each in (tokenizer, bare):
+        editor = make_editor(small_model(tiny_model).double(), each)
+        editor.edit(some_requests(3))
+        results.append(editor)
+    for name, layer in results[0].layers.items():
+        assert relative(results[1].layers[name].delta, layer.delta) < 1e-9
+
+
+def test_generated_ids_avoid_given_ones(tiny_model, tokenizer):
+    editor = make_editor(small_model(tiny_model), tokenizer)
+    report = editor.edit([GOOD, GOOD | {"subject": "Peru", "request_id": "edit-0"}], target_values=random_values(2))
+    assert len(set(report.request_ids)) == 2 and len(editor.ledger) == 2
+
+
+def bare_editor(tiny_model, tokenizer, **changes):
+    return Editor(small_model(tiny_model, **changes), tokenizer, EditConfig(layers=(1, 2), prefixes=0, lam=20.0))
+
+
+def test_no_covariance(tiny_model, tokenizer, tmp_path):
+    editor = bare_editor(tiny_model, tokenizer)
+    with pytest.raises(CovarianceError, match="collect_covariance"):
+        editor.edit(some_requests(1), target_values=random_values(1))
+    with pytest.raises(CovarianceError, match="collect_covariance"):
+        editor.save_covariance(tmp_path / "c.safetensors")
+    editor.rollback(0)
+    assert editor.step == 0 and not editor.ledger.entries
+
+
+def test_unusable_covariances(tiny_model, tokenizer, tmp_path):
+    path = tmp_path / "covariance.safetensors"
+    good = make_editor(small_model(tiny_model), tokenizer)
+    good.save_covariance(path)
+    editor = bare_editor(tiny_model, tokenizer)
+    broken = Covariance.load(path)
+    broken.moments[list(broken.moments)[1]][3, 3] = torch.nan
+    with pytest.raises(CovarianceError, match="NaN"):
+        editor.set_covariance(broken)
+    with pytest.raises(CovarianceError, match="not positive definite.*more"):
+        editor.collect_covariance(TEXTS, tokens=20, progress=False)
+    with pytest.raises(CovarianceError, match="no text"):
+        editor.collect_covariance([""], progress=False)
+    with pytest.raises(CovarianceError, match="list"):
+        editor.collect_covariance(TEXTS[0], progress=False)
+    assert not editor.key_memory and editor.covariance is None
+    editor.load_covariance(path)
+    for name in editor.layers:
+        assert torch.equal(editor.covariance[name], good.covariance[name])
+    with pytest.raises(CovarianceError, match="another model"):
+        bare_editor(tiny_model, tokenizer, seed=1).load_covariance(path)
+    other = Editor(small_model(tiny_model), tokenizer, EditConfig(layers=(0, 1)))
+    with pytest.raises(CovarianceError, match="missing"):
+        other.load_covariance(path)
+    editor.edit(some_requests(1), target_values=random_values(1))
+    with pytest.raises(CovarianceError, match="already"):
+        editor.load_covariance(path)
+
+
+# -- superseding, retraction, rollback ------------------------------------------------------------------------------
+
+
+def expected_memory(editor, name):
+    live = [entry.keys[name].double() for entry in editor.ledger.live()]
+    return editor.config.lam * editor.covariance[name] + sum(torch.outer(key, key) for key in live)
+
+
+def expected_delta(editor, name):
+    """Least squares of the live requests: ``(Σ v kᵀ) C⁻¹``."""
+    total = sum(torch.outer(e.responses[name].double(), e.keys[name].double()) for e in editor.ledger.live())
+    return torch.linalg.solve(expected_memory(editor, name), total.T).T
+
+
+def assert_least_squares(editor, tolerance=1e-5):
+    for name, layer in editor.layers.items():
+        assert relative(editor.key_memory[name].matrix(), expected_memory(editor, name)) < 1e-9
+        assert relative(layer.delta, expected_delta(editor, name)) < tolerance
+
+
+def test_superseding(tiny_model, tokenizer):
+    editor = make_editor(small_model(tiny_model), tokenizer)
+    first, second = some_requests(2)
+    editor.edit([first, second], target_values=random_values(2))
+    old = {name: editor.ledger.live()[0].keys[name].double() for name in editor.layers}
+    new = EditRequest(first.prompt, first.subject, "Warsaw")
+    report = editor.edit([new], target_values=random_values(1, seed=1))
+    assert report.superseded == ["edit-0"]
+    assert [e.request.target_new for e in editor.ledger.live()] == [second.target_new, "Warsaw"]
+    assert_least_squares(editor)
+    for name in editor.layers:  # the old key is really out: with it inside, C would differ by far more
+        with_old = expected_memory(editor, name) + torch.outer(old[name], old[name])
+        assert relative(editor.key_memory[name].matrix(), with_old) > 1e-4
+
+
+def test_superseding_moves_to_the_new_value(tiny_model, tokenizer):
+    """Behind the second edit the hidden state is near the second target value, not between the two."""
+    request = some_requests(1)[0]
+    values = random_values(2)
+    hidden = {}
+    for superseded in (True, False):
+        editor = make_editor(small_model(tiny_model).double(), tokenizer, lam=1e-3, prefixes=0)
+        if superseded:
+            editor.edit([request], target_values=values[:1])
+        editor.edit([EditRequest(request.prompt, request.subject, "Warsaw")], target_values=values[1:])
+        caught = []
+        editor.model.transformer.h[2].register_forward_hook(
+            lambda m, a, output, caught=caught: caught.append(output[0] if isinstance(output, tuple) else output))  # fmt: skip
+        end = request.prompt.index("{}") + len(request.subject)
+        tokens = tokenizer(request.text, return_offsets_mapping=True)
+        last = max(i for i, (a, b) in enumerate(tokens["offset_mapping"]) if a < end)
+        with torch.no_grad():
+            editor.model(torch.tensor([tokens["input_ids"]]))
+        hidden[superseded] = caught[0].reshape(-1, 32)[last]
+    for state in hidden.values():
+        assert (state - values[1]).norm() < 0.05 * (values[0] - values[1]).norm()
+
+
+def test_a_fact_given_twice_is_superseded_once(tiny_model, tokenizer):
+    editor = make_editor(small_model(tiny_model), tokenizer)
+    request, other = some_requests(2)
+    editor.edit([request, request, other], target_values=random_values(3))
+    new = EditRequest(request.prompt, request.subject, "Warsaw")
+    report = editor.edit([new, new], target_values=random_values(2, seed=1))
+    assert sorted(report.superseded) == ["edit-0", "edit-1"]
+    assert len(editor.ledger) == 3
+    assert_least_squares(editor)
+
+
+@pytest.mark.parametrize("scope", ["zscore", "reference"])
+def test_retract(tiny_model, tokenizer, scope):
+    editor = make_editor(small_model(tiny_model, "llama"), tokenizer, scope=scope)
+    requests = some_requests(6)
+    for n in range(3):
+        editor.edit(requests[2 * n : 2 * n + 2], target_values=random_values(2, seed=n))
+    alphas = {name: layer.alpha.item() for name, layer in editor.layers.items()}
+    whole = {name: layer.delta.norm().item() for name, layer in editor.layers.items()}
+    editor.retract("edit-1")
+    assert editor.step == 4 and editor.log[-1]["event"] == "retract"
+    assert_least_squares(editor)
+    editor.retract(["edit-4", "edit-2"])
+    assert_least_squares(editor)
+    assert [e.request.request_id for e in editor.ledger.live()] == ["edit-0", "edit-3", "edit-5"]
+    before = snapshot(editor)
+    for bad in ("edit-1", ["edit-0", "nobody"], [], ["edit-0", "edit-0"]):
+        with pytest.raises(RequestError, match="id"):
+            editor.retract(bad)
+    assert_same(before, snapshot(editor))
+    editor.retract(["edit-0", "edit-3", "edit-5"])
+    for name, layer in editor.layers.items():
+        assert layer.delta.norm().item() < 1e-5 * whole[name]
+        assert relative(editor.key_memory[name].matrix(), 20.0 * editor.covariance[name]) < 1e-9
+        assert layer.alpha.item() == alphas[name]
+    assert_usable(editor, tokenizer)
+    editor.edit(requests[:1], target_values=random_values(1))
+    assert_least_squares(editor)
+
+
+@pytest.mark.parametrize("scope", ["zscore", "reference"])
+def test_rollback(tiny_model, tokenizer, scope):
+    """Five steps: two edits, one that supersedes, a retraction, another edit; back to each of them."""
+
+    def grown():
+        editor = make_editor(small_model(tiny_model), tokenizer, scope=scope)
+        requests = some_requests(6)
+        states = [snapshot(editor)]
+        editor.edit(requests[:2], target_values=random_values(2, seed=0))
+        states.append(snapshot(editor))
+        editor.edit(requests[2:4], target_values=random_values(2, seed=1))
+        states.append(snapshot(editor))
+        again = EditRequest(requests[0].prompt, requests[0].subject, "Warsaw")
+        editor.edit([again, requests[4]], target_values=random_values(2, seed=2))
+        states.append(snapshot(editor))
+        editor.retract(["edit-1", "edit-4"])
+        states.append(snapshot(editor))
+        editor.edit(requests[5:], target_values=random_values(1, seed=3))
+        states.append(snapshot(editor))
+        return editor, states, requests
+
+    _, states, _ = grown()
+    biggest = {name: max(s["layers"][name][0].norm().item() for s in states) for name in states[0]["layers"]}
+    for step in range(6):
+        editor, _, requests = grown()
+        editor.rollback(step)
+        found, expected = snapshot(editor), states[step]
+        assert found["step"] == step and found["live"] == expected["live"] and found["ledger"] == expected["ledger"]
+        assert found["alphas"] == expected["alphas"] and editor.log[-1]["event"] == "rollback"
+        for name, layer in editor.layers.items():
+            assert (layer.delta - expected["layers"][name][0]).norm().item() <= 1e-5 * biggest[name]
+            assert relative(found["memory"][name], expected["memory"][name]) < 1e-5
+            assert torch.equal(layer.alpha, expected["layers"][name][2])
+            scale = expected["layers"][name][3].item()
+            assert layer.reference_scale.item() == pytest.approx(scale, rel=1e-4, abs=1e-9)
+        assert_usable(editor, tokenizer)
+        editor.edit([EditRequest("{} stands in", "The Tower", "Oslo")], target_values=random_values(1, seed=9))
+        assert editor.step == step + 1
+        assert_least_squares(editor)
+    for bad in (-1, 99):
+        with pytest.raises(ComebaError, match="step"):
+            editor.rollback(bad)
+    editor.rollback(2)
+    editor.rollback(0)
+    assert len(editor.ledger) == 0 and editor.step == 0
+
+
+# -- many batches ---------------------------------------------------------------------------------------------------
+
+
+def test_edit_all_is_lazy_and_stops_between_batches(tiny_model, tokenizer):
+    editor = make_editor(small_model(tiny_model), tokenizer, steps=2)
+    reports = editor.edit_all((r for r in some_requests(7)), batch_size=3, progress=False)
+    assert editor.step == 0 and iter(reports) is reports
+    first = next(reports)
+    assert first.step == 1 and len(first.request_ids) == 3 and len(first.losses) == 3
+    reports.close()
+    assert editor.step == 1 and len(editor.ledger) == 3
+    rest = list(editor.edit_all(some_requests(7)[3:], batch_size=3, progress=False))
+    assert [len(r.request_ids) for r in rest] == [3, 1] and len(editor.ledger) == 7
+    assert_least_squares(editor)
+
+
+def test_edit_all_checks_everything_first(tiny_model, tokenizer):
+    editor = make_editor(small_model(tiny_model), tokenizer, steps=2)
+    good = some_requests(3)
+    before = snapshot(editor)
+    bad_lists = [
+        [*good, {"prompt": "no subject here", "subject": "Peru", "target_new": "x"}],
+        [*good, EditRequest("Lima " * 150 + "{}", "Peru", "x")],
+        [EditRequest(**GOOD, request_id="a"), *good, EditRequest("{} is", "Peru", "x", request_id="a")],
+    ]
+    for requests in bad_lists:
+        with pytest.raises(RequestError):
+            editor.edit_all(requests, batch_size=1, progress=False)
+        assert_same(before, snapshot(editor))
+    with pytest.raises(ConfigError, match="batch_size"):
+        editor.edit_all(good, batch_size=0)
+    with pytest.raises(CovarianceError, match="covariance"):
+        bare_editor(tiny_model, tokenizer).edit_all(good, progress=False)
+
+
+def test_edit_all_keeps_ids_apart(tiny_model, tokenizer):
+    """A generated id is not one that a later request brings along."""
+    editor = make_editor(small_model(tiny_model), tokenizer, steps=1)
+    requests = [*some_requests(2), EditRequest("{} is", "Peru", "x", request_id="edit-1")]
+    list(editor.edit_all(requests, batch_size=1, progress=False))
+    ids = [e.request.request_id for e in editor.ledger.live()]
+    assert len(set(ids)) == 3 and "edit-1" in ids
+
+
+# -- the model and the user's surroundings --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
+def test_disabled_and_close_give_the_original(tiny_model, tokenizer, family):
+    model = small_model(tiny_model, family)
+    untouched = copy.deepcopy(model)
+    ids = ids_of(model, tokenizer)
+    editor = make_editor(model, tokenizer)
+    for n, request in enumerate(some_requests(3, seed=1)):
+        editor.edit([request, EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English")],
+                    target_values=random_values(2, seed=n, scale=10))  # fmt: skip
+    with torch.no_grad():
+        original = untouched(ids).logits
+        assert not torch.equal(model(ids).logits, original)
+        with editor.disabled() as same:
+            assert same is model
+            assert torch.equal(model(ids).logits, original)
+        assert not torch.equal(model(ids).logits, original)
+        with pytest.raises(RuntimeError), editor.disabled():
+            raise RuntimeError
+        assert not torch.equal(model(ids).logits, original)
+    weights = {n.replace(".base_layer", ""): p for n, p in model.named_parameters()}
+    for name, parameter in untouched.named_parameters():
+        assert torch.equal(weights[name], parameter)
+    editor.close()
+    assert {n: type(m) for n, m in model.named_modules()} == {n: type(m) for n, m in untouched.named_modules()}
+    assert all(len(m._forward_hooks) + len(m._forward_pre_hooks) == 0 for m in model.modules())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, original)
+
+
+def test_random_state_gradients_and_training_flags_are_the_users(tiny_model, tokenizer):
+    model = small_model(tiny_model)
+    model.train()
+    model.transformer.h[0].eval()
+    flags = [m.training for m in model.modules()]
+    torch.manual_seed(123)
+    torch.rand(7)
+    state = torch.get_rng_state()
+    python_state = random.getstate()
+    editor = make_editor(model, tokenizer, steps=3)
+    editor.edit(some_requests(3))
+    list(editor.edit_all(some_requests(4)[3:], progress=False))
+    editor.retract("edit-0")
+    editor.rollback(1)
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python_state
+    assert all(p.grad is None for p in model.parameters())
+    editor.close()
+    assert [m.training for m in model.modules()] == flags
+
+
+def test_dropout_does_not_reach_the_edit(tiny_model, tokenizer):
+    deltas = []
+    for training in (False, True):
+        editor = make_editor(small_model(tiny_model).train(training), tokenizer, steps=3)
+        editor.edit(some_requests(2))
+        deltas.append({name: layer.delta for name, layer in editor.layers.items()})
+    for name in deltas[0]:
+        assert torch.equal(deltas[0][name], deltas[1][name])
+
+
+def test_bfloat16(tiny_model, tokenizer):
+    """The buffer is rounded once from a float32 sum, not once an edit."""
+    editor = make_editor(small_model(tiny_model).to(torch.bfloat16), tokenizer, steps=3)
+    assert all(layer.delta.dtype == torch.bfloat16 for layer in editor.layers.values())
+    for n, request in enumerate(some_requests(8)):
+        editor.edit([request], target_values=None if n == 0 else random_values(1, seed=n))
+    for name, layer in editor.layers.items():
+        master = editor._delta[name]
+        assert master.dtype == torch.float32 and layer.delta.dtype == torch.bfloat16
+        assert relative(master, expected_delta(editor, name)) < 1e-5
+        assert torch.equal(layer.delta, master.to(torch.bfloat16))
+        assert not torch.equal(master, layer.delta.float())
+    assert_usable(editor, tokenizer)
+    editor.retract([e.request.request_id for e in editor.ledger.live()])
+    for layer in editor.layers.values():
+        assert layer.delta.float().norm() < 1e-4

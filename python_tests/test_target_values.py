@@ -1,0 +1,257 @@
+"""Batched target values against one request at a time: full forward passes, autograd and torch.optim.Adam."""
+
+import random
+
+import pytest
+import torch
+
+from comeba_ext import EditConfig, Editor
+from comeba_ext.architectures import Architecture
+from comeba_ext.editing import target_values as module
+from comeba_ext.editing.request import EditRequest
+from comeba_ext.editing.rows import essence_rows, target_rows
+from comeba_ext.editing.target_values import optimise_target_values
+from comeba_ext.errors import RequestError
+
+SMALL = {"gpt2": {"n_layer": 4, "n_inner": 48}, "gptj": {"n_layer": 4, "n_inner": 48}, "llama": {"num_hidden_layers": 4}}
+BLOCKS = {"gpt2": "transformer.h", "gptj": "transformer.h", "llama": "model.layers"}
+# GPT-J computes its attention in float32 whatever the model's dtype.
+TOLERANCE = {"gpt2": 1e-8, "gptj": 1e-4, "llama": 1e-8}
+REQUESTS = [
+    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English"),
+    EditRequest("{} works in the field of", "Marie Curie", "the piano and the guitar"),
+    EditRequest("The capital of {}, as everyone knows, is", "Peru", "Paris"),
+    EditRequest("{} is located in", "Angola", "Oslo, Norway"),
+    EditRequest("People say that {} plays the", "Toko Yasuda", "Lima"),
+]
+PREFIXES = ["", "The city of Paris. ", "Who built it? "]
+
+
+def settings(**changes):
+    basic = {"layers": (1, 2), "lam": 20.0, "steps": 8, "lr": 0.3, "kl_factor": 0.5, "weight_decay": 2.0, "clamp": 0.9,
+             "early_stop": 2.0, "prefixes": 0}  # fmt: skip
+    return EditConfig(**(basic | changes))
+
+
+def edited_model(tiny_model, tokenizer, family, **changes):
+    """A float64 model with three edits whose validated hooks act on the texts of ``REQUESTS``."""
+    model = tiny_model(family, **SMALL[family]).double()
+    editor = Editor(model, tokenizer, settings(**changes))
+    words = " ".join(r.text for r in REQUESTS).split()
+    draw = random.Random(0)
+    editor.collect_covariance([" ".join(draw.choices(words, k=12)) for _ in range(60)], tokens=10**6, progress=False)
+    values = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 5
+    edits = [EditRequest(r.prompt, r.subject, "Warsaw") for r in REQUESTS[:3]]
+    editor.edit(edits, target_values=values)
+    assert all(layer.delta.norm() > 0 and layer.mode == "validated" for layer in editor.layers.values())
+    return model, editor
+
+
+def run(model, tokenizer, config, requests=REQUESTS, prefixes=PREFIXES):
+    return optimise_target_values(model, tokenizer, Architecture.of(model), config, requests, prefixes)
+
+
+class OneRequest:
+    """DESIGN's objective for a single request, one unpadded text a forward pass of the whole model."""
+
+    def __init__(self, model, tokenizer, family, config, request):
+        self.model, self.config = model, config
+        before, after = request.prompt.split("{}")
+        self.texts = []  # token ids, subject's last position, target token ids
+        for prefix in PREFIXES:
+            head = prefix + before + request.subject
+            stem = tokenizer(head + after)["input_ids"]
+            whole = tokenizer(head + after + " " + request.target_new)["input_ids"]
+            assert whole[: len(stem)] == stem
+            # Without the target's last token, as it would count in the z-scores of the edits already made.
+            self.texts.append((whole[:-1], self._last(tokenizer, head + after, len(head)), whole[len(stem) :]))
+        essence = f"{request.subject} is a"
+        self.essence = tokenizer(essence)["input_ids"], self._last(tokenizer, essence, len(request.subject))
+        self.block = model.get_submodule(f"{BLOCKS[family]}.{config.value_layer}")
+        seen = []
+        handle = self.block.register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        with torch.no_grad():
+            model(torch.tensor([self.texts[0][0]]))
+        handle.remove()
+        self.h = seen[0].reshape(-1, 32)[self.texts[0][1]]
+        self.before = self._log_p(*self.essence, torch.zeros_like(self.h)).detach()[self.essence[1]]
+
+    @staticmethod
+    def _last(tokenizer, text, end):
+        offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        return max(i for i, (a, b) in enumerate(offsets) if a < end)
+
+    def _log_p(self, ids, last, delta):
+        def add(m, args, out):
+            hidden = out[0] if isinstance(out, tuple) else out
+            rows = torch.zeros(hidden.shape[-2], 1, dtype=hidden.dtype)
+            rows[last] = 1
+            hidden = hidden + rows * delta
+            return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+        handle = self.block.register_forward_hook(add)
+        try:
+            return self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        finally:
+            handle.remove()
+
+    def loss(self, delta):
+        nll = 0.0
+        for ids, last, target in self.texts:
+            log_p = self._log_p(ids, last, delta)
+            first = len(ids) + 1 - len(target)
+            nll = nll - sum(log_p[first + i - 1, t] for i, t in enumerate(target)) / len(target)
+        now = self._log_p(*self.essence, delta)[self.essence[1]]
+        kl = (now.exp() * (now - self.before)).sum()
+        decay = delta.norm() / self.h.norm() ** 2
+        return nll / len(self.texts) + self.config.kl_factor * kl + self.config.weight_decay * decay
+
+    def solve(self):
+        config, norm = self.config, self.h.norm()
+        lr = config.lr * (norm.item() / 32**0.5 if config.lr_unit == "hidden_rms" else 1)
+        delta = torch.zeros_like(self.h, requires_grad=True)
+        optimiser = torch.optim.Adam([delta], lr=lr)
+        steps = clamped = 0
+        for number in range(config.steps):
+            loss = self.loss(delta)
+            if loss.item() < config.early_stop or number == config.steps - 1:
+                break
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            steps += 1
+            with torch.no_grad():
+                if delta.norm() > config.clamp * norm:
+                    clamped += 1
+                    delta.mul_(config.clamp * norm / delta.norm())
+        return (self.h + delta).detach(), loss.item(), steps, clamped
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
+@pytest.mark.parametrize("lr_unit", ["absolute", "hidden_rms"])
+def test_agrees_with_one_request_at_a_time(tiny_model, tokenizer, family, lr_unit):
+    model, _ = edited_model(tiny_model, tokenizer, family)
+    config = settings(lr_unit=lr_unit, lr=0.3, clamp=0.5)
+    problems = [OneRequest(model, tokenizer, family, config, request) for request in REQUESTS]
+    with torch.no_grad():  # an early stop between the requests' first losses: some stop soon, some never
+        losses = sorted(p.loss(torch.zeros(32, dtype=torch.float64)).item() for p in problems)
+    config = settings(lr_unit=lr_unit, lr=0.3, clamp=0.5, early_stop=(losses[0] + losses[1]) / 2)
+    for problem in problems:
+        problem.config = config
+    expected = [problem.solve() for problem in problems]
+    assert len({steps for _, _, steps, _ in expected}) > 1  # not all stop at once
+    assert any(clamped for *_, clamped in expected)
+    found = run(model, tokenizer, config)
+    assert found.steps == [steps for _, _, steps, _ in expected]
+    for value, loss, (wanted, wanted_loss, _, _) in zip(found.values, found.losses, expected, strict=True):
+        assert ((value - wanted).norm() / wanted.norm()).item() < TOLERANCE[family]
+        assert loss == pytest.approx(wanted_loss, rel=TOLERANCE[family])
+
+
+@pytest.mark.parametrize("part", ["kl_factor", "weight_decay"])
+def test_every_term_counts(tiny_model, tokenizer, part):
+    model, _ = edited_model(tiny_model, tokenizer, "gpt2")
+    with_it = run(model, tokenizer, settings(early_stop=0.0)).values
+    without = run(model, tokenizer, settings(early_stop=0.0, **{part: 0.0})).values
+    assert ((with_it - without).norm() / without.norm()).item() > 1e-3
+
+
+def test_groups_and_order_do_not_matter(tiny_model, tokenizer, monkeypatch):
+    model, _ = edited_model(tiny_model, tokenizer, "gpt2")
+    whole = run(model, tokenizer, settings())
+    sizes = []
+    real = module._Problem
+
+    def counted(*args):
+        sizes.append(len(args[4]))
+        return real(*args)
+
+    monkeypatch.setattr(module, "_Problem", counted)
+    for max_tokens, groups in ((1, 5), (300, None), (4096, 1)):
+        sizes.clear()
+        order = [3, 0, 4, 2, 1]
+        found = run(model, tokenizer, settings(max_tokens=max_tokens), [REQUESTS[i] for i in order])
+        assert sum(sizes) == 5 and (len(sizes) == groups if groups else 1 < len(sizes) < 5)
+        assert torch.allclose(found.values, whole.values[order], rtol=1e-9, atol=1e-9)
+        assert found.steps == [whole.steps[i] for i in order]
+        assert found.losses == pytest.approx([whole.losses[i] for i in order], rel=1e-9)
+
+
+def test_gradient_against_finite_differences(tiny_model, tokenizer):
+    model, _ = edited_model(tiny_model, tokenizer, "gpt2")
+    rows = target_rows(tokenizer, REQUESTS[:2], PREFIXES)
+    essence = essence_rows(tokenizer, REQUESTS[:2])
+    rows = [r for n in range(2) for r in [*(row for row in rows if row.request == n), essence[n]]]
+    problem = module._Problem(model, Architecture.of(model), settings(), rows, [0, 1], 0)
+    norm, start = problem.h.norm(dim=-1, keepdim=True), {}
+    active = torch.arange(2)
+    problem._loss(torch.zeros_like(problem.h), active, norm, start)
+    delta = torch.randn(2, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(problem._loss(delta, active, norm, start).sum(), delta)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for n in range(2):
+            for _ in range(3):
+                way = torch.zeros_like(delta)
+                way[n] = torch.randn(32, generator=generator, dtype=torch.float64)
+                up, down = (problem._loss(delta + s * 1e-5 * way, active, norm, start) for s in (1, -1))
+                slope = (up - down) / 2e-5
+                assert slope[n].item() == pytest.approx((gradient * way).sum().item(), rel=1e-5, abs=1e-8)
+                assert slope[1 - n].item() == pytest.approx(0, abs=1e-8)  # requests never meet
+
+
+def test_number_of_evaluations_and_steps(tiny_model, tokenizer, monkeypatch):
+    model, _ = edited_model(tiny_model, tokenizer, "gpt2")
+    evaluations = []
+    real = module._Problem._loss
+    monkeypatch.setattr(module._Problem, "_loss", lambda *a: evaluations.append(len(a[2])) or real(*a))
+    found = run(model, tokenizer, settings(steps=4, early_stop=0.0))
+    assert evaluations == [5] * 4 and found.steps == [3] * 5
+    evaluations.clear()
+    one = run(model, tokenizer, settings(steps=1, early_stop=0.0))  # evaluated, never moved
+    assert evaluations == [5] and one.steps == [0] * 5
+    evaluations.clear()
+    soon = run(model, tokenizer, settings(steps=4, early_stop=1e9))  # below the bound before the first step
+    assert evaluations == [5] and soon.steps == [0] * 5
+    assert torch.equal(soon.values, one.values)
+    assert not torch.equal(found.values, one.values)
+
+
+def test_values_stay_in_the_clamp_ball(tiny_model, tokenizer):
+    model, _ = edited_model(tiny_model, tokenizer, "gpt2")
+    h = run(model, tokenizer, settings(steps=1)).values
+    found = run(model, tokenizer, settings(early_stop=0.0, clamp=0.1, lr=1.0)).values
+    share = (found - h).norm(dim=-1) / h.norm(dim=-1)
+    assert torch.allclose(share, torch.full_like(share, 0.1), rtol=1e-9)
+
+
+def test_nothing_is_left_behind(tiny_model, tokenizer):
+    """Blocks run again after an optimisation, and after one that was interrupted."""
+    model, editor = edited_model(tiny_model, tokenizer, "gpt2")
+    ids = torch.tensor([tokenizer(REQUESTS[0].text)["input_ids"]])
+    with torch.no_grad():
+        before = model(ids).logits
+    run(model, tokenizer, settings(steps=2))
+    handle = model.transformer.h[3].register_forward_hook(lambda m, a, o: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tokenizer, settings(steps=2))
+    handle.remove()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
+    assert all("forward" not in vars(block) for block in model.transformer.h)
+    assert torch.equal(editor.target_values(REQUESTS), editor.target_values(REQUESTS))
+
+
+def test_not_a_number_is_an_error(tiny_model, tokenizer):
+    model, _ = edited_model(tiny_model, tokenizer, "gpt2")
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    for steps in (1, 3):
+        with pytest.raises(RequestError, match="not finite"):
+            run(model, tokenizer, settings(steps=steps))
+
+
+def test_context_length(tiny_model, tokenizer):
+    model, _ = edited_model(tiny_model, tokenizer, "gpt2")
+    with pytest.raises(RequestError, match="context"):
+        run(model, tokenizer, settings(), [EditRequest("Lima " * 150 + "{} is", "Peru", "x")])
