@@ -91,8 +91,11 @@ class Architecture:
         for name in (self.decoder, self.blocks, projection, self.final_norm):
             if name not in modules:
                 raise ArchitectureError(f"{type(model).__name__} has no module {name!r}{hint}")
-        if _linear_shape(modules[projection]) is None:
+        shape = _linear_shape(modules[projection])
+        if shape is None:
             raise ArchitectureError(f"{projection} is a {type(modules[projection]).__name__}, not a linear layer{hint}")
+        if shape[1] != _width(model):
+            raise ArchitectureError(f"{projection} writes {shape[1]} values, not the model's {_width(model)}{hint}")
 
     def num_blocks(self, model: nn.Module) -> int:
         return len(model.get_submodule(self.blocks))
@@ -122,6 +125,11 @@ class Architecture:
         return logits
 
 
+def _width(model: nn.Module) -> int:
+    """d_model; the embeddings may be narrower (OPT-350M)."""
+    return getattr(model.config, "hidden_size", None) or model.get_input_embeddings().weight.shape[-1]
+
+
 def _is_masked_lm(model: nn.Module) -> bool:
     return "MaskedLM" in type(model).__name__ or type(model).__name__.endswith("ForPreTraining")
 
@@ -149,7 +157,7 @@ def _inspect(model: nn.Module, blocks: str | None, projection: str | None) -> Ar
             f"{type(model).__name__} has no list of blocks named {blocks!r} (given as blocks); see model.named_modules()"
         )
     if projection is None:
-        width = model.get_input_embeddings().weight.shape[-1]
+        width = _width(model)
         sizes = {n: _linear_shape(m) for n, m in modules[blocks][0].named_modules()}
         sizes = {n: s for n, s in sizes.items() if s is not None}
         outer = {n for n in sizes if not any(n.startswith(f"{other}.") for other in sizes)}  # not inside LoRA or a hook

@@ -8,6 +8,7 @@ memory, ledger) and ``comeba_log-*.jsonl``.
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -38,16 +39,34 @@ def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
         StorageError: truncated, foreign, or of another base model; the model is as it was.
     """
     manifest, tensors = _read(model, folder)
-    names = list(manifest["layers"])
-    config = EditConfig.from_dict(manifest["config"], str(folder))
+    with _complete(folder):
+        names = list(manifest["layers"])
+        config = EditConfig.from_dict(manifest["config"], str(folder))
+        deltas = {name: _delta(tensors, name, folder) for name in names}
     architecture = Architecture.of(model, config.blocks, config.projection)
-    deltas = {name: _delta(tensors, name, folder) for name in names}
     layers = hooked_linear.install(model, names, architecture.decoder, config.scope, config.alpha)
-    for name, layer in layers.items():
-        layer.delta.copy_(deltas[name])
-        layer.alpha.copy_(tensors[f"{name}.alpha"])
-        layer.reference_scale.copy_(tensors[f"{name}.reference_scale"])
+    with _complete(folder, model):
+        for name, layer in layers.items():
+            layer.delta.copy_(deltas[name])
+            layer.alpha.copy_(tensors[f"{name}.alpha"])
+            layer.reference_scale.copy_(tensors[f"{name}.reference_scale"])
     return model
+
+
+@contextmanager
+def _complete(folder: str | Path, hooked: nn.Module | None = None):
+    """Inside, what is missing or malformed in a folder's files is a :class:`StorageError`, and ``hooked`` is unhooked."""
+    try:
+        yield
+    except BaseException as error:
+        if hooked is not None:
+            hooked_linear.uninstall(hooked)
+        if isinstance(error, StorageError) or not isinstance(error, _MALFORMED):
+            raise
+        raise StorageError(f"{folder} is incomplete or damaged: {type(error).__name__}: {error}") from None
+
+
+_MALFORMED = (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError)  # RuntimeError: shapes
 
 
 def save(editor, folder: str | Path, inference_only: bool) -> None:
@@ -81,35 +100,41 @@ def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
     state = read_file(folder, manifest, "state")
     log = read_file(folder, manifest, "log")
     try:
+        log = [json.loads(line) for line in log.splitlines()]
+    except ValueError as error:
+        raise StorageError(f"{Path(folder) / manifest['files']['log']} is truncated or not JSON ({error})") from None
+    with _complete(folder):
+        config = EditConfig.from_dict(manifest["config"], str(folder))
         covariance = _covariance(manifest, state)
         entries = _entries(manifest, state)
-        log = [json.loads(line) for line in log.splitlines()]
+        saved = {key: manifest[key] for key in ("step", "alphas", "prefixes", "next_id")}
         deltas = {name: state[f"{name}.delta"] for name in manifest["layers"]}
         scalars = {name: (state[f"{name}.alpha"], state[f"{name}.reference_scale"]) for name in manifest["layers"]}
         memory = {n: state[f"{n}.factor"] for n in manifest["layers"] if f"{n}.factor" in state}
-    except (KeyError, IndexError, ValueError) as error:
-        raise StorageError(f"{folder} is incomplete: {error}") from None
-    editor = cls(model, tokenizer, EditConfig.from_dict(manifest["config"], str(folder)))
-    for name, layer in editor.layers.items():
-        editor._delta[name].copy_(deltas[name])
-        layer.delta.copy_(deltas[name])
-        layer.alpha.copy_(scalars[name][0])
-        layer.reference_scale.copy_(scalars[name][1])
+        removals = [record["removed"] for record in manifest["ledger"]]
+    editor = cls(model, tokenizer, config)
+    with _complete(folder, model):
+        for name, layer in editor.layers.items():
+            editor._delta[name].copy_(deltas[name])
+            layer.delta.copy_(deltas[name])
+            layer.alpha.copy_(scalars[name][0])
+            layer.reference_scale.copy_(scalars[name][1])
     editor.key_memory = {n: KeyMemory.from_factor(f.to(editor.layers[n].delta.device)) for n, f in memory.items()}
     editor.covariance = covariance
     for entry in entries:
         editor.ledger.add(entry)
-    for entry, saved in zip(entries, manifest["ledger"], strict=True):
-        if saved["removed"] is not None:
-            editor.ledger.remove(entry, saved["removed"])
-    editor.step, editor._alphas, editor._prefixes = manifest["step"], manifest["alphas"], manifest["prefixes"]
-    editor._next_id, editor.log = manifest["next_id"], log
+    for entry, removed in zip(entries, removals, strict=True):
+        if removed is not None:
+            editor.ledger.remove(entry, removed)
+    editor.step, editor._alphas, editor._prefixes = saved["step"], saved["alphas"], saved["prefixes"]
+    editor._next_id, editor.log = saved["next_id"], log
     return editor
 
 
 def _read(model: nn.Module, folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     manifest = read_manifest(folder)
-    check_identity(manifest["model"], model, f"the folder {folder}")
+    with _complete(folder):
+        check_identity(manifest["model"], model, f"the folder {folder}")
     return manifest, read_file(folder, manifest, "adapter")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from pathlib import Path
 
@@ -62,6 +63,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 MANIFEST = "comeba_edits.json"
+# What earlier saves left: their files, and temporary ones where a save was killed.
+_FILE = r"comeba_[a-z]+-[0-9a-f]{8}\.(safetensors|jsonl)"
+_OURS = re.compile(rf"{_FILE}|\.({_FILE}|{re.escape(MANIFEST)})\.[0-9a-f]{{8}}\.tmp")
 
 
 def write_folder(folder: str | Path, manifest: dict, tensors: dict[str, dict], texts: dict[str, str]) -> None:
@@ -82,8 +86,8 @@ def write_folder(folder: str | Path, manifest: dict, tensors: dict[str, dict], t
     for kind, content in texts.items():
         write_text(folder / files[kind], content)
     write_text(folder / MANIFEST, json.dumps({**manifest, "files": files}, indent=2) + "\n")
-    for old in folder.glob("*comeba_*-*.*"):
-        if old.name not in files.values():
+    for old in folder.iterdir():
+        if _OURS.fullmatch(old.name) and old.name not in files.values():
             old.unlink(missing_ok=True)
 
 
@@ -100,7 +104,8 @@ def read_manifest(folder: str | Path) -> dict:
         raise StorageError(f"{folder} holds no edits: {MANIFEST} is missing") from None
     except ValueError as error:
         raise StorageError(f"{path} is truncated or not JSON ({error})") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != 1 or "files" not in manifest:
+    files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("format") == 1 else None
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise StorageError(f"{path} was not written by this version of comeba_ext")
     return manifest
 
@@ -115,8 +120,8 @@ def read_file(folder: str | Path, manifest: dict, kind: str) -> dict[str, torch.
         return read_tensors(path)[0]
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"{path} cannot be read ({error})") from None
 
 
 def identity(model: nn.Module, layers: list[str]) -> dict:

@@ -186,9 +186,12 @@ class Oracle:
                         prompts.append(self.inputs[n])
                 keys.append(sum(found) / len(found))
             K, R = torch.stack(keys, 1), torch.stack(residuals, 1)
+            before = torch.trace(self.delta[n] @ self.C0[n] @ self.delta[n].T)
             self.C[n] = self.C[n] + sum(torch.outer(key, key) for key in keys)
             self.delta[n] = self.delta[n] + torch.linalg.solve(self.C[n], K @ R.T).T
             self.mode[n] = "validated"
+            if self.scope == "reference" and before > 0:  # the same bound on the response, in units of the new scale
+                self.alpha[n] *= (before / torch.trace(self.delta[n] @ self.C0[n] @ self.delta[n].T)).item()
             self.alpha[n] = min([self.alpha[n]] + [max(self.scores(n, x)) for x in prompts])
 
 
@@ -491,7 +494,13 @@ def test_retract(tiny_model, tokenizer, scope):
     requests = some_requests(6)
     for n in range(3):
         editor.edit(requests[2 * n : 2 * n + 2], target_values=random_values(2, seed=n))
-    alphas = {name: layer.alpha.item() for name, layer in editor.layers.items()}
+
+
+    def bounds():  # on a token's response: α, which the score "reference" counts in units of its current scale
+        unit = {name: layer.reference_scale.item() if scope == "reference" else 1 for name, layer in editor.layers.items()}
+        return {name: layer.alpha.item() * unit[name] for name, layer in editor.layers.items()}
+
+    before_all = bounds()
     whole = {name: layer.delta.norm().item() for name, layer in editor.layers.items()}
     editor.retract("edit-1")
     assert editor.step == 4 and editor.log[-1]["event"] == "retract"
@@ -508,7 +517,7 @@ def test_retract(tiny_model, tokenizer, scope):
     for name, layer in editor.layers.items():
         assert layer.delta.norm().item() < 1e-5 * whole[name]
         assert relative(editor.key_memory[name].matrix(), 20.0 * editor.covariance[name]) < 1e-9
-        assert layer.alpha.item() == alphas[name]
+        assert bounds()[name] == pytest.approx(before_all[name], rel=1e-9)
     assert_usable(editor, tokenizer)
     editor.edit(requests[:1], target_values=random_values(1))
     assert_least_squares(editor)

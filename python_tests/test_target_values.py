@@ -15,8 +15,8 @@ from comeba_ext.errors import RequestError
 
 SMALL = {"gpt2": {"n_layer": 4, "n_inner": 48}, "gptj": {"n_layer": 4, "n_inner": 48}, "llama": {"num_hidden_layers": 4}}
 BLOCKS = {"gpt2": "transformer.h", "gptj": "transformer.h", "llama": "model.layers"}
-# GPT-J computes its attention in float32 whatever the model's dtype.
-TOLERANCE = {"gpt2": 1e-8, "gptj": 1e-4, "llama": 1e-8}
+# GPT-J attends, and Llama norms, in float32 whatever the dtype of the model.
+TOLERANCE = {"gpt2": 1e-8, "gptj": 1e-5, "llama": 1e-5}
 REQUESTS = [
     EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English"),
     EditRequest("{} works in the field of", "Marie Curie", "the piano and the guitar"),
@@ -131,11 +131,11 @@ class OneRequest:
 @pytest.mark.parametrize("lr_unit", ["absolute", "hidden_rms"])
 def test_agrees_with_one_request_at_a_time(tiny_model, tokenizer, family, lr_unit):
     model, _ = edited_model(tiny_model, tokenizer, family)
-    config = settings(lr_unit=lr_unit, lr=0.3, clamp=0.5)
+    config = settings(lr_unit=lr_unit, lr=0.3, clamp=0.2)
     problems = [OneRequest(model, tokenizer, family, config, request) for request in REQUESTS]
     with torch.no_grad():  # an early stop between the requests' first losses: some stop soon, some never
         losses = sorted(p.loss(torch.zeros(32, dtype=torch.float64)).item() for p in problems)
-    config = settings(lr_unit=lr_unit, lr=0.3, clamp=0.5, early_stop=(losses[0] + losses[1]) / 2)
+    config = settings(lr_unit=lr_unit, lr=0.3, clamp=0.2, early_stop=(losses[0] + losses[1]) / 2)
     for problem in problems:
         problem.config = config
     expected = [problem.solve() for problem in problems]

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,7 +127,10 @@ class EditConfig:
             raise ConfigError(f"{where}: unknown key {', '.join(hints)}")
         if "layers" not in values:
             raise ConfigError(f"{where}: 'layers' is missing")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> EditConfig:
@@ -142,6 +146,8 @@ class EditConfig:
                 import yaml
 
                 values = yaml.safe_load(text)
+                if isinstance(values, dict):  # YAML 1.1 reads 1e-3, without a dot, as text
+                    values = {k: float(v) if _is_scientific(v) else v for k, v in values.items()}
             else:
                 values = json.loads(text)
         except OSError as error:
@@ -192,6 +198,10 @@ def _by_depth(depth: int) -> tuple[int, ...]:
     first, last = round(depth / 8), max(round(depth / 4), round(depth / 8))
     last = max(0, min(last, depth - 2))
     return tuple(range(min(first, last), last + 1))
+
+
+def _is_scientific(value) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) is not None
 
 
 def _is_int(value) -> bool:

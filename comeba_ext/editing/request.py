@@ -114,7 +114,11 @@ class EditRequest:
 
     def to_record(self) -> dict:
         """Plain JSON-serialisable mapping that :meth:`from_record` reads back."""
-        return dataclasses.asdict(self)
+        record = dataclasses.asdict(self)
+        record["rephrase_prompts"] = list(self.rephrase_prompts)
+        for name in ("locality_prompts", "portability_prompts"):  # lists, as JSON gives them back
+            record[name] = [list(pair) for pair in record[name]]
+        return record
 
 
 def as_requests(records: Iterable[EditRequest | Mapping]) -> list[EditRequest]:

@@ -1,0 +1,119 @@
+"""EditConfig: files, unknown keys, ranges."""
+
+import json
+import math
+
+import pytest
+
+from comeba_ext.editing.config import EditConfig
+from comeba_ext.errors import ConfigError
+
+CHANGED = EditConfig(
+    layers=(3, 5), lam=7.5, scope="reference", alpha=math.inf, steps=9, lr=0.2, lr_unit="hidden_rms", kl_factor=0.0,
+    weight_decay=0.1, clamp=2.0, early_stop=0.01, prefixes=0, prefix_length=3, seed=4, max_tokens=99,
+    blocks="model.layers", projection="mlp.down_proj",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.yaml", "x.yml"])
+@pytest.mark.parametrize("config", [EditConfig(layers=[1, 2]), CHANGED], ids=["defaults", "changed"])
+def test_files_round_trip(tmp_path, name, config):
+    path = tmp_path / name
+    config.save(path)
+    assert EditConfig.from_file(path) == config == EditConfig.from_file(str(path))
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert EditConfig.from_dict(config.to_dict()) == config
+
+
+def test_json_is_json(tmp_path):
+    config = EditConfig(layers=(1,))
+    config.save(tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text())["layers"] == [1]
+    assert config.replace(lam=2.0).lam == 2.0 and config.lam == 15_000.0
+    with pytest.raises(ConfigError, match="lam"):
+        config.replace(lam=-1.0)
+
+
+def test_scientific_notation_without_a_dot_is_a_number_in_yaml(tmp_path):
+    (tmp_path / "x.yaml").write_text("layers: [1]\nlr: 1e-3\nlam: 2e4\nalpha: .inf\n")
+    config = EditConfig.from_file(tmp_path / "x.yaml")
+    assert (config.lr, config.lam, config.alpha) == (1e-3, 2e4, math.inf)
+
+
+@pytest.mark.parametrize("key, nearest", [("laers", "layers"), ("learning_rate", None), ("kl_facter", "kl_factor")])
+def test_unknown_keys_are_named_with_the_nearest(tmp_path, key, nearest):
+    (tmp_path / "x.json").write_text(json.dumps({"layers": [1], key: 2}))
+    with pytest.raises(ConfigError) as error:
+        EditConfig.from_file(tmp_path / "x.json")
+    assert "x.json" in str(error.value) and repr(key) in str(error.value)
+    if nearest:
+        assert f"nearest valid: {nearest!r}" in str(error.value)
+
+
+def test_all_unknown_keys_are_named():
+    with pytest.raises(ConfigError, match="'lamb'.*'stps'"):
+        EditConfig.from_dict({"layers": [1], "lamb": 1, "stps": 2})
+    with pytest.raises(ConfigError, match="unknown key 7"):
+        EditConfig.from_dict({"layers": [1], 7: 1})
+
+
+BAD = [("layers", bad) for bad in ([], (), None, 3, "4", [1.0], [True], [-1], [2, 1], [1, 1], ["1"])]
+BAD += [(name, bad) for name in ("lam", "lr", "clamp") for bad in (0, -1, math.nan, math.inf, "1", None, True)]
+BAD += [(name, bad) for name in ("kl_factor", "weight_decay", "early_stop") for bad in (-0.1, math.nan, "a", None)]
+BAD += [(name, bad) for name in ("steps", "prefix_length", "max_tokens") for bad in (0, -1, 1.5, "3", True, None)]
+BAD += [(name, bad) for name in ("prefixes", "seed") for bad in (-1, 0.5, "3", None)]
+BAD += [(name, bad) for name in ("scope", "optimizer", "lr_unit") for bad in ("other", None, 3, ["adam"], {})]
+BAD += [("alpha", bad) for bad in (math.nan, "2.2", True, [1])]
+BAD += [(name, bad) for name in ("blocks", "projection") for bad in (3, ["h"])]
+
+
+@pytest.mark.parametrize("name, value", BAD)
+def test_values_out_of_range(name, value):
+    with pytest.raises(ConfigError, match=name):
+        EditConfig(**({"layers": (1,)} | {name: value}))
+
+
+@pytest.mark.parametrize("alpha", [None, 0, 2.2, -1.0, math.inf, -math.inf])
+def test_any_number_is_a_threshold(alpha):
+    assert EditConfig(layers=(1,), alpha=alpha).alpha == alpha
+
+
+def test_value_layer_is_the_last():
+    assert EditConfig(layers=[3, 4, 7]).value_layer == 7
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_missing_file(tmp_path, suffix):
+    with pytest.raises(ConfigError, match=f"none.{suffix}"):
+        EditConfig.from_file(tmp_path / f"none.{suffix}")
+    (tmp_path / f"folder.{suffix}").mkdir()
+    with pytest.raises(ConfigError, match=f"folder.{suffix}"):
+        EditConfig.from_file(tmp_path / f"folder.{suffix}")
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("x.json", b"{\"layers\": [1"),
+        ("x.json", b""),
+        ("x.json", b"[1, 2]"),
+        ("x.json", b"\xff\xfe"),
+        ("x.json", b"{}"),
+        ("x.yaml", b"layers: [1"),
+        ("x.yaml", b"layers: 1: 2"),
+        ("x.yaml", b""),
+        ("x.yaml", b"just text"),
+        ("x.yaml", b"lam: 3"),
+        ("x.yaml", b"layers: !!python/object/apply:os.getcwd []"),
+    ],
+)  # fmt: skip
+def test_malformed_files(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=name):
+        EditConfig.from_file(tmp_path / name)
+
+
+def test_an_out_of_range_value_in_a_file_names_the_file(tmp_path):
+    (tmp_path / "x.json").write_text('{"layers": [1], "steps": 0}')
+    with pytest.raises(ConfigError, match=r"x\.json.*steps"):
+        EditConfig.from_file(tmp_path / "x.json")

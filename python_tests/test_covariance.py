@@ -1,0 +1,194 @@
+"""Covariance against a literal sum over single texts; interruption, resumption and refusal."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from comeba_ext import EditConfig, Editor
+from comeba_ext.covariance import Covariance
+from comeba_ext.errors import CovarianceError, StorageError
+
+WORDS = "the mother tongue of Danielle Darrieux is French capital Norway Oslo Peru Lima Angola located in Africa".split()
+SMALL = {"gpt2": {"n_layer": 4, "n_inner": 48}, "gptj": {"n_layer": 4, "n_inner": 48}, "llama": {"num_hidden_layers": 4}}
+PROJECTIONS = {
+    "gpt2": "transformer.h.{}.mlp.c_proj",
+    "gptj": "transformer.h.{}.mlp.fc_out",
+    "llama": "model.layers.{}.mlp.down_proj",
+    "opt": "model.decoder.layers.{}.fc2",
+}
+LAYERS = (0, 2)
+
+
+def corpus(count=40, seed=0):
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(1, 12))) for _ in range(count)]
+
+
+TEXTS = corpus()
+
+
+def build(tiny_model, tokenizer, family="gpt2", seed=0):
+    if family != "opt":
+        return tiny_model(family, seed, **SMALL[family]).double()
+    config = OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, ffn_dim=48, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=128, word_embed_proj_dim=32, init_std=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return OPTForCausalLM(config).eval().double()
+
+
+def make_editor(tiny_model, tokenizer, family="gpt2", seed=0, layers=LAYERS, **changes):
+    return Editor(build(tiny_model, tokenizer, family, seed), tokenizer, EditConfig(layers=layers, prefixes=0, **changes))
+
+
+def literal(tiny_model, tokenizer, family, tokens=None, texts=TEXTS, context=128):
+    """``E[k kᵀ]`` over the first ``tokens`` tokens, one text (or piece of it) at a time."""
+    model, keys = build(tiny_model, tokenizer, family), {}
+    for n in LAYERS:
+        name = PROJECTIONS[family].format(n)
+        keys[name] = []
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda m, args, found=keys[name]: found.extend(args[0].reshape(-1, args[0].shape[-1])))  # fmt: skip
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        for start in range(0, len(ids), context):
+            with torch.no_grad():
+                model(torch.tensor([ids[start : start + context]]))
+    result = {}
+    for name, found in keys.items():
+        found = found[:tokens]
+        result[name] = sum(torch.outer(key, key) for key in found) / len(found)
+    return result, len(found)
+
+
+def assert_close(covariance, expected, tolerance=1e-10):
+    for name, matrix in expected.items():
+        assert ((covariance[name] - matrix).norm() / matrix.norm()).item() < tolerance
+
+
+# GPT-J attends, and Llama norms, in float32 whatever the dtype of the model.
+@pytest.mark.parametrize("family, tolerance", [("gpt2", 1e-10), ("gptj", 1e-6), ("llama", 1e-6), ("opt", 1e-10)])
+@pytest.mark.parametrize("max_tokens", [1, 70, 4096])
+def test_equals_the_literal_mean(tiny_model, tokenizer, family, tolerance, max_tokens):
+    editor = make_editor(tiny_model, tokenizer, family, max_tokens=max_tokens)
+    editor.collect_covariance(TEXTS, tokens=501, progress=False)
+    expected, count = literal(tiny_model, tokenizer, family, 501)
+    assert count == 501 == editor.covariance.tokens
+    assert set(editor.covariance.moments) == set(expected)
+    assert_close(editor.covariance, expected, tolerance)
+
+
+def test_long_texts_are_cut_into_contexts(tiny_model, tokenizer):
+    editor = make_editor(tiny_model, tokenizer)
+    long = [" ".join(TEXTS)]
+    editor.collect_covariance(long, tokens=10**6, progress=False)
+    expected, count = literal(tiny_model, tokenizer, "gpt2", None, long)
+    assert editor.covariance.tokens == count > 256
+    assert_close(editor.covariance, expected)
+
+
+def test_default_budget_and_lazy_reading(tiny_model, tokenizer):
+    editor = make_editor(tiny_model, tokenizer, max_tokens=64)
+    taken = []
+    editor.collect_covariance((taken.append(t) or t for t in itertools.cycle(TEXTS)), progress=False)
+    assert editor.covariance.tokens == 10 * 48
+    assert sum(len(tokenizer(t)["input_ids"]) for t in taken) < 480 + 200
+
+
+def test_later_blocks_never_run(tiny_model, tokenizer):
+    editor = make_editor(tiny_model, tokenizer)
+    ran = []
+    for n, block in enumerate(editor.model.transformer.h):
+        block.register_forward_pre_hook(lambda m, args, n=n: ran.append(n))
+    editor.model.lm_head.register_forward_pre_hook(lambda m, args: ran.append("head"))
+    editor.collect_covariance(TEXTS, tokens=501, progress=False)
+    assert set(ran) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_resumed_equals_uninterrupted(tiny_model, tokenizer, tmp_path, monkeypatch, error):
+    from comeba_ext import covariance as module
+
+    path = tmp_path / "covariance.safetensors"
+    whole = make_editor(tiny_model, tokenizer, max_tokens=64)
+    whole.collect_covariance(TEXTS, tokens=501, progress=False)
+    editor = make_editor(tiny_model, tokenizer, max_tokens=64)
+    real_save, real_run, runs = Covariance.save, module.run_until, [0]
+    real_collect = module.collect_covariance
+    monkeypatch.setattr("comeba_ext.editing.editor.collect_covariance", lambda *a, **k: real_collect(*a, save_every=2, **k))
+
+    def failing(*args, **kwargs):
+        runs[0] += 1
+        if runs[0] == 8:
+            raise error
+        return real_run(*args, **kwargs)
+
+    monkeypatch.setattr(module, "run_until", failing)
+    with pytest.raises(error):
+        editor.collect_covariance(TEXTS, tokens=501, path=path, progress=False)
+    assert not editor.key_memory and Covariance.save is real_save
+    assert all(layer.mode == "validated" for layer in editor.layers.values())
+    half = Covariance.load(path)
+    assert 0 < half.tokens < 501
+    with pytest.raises(CovarianceError, match="unfinished"):
+        editor.load_covariance(path)
+    editor.collect_covariance(TEXTS, tokens=501, path=path, progress=False)
+    assert editor.covariance.tokens == 501 and runs[0] < 2 * 8 + 10
+    for name in whole.covariance.moments:
+        assert_close(editor.covariance, {name: whole.covariance[name]}, 1e-12)
+    before = runs[0]
+    make_editor(tiny_model, tokenizer).collect_covariance(TEXTS, tokens=501, path=path, progress=False)
+    assert runs[0] == before  # complete: nothing to run
+
+
+def test_checkpoint_of_another_model_or_layers(tiny_model, tokenizer, tmp_path):
+    path = tmp_path / "covariance.safetensors"
+    make_editor(tiny_model, tokenizer).collect_covariance(TEXTS, tokens=501, path=path, progress=False)
+    content = path.read_bytes()
+    for other in (make_editor(tiny_model, tokenizer, seed=1), make_editor(tiny_model, tokenizer, "llama")):
+        with pytest.raises(CovarianceError, match="another model"):
+            other.collect_covariance(TEXTS, tokens=501, path=path, progress=False)
+        with pytest.raises(CovarianceError, match="another model"):
+            other.load_covariance(path)
+    for layers in ((0, 1), (0,)):
+        with pytest.raises(CovarianceError, match="layers"):
+            make_editor(tiny_model, tokenizer, layers=layers).collect_covariance(TEXTS, path=path, progress=False)
+    assert path.read_bytes() == content
+
+
+def test_empty_corpus_and_not_a_number(tiny_model, tokenizer):
+    for texts in ([], ["", ""], iter(())):
+        with pytest.raises(CovarianceError, match="no text"):
+            make_editor(tiny_model, tokenizer).collect_covariance(texts, progress=False)
+    with pytest.raises(CovarianceError, match="list"):
+        make_editor(tiny_model, tokenizer).collect_covariance("one text", progress=False)
+    editor = make_editor(tiny_model, tokenizer)
+    with torch.no_grad():
+        editor.model.transformer.h[1].mlp.c_fc.weight[0, 0] = torch.nan
+    with pytest.raises(CovarianceError, match="NaN"):
+        editor.collect_covariance(TEXTS, tokens=501, progress=False)
+    assert not editor.key_memory and editor.covariance is None
+
+
+def test_save_and_load(tiny_model, tokenizer, tmp_path):
+    path = tmp_path / "covariance.safetensors"
+    editor = make_editor(tiny_model, tokenizer)
+    editor.collect_covariance(TEXTS, tokens=501, progress=False)
+    editor.save_covariance(path)
+    again = make_editor(tiny_model, tokenizer)
+    again.load_covariance(path)
+    for name in editor.layers:
+        assert torch.equal(again.covariance[name], editor.covariance[name])
+        expected = again.config.lam * editor.covariance[name]
+        assert torch.allclose(again.key_memory[name].matrix(), expected, rtol=1e-10, atol=1e-6)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(StorageError, match="truncated"):
+        again.load_covariance(path)
+    with pytest.raises(StorageError, match="does not exist"):
+        again.load_covariance(tmp_path / "nowhere")
