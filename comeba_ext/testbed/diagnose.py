@@ -27,6 +27,9 @@ LIMITS = {
     "patch_last_subject_token": (">=", 0.80),  # at every edited block
     "key_cosine_same_subject": (">=", 0.80),
     "key_cosine_other_subject": ("<=", 0.40),
+    "single_edit_reliability": (">=", 0.98),
+    "single_edit_generality": (">=", 0.90),
+    "single_edit_locality": (">=", 0.99),
 }
 
 
@@ -149,15 +152,41 @@ def diagnose(model, tokenizer, facts: list[dict] | None = None, seed: int = 0, s
     }
 
 
+def single_edits(model, tokenizer, count: int = 100, first: int = 0) -> dict:
+    """Each fact edited alone and rolled back: mean reliability, generality and locality over ``count`` facts."""
+    from tqdm.auto import tqdm
+
+    from comeba_ext import Editor, evaluate, testbed
+    from comeba_ext.evaluation import predict_base
+
+    requests = testbed.facts()[first : first + count]
+    editor = Editor(model, tokenizer)
+    editor.collect_covariance(testbed.texts(), progress=False)
+    base = predict_base(model, tokenizer, requests, generate=False)
+    sums = dict.fromkeys(("reliability", "generality", "locality"), 0.0)
+    for request in tqdm(requests, desc="single edits", unit="edit"):
+        editor.edit([request])
+        scores = evaluate(model, tokenizer, [request], base, generate=False)
+        editor.rollback(0)
+        for name in sums:
+            sums[name] += scores[name]
+    editor.close()
+    return {f"single_edit_{name}": total / len(requests) for name, total in sums.items()}
+
+
 def main() -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, default=Path(__file__).with_name("model"))
+    parser.add_argument("--edits", type=int, default=0, help="also edit that many facts, one at a time")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    result = diagnose(model, PreTrainedTokenizerFast.from_pretrained(args.model))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model)
+    result = diagnose(model, tokenizer)
+    if args.edits:
+        result |= single_edits(model, tokenizer, args.edits)
     if args.json:
         print(json.dumps(result))
         return

@@ -1,0 +1,153 @@
+"""The command line as a user meets it: one JSON object, true counts, exit codes, clear errors."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from comeba_ext import testbed
+from comeba_ext.cli import app
+
+
+def run(*args: str):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def output(*args: str) -> dict:
+    """The command's JSON object, which must be all that stdout holds."""
+    result = run(*args, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Six usable facts, one of them stated twice with different targets, and two unusable lines."""
+    path = tmp_path_factory.mktemp("records") / "records.jsonl"
+    rows = [r.to_record() for r in testbed.facts()[:5]]
+    rows.append({**rows[0], "target_new": rows[0]["ground_truth"], "request_id": "again"})
+    rows.append({"prompt": "no subject here", "subject": "Nobody", "target_new": "x"})
+    rows.append({"prompt": "{} " + "very " * 200 + "long", "subject": "Nobody", "target_new": "x"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def edited(records, tmp_path_factory):
+    out = tmp_path_factory.mktemp("edits") / "out"
+    return out, output("edit", "testbed", records, "--out", out, "--batch-size", 3)
+
+
+def test_demo_reports_every_batch_and_ends_edited():
+    result = output("demo", "--edits", 6, "--batch-size", 3)
+    assert [row["edits"] for row in result["batches"]] == [3, 6]
+    assert result["reliability"] >= 0.8 and result["locality"] >= 0.8
+    for example in result["examples"]:
+        assert example["before"] != example["after"]
+    assert result["records"] == {"read": 6, "used": 6, "skipped": []}
+
+
+def test_demo_prints_a_table():
+    result = run("demo", "--edits", 2, "--batch-size", 2)
+    assert result.exit_code == 0
+    for word in ("reliability", "generality", "locality", "edited to say"):
+        assert word in result.stdout
+
+
+def test_edit_counts_every_record(edited):
+    _, result = edited
+    assert result["records"]["read"] == 8 and result["records"]["used"] == 6
+    reasons = {s["index"]: s["reason"] for s in result["records"]["skipped"]}
+    assert set(reasons) == {6, 7}
+    assert "not in the prompt" in reasons[6] and "context" in reasons[7]
+    assert result["edits"] == 6
+
+
+def test_edit_refuses_to_overwrite_and_resumes(edited, records):
+    out, _ = edited
+    refused = run("edit", "testbed", records, "--out", out, "--json")
+    assert refused.exit_code == 1 and "--resume" in json.loads(refused.stdout)["error"]
+    again = output("edit", "testbed", records, "--out", out, "--resume")
+    assert again["edits"] == 0 and again["earlier_edits"] == 6
+
+
+def test_interrupted_edit_resumes_to_the_same_state(edited, records, tmp_path, monkeypatch):
+    from comeba_ext import load_edits
+    from comeba_ext.editing.editor import Editor
+    from comeba_ext.hooked_linear import hooked_layers
+
+    original, calls = Editor.edit, []
+
+    def interrupted(self, *args, **kwargs):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Editor, "edit", interrupted)
+        stopped = run("edit", "testbed", records, "--out", tmp_path / "o", "--batch-size", 3, "--json")
+    assert stopped.exit_code == 130 and "interrupted" in json.loads(stopped.stdout)["error"]
+    rest = output("edit", "testbed", records, "--out", tmp_path / "o", "--batch-size", 3, "--resume")
+    assert (rest["earlier_edits"], rest["edits"]) == (3, 3)
+    whole, resumed = (hooked_layers(load_edits(testbed.load()[0], f)) for f in (edited[0], tmp_path / "o"))
+    for name in whole:
+        scale = whole[name].delta.abs().max()
+        assert (whole[name].delta - resumed[name].delta).abs().max() <= 1e-4 * scale
+
+
+def test_eval_with_and_without_edits(edited, records, tmp_path):
+    out, _ = edited
+    rows = tmp_path / "rows.jsonl"
+    with_edits = output("eval", "testbed", records, "--edits", out, "--predictions", rows)
+    without = output("eval", "testbed", records, "--no-generate")
+    assert with_edits["records"]["used"] == 6 and len(with_edits["records"]["skipped"]) == 2
+    assert with_edits["reliability"] > without["reliability"] + 0.4
+    assert without["locality"] == 1.0
+    assert len(rows.read_text().splitlines()) == 6
+
+
+def test_generate_shows_both(edited):
+    out, _ = edited
+    request = testbed.facts()[1]
+    (row,) = output("generate", "testbed", "--edits", out, request.text)["generations"]
+    assert row["unedited"].startswith(request.ground_truth) and row["text"].startswith(request.target_new)
+
+
+def test_covariance_then_edit(tmp_path, records):
+    texts = tmp_path / "texts.txt"
+    stream = testbed.texts()
+    texts.write_text("\n\n".join(next(stream) for _ in range(900)))
+    made = output("covariance", "testbed", texts, "--out", tmp_path / "c.safetensors", "--tokens", 3000)
+    assert made["tokens"] == 3000
+    result = output("edit", "testbed", records, "--out", tmp_path / "o", "--covariance", tmp_path / "c.safetensors",
+                    "--limit", 2)  # fmt: skip
+    assert result["edits"] == 2
+
+
+def test_doctor():
+    result = output("doctor")
+    assert result["problems"] == [] and result["found"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("edit", "testbed", "missing.json", "--out", "x"), "missing.json"),
+        (("generate", "no/such/model", "hello"), "no/such/model"),
+        (("generate", "testbed", "--edits", "nowhere", "hello"), "holds no edits"),
+        (("demo", "--edits", "100000"), "knows"),
+        (("demo", "--edits", "2", "--scope", "nonsense"), "zscore"),
+    ],
+)
+def test_one_clear_error(args, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    as_json = run(*args, "--json")
+    assert as_json.exit_code == 1 and words in json.loads(as_json.stdout)["error"]
+    plain = run(*args)
+    assert plain.exit_code == 1 and words in plain.stderr and "Traceback" not in plain.output
+
+
+def test_wrong_usage_is_code_2():
+    assert run("edit").exit_code == 2
+    assert run("nonsense").exit_code == 2
