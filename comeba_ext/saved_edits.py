@@ -8,6 +8,7 @@ memory, ledger) and ``comeba_log-*.jsonl``.
 from __future__ import annotations
 
 import json
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def save(editor, folder: str | Path, inference_only: bool) -> None:
     tensors = {"adapter": _adapter(editor, live)}
     texts = {}
     if not inference_only:
-        manifest |= {"alphas": editor._alphas, "prefixes": editor._prefixes, "next_id": editor._next_id}
+        manifest |= {"alphas": _finite(editor._alphas), "prefixes": editor._prefixes, "next_id": editor._next_id}
         manifest["ledger"] = [
             {"request": e.request.to_record(), "step": e.step, "removed": e.removed} for e in editor.ledger.entries
         ]
@@ -126,7 +127,7 @@ def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
     for entry, removed in zip(entries, removals, strict=True):
         if removed is not None:
             editor.ledger.remove(entry, removed)
-    editor.step, editor._alphas, editor._prefixes = saved["step"], saved["alphas"], saved["prefixes"]
+    editor.step, editor._alphas, editor._prefixes = saved["step"], _with_infinity(saved["alphas"]), saved["prefixes"]
     editor._next_id, editor.log = saved["next_id"], log
     return editor
 
@@ -194,3 +195,12 @@ def _entries(manifest: dict, state: dict[str, torch.Tensor]) -> list[Entry]:
         responses = {name: state[f"{name}.responses"][:, n].clone() for name in manifest["layers"]}
         entries.append(Entry(EditRequest.from_record(saved["request"]), saved["step"], keys, responses))
     return entries
+
+
+def _finite(alphas: list[dict[str, float]]) -> list[dict[str, float | None]]:
+    """JSON has no infinity, which is where the reference score's thresholds start: null."""
+    return [{name: None if math.isinf(a) else a for name, a in table.items()} for table in alphas]
+
+
+def _with_infinity(alphas: list[dict[str, float | None]]) -> list[dict[str, float]]:
+    return [{name: math.inf if a is None else a for name, a in table.items()} for table in alphas]

@@ -27,6 +27,8 @@ class EditConfig:
         lam: λ, weight of the covariance against edited keys in ``C = λ·C0 + Σ k kᵀ``.
         scope: score that decides scope, ``"zscore"`` or ``"reference"``.
         alpha: threshold before any edit; ``None`` for the score's own start (2.2, infinity).
+        alpha_margin: share of the lowest score of a batch's prompts that α is lowered to; below 1 leaves room for other
+            wordings, which respond a little less than the prompt that was edited.
         steps: loss evaluations per target value at most; the optimiser steps between them.
         lr: learning rate for target values.
         lr_unit: ``"absolute"``, or ``"hidden_rms"``: ``lr`` times the root mean square of the request's hidden state.
@@ -49,6 +51,7 @@ class EditConfig:
     lam: float = 15_000.0
     scope: str = "zscore"
     alpha: float | None = None
+    alpha_margin: float = 1.0
     steps: int = 25
     lr: float = 0.5
     lr_unit: str = "absolute"
@@ -83,6 +86,8 @@ class EditConfig:
             if not (_is_int(value) if whole else _is_number(value)) or value < low or (positive and value <= 0):
                 kind = "a whole number" if whole else "a finite number"
                 raise ConfigError(f"{name} must be {kind} {'>' if positive else '>='} {low}, got {value!r}")
+        if not _is_number(self.alpha_margin) or not 0 < self.alpha_margin <= 1:
+            raise ConfigError(f"alpha_margin must be a number > 0 and <= 1, got {self.alpha_margin!r}")
         if self.alpha is not None and not (self.alpha in (math.inf, -math.inf) or _is_number(self.alpha)):
             raise ConfigError(f"alpha must be a number or null, got {self.alpha!r}")
         for name in ("blocks", "projection"):

@@ -186,6 +186,7 @@ class Editor:
     ) -> Iterator[EditReport]:
         """Edit many requests in consecutive batches, a report each; all are checked before the first is edited.
 
+        A batch ends early before a request about a fact it already holds, which thereby supersedes the earlier one.
         Stopping the iteration, or Ctrl-C, leaves the last complete batch.
         """
         if batch_size < 1:
@@ -195,8 +196,12 @@ class Editor:
         for request in checked:
             if facts.setdefault(request.request_id, request.fact) != request.fact:
                 raise RequestError(f"request_id {request.request_id!r} is used by another request; ids must differ")
-        batches = [checked[i : i + batch_size] for i in range(0, len(checked), batch_size)]
-        for number, batch in enumerate(batches or [[]]):
+        batches: list[list[EditRequest]] = [[]]
+        for request in checked:
+            if len(batches[-1]) == batch_size or any(request.fact == other.fact for other in batches[-1]):
+                batches.append([])
+            batches[-1].append(request)
+        for number, batch in enumerate(batches):
             try:
                 self._validate(batch)
             except RequestError as error:
@@ -225,7 +230,8 @@ class Editor:
         """Take edits back: their keys leave ``C`` and their share leaves ``delta``.
 
         The result is what the remaining requests' keys and responses give on their own, to the rounding of ``delta``
-        (1e-5 relative in float32, tested). Thresholds stay. Counts as a step.
+        (1e-5 relative in float32, tested); with none remaining, the state before any edit. Thresholds keep the lowest
+        response they let through. Counts as a step.
 
         Raises:
             RequestError: an id that is not live; nothing was changed.
@@ -239,6 +245,8 @@ class Editor:
         with self._transaction():
             for name in self.layers:
                 self._exchange(name, remove=entries, add=[])
+                if len(entries) == len(self.ledger):
+                    self._clear(name)
         self.step += 1
         for entry in entries:
             self.ledger.remove(entry, self.step)
@@ -258,6 +266,8 @@ class Editor:
             for name, layer in self.layers.items():
                 if added or removed:
                     self._exchange(name, remove=added, add=removed)
+                if len(added) == len(self.ledger) and not removed:
+                    self._clear(name)
                 layer.alpha.fill_(self._alphas[step][name])
         self.ledger.rewind(step)
         self._alphas = self._alphas[: step + 1]
@@ -442,6 +452,14 @@ class Editor:
         if layer.delta is not delta:
             layer.delta.copy_(delta)
 
+    def _clear(self, name: str) -> None:
+        """No live edit is left: exactly no delta, and the threshold as it started."""
+        layer = self.layers[name]
+        self._delta[name].zero_()
+        layer.delta.zero_()
+        layer.reference_scale.zero_()
+        layer.alpha.fill_(self._alphas[0][name])
+
     def _rescale(self, name: str) -> None:
         """Keep ``tr(delta·C0·deltaᵀ)`` in step with delta, where the score needs it.
 
@@ -456,12 +474,12 @@ class Editor:
             layer.reference_scale.copy_(scale)
 
     def _calibrate(self, name: str, layer: hooked_linear.HookedLinear, reading: LayerReading) -> None:
-        """``α ← min(α, min over requests of max over tokens of the score)``."""
+        """``α ← min(α, margin · min over requests of max over tokens of the score)``."""
         self._rescale(name)
         lowest = peak_scores(layer, reading).min().item()
         if not math.isfinite(lowest):
             raise RequestError(f"the scope scores of {name} are not finite")
-        layer.alpha.fill_(min(layer.alpha.item(), lowest))
+        layer.alpha.fill_(min(layer.alpha.item(), self.config.alpha_margin * lowest))
 
     @contextlib.contextmanager
     def _transaction(self):

@@ -82,30 +82,31 @@ class Probe:
 
     def patching(self, pairs: list[tuple[dict, dict, int]], where: str) -> list[float]:
         """Share of prompts that flip to the donor's object, per patched block; ``where``: last or final token."""
+        receivers = [self.prompt(receiver, template) for receiver, _, template in pairs]
+        donors = [self.prompt(donor, template) for _, donor, template in pairs]
+        place = lambda prompts: torch.tensor([last if where == "last" else len(ids) - 1 for ids, last in prompts])  # noqa: E731
+        here, there, rows = place(receivers), place(donors), torch.arange(len(pairs))
+        wanted = torch.tensor([self.first_object_token(donor) for _, donor, _ in pairs])
         shares = []
         for block in self.blocks[:-1]:
-            flips = 0
-            for receiver, donor, template in pairs:
-                ids, last = self.prompt(receiver, template)
-                donor_ids, donor_last = self.prompt(donor, template)
-                here, there = (last, donor_last) if where == "last" else (len(ids) - 1, len(donor_ids) - 1)
-                grabbed = {}
+            grabbed = {}
 
-                def grab(_, __, output, grabbed=grabbed, there=there):
-                    grabbed["h"] = output[0, there].clone()
+            def grab(_, __, output, grabbed=grabbed):
+                grabbed["h"] = output[rows, there].clone()
 
-                def put(_, __, output, grabbed=grabbed, here=here):
-                    output = output.clone()
-                    output[0, here] = grabbed["h"]
-                    return output
+            def put(_, __, output, grabbed=grabbed):
+                output = output.clone()
+                output[rows, here] = grabbed["h"]
+                return output
 
-                for ids_now, hook in ((donor_ids, grab), (ids, put)):
-                    handle = block.register_forward_hook(hook)
-                    with torch.no_grad():
-                        logits = self.model(torch.tensor([ids_now]), use_cache=False).logits
-                    handle.remove()
-                flips += logits[0, -1].argmax().item() == self.first_object_token(donor)
-            shares.append(flips / len(pairs))
+            for prompts, hook in ((donors, grab), (receivers, put)):
+                handle = block.register_forward_hook(hook)
+                inputs = self.batch([ids for ids, _ in prompts])
+                with torch.no_grad():
+                    logits = self.model(**inputs, use_cache=False).logits
+                handle.remove()
+            answers = logits[rows, inputs["attention_mask"].sum(1) - 1].argmax(-1)
+            shares.append((answers == wanted).float().mean().item())
         return shares
 
     def keys(self, prompts: list[tuple[list[int], int]]) -> list[torch.Tensor]:
