@@ -79,7 +79,7 @@ def _real_tokens(attention_mask, past, length: int) -> torch.Tensor | None:
     return attention_mask[:, past : past + length].bool()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _with_statistics(cache_class: type) -> type:
     """``cache_class`` whose batch operations carry the attribute ``comeba_statistics`` along."""
 

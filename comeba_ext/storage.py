@@ -55,7 +55,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
             metadata = (file.metadata() or {}).get("comeba_ext")
             if metadata is None:
                 raise StorageError(f"{path} was not written by comeba_ext")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata)
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata)  # noqa: SIM118  (not a mapping)
     except FileNotFoundError:
         raise StorageError(f"{path} does not exist") from None
     except (SafetensorError, OSError, json.JSONDecodeError) as error:

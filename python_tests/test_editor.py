@@ -547,7 +547,7 @@ def test_rollback(tiny_model, tokenizer, scope):
     _, states, _ = grown()
     biggest = {name: max(s["layers"][name][0].norm().item() for s in states) for name in states[0]["layers"]}
     for step in range(6):
-        editor, _, requests = grown()
+        editor, _, _ = grown()
         editor.rollback(step)
         found, expected = snapshot(editor), states[step]
         assert found["step"] == step and found["live"] == expected["live"] and found["ledger"] == expected["ledger"]

@@ -313,7 +313,7 @@ def test_generation_is_plain_greedy_whatever_the_model_is_set_to(pair, tokenizer
     """Sampling settings, penalties and end-of-text ids of the model must not touch what is compared."""
     edited, base = pair(family)
     expected = evaluate(edited, tokenizer, RECORDS, base)
-    prompt, target = asked(RECORDS[0])["reliability"][0]
+    prompt, _ = asked(RECORDS[0])["reliability"][0]
     first = write_greedily(edited, tokenizer, prompt, 1)[0]
     settings = {"do_sample": True, "temperature": 0.3, "top_p": 0.5, "repetition_penalty": 9.0, "num_beams": 3}
     chatty = GenerationConfig(**settings, eos_token_id=[first], suppress_tokens=[first], max_length=7)
