@@ -14,6 +14,7 @@ from common import finish, target
 
 from comeba_ext import EditConfig, Editor, evaluate, testbed
 from comeba_ext.evaluation import predict_base
+from comeba_ext.testbed.diagnose import single_edits
 
 
 @torch.no_grad()
@@ -34,7 +35,9 @@ def main() -> None:
     texts = [t for t in itertools.islice(stream, 600) if not any(s in t for s in edited)][:200]
     rows = []
     for scope, margin in (("zscore", 1.0), ("reference", 1.0), ("reference", 0.25)):
-        editor = Editor(model, tokenizer, EditConfig.for_model(model, scope=scope, alpha_margin=margin))
+        config = EditConfig.for_model(model, scope=scope, alpha_margin=margin)
+        alone = single_edits(model, tokenizer, 10 if args.quick else 20, 1000, config)
+        editor = Editor(model, tokenizer, config)
         editor.collect_covariance(testbed.texts(), progress=False)
         base = predict_base(model, tokenizer, requests, generate=False)
         before = predictions(model, tokenizer, texts)
@@ -44,10 +47,11 @@ def main() -> None:
         changed = (predictions(model, tokenizer, texts) != before).float().mean().item()
         editor.close()
         names = ("reliability", "generality", "locality")
-        rows.append({"scope": scope, "alpha_margin": margin, "edits": edits, "text_changed": changed,
+        rows.append({"scope": scope, "alpha_margin": margin, "edits": edits, "text_changed": changed, **alone,
                      **{n: scores[n] for n in names}, **{f"{n}_interval": scores[f"{n}_interval"] for n in names}})  # fmt: skip
         if not args.json:
-            print(scope, margin, *(f"{n} {scores[n]:.3f}" for n in names), f"text changed {changed:.4f}", flush=True)
+            print(scope, margin, *(f"{n} {scores[n]:.3f}" for n in names), f"text changed {changed:.4f}",
+                  *(f"{n} {v:.3f}" for n, v in alone.items()), flush=True)  # fmt: skip
     best = rows[-1]
     finish(rows, [target(f"{n}, reference with margin", best[n], limit, best[n] >= limit)
                   for n, limit in (("reliability", 0.95), ("generality", 0.80), ("locality", 0.95))], args.json)  # fmt: skip

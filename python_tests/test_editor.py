@@ -192,7 +192,8 @@ class Oracle:
             self.mode[n] = "validated"
             if self.scope == "reference" and before > 0:  # the same bound on the response, in units of the new scale
                 self.alpha[n] *= (before / torch.trace(self.delta[n] @ self.C0[n] @ self.delta[n].T)).item()
-            self.alpha[n] = min([self.alpha[n]] + [max(self.scores(n, x)) for x in prompts])
+            margin = 0.25 if self.scope == "reference" else 1.0
+            self.alpha[n] = min([self.alpha[n]] + [margin * max(self.scores(n, x)) for x in prompts])
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from comeba_ext.hooked_linear import SCOPES
 
 OPTIMIZERS = ("adam",)
 LR_UNITS = ("absolute", "hidden_rms")
+MARGINS = {"zscore": 1.0, "reference": 0.25}
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class EditConfig:
         scope: score that decides scope, ``"zscore"`` or ``"reference"``.
         alpha: threshold before any edit; ``None`` for the score's own start (2.2, infinity).
         alpha_margin: share of the lowest score of a batch's prompts that α is lowered to; below 1 leaves room for other
-            wordings, which respond a little less than the prompt that was edited.
+            wordings, which respond a little less than the prompt that was edited. ``None``: 1 for zscore (the paper),
+            0.25 for reference, whose scores of other subjects lie far lower (``bench/bench_scope.py``).
         steps: loss evaluations per target value at most; the optimiser steps between them.
         lr: learning rate for target values.
         lr_unit: ``"absolute"``, or ``"hidden_rms"``: ``lr`` times the root mean square of the request's hidden state.
@@ -51,7 +53,7 @@ class EditConfig:
     lam: float = 15_000.0
     scope: str = "zscore"
     alpha: float | None = None
-    alpha_margin: float = 1.0
+    alpha_margin: float | None = None
     steps: int = 25
     lr: float = 0.5
     lr_unit: str = "absolute"
@@ -86,13 +88,18 @@ class EditConfig:
             if not (_is_int(value) if whole else _is_number(value)) or value < low or (positive and value <= 0):
                 kind = "a whole number" if whole else "a finite number"
                 raise ConfigError(f"{name} must be {kind} {'>' if positive else '>='} {low}, got {value!r}")
-        if not _is_number(self.alpha_margin) or not 0 < self.alpha_margin <= 1:
-            raise ConfigError(f"alpha_margin must be a number > 0 and <= 1, got {self.alpha_margin!r}")
+        if self.alpha_margin is not None and not (_is_number(self.alpha_margin) and 0 < self.alpha_margin <= 1):
+            raise ConfigError(f"alpha_margin must be null or a number > 0 and <= 1, got {self.alpha_margin!r}")
         if self.alpha is not None and not (self.alpha in (math.inf, -math.inf) or _is_number(self.alpha)):
             raise ConfigError(f"alpha must be a number or null, got {self.alpha!r}")
         for name in ("blocks", "projection"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise ConfigError(f"{name} must be a module's name or null, got {getattr(self, name)!r}")
+
+    @property
+    def margin(self) -> float:
+        """``alpha_margin``, or the score's own."""
+        return MARGINS[self.scope] if self.alpha_margin is None else self.alpha_margin
 
     @property
     def value_layer(self) -> int:

@@ -479,7 +479,7 @@ class Editor:
         lowest = peak_scores(layer, reading).min().item()
         if not math.isfinite(lowest):
             raise RequestError(f"the scope scores of {name} are not finite")
-        layer.alpha.fill_(min(layer.alpha.item(), self.config.alpha_margin * lowest))
+        layer.alpha.fill_(min(layer.alpha.item(), self.config.margin * lowest))
 
     @contextlib.contextmanager
     def _transaction(self):

@@ -153,7 +153,7 @@ def diagnose(model, tokenizer, facts: list[dict] | None = None, seed: int = 0, s
     }
 
 
-def single_edits(model, tokenizer, count: int = 100, first: int = 0) -> dict:
+def single_edits(model, tokenizer, count: int = 100, first: int = 0, config=None) -> dict:
     """Each fact edited alone and rolled back: mean reliability, generality and locality over ``count`` facts."""
     from tqdm.auto import tqdm
 
@@ -161,7 +161,7 @@ def single_edits(model, tokenizer, count: int = 100, first: int = 0) -> dict:
     from comeba_ext.evaluation import predict_base
 
     requests = testbed.facts()[first : first + count]
-    editor = Editor(model, tokenizer)
+    editor = Editor(model, tokenizer, config)
     editor.collect_covariance(testbed.texts(), progress=False)
     base = predict_base(model, tokenizer, requests, generate=False)
     sums = dict.fromkeys(("reliability", "generality", "locality"), 0.0)
