@@ -130,6 +130,18 @@ def _width(model: nn.Module) -> int:
     return getattr(model.config, "hidden_size", None) or model.get_input_embeddings().weight.shape[-1]
 
 
+def context_length(model: nn.Module) -> int | None:
+    """Tokens the model can take, or ``None`` when its config names no limit."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):  # models with a vision part nest the language model's config
+        config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
 def _is_masked_lm(model: nn.Module) -> bool:
     return "MaskedLM" in type(model).__name__ or type(model).__name__.endswith("ForPreTraining")
 

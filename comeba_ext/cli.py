@@ -130,8 +130,7 @@ def edit(
             _provide_covariance(editor, model, covariance, texts, not as_json)
         skipped = list(read.skipped)
         used = []
-        positions = [n for n in range(read.read) if n not in {s["index"] for s in skipped}]
-        for position, request in zip(positions, read.requests, strict=True):
+        for position, request in _placed(read):
             try:
                 editor.check([request])
                 used.append(request)
@@ -379,28 +378,34 @@ def _provide_covariance(editor, model: str, file: Path | None, texts: Path | Non
 
 def _fitting(model, tokenizer, read) -> tuple[list, list[dict]]:
     """Records whose every prompt fits the model's context, and why the others do not."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    from comeba_ext.evaluation.queries import check_context, record_queries
+
     skipped = list(read.skipped)
-    positions = [n for n in range(read.read) if n not in {s["index"] for s in skipped}]
     used = []
-    for position, request in zip(positions, read.requests, strict=True):
-        prompts = [(request.text, request.target_new), *((p, request.target_new) for p in request.rephrase_prompts),
-                   *request.locality_prompts, *request.portability_prompts]  # fmt: skip
-        longest = max(len(tokenizer(f"{p} {a or ''}".strip())["input_ids"]) + (a is None) for p, a in prompts)
-        if limit is not None and longest > limit:
-            skipped.append({"index": position, "reason": f"{longest} tokens exceed the model's context of {limit}"})
-        else:
+    for position, request in _placed(read):
+        try:
+            queries = record_queries(tokenizer, request, position)
+            check_context(model, [query for own in queries.values() for query in own], position, request)
             used.append(request)
+        except ComebaError as error:
+            skipped.append({"index": position, "reason": str(error)})
     return used, skipped
+
+
+def _placed(read) -> list[tuple[int, object]]:
+    """The requests of a file with their records' positions in it."""
+    unusable = {skip["index"] for skip in read.skipped}
+    return list(zip((n for n in range(read.read) if n not in unusable), read.requests, strict=True))
 
 
 def _continue(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str]:
     """Greedy continuations, up to the end of the first line."""
     import torch
 
+    from comeba_ext.architectures import context_length
     from comeba_ext.editing.encoding import pad, pad_id
 
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_length(model)
     rows = [tokenizer(p)["input_ids"] for p in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:

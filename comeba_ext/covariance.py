@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from comeba_ext.architectures import context_length
 from comeba_ext.editing.encoding import micro_batches, pad, pad_id
 from comeba_ext.errors import CovarianceError, StorageError
-from comeba_ext.partial_forward import run_until
+from comeba_ext.partial_forward import evaluating, run_until
 from comeba_ext.storage import check_identity, identity, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -131,11 +132,9 @@ def collect_covariance(
     done.moments = {name: m.to(device) for name, m in done.moments.items()}
     if done.tokens >= wanted:
         return done
-    limit = min(context, _context_length(model) or context)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+    limit = min(context, context_length(model) or context)
     bar = tqdm(total=wanted, initial=done.tokens, unit="token", desc="covariance", disable=not progress)
-    try:
+    with bar, evaluating(model):
         for number, (rows, read) in enumerate(_pieces(tokenizer, texts, done.texts, limit, max_tokens)):
             # The last piece is cut to the token, so that the result does not depend on the batch size.
             rows = _first_tokens(rows, wanted - done.tokens)
@@ -151,10 +150,6 @@ def collect_covariance(
                 break
             if path is not None and number % save_every == save_every - 1:
                 done.save(path)
-    finally:
-        bar.close()
-        for module, flag in training.items():
-            module.training = flag
     if done.tokens == 0:
         raise CovarianceError("the corpus holds no text to collect a covariance from")
     if done.tokens < wanted:
@@ -200,7 +195,3 @@ def _first_tokens(rows: list[list[int]], count: int) -> list[list[int]]:
         kept.append(row[:count])
         count -= len(kept[-1])
     return kept
-
-
-def _context_length(model: nn.Module) -> int | None:
-    return getattr(model.config, "max_position_embeddings", None)

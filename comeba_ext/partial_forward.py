@@ -27,6 +27,18 @@ def with_hidden(output, hidden: torch.Tensor):
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+@contextmanager
+def evaluating(model: nn.Module):
+    """Eval mode, then every submodule's own training flag again."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 @torch.no_grad()
 def run_until(
     decoder: nn.Module, last: nn.Module, inputs: dict, taps: dict[nn.Module, Callable], output: Callable | None = None

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from comeba_ext import hooked_linear, saved_edits
-from comeba_ext.architectures import Architecture
+from comeba_ext.architectures import Architecture, context_length
 from comeba_ext.covariance import Covariance, collect_covariance
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.encoding import pad_id
@@ -27,6 +27,7 @@ from comeba_ext.editing.rows import check_length, essence_rows, prompt_rows, tar
 from comeba_ext.editing.scope import peak_scores, reference_scale
 from comeba_ext.editing.target_values import TargetValues, optimise_target_values
 from comeba_ext.errors import ConfigError, CovarianceError, RequestError
+from comeba_ext.partial_forward import evaluating
 
 
 class Editor:
@@ -305,7 +306,7 @@ class Editor:
     def prefixes(self) -> list[str]:
         """Context prefixes, the empty one first; sampled once, from the unedited model."""
         if self._prefixes is None:
-            with self.disabled(), self._evaluating():
+            with self.disabled(), evaluating(self.model):
                 self._prefixes = sample_prefixes(
                     self.model, self.tokenizer, self.config.prefixes, self.config.prefix_length, self.config.seed
                 )
@@ -361,7 +362,7 @@ class Editor:
                     raise RequestError(f"request_id {request.request_id!r} is used by another request; ids must differ")
                 ids.add(request.request_id)
         rows = target_rows(self.tokenizer, batch, self.prefixes) + essence_rows(self.tokenizer, batch)
-        check_length(rows, batch, getattr(self.model.config, "max_position_embeddings", None))
+        check_length(rows, batch, context_length(self.model))
         return batch
 
     def _need_covariance(self) -> None:
@@ -379,7 +380,7 @@ class Editor:
         return values.to(self._device)
 
     def _optimise(self, batch: list[EditRequest], progress: bool) -> TargetValues:
-        with self._evaluating(), tqdm(total=len(batch), unit="value", desc="target values", disable=not progress) as bar:
+        with evaluating(self.model), tqdm(total=len(batch), unit="value", desc="target values", disable=not progress) as bar:
 
             def on_progress(done: int, loss: float) -> None:
                 bar.update(done - bar.n)
@@ -396,7 +397,7 @@ class Editor:
         responses: dict[str, torch.Tensor] = {}
         for layer in self.layers.values():
             layer.mode = "temporary"
-        with self._evaluating():
+        with evaluating(self.model):
             for number, (name, layer) in enumerate(self.layers.items()):
                 with phases("keys"):
                     reading = read_layer(
@@ -504,14 +505,3 @@ class Editor:
         finally:
             for layer in self.layers.values():
                 layer.mode = "validated"
-
-    @contextlib.contextmanager
-    def _evaluating(self):
-        """Dropout off, and every module's own training flag back afterwards."""
-        training = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            yield
-        finally:
-            for module, flag in training.items():
-                module.training = flag

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from comeba_ext.architectures import Architecture
+from comeba_ext.architectures import Architecture, context_length
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.encoding import pad_id
 from comeba_ext.editing.rows import Row, batch_inputs, check_length, essence_rows, target_rows
@@ -63,7 +63,7 @@ def optimise_target_values(
     """
     rows = target_rows(tokenizer, requests, prefixes)
     essence = essence_rows(tokenizer, requests)
-    check_length(rows + essence, requests, getattr(model.config, "max_position_embeddings", None))
+    check_length(rows + essence, requests, context_length(model))
     by_request = [[row for row in rows if row.request == n] + [essence[n]] for n in range(len(requests))]
     results: list[tuple[torch.Tensor, float, int] | None] = [None] * len(requests)
     done = 0

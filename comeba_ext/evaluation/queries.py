@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from comeba_ext.architectures import context_length
 from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import RequestError
-from comeba_ext.evaluation.scoring import Query, context_length
+from comeba_ext.evaluation.scoring import Query
 
 METRICS = ("reliability", "generality", "locality", "portability")
 

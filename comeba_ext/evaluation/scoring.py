@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from comeba_ext.editing.encoding import encode, pad
 from comeba_ext.errors import RequestError
+from comeba_ext.partial_forward import evaluating
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def predict(
     queries = list(dict.fromkeys(queries))
     forced: dict[Query, tuple[int, ...]] = {}
     generated: dict[Query, tuple[int, ...]] = {}
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in micro_batches(queries, max_tokens, size=lambda q: len(q.ids)):
             forced.update(zip(batch, _forced(model, batch, pad_token)))
             _advance(bar, batch)
@@ -126,18 +127,6 @@ def micro_batches(queries: Sequence[Query], max_tokens: int, size, group=lambda 
         batch.append(query)
     if batch:
         yield batch
-
-
-def context_length(model: torch.nn.Module) -> int | None:
-    """Tokens the model can take, or ``None`` when its config names no limit."""
-    config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):  # models with a vision part nest the language model's config
-        config = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 def _forced(model, batch: list[Query], pad_token: int) -> list[tuple[int, ...]]:
@@ -190,18 +179,6 @@ def _greedy(model: torch.nn.Module, pad_token: int):
 
 
 _ABSENT = object()
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module):
-    """Eval mode, then every submodule's own training flag again."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _device(model: torch.nn.Module) -> torch.device:
