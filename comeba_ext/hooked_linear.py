@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from comeba_ext.errors import ArchitectureError, ComebaError
 from comeba_ext.ops import hooked_linear as ops
+from comeba_ext.ops import sketch as sketches
 from comeba_ext.sequence_context import SequenceContext
 
 MODES = ("off", "temporary", "validated")
+GATES = ("exact", "sketch")
 SCOPES = {"zscore": 2.2, "reference": math.inf}  # score -> α before any edit (paper section 4.1; DESIGN §3)
 
 
@@ -30,6 +32,9 @@ class HookedLinear(nn.Module):
         scope: ``"zscore"`` (the paper's, relative to the other tokens of the sequence) or ``"reference"`` (relative to
             an average corpus token, DESIGN §3).
         alpha: threshold; default 2.2 for zscore and infinity for reference.
+        gate: what the scores are computed from: ``"exact"``, the edit of every token, a second product of the layer's
+            size; or ``"sketch"``, a few rows with nearly the same norm, after which only tokens in scope pay for their
+            edit (:mod:`comeba_ext.ops.sketch`). ``alpha`` belongs to the gate it was set with.
         dtype: of ``delta``; default the base weight's, or float32 where that is quantised.
         device: of ``delta``; default where the base layer computes.
 
@@ -42,7 +47,7 @@ class HookedLinear(nn.Module):
 
     Raises:
         ArchitectureError: ``base`` is not a linear layer.
-        ComebaError: unknown scope or mode.
+        ComebaError: unknown scope, gate or mode.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class HookedLinear(nn.Module):
         scope: str = "zscore",
         alpha: float | None = None,
         *,
+        gate: str = "exact",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
@@ -59,9 +65,11 @@ class HookedLinear(nn.Module):
             raise ArchitectureError("the layer is hooked already; edit through the editor that holds it")
         if scope not in SCOPES:
             raise ComebaError(f"unknown scope {scope!r}; choose one of {', '.join(SCOPES)}")
+        if gate not in GATES:
+            raise ComebaError(f"unknown gate {gate!r}; choose one of {', '.join(GATES)}")
         self.base_layer = base
         self.in_features, self.out_features = _shape(base)
-        self.scope = scope
+        self.scope, self.gate = scope, gate
         self._mode = "validated"
         self.context: SequenceContext | None = None
         self.name = ""
@@ -78,6 +86,7 @@ class HookedLinear(nn.Module):
         self.register_buffer("delta", torch.zeros(self.out_features, self.in_features, dtype=dtype, device=device))
         self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64, device=device))
         self.register_buffer("reference_scale", torch.tensor(0.0, dtype=torch.float64, device=device))
+        self._sketch, self._sketched = None, None  # the sketch, and the version of delta it was made from
 
     @property
     def weight(self) -> torch.Tensor:
@@ -107,51 +116,88 @@ class HookedLinear(nn.Module):
         Returns:
             ``(..., d_out)`` in the base layer's output dtype.
         """
-        output = self.base_layer(x, *args, **kwargs)
         if self._mode == "off":
-            return output
-        edit = self.edit_output(x)
+            return self.base_layer(x, *args, **kwargs)
         if self._mode == "temporary":
-            return output + edit.to(output.dtype)
-        shape = output.shape
-        edit, mask = self._as_sequences(edit, mask)
-        scope = ops.in_scope(self._score(edit, mask), self.alpha, mask, edit.dtype)
-        return ops.swap(output.reshape(edit.shape), edit, scope).reshape(shape)
+            output = self.base_layer(x, *args, **kwargs)
+            return output + self.edit_output(x).to(output.dtype)
+        plain = self._plain_base() and not args and not kwargs
+        given, mask = self._as_sequences(self._to_delta(x), mask)
+        sketch = self.sketch() if self.gate == "sketch" else None
+        decision = (mask, self._statistics(), self.alpha, self.reference_scale, self.scope)
+        if plain and self._decodes(x):
+            output, after = ops.decode_hook(given, self.weight, self.bias, self.delta, sketch, *decision)
+            shape = (*x.shape[:-1], self.out_features)
+        else:
+            output = self.base_layer(x, *args, **kwargs)
+            shape, output = output.shape, output.reshape(*given.shape[:-1], self.out_features)
+            # A base layer that is more than a product may hand out, or keep, what it returned.
+            if sketch is None:
+                output, after = ops.exact_hook(output, F.linear(given, self.delta), *decision, inplace=plain)
+            else:
+                output, after = ops.gated_hook(output, given, self.delta, sketch, *decision, inplace=plain)
+        if self.context is not None and after is not None:
+            self.context.updated[self.name] = after
+        return output.reshape(shape)
 
     def edit_output(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ deltaᵀ``, ``(..., d_out)``."""
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.delta.dtype)
-        return F.linear(x, self.delta)
+        return F.linear(self._to_delta(x), self.delta)
+
+    def sketch(self) -> torch.Tensor:
+        """The rows that decide under ``gate="sketch"``, ``(m, d_in)``, made anew when delta has changed.
+
+        ``torch.compile`` does not see a change; call this once, outside, after writing ``delta``.
+        """
+        if not torch.compiler.is_compiling():
+            version = None if self.delta.is_inference() else (self.delta._version, self.delta.data_ptr())
+            if version is None or version != self._sketched:
+                rows = sketches.rows_for(self.out_features)
+                self._sketch, self._sketched = sketches.sketch_of(self.delta.detach(), rows), version
+        return self._sketch
+
+    def scored_matrix(self) -> torch.Tensor:
+        """The matrix whose response the scores measure: ``delta`` or its sketch, ``(rows, d_in)``."""
+        return self.delta if self.gate == "exact" else self.sketch()
 
     def scores(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Score of every token, ``(batch, seq)``, for ``x`` of ``(batch, seq, d_in)`` with its mask."""
-        edit, mask = self._as_sequences(self.edit_output(x), mask)
-        return self._score(edit, mask)
+        x, mask = self._as_sequences(self._to_delta(x), mask)
+        response = F.linear(x, self.scored_matrix())
+        return ops.scores(response, mask, self._statistics(), self.reference_scale, self.scope)[0]
 
-    def _score(self, edit: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        norm = ops.edit_norm(edit)
-        if self.scope == "reference":
-            return ops.reference_score(norm, self.reference_scale)
-        before = self.context.statistics.get(self.name) if self.context is not None else None
-        score, after = ops.zscore(norm, mask, before)
-        if self.context is not None:
-            self.context.updated[self.name] = after
-        return score
+    def _to_delta(self, x: torch.Tensor) -> torch.Tensor:
+        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.delta.dtype)
 
-    def _as_sequences(self, edit: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``edit`` as ``(batch, seq, d_out)`` and its mask; some families (OPT) flatten tokens before the MLP."""
+    def _statistics(self) -> torch.Tensor | None:
+        return self.context.statistics.get(self.name) if self.context is not None else None
+
+    def _plain_base(self) -> bool:
+        """Whether the base layer is a product and nothing else: no hooks, no quantisation, no adapters."""
+        base = self.base_layer
+        product = type(base) is nn.Linear or (type(base).__name__ == "Conv1D" and hasattr(base, "nf"))
+        return product and not (base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"))
+
+    def _decodes(self, x: torch.Tensor) -> bool:
+        """Whether one fused pass over both weights takes this input; the base layer is known to be plain."""
+        if type(self.base_layer) is not nn.Linear or not x.dtype == self.delta.dtype == self.weight.dtype:
+            return False
+        grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        return not grad and not torch.is_autocast_enabled(x.device.type) and ops.decode_hook_available(x, self.delta)
+
+    def _as_sequences(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``x`` as ``(batch, seq, d_in)`` and its mask; some families (OPT) flatten tokens before the MLP."""
         if mask is None and self.context is not None:
             mask = self.context.mask
         if mask is not None:
-            mask = mask.to(edit.device)
-            return edit.reshape(*mask.shape, edit.shape[-1]), mask
-        if edit.dim() == 3:
-            return edit, None
+            mask = mask.to(x.device)
+            return x.reshape(*mask.shape, x.shape[-1]), mask
+        if x.dim() == 3:
+            return x, None
         if self.context is not None and self.context.shape is not None:
-            return edit.reshape(*self.context.shape, edit.shape[-1]), None
-        length = edit.shape[-2] if edit.dim() > 1 else 1
-        return edit.reshape(-1, length, edit.shape[-1]), None
+            return x.reshape(*self.context.shape, x.shape[-1]), None
+        length = x.shape[-2] if x.dim() > 1 else 1
+        return x.reshape(-1, length, x.shape[-1]), None
 
     def _apply(self, fn, recurse: bool = True):
         """``model.half()`` and the like move the threshold and the scale but leave them in float64."""
@@ -166,11 +212,13 @@ class HookedLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, mode={self._mode!r}, "
-            f"scope={self.scope!r}"
+            f"scope={self.scope!r}, gate={self.gate!r}"
         )
 
 
-def install(model: nn.Module, names: list[str], decoder: str, scope: str, alpha: float | None) -> dict[str, HookedLinear]:
+def install(
+    model: nn.Module, names: list[str], decoder: str, scope: str, alpha: float | None, gate: str = "exact"
+) -> dict[str, HookedLinear]:
     """Put a :class:`HookedLinear` around each named layer, all listening to one :class:`SequenceContext`.
 
     Args:
@@ -185,7 +233,7 @@ def install(model: nn.Module, names: list[str], decoder: str, scope: str, alpha:
     for name in (*names, decoder):
         if name not in known:
             raise ArchitectureError(f"the model has no module {name!r}; see model.named_modules()")
-    layers = {name: HookedLinear(known[name], scope, alpha) for name in names}
+    layers = {name: HookedLinear(known[name], scope, alpha, gate=gate) for name in names}
     context = SequenceContext(known[decoder])
     for name, layer in layers.items():
         layer.context, layer.name = context, name

@@ -45,7 +45,7 @@ def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
         config = EditConfig.from_dict(manifest["config"], str(folder))
         deltas = {name: _delta(tensors, name, folder) for name in names}
     architecture = Architecture.of(model, config.blocks, config.projection)
-    layers = hooked_linear.install(model, names, architecture.decoder, config.scope, config.alpha)
+    layers = hooked_linear.install(model, names, architecture.decoder, config.scope, config.alpha, config.gate)
     with _complete(folder, model):
         for name, layer in layers.items():
             layer.delta.copy_(deltas[name])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from comeba_ext.architectures import Architecture
 from comeba_ext.errors import ConfigError
-from comeba_ext.hooked_linear import SCOPES
+from comeba_ext.hooked_linear import GATES, SCOPES
 
 OPTIMIZERS = ("adam",)
 LR_UNITS = ("absolute", "hidden_rms")
@@ -27,6 +27,7 @@ class EditConfig:
         layers: edited blocks, increasing; the last one is the value layer.
         lam: λ, weight of the covariance against edited keys in ``C = λ·C0 + Σ k kᵀ``.
         scope: score that decides scope, ``"zscore"`` or ``"reference"``.
+        gate: what the score is computed from, ``"exact"`` or ``"sketch"`` (:class:`HookedLinear`).
         alpha: threshold before any edit; ``None`` for the score's own start (2.2, infinity).
         alpha_margin: share of the lowest score of a batch's prompts that α is lowered to; below 1 leaves room for other
             wordings, which respond a little less than the prompt that was edited. ``None``: 1 for zscore (the paper),
@@ -52,6 +53,7 @@ class EditConfig:
     layers: tuple[int, ...]
     lam: float = 15_000.0
     scope: str = "zscore"
+    gate: str = "exact"
     alpha: float | None = None
     alpha_margin: float | None = None
     steps: int = 25
@@ -76,7 +78,7 @@ class EditConfig:
         if list(layers) != sorted(set(layers)):
             raise ConfigError(f"layers must increase, got {list(layers)}")
         object.__setattr__(self, "layers", tuple(layers))
-        for name, choices in (("scope", SCOPES), ("optimizer", OPTIMIZERS), ("lr_unit", LR_UNITS)):
+        for name, choices in (("scope", SCOPES), ("gate", GATES), ("optimizer", OPTIMIZERS), ("lr_unit", LR_UNITS)):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         bounds = {"lam": 0, "lr": 0, "clamp": 0, "steps": 1, "kl_factor": 0, "weight_decay": 0, "early_stop": 0,

@@ -58,7 +58,7 @@ class Editor:
             raise ConfigError(f"layers {list(self.config.layers)}: the model has blocks 0 to {depth - 1}")
         names = [self.architecture.projection_name(index) for index in self.config.layers]
         self.layers = hooked_linear.install(
-            model, names, self.architecture.decoder, self.config.scope, self.config.alpha
+            model, names, self.architecture.decoder, self.config.scope, self.config.alpha, self.config.gate
         )
         self.key_memory: dict[str, KeyMemory] = {}
         self.covariance: Covariance | None = None
@@ -469,7 +469,7 @@ class Editor:
         """
         layer = self.layers[name]
         if layer.scope == "reference":
-            scale = reference_scale(self._delta[name], self.covariance[name].to(layer.delta.device))
+            scale = reference_scale(layer.scored_matrix(), self.covariance[name].to(layer.delta.device))
             if layer.reference_scale > 0 and scale > 0:
                 layer.alpha.mul_(layer.reference_scale / scale)
             layer.reference_scale.copy_(scale)

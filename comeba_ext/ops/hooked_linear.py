@@ -1,16 +1,171 @@
 """The decision a hook layer takes for every token: edited output or original output (paper section 3.3, DESIGN §3).
 
 ``edit`` is ``x @ deltaᵀ``, the token's response to all edits so far; its L2 norm ``n_t`` is what both scores are made
-of. Everything is device-side: no host synchronisation, no data-dependent shapes.
+of. Three ways to the same result, chosen by :class:`~comeba_ext.hooked_linear.HookedLinear`:
+
+- :func:`exact_hook`: the edit of every token is computed, the norm decides, the base output is changed in scope.
+- :func:`gated_hook`: a few rows that keep the norm (a *sketch* of delta) decide, and only the tokens in scope pay for
+  their edit.
+- :func:`decode_hook`: few tokens; base product, edit and decision in one pass over both weights (CUDA).
+
+Each is an operator ``comeba::…`` whose default implementation is plain torch and whose CUDA implementation
+(``csrc/hooked_linear.*``) takes over once it is compiled. On an accelerator nothing synchronises with the host and no
+shape depends on data. Where a gradient is wanted, the ``*_ref`` functions run instead: plain differentiable torch.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
+
+from comeba_ext import extension
 
 # A score is known only up to rounding, and the request that set α has a score of exactly α: in another batch or with
 # other padding it would fall out of scope by its last bits. A score within this share of α counts as reaching it.
 SLACK = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+DECODE_TOKENS = 64  # more tokens than this are a matrix product's business
+
+
+# -- public functions ----------------------------------------------------------------------------------------------
+
+
+def exact_hook(
+    output: torch.Tensor,
+    edit: torch.Tensor,
+    mask: torch.Tensor | None,
+    statistics: torch.Tensor | None,
+    alpha: torch.Tensor,
+    reference_scale: torch.Tensor,
+    score: str,
+    inplace: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``output + edit`` for tokens in scope, ``output`` elsewhere, bit for bit.
+
+    Args:
+        output: base output ``(batch, seq, d_out)``.
+        edit: ``x @ deltaᵀ``, ``(batch, seq, d_out)``.
+        mask: ``(batch, seq)`` bool of real tokens; ``None`` when all are.
+        statistics: of the sequence's earlier tokens, see :func:`zscore`.
+        alpha, reference_scale: scalar tensors.
+        score: ``"zscore"`` or ``"reference"``.
+        inplace: the result may take the place of ``output``.
+
+    Returns:
+        The layer's output, and the statistics after these tokens (``None`` for the reference score).
+    """
+    arguments = (mask, statistics, alpha, reference_scale, score)
+    if _needs_grad(output, edit):
+        return exact_hook_ref(output, edit, *arguments)
+    _load(output)
+    output = output if inplace else output.clone()
+    after = torch.ops.comeba.exact_hook_(output, edit, *arguments)
+    return output, after if score == "zscore" else None
+
+
+def gated_hook(
+    output: torch.Tensor,
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    sketch: torch.Tensor,
+    mask: torch.Tensor | None,
+    statistics: torch.Tensor | None,
+    alpha: torch.Tensor,
+    reference_scale: torch.Tensor,
+    score: str,
+    inplace: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As :func:`exact_hook`, but ``‖x @ sketchᵀ‖`` decides and edits are computed for the tokens in scope only.
+
+    Args:
+        x: ``(batch, seq, d_in)``.
+        delta: ``(d_out, d_in)``.
+        sketch: ``(m, d_in)``, see :mod:`comeba_ext.ops.sketch`. ``alpha`` must have been set from its scores.
+    """
+    arguments = (mask, statistics, alpha, reference_scale, score)
+    if _needs_grad(output, x, delta):
+        return gated_hook_ref(output, x, delta, sketch, *arguments)
+    _load(output)
+    output = output if inplace else output.clone()
+    after = torch.ops.comeba.gated_hook_(output, x, delta, sketch, *arguments)
+    return output, after if score == "zscore" else None
+
+
+def decode_hook(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    delta: torch.Tensor,
+    sketch: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    statistics: torch.Tensor | None,
+    alpha: torch.Tensor,
+    reference_scale: torch.Tensor,
+    score: str,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The whole hooked layer for few tokens: ``x @ weightᵀ + bias``, plus the edit in scope.
+
+    Args:
+        x: ``(batch, seq, d_in)``, at most ``DECODE_TOKENS`` tokens; one dtype for it and all matrices.
+        weight, delta: ``(d_out, d_in)``.
+        sketch: ``(m, d_in)`` to decide by it, or ``None`` to decide by the edit itself.
+
+    Returns:
+        As :func:`exact_hook`.
+    """
+    _load(x)
+    output, after = torch.ops.comeba.decode_hook(
+        x, weight, bias, delta, sketch, mask, statistics, alpha, reference_scale, score
+    )
+    return output, after if score == "zscore" else None
+
+
+def decode_hook_available(x: torch.Tensor, delta: torch.Tensor) -> bool:
+    """Whether :func:`decode_hook` is compiled for this input, not merely defined."""
+    return (
+        extension.available(x.device.type)
+        and 0 < x.numel() <= DECODE_TOKENS * x.shape[-1]
+        and x.dtype == delta.dtype
+        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and x.shape[-1] % 8 == 0  # rows start at 16-byte boundaries
+    )
+
+
+def _needs_grad(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _load(tensor: torch.Tensor) -> None:
+    """Compile on first use; without a compiler the operators' torch implementation stays."""
+    extension.available(tensor.device.type)
+
+
+# -- references: what the operators must equal ---------------------------------------------------------------------
+
+
+def exact_hook_ref(output, edit, mask, statistics, alpha, reference_scale, score):
+    """:func:`exact_hook` in plain, differentiable torch."""
+    scope, after = decide(edit, mask, statistics, alpha, reference_scale, score)
+    return swap(output, edit, scope), after
+
+
+def gated_hook_ref(output, x, delta, sketch, mask, statistics, alpha, reference_scale, score):
+    """:func:`gated_hook` in plain, differentiable torch, with every token's edit computed."""
+    scope, after = decide(F.linear(x, sketch), mask, statistics, alpha, reference_scale, score)
+    return swap(output, F.linear(x, delta), scope), after
+
+
+def decide(response, mask, statistics, alpha, reference_scale, score):
+    """Scope ``(batch, seq)`` bool from the response ``(batch, seq, rows)`` of delta or its sketch, and statistics."""
+    value, after = scores(response, mask, statistics, reference_scale, score)
+    return in_scope(value, alpha, mask, response.dtype), after
+
+
+def scores(response, mask, statistics, reference_scale, score):
+    """Score of every token ``(batch, seq)``, and the statistics after them (``None`` for the reference score)."""
+    norm = edit_norm(response)
+    if score == "reference":
+        return reference_score(norm, reference_scale), None
+    return zscore(norm, mask, statistics)
 
 
 def edit_norm(edit: torch.Tensor) -> torch.Tensor:
@@ -82,3 +237,79 @@ def in_scope(score: torch.Tensor, alpha: torch.Tensor, mask: torch.Tensor | None
 def swap(output: torch.Tensor, edit: torch.Tensor, scope: torch.Tensor) -> torch.Tensor:
     """``output + edit`` in scope, ``output`` elsewhere, bit for bit; ``(batch, seq, d_out)``."""
     return torch.where(scope[..., None], output + edit.to(output.dtype), output)
+
+
+# -- operators -----------------------------------------------------------------------------------------------------
+# Every one returns statistics (batch, 3) for "zscore" and an empty tensor for "reference".
+
+_DECISION = "Tensor? mask, Tensor? statistics, Tensor alpha, Tensor reference_scale, str score"
+torch.library.define("comeba::exact_hook_", f"(Tensor(a!) output, Tensor edit, {_DECISION}) -> Tensor")
+torch.library.define(
+    "comeba::gated_hook_", f"(Tensor(a!) output, Tensor x, Tensor delta, Tensor sketch, {_DECISION}) -> Tensor"
+)
+torch.library.define(
+    "comeba::decode_hook",
+    f"(Tensor x, Tensor weight, Tensor? bias, Tensor delta, Tensor? sketch, {_DECISION}) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("comeba::exact_hook_", "CompositeExplicitAutograd")
+def _exact_hook_(output, edit, mask, statistics, alpha, reference_scale, score):
+    scope, after = decide(edit, mask, statistics, alpha, reference_scale, score)
+    _add_in_scope_(output, scope, lambda rows: edit.flatten(0, 1)[rows], lambda: edit)
+    return _statistics(edit, after)
+
+
+@torch.library.impl("comeba::gated_hook_", "CompositeExplicitAutograd")
+def _gated_hook_(output, x, delta, sketch, mask, statistics, alpha, reference_scale, score):
+    response = F.linear(x, sketch)
+    scope, after = decide(response, mask, statistics, alpha, reference_scale, score)
+    _add_in_scope_(output, scope, lambda rows: F.linear(x.flatten(0, 1)[rows], delta), lambda: F.linear(x, delta))
+    return _statistics(response, after)
+
+
+@torch.library.impl("comeba::decode_hook", "CompositeExplicitAutograd")
+def _decode_hook(x, weight, bias, delta, sketch, mask, statistics, alpha, reference_scale, score):
+    output = F.linear(x, weight, bias)
+    arguments = (mask, statistics, alpha, reference_scale, score)
+    if sketch is None:
+        return output, _exact_hook_(output, F.linear(x, delta), *arguments)
+    return output, _gated_hook_(output, x, delta, sketch, *arguments)
+
+
+def _add_in_scope_(output, scope, edit_of_rows, edit_of_all) -> None:
+    """Add the edit to ``output`` in scope: row by row on the CPU, where a look at the scope costs nothing; elsewhere
+    everywhere at once, because reading the number of rows would stall the device."""
+    if output.device.type == "cpu" and output.is_contiguous():
+        rows = scope.flatten().nonzero().squeeze(1)
+        if rows.numel():
+            output.flatten(0, 1).index_add_(0, rows, edit_of_rows(rows).to(output.dtype))
+    else:
+        output.copy_(swap(output, edit_of_all(), scope))
+
+
+def _statistics(response, after):
+    return response.new_empty(0, dtype=_wide(response)) if after is None else after
+
+
+def _wide(tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _fake_statistics(response, score):
+    return response.new_empty((response.shape[0], 3) if score == "zscore" else 0, dtype=_wide(response))
+
+
+@torch.library.register_fake("comeba::exact_hook_")
+def _(output, edit, mask, statistics, alpha, reference_scale, score):
+    return _fake_statistics(edit, score)
+
+
+@torch.library.register_fake("comeba::gated_hook_")
+def _(output, x, delta, sketch, mask, statistics, alpha, reference_scale, score):
+    return _fake_statistics(x, score)
+
+
+@torch.library.register_fake("comeba::decode_hook")
+def _(x, weight, bias, delta, sketch, mask, statistics, alpha, reference_scale, score):
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), _fake_statistics(x, score)
