@@ -242,25 +242,12 @@ def swap(output: torch.Tensor, edit: torch.Tensor, scope: torch.Tensor) -> torch
 # -- operators -----------------------------------------------------------------------------------------------------
 # Every one returns statistics (batch, 3) for "zscore" and an empty tensor for "reference".
 
-_DECISION = "Tensor? mask, Tensor? statistics, Tensor alpha, Tensor reference_scale, str score"
-torch.library.define("comeba::exact_hook_", f"(Tensor(a!) output, Tensor edit, {_DECISION}) -> Tensor")
-torch.library.define(
-    "comeba::gated_hook_", f"(Tensor(a!) output, Tensor x, Tensor delta, Tensor sketch, {_DECISION}) -> Tensor"
-)
-torch.library.define(
-    "comeba::decode_hook",
-    f"(Tensor x, Tensor weight, Tensor? bias, Tensor delta, Tensor? sketch, {_DECISION}) -> (Tensor, Tensor)",
-)
-
-
-@torch.library.impl("comeba::exact_hook_", "CompositeExplicitAutograd")
 def _exact_hook_(output, edit, mask, statistics, alpha, reference_scale, score):
     scope, after = decide(edit, mask, statistics, alpha, reference_scale, score)
     _add_in_scope_(output, scope, lambda rows: edit.flatten(0, 1)[rows], lambda: edit)
     return _statistics(edit, after)
 
 
-@torch.library.impl("comeba::gated_hook_", "CompositeExplicitAutograd")
 def _gated_hook_(output, x, delta, sketch, mask, statistics, alpha, reference_scale, score):
     response = F.linear(x, sketch)
     scope, after = decide(response, mask, statistics, alpha, reference_scale, score)
@@ -268,7 +255,6 @@ def _gated_hook_(output, x, delta, sketch, mask, statistics, alpha, reference_sc
     return _statistics(response, after)
 
 
-@torch.library.impl("comeba::decode_hook", "CompositeExplicitAutograd")
 def _decode_hook(x, weight, bias, delta, sketch, mask, statistics, alpha, reference_scale, score):
     output = F.linear(x, weight, bias)
     arguments = (mask, statistics, alpha, reference_scale, score)
@@ -298,6 +284,20 @@ def _wide(tensor) -> torch.dtype:
 
 def _fake_statistics(response, score):
     return response.new_empty((response.shape[0], 3) if score == "zscore" else 0, dtype=_wide(response))
+
+
+_DECISION = "Tensor? mask, Tensor? statistics, Tensor alpha, Tensor reference_scale, str score"
+torch.library.define("comeba::exact_hook_", f"(Tensor(a!) output, Tensor edit, {_DECISION}) -> Tensor")
+torch.library.define(
+    "comeba::gated_hook_", f"(Tensor(a!) output, Tensor x, Tensor delta, Tensor sketch, {_DECISION}) -> Tensor"
+)
+torch.library.define(
+    "comeba::decode_hook",
+    f"(Tensor x, Tensor weight, Tensor? bias, Tensor delta, Tensor? sketch, {_DECISION}) -> (Tensor, Tensor)",
+)
+torch.library.impl("comeba::exact_hook_", "CompositeExplicitAutograd", _exact_hook_)
+torch.library.impl("comeba::gated_hook_", "CompositeExplicitAutograd", _gated_hook_)
+torch.library.impl("comeba::decode_hook", "CompositeExplicitAutograd", _decode_hook)
 
 
 @torch.library.register_fake("comeba::exact_hook_")
