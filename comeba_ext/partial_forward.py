@@ -39,6 +39,19 @@ def evaluating(model: nn.Module):
             module.training = training
 
 
+@contextmanager
+def frozen(model: nn.Module):
+    """No parameter asks for a gradient inside, so that graphs hold only what leads to the caller's own tensors."""
+    before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in before:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in before:
+            parameter.requires_grad_(True)
+
+
 @torch.no_grad()
 def run_until(
     decoder: nn.Module, last: nn.Module, inputs: dict, taps: dict[nn.Module, Callable], output: Callable | None = None
@@ -47,7 +60,7 @@ def run_until(
 
     Args:
         taps: module to a function that is given the module's input tensor.
-        output: a function that is given the hidden states ``last`` returns.
+        output: a function that is given what ``last`` returns.
     """
 
     def on_input(tap):
@@ -55,7 +68,7 @@ def run_until(
 
     def on_last(module, args, result):
         if output is not None:
-            output(hidden_of(result))
+            output(result)
         raise _Stop
 
     handles = [module.register_forward_pre_hook(on_input(tap)) for module, tap in taps.items()]

@@ -8,6 +8,7 @@ import torch
 from comeba_ext import EditConfig, Editor
 from comeba_ext.architectures import Architecture
 from comeba_ext.editing import target_values as module
+from comeba_ext.editing.continuation import Upper
 from comeba_ext.editing.request import EditRequest
 from comeba_ext.editing.rows import essence_rows, target_rows
 from comeba_ext.editing.target_values import optimise_target_values
@@ -160,13 +161,13 @@ def test_groups_and_order_do_not_matter(tiny_model, tokenizer, monkeypatch):
     model, _ = edited_model(tiny_model, tokenizer, "gpt2")
     whole = run(model, tokenizer, settings())
     sizes = []
-    real = module._Problem
+    real = module._Objective
 
-    def counted(*args):
-        sizes.append(len(args[4]))
-        return real(*args)
+    def counted(upper, config, by_request, *args):
+        sizes.append(len(by_request))
+        return real(upper, config, by_request, *args)
 
-    monkeypatch.setattr(module, "_Problem", counted)
+    monkeypatch.setattr(module, "_Objective", counted)
     for max_tokens, groups in ((1, 5), (300, None), (4096, 1)):
         sizes.clear()
         order = [3, 0, 4, 2, 1]
@@ -181,30 +182,28 @@ def test_gradient_against_finite_differences(tiny_model, tokenizer):
     model, _ = edited_model(tiny_model, tokenizer, "gpt2")
     rows = target_rows(tokenizer, REQUESTS[:2], PREFIXES)
     essence = essence_rows(tokenizer, REQUESTS[:2])
-    rows = [r for n in range(2) for r in [*(row for row in rows if row.request == n), essence[n]]]
-    problem = module._Problem(model, Architecture.of(model), settings(), rows, [0, 1], 0)
-    norm, start = problem.h.norm(dim=-1, keepdim=True), {}
-    active = torch.arange(2)
-    problem._loss(torch.zeros_like(problem.h), active, norm, start)
-    delta = torch.randn(2, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(problem._loss(delta, active, norm, start).sum(), delta)
+    by_request = [[*(row for row in rows if row.request == n), essence[n]] for n in range(2)]
+    upper = Upper(model, Architecture.of(model), 2, 0, 4096)
+    objective = module._Objective(upper, settings(), by_request, False)
+    objective.evaluate(torch.zeros_like(objective.h), False)
+    delta = torch.randn(2, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, gradient = objective.evaluate(delta, True)
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for n in range(2):
-            for _ in range(3):
-                way = torch.zeros_like(delta)
-                way[n] = torch.randn(32, generator=generator, dtype=torch.float64)
-                up, down = (problem._loss(delta + s * 1e-5 * way, active, norm, start) for s in (1, -1))
-                slope = (up - down) / 2e-5
-                assert slope[n].item() == pytest.approx((gradient * way).sum().item(), rel=1e-5, abs=1e-8)
-                assert slope[1 - n].item() == pytest.approx(0, abs=1e-8)  # requests never meet
+    for n in range(2):
+        for _ in range(3):
+            way = torch.zeros_like(delta)
+            way[n] = torch.randn(32, generator=generator, dtype=torch.float64)
+            up, down = (objective.evaluate(delta + s * 1e-5 * way, False)[0] for s in (1, -1))
+            slope = (up - down) / 2e-5
+            assert slope[n].item() == pytest.approx((gradient * way).sum().item(), rel=1e-5, abs=1e-8)
+            assert slope[1 - n].item() == pytest.approx(0, abs=1e-8)  # requests never meet
 
 
 def test_number_of_evaluations_and_steps(tiny_model, tokenizer, monkeypatch):
     model, _ = edited_model(tiny_model, tokenizer, "gpt2")
     evaluations = []
-    real = module._Problem._loss
-    monkeypatch.setattr(module._Problem, "_loss", lambda *a: evaluations.append(len(a[2])) or real(*a))
+    real = module.Path.evaluate
+    monkeypatch.setattr(module.Path, "evaluate", lambda *a, **k: evaluations.append(int(a[0].open.sum())) or real(*a, **k))
     found = run(model, tokenizer, settings(steps=4, early_stop=0.0))
     assert evaluations == [5] * 4 and found.steps == [3] * 5
     evaluations.clear()

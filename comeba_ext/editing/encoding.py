@@ -121,3 +121,26 @@ def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
+
+
+def dense_batches(lengths: list[int], max_tokens: int, device: torch.device) -> list[list[int]]:
+    """Indices grouped by length so that padding and the number of groups together cost least.
+
+    A group costs its padded tokens plus a constant for being launched, which is worth fewer tokens on a CPU. Groups
+    hold at most ``max_tokens`` padded tokens, or one longer row. Every index appears exactly once.
+    """
+    launch = 64 if device.type == "cpu" else 256
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    ends = [n + 1 for n, index in enumerate(order) if n + 1 == len(order) or lengths[order[n + 1]] != lengths[index]]
+    best: dict[int, tuple[int, int]] = {0: (0, 0)}  # end of a group -> least cost up to it, start of that group
+    for end in ends:
+        longest = lengths[order[end - 1]]
+        best[end] = min((cost + launch + (end - start) * longest, start) for start, (cost, _) in best.items())
+    groups: list[list[int]] = []
+    end = len(order)
+    while end:
+        start = best[end][1]
+        each = max(1, max_tokens // lengths[order[end - 1]])
+        groups += [order[i : min(i + each, end)] for i in range(start, end, each)]
+        end = start
+    return groups

@@ -9,7 +9,7 @@ from torch import nn
 
 from comeba_ext.editing.encoding import micro_batches
 from comeba_ext.editing.rows import Row, batch_inputs
-from comeba_ext.partial_forward import run_until
+from comeba_ext.partial_forward import hidden_of, run_until
 
 
 @dataclass
@@ -52,7 +52,7 @@ def read_layer(
         last = torch.tensor([row.subject_last for row in batch], device=device)
         caught: dict[str, torch.Tensor] = {}
         run_until(decoder, value_block, inputs, {layer: lambda x, c=caught: c.__setitem__("x", x)},
-                  lambda h, c=caught: c.__setitem__("h", h))  # fmt: skip
+                  lambda h, c=caught: c.__setitem__("h", hidden_of(h)))  # fmt: skip
         x = caught["x"].reshape(*mask.shape, -1)
         keys, states = x[index.to(x.device), last.to(x.device)], caught["h"][index.to(caught["h"].device), last.to(caught["h"].device)]
         plain = [n for n, row in enumerate(batch) if row.plain]

@@ -30,6 +30,11 @@ class Row:
     plain: bool
 
     @property
+    def end(self) -> int:
+        """Number of tokens up to the last position whose output is read, above the edited blocks."""
+        return len(self.ids) if self.target else self.subject_last + 1
+
+    @property
     def predicts(self) -> range:
         """Positions whose next token is a target token."""
         return range(len(self.ids) - len(self.target), len(self.ids))

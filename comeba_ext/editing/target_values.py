@@ -5,9 +5,9 @@ minimises
 
     mean over prefixes of NLL(new object) + kl_factor · KL("{subject} is a") + weight_decay · ‖δ‖/‖h‖²
 
-by Adam, projected onto ‖δ‖ ≤ clamp · ‖h‖, until the loss falls below ``early_stop``. Requests never meet in this
-objective, so a batch of them is optimised at once, with the result each would have alone. Blocks up to the value layer
-run once: δ cannot reach them.
+with ‖δ‖ ≤ clamp · ‖h‖, until the loss falls below ``early_stop``. Requests never meet in this objective, so a batch of
+them is optimised at once, with the result each would have alone. What δ cannot reach is computed once
+(:mod:`continuation`), logits only where they are read, and a request that is done leaves the batch.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from torch.nn import functional as F
 
 from comeba_ext.architectures import Architecture, context_length
 from comeba_ext.editing.config import EditConfig
-from comeba_ext.editing.encoding import pad_id
-from comeba_ext.editing.rows import Row, batch_inputs, check_length, essence_rows, target_rows
+from comeba_ext.editing.continuation import Continuation, Upper
+from comeba_ext.editing.encoding import dense_batches, pad_id
+from comeba_ext.editing.optimisers import OPTIMISERS, Path
+from comeba_ext.editing.rows import Row, check_length, essence_rows, target_rows
 from comeba_ext.errors import RequestError
-from comeba_ext.partial_forward import hidden_of, resumed
+from comeba_ext.partial_forward import frozen
 
 
 @dataclass
@@ -56,7 +58,7 @@ def optimise_target_values(
 
     Args:
         prefixes: from :func:`prefixes.sample_prefixes`, the empty one first.
-        on_progress: called with the number of requests finished and the mean loss.
+        on_progress: called after every step with the number of requests that are done and the mean loss of those begun.
 
     Raises:
         RequestError: a row is longer than the model's context, or an optimisation ended in NaN.
@@ -65,15 +67,23 @@ def optimise_target_values(
     essence = essence_rows(tokenizer, requests)
     check_length(rows + essence, requests, context_length(model))
     by_request = [[row for row in rows if row.request == n] + [essence[n]] for n in range(len(requests))]
+    upper = Upper(model, architecture, config.value_layer, pad_id(tokenizer), config.max_tokens)
     results: list[tuple[torch.Tensor, float, int] | None] = [None] * len(requests)
-    done = 0
-    for group in _request_groups(by_request, config.max_tokens):
-        group_rows = [row for n in group for row in by_request[n]]
-        problem = _Problem(model, architecture, config, group_rows, group, pad_id(tokenizer))
-        for n, result in zip(group, problem.solve(), strict=True):
-            results[n] = result
-        done += len(group)
-        on_progress(done, sum(r[1] for r in results if r is not None) / done)
+    done, losses = 0, 0.0
+    with frozen(model):
+        whole = not upper.caches(rows)
+        for group in _request_groups(by_request, config.max_tokens):
+
+            def on_step(open_: torch.Tensor, loss: torch.Tensor, done=done, losses=losses) -> None:
+                on_progress(done + int((~open_).sum()), (losses + loss.sum().item()) / (done + len(loss)))
+
+            path = Path(_Objective(upper, config, [by_request[n] for n in group], whole), config, on_step)
+            OPTIMISERS[config.optimizer](path)
+            values = path.objective.h + path.delta
+            for n, *result in zip(group, values, path.losses.tolist(), path.steps.tolist(), strict=True):
+                results[n] = tuple(result)
+            done, losses = done + len(group), losses + path.losses.sum().item()
+            on_progress(done, losses / done)
     bad = [
         requests[n].text
         for n, (value, loss, _) in enumerate(results)
@@ -85,133 +95,112 @@ def optimise_target_values(
 
 
 def _request_groups(by_request: list[list[Row]], max_tokens: int) -> list[list[int]]:
-    """Requests of like length together, all rows of a request in one group."""
-    longest = [max(len(row.ids) for row in rows) for rows in by_request]
+    """Requests with like numbers of tokens to run at every step together, in groups of at most ``max_tokens``."""
+    tokens = [len(rows) * max(len(row.ids) for row in rows) for rows in by_request]
+    width = [max(row.end - row.subject_last for row in rows) for rows in by_request]
     groups: list[list[int]] = []
-    rows_in_group = 0
-    for n in sorted(range(len(by_request)), key=longest.__getitem__):
-        rows_in_group += len(by_request[n])
-        if groups and rows_in_group * longest[n] <= max_tokens:
+    total = 0
+    for n in sorted(range(len(by_request)), key=lambda n: (width[n], tokens[n])):
+        total += tokens[n]
+        if groups and total <= max_tokens:
             groups[-1].append(n)
         else:
             groups.append([n])
-            rows_in_group = len(by_request[n])
+            total = tokens[n]
     return groups
 
 
-class _Problem:
-    """The optimisation of one group of requests, all rows in one batch."""
+class _Objective:
+    """The losses of a group of requests as functions of their δ; an :class:`optimisers.Objective`."""
 
-    def __init__(self, model, architecture: Architecture, config: EditConfig, rows: list[Row], group: list[int], pad_token: int):
+    def __init__(self, upper: Upper, config: EditConfig, by_request: list[list[Row]], whole: bool):
         self.config = config
-        self.decoder = model.get_submodule(architecture.decoder)
-        self.head = architecture.head(model)
-        self.blocks = list(model.get_submodule(architecture.blocks))
-        self.device = model.get_input_embeddings().weight.device
-        self.rows, self.pad_token = rows, pad_token
-        self.owner = torch.tensor([group.index(row.request) for row in rows], device=self.device)  # (rows,)
-        self.count = len(group)
-        self._run_lower_blocks()
+        owned = [(n, row) for n, rows in enumerate(by_request) for row in rows]
+        lengths = [row.end - (0 if whole else row.subject_last) for _, row in owned]
+        groups = dense_batches(lengths, config.max_tokens, upper.device)
+        self.parts = [_Part(upper, config, [owned[i] for i in group], by_request, whole) for group in groups]
+        states = {n: h for part in self.parts for n, h in part.plain_states()}
+        self.h = torch.stack([states[n] for n in range(len(by_request))])
+        self.h = self.h.to(torch.promote_types(self.h.dtype, torch.float32))  # (u, d_model)
 
-    def _run_lower_blocks(self) -> None:
-        """Hidden states after the value layer, and its output's type; plus ``h`` of every request."""
-        inputs = batch_inputs(self.rows, self.pad_token, self.device)
-        caught = {}
-        handle = self.blocks[self.config.value_layer].register_forward_hook(
-            lambda module, args, output: caught.__setitem__("output", output)
-        )
-        try:
-            with torch.no_grad():
-                self.decoder(**inputs, use_cache=False)
-        finally:
-            handle.remove()
-        self.template = caught["output"]
-        self.base = hidden_of(self.template).detach()  # (rows, seq, d_model)
-        self.inputs = inputs
-        self.last = torch.tensor([row.subject_last for row in self.rows], device=self.base.device)
-        index = torch.arange(len(self.rows), device=self.base.device)
-        states = self.base[index, self.last]
-        plain = [n for n, row in enumerate(self.rows) if row.plain]
-        order = torch.empty(self.count, dtype=torch.long)
-        order[self.owner[plain].cpu()] = torch.tensor(plain)
-        self.h = states[order].to(torch.promote_types(states.dtype, torch.float32))  # (u, d_model)
+    def evaluate(self, delta: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        square = self.h.norm(dim=-1) ** 2
+        size = delta.norm(dim=-1)
+        loss = self.config.weight_decay * size / square
+        slope = self.config.weight_decay * delta / (size.clamp(min=torch.finfo(size.dtype).tiny) * square)[:, None]
+        for part in self.parts:  # one graph at a time
+            with torch.set_grad_enabled(gradient):
+                own = delta.detach().requires_grad_(gradient)
+                share = part.losses(own)
+            loss = loss + share.detach()
+            if gradient:
+                slope = slope + torch.autograd.grad(share.sum(), own)[0]
+        return loss, slope if gradient else None
 
-    def solve(self) -> list[tuple[torch.Tensor, float, int]]:
-        """``(v*, final loss, steps)`` of every request in the group."""
-        config = self.config
-        norm = self.h.norm(dim=-1, keepdim=True)  # (u, 1)
-        rate = torch.full_like(norm, config.lr)
-        if config.lr_unit == "hidden_rms":
-            rate = rate * norm / self.h.shape[-1] ** 0.5
-        delta = torch.zeros_like(self.h)
-        first, second = torch.zeros_like(delta), torch.zeros_like(delta)  # Adam's moments
-        losses = torch.full((self.count,), torch.inf, dtype=delta.dtype)
-        steps = torch.zeros(self.count, dtype=torch.long)
-        active = torch.arange(self.count, device=delta.device)
-        essence_start: dict[int, torch.Tensor] = {}
-        for step in range(config.steps):
-            current = delta[active].requires_grad_(True)
-            loss = self._loss(current, active, norm[active], essence_start)  # (active,)
-            losses[active.cpu()] = loss.detach().cpu()
-            if step == config.steps - 1:
-                break
-            open_ = ~(loss.detach() < config.early_stop)  # NaN stays open, to be reported
-            if not open_.any():
-                break
-            (gradient,) = torch.autograd.grad(loss.sum(), current)
-            active, gradient = active[open_], gradient[open_]
-            first[active] = 0.9 * first[active] + 0.1 * gradient
-            second[active] = 0.999 * second[active] + 0.001 * gradient**2
-            move = (first[active] / (1 - 0.9 ** (step + 1))) / ((second[active] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
-            moved = delta[active] - rate[active] * move
-            excess = (moved.norm(dim=-1, keepdim=True) / (config.clamp * norm[active])).clamp(min=1)
-            delta[active] = moved / excess
-            steps[active.cpu()] += 1
-        values = self.h + delta
-        return [(values[n], float(losses[n]), int(steps[n])) for n in range(self.count)]
+    def close(self, requests: torch.Tensor) -> None:
+        closed = requests.nonzero().flatten().tolist()
+        for part in self.parts:
+            part.close(set(closed))
+        self.parts = [part for part in self.parts if part.owners]
 
-    def _loss(self, delta: torch.Tensor, active: torch.Tensor, norm: torch.Tensor, essence_start: dict) -> torch.Tensor:
-        """Loss of the active requests, ``(len(active),)``; ``delta`` is ``(len(active), d_model)``."""
-        place = torch.full((self.count,), -1, device=self.device)
-        place[active] = torch.arange(len(active), device=self.device)
-        chosen = (place[self.owner] >= 0).nonzero().squeeze(-1)  # rows of active requests
-        owner = place[self.owner[chosen]]
-        rows = [self.rows[n] for n in chosen.tolist()]
-        index = torch.arange(len(rows), device=self.device)
 
-        def hidden() -> torch.Tensor:
-            base = self.base[chosen]
-            shift = torch.zeros_like(base)
-            shift[index, self.last[chosen]] = delta[owner].to(base.dtype)
-            return base + shift
+class _Part:
+    """One dense batch of rows and what its outputs contribute to the losses of their requests."""
 
-        inputs = {name: value[chosen] for name, value in self.inputs.items()}
-        with resumed(self.blocks, self.config.value_layer, hidden, self.template):
-            out = self.decoder(**inputs, use_cache=False)[0]  # (rows, seq, d_model)
-        where = [(r, p) for r, row in enumerate(rows) for p in row.predicts]
-        targets = torch.tensor([t for row in rows for t in row.target], device=out.device)
-        essence = [(r, row.subject_last) for r, row in enumerate(rows) if not row.target]
-        at = torch.tensor(where + essence, device=out.device)
-        logits = self.head(out[at[:, 0], at[:, 1]])
-        log_p = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        token_nll = -log_p[: len(where)].gather(1, targets[:, None]).squeeze(1)
+    def __init__(self, upper: Upper, config: EditConfig, owned: list[tuple[int, Row]], by_request: list, whole: bool):
+        owner = {id(row): n for n, row in owned}
+        self.rows = Continuation(upper, [row for _, row in owned], whole)
+        self.owners = [owner[id(row)] for row in self.rows.rows]  # request of every row, in the continuation's order
+        self.head, self.config = upper.head, config
+        self.row_counts = [sum(bool(row.target) for row in rows) for rows in by_request]
+        self.before: torch.Tensor | None = None  # (essence rows, vocab)
+        self._index()
 
-        # Mean over a row's target tokens, then over a request's rows.
-        spoken = [row for row in rows if row.target]
-        share = [1 / len(row.target) for row in spoken for _ in row.target]
-        share = torch.tensor(share, dtype=log_p.dtype, device=out.device)
-        token_owner = torch.tensor([o for o, row in zip(owner.tolist(), rows, strict=True) for _ in row.target], device=out.device)
-        rows_each = torch.zeros(len(active), device=out.device).index_add_(
-            0, owner[[r for r, row in enumerate(rows) if row.target]], torch.ones(len(spoken), device=out.device))
-        loss = torch.zeros(len(active), dtype=log_p.dtype, device=out.device)
-        loss = loss.index_add(0, token_owner, token_nll * share) / rows_each.to(log_p)
+    def plain_states(self):
+        """``(request, h)`` of the rows with the empty prefix."""
+        return [(n, h) for n, row, h in zip(self.owners, self.rows.rows, self.rows.h, strict=True) if row.plain]
 
-        # KL(now ‖ before) at the subject's last token of the essence row; before: the first step, where δ = 0.
-        kept = active[owner[[r for r, _ in essence]]].tolist()
-        now = log_p[len(where) :]
-        for n, request in enumerate(kept):
-            essence_start.setdefault(request, now[n].detach())
-        before = torch.stack([essence_start[request] for request in kept])
-        divergence = (now.exp() * (now - before)).sum(-1)
-        loss = loss.index_add(0, owner[[r for r, _ in essence]], self.config.kl_factor * divergence)
-        return loss + self.config.weight_decay * delta.norm(dim=-1) / norm.squeeze(-1) ** 2
+    def losses(self, delta: torch.Tensor) -> torch.Tensor:
+        """This part's share of every request's loss, ``(u,)``, without weight decay."""
+        out = self.rows.run(delta[self.owner])
+        logits = self.head(out[self.at_row.to(out.device), self.at_column.to(out.device)]).to(delta.device)
+        logits = logits.to(torch.promote_types(logits.dtype, delta.dtype))
+        tokens = len(self.target)
+        loss = torch.zeros(len(delta), dtype=logits.dtype, device=delta.device)
+        if tokens:  # mean over a row's target tokens, then over a request's rows
+            nll = F.cross_entropy(logits[:tokens], self.target, reduction="none")
+            loss = loss.index_add(0, self.loss_owner[:tokens], nll * self.share.to(nll))
+        if tokens < len(logits):
+            # KL(now ‖ before) at the subject's last token of the essence row; before: the first evaluation, at δ = 0.
+            now = F.log_softmax(logits[tokens:], dim=-1)
+            if self.before is None:
+                self.before = now.detach()
+            divergence = (now.exp() * (now - self.before)).sum(-1)
+            loss = loss.index_add(0, self.loss_owner[tokens:], self.config.kl_factor * divergence)
+        return loss
+
+    def close(self, requests: set[int]) -> None:
+        """Drop the rows of these requests."""
+        kept = [n for n, owner in enumerate(self.owners) if owner not in requests]
+        if len(kept) == len(self.owners):
+            return
+        if self.before is not None:
+            essence = [owner for owner, row in zip(self.owners, self.rows.rows, strict=True) if not row.target]
+            self.before = self.before[[n for n, owner in enumerate(essence) if owner not in requests]]
+        self.owners = [self.owners[n] for n in kept]
+        if kept:
+            self.rows.keep(kept)
+            self._index()
+
+    def _index(self) -> None:
+        """Where in the output to read logits: first all target tokens, then the essence rows."""
+        rows, device = self.rows.rows, self.rows.h.device
+        read = [(n, column) for n, columns in enumerate(self.rows.columns()) for column in columns]
+        essence = [(n, column) for n, column in enumerate(self.rows.at.tolist()) if not rows[n].target]
+        at = torch.tensor(read + essence, device=device)
+        self.at_row, self.at_column = at[:, 0], at[:, 1]
+        self.owner = torch.tensor(self.owners, device=device)
+        self.loss_owner = self.owner[self.at_row]
+        self.target = torch.tensor([token for row in rows for token in row.target], dtype=torch.long, device=device)
+        share = [1 / len(row.target) / self.row_counts[n] for n, row in zip(self.owners, rows, strict=True) for _ in row.target]
+        self.share = torch.tensor(share, dtype=torch.float64, device=device)

@@ -1,0 +1,89 @@
+"""Optimisers of δ, all requests of a group at once; requests never meet, so each takes the path it would take alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from comeba_ext.editing.config import EditConfig
+
+
+class Objective(Protocol):
+    """The losses of a group of requests.
+
+    Attributes:
+        h: ``(u, d_model)``, the hidden states that δ is added to.
+    """
+
+    h: torch.Tensor
+
+    def evaluate(self, delta: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Losses ``(u,)`` and gradients ``(u, d_model)`` at ``delta (u, d_model)``; of no meaning for closed requests.
+
+        The first evaluation must be at zero: it tells what the model says of the subjects before the edit.
+        """
+
+    def close(self, requests: torch.Tensor) -> None:
+        """These requests, ``(u,)`` bool, need no more evaluations."""
+
+
+class Path:
+    """Where the optimisation of a group stands: what every optimiser keeps, and the rule when a request is done.
+
+    Attributes:
+        delta: ``(u, d_model)``.
+        losses: ``(u,)``, at the last evaluation.
+        steps: ``(u,)``, optimiser steps taken.
+        open: ``(u,)`` bool.
+        rate: ``(u, 1)``, the learning rate in absolute units.
+        bound: ``(u, 1)``, the largest ‖δ‖.
+    """
+
+    def __init__(self, objective: Objective, config: EditConfig, on_step: Callable[[torch.Tensor, torch.Tensor], None]):
+        self.objective, self.config, self.on_step = objective, config, on_step
+        h = objective.h
+        norm = h.norm(dim=-1, keepdim=True)
+        self.bound = config.clamp * norm
+        self.rate = config.lr * (norm / h.shape[-1] ** 0.5 if config.lr_unit == "hidden_rms" else torch.ones_like(norm))
+        self.delta = torch.zeros_like(h)
+        self.losses = torch.full_like(norm[:, 0], torch.inf)
+        self.steps = torch.zeros(len(h), dtype=torch.long, device=h.device)
+        self.open = torch.ones(len(h), dtype=torch.bool, device=h.device)
+
+    def evaluate(self, delta: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Losses and gradients at ``delta``; what falls below ``early_stop`` is closed, with its loss noted."""
+        loss, slope = self.objective.evaluate(delta, gradient)
+        self.losses = torch.where(self.open, loss, self.losses)
+        done = self.open & (loss < self.config.early_stop)  # NaN stays open, to be reported
+        if done.any():
+            self.open &= ~done
+            self.objective.close(done)
+        self.on_step(self.open, self.losses)
+        return loss, slope
+
+    def projected(self, delta: torch.Tensor) -> torch.Tensor:
+        """``delta`` in the ball ‖δ‖ ≤ clamp·‖h‖."""
+        return delta / (delta.norm(dim=-1, keepdim=True) / self.bound).clamp(min=1)
+
+
+def adam(path: Path) -> None:
+    """Adam (β 0.9 and 0.999, ε 1e-8) with projection after every step, as in the paper.
+
+    ``steps`` evaluations at most, with a step between two.
+    """
+    first, second = torch.zeros_like(path.delta), torch.zeros_like(path.delta)
+    for step in range(path.config.steps):
+        last = step == path.config.steps - 1
+        _, slope = path.evaluate(path.delta, gradient=not last)
+        if last or not path.open.any():
+            return
+        first = 0.9 * first + 0.1 * slope
+        second = 0.999 * second + 0.001 * slope**2
+        move = (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        path.delta = torch.where(path.open[:, None], path.projected(path.delta - path.rate * move), path.delta)
+        path.steps += path.open
+
+
+OPTIMISERS = {"adam": adam}
