@@ -8,11 +8,13 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from comeba_ext.errors import ArchitectureError, ComebaError
 from comeba_ext.hooked_linear import HookedLinear
 from comeba_ext.ops import hooked_linear as ops
+from comeba_ext.ops.sketch import sketch_of
 
 D_IN, D_OUT = 6, 5
 
@@ -451,3 +453,85 @@ def test_a_non_contiguous_output_is_accepted():
     base = Transposing(D_IN, D_OUT, bias=False)
     assert not base(torch.zeros(2, 3, D_IN)).is_contiguous()
     _check_around(base, base.weight.detach())
+
+
+# ---- the gate ---------------------------------------------------------------------------------------------------
+
+
+def gated_pair(scope="reference", d_out=64, d_in=24, dtype=torch.float64):
+    base = nn.Linear(d_in, d_out, dtype=dtype)
+    base.weight.data.copy_(random(d_out, d_in))
+    layers = []
+    for gate in ("exact", "sketch"):
+        layer = HookedLinear(base, scope, gate=gate)
+        layer.delta.copy_(random(d_out, d_in, seed=2))
+        layer.reference_scale.fill_(float(d_out))
+        layers.append(layer)
+    return layers
+
+
+@pytest.mark.parametrize("scope", ["zscore", "reference"])
+@torch.no_grad()
+def test_gate_decides_by_its_own_scores_and_adds_the_exact_edit(scope):
+    exact, gated = gated_pair(scope)
+    x = random(2, 9, 24, seed=5)
+    scores = gated.scores(x)
+    gated.alpha.copy_(scores.flatten().sort().values[-4:-2].mean())
+    inside = scores >= gated.alpha
+    base, edit = gated.base_layer(x), F.linear(x, gated.delta)
+    assert inside.sum() == 3
+    assert torch.allclose(gated(x), torch.where(inside[..., None], base + edit, base), rtol=1e-12)
+    assert torch.equal(gated(x)[~inside], base[~inside])
+    norms = F.linear(x, gated.sketch()).norm(dim=-1)
+    oracle = norms**2 / 64 if scope == "reference" else torch.tensor(
+        [loop_zscores(row.tolist()) for row in norms], dtype=torch.float64
+    )
+    assert torch.allclose(scores, oracle, rtol=1e-10)
+    assert not torch.allclose(scores, exact.scores(x))
+
+
+@torch.no_grad()
+def test_sketch_follows_delta():
+    _, layer = gated_pair()
+    first = layer.sketch()
+    assert first.shape == (16, 24) and layer.sketch() is first
+    layer.delta.mul_(2)
+    assert torch.allclose(layer.sketch(), 2 * first, rtol=1e-12)
+    layer.load_state_dict({**layer.state_dict(), "delta": random(64, 24, seed=9)})
+    assert torch.allclose(layer.sketch(), sketch_of(random(64, 24, seed=9), 16), rtol=1e-12)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        other.delta.neg_()
+        assert torch.allclose(other.sketch(), -layer.sketch(), rtol=1e-12)
+    assert layer.float().sketch().dtype == torch.float32
+    with torch.inference_mode():
+        made = HookedLinear(nn.Linear(24, 64), gate="sketch")
+        made.delta.fill_(1.0)
+        assert made.sketch().abs().sum() > 0
+
+
+@torch.no_grad()
+def test_gate_compiles_without_a_graph_break():
+    torch._dynamo.reset()  # the code compiled for other tests counts towards its limit
+    _, layer = gated_pair(dtype=torch.float32)
+    x = random(2, 9, 24, seed=5, dtype=torch.float32)
+    layer.alpha.copy_(layer.scores(x).median())
+    assert torch.allclose(torch.compile(layer, fullgraph=True)(x), layer(x), atol=1e-5)
+
+
+def test_gate_is_differentiable():
+    _, layer = gated_pair()
+    x = random(1, 5, 24, seed=5)
+    layer.alpha.copy_(layer.scores(x).median())
+    assert torch.autograd.gradcheck(lambda x: layer(x), (x.requires_grad_(),))
+
+
+@pytest.mark.parametrize("gate", ["exact", "sketch"])
+@torch.no_grad()
+def test_what_the_base_layer_handed_out_is_not_changed(gate):
+    layer = gated_pair()[gate == "sketch"]
+    layer.alpha.fill_(0.0)
+    seen = []
+    layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    x = random(1, 5, 24, seed=5)
+    output = layer(x)
+    assert torch.equal(seen[0], F.linear(x, layer.weight, layer.bias)) and not torch.equal(seen[0], output)
