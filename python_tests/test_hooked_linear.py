@@ -521,7 +521,7 @@ def test_gate_compiles_without_a_graph_break():
 def test_gate_is_differentiable():
     _, layer = gated_pair()
     x = random(1, 5, 24, seed=5)
-    layer.alpha.copy_(layer.scores(x).median())
+    layer.alpha.copy_(layer.scores(x).flatten().sort().values[2:4].mean())  # not at a token's own score
     assert torch.autograd.gradcheck(lambda x: layer(x), (x.requires_grad_(),))
 
 
