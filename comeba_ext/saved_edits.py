@@ -51,6 +51,7 @@ def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
             layer.delta.copy_(deltas[name])
             layer.alpha.copy_(tensors[f"{name}.alpha"])
             layer.reference_scale.copy_(tensors[f"{name}.reference_scale"])
+            layer.scored_matrix()  # a compiled model would not see that its sketch is old
     return model
 
 

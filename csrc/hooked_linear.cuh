@@ -222,6 +222,7 @@ struct Shape {
   static constexpr int kTiles = NT >= 8 ? 2 : 1;             // 16-row tiles a block
   static constexpr int kSlices = kWarps / kTiles;            // warps along k
   static constexpr int kUnroll = NT >= 4 ? 2 : 4;            // chunks in flight
+  static constexpr int kResident = NT >= 2 ? 2 : 3;          // blocks a multiprocessor, which bounds the registers
   static constexpr int kShared = kWarps * NT * 4 * 32;       // floats
   static constexpr int kTokens = 8 * NT;
 };
@@ -299,7 +300,7 @@ __device__ void add_edits(Out* output, const T* x, const T* delta, const int* li
 }
 
 template <typename Out, typename T>
-__global__ void __launch_bounds__(kThreads) add_edits_kernel(Out* output, const T* x, const T* delta, const int* listed,
+__global__ void __launch_bounds__(kThreads, Shape<8>::kResident) add_edits_kernel(Out* output, const T* x, const T* delta, const int* listed,
                                                              const unsigned* listed_count, int d_in, int d_out) {
   __shared__ float shared[Shape<8>::kShared];
   const int count = static_cast<int>(*listed_count);
@@ -390,7 +391,7 @@ __device__ void write_squares(float* partial, int tokens, int rows, Sum sum) {
 // Decided by the edit itself: tiles pair 8 rows of the base weight with the same 8 rows of delta, and the edits wait in
 // the workspace for the decision.
 template <typename T, int NT>
-__global__ void __launch_bounds__(kThreads) decode_exact_kernel(T* output, const T* x, const T* weight, const T* bias,
+__global__ void __launch_bounds__(kThreads, Shape<NT>::kResident) decode_exact_kernel(T* output, const T* x, const T* weight, const T* bias,
                                                                 const T* delta, T* edits, int d_in, int d_out, Decision d,
                                                                 DecodeProgress p) {
   using S = Shape<NT>;
@@ -438,7 +439,7 @@ __global__ void __launch_bounds__(kThreads) decode_exact_kernel(T* output, const
 // Decided by the sketch: its tiles come first, so that the decision is there when a block has finished its tile of the
 // base weight; that block then computes the same rows of delta, if any token is in scope at all.
 template <typename T, int NT>
-__global__ void __launch_bounds__(kThreads) decode_gated_kernel(T* output, const T* x, const T* weight, const T* bias,
+__global__ void __launch_bounds__(kThreads, Shape<NT>::kResident) decode_gated_kernel(T* output, const T* x, const T* weight, const T* bias,
                                                                 const T* delta, const T* sketch, int d_in, int d_out,
                                                                 int sketch_rows, Decision d, DecodeProgress p) {
   using S = Shape<NT>;

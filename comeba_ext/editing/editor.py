@@ -505,3 +505,4 @@ class Editor:
         finally:
             for layer in self.layers.values():
                 layer.mode = "validated"
+                layer.scored_matrix()  # a compiled model would not see that its sketch is old
