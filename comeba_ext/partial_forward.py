@@ -54,25 +54,36 @@ def frozen(model: nn.Module):
 
 @torch.no_grad()
 def run_until(
-    decoder: nn.Module, last: nn.Module, inputs: dict, taps: dict[nn.Module, Callable], output: Callable | None = None
+    decoder: nn.Module,
+    last: nn.Module,
+    inputs: dict,
+    taps: dict[nn.Module, Callable],
+    output: Callable | None = None,
+    *,
+    before: bool = False,
 ) -> None:
     """Run ``decoder(**inputs)`` up to and including module ``last``, then stop.
 
     Args:
         taps: module to a function that is given the module's input tensor.
         output: a function that is given what ``last`` returns.
+        before: stop when ``last`` has received its input, without running it.
     """
 
     def on_input(tap):
-        return lambda module, args: tap(args[0])
+        # Some families hand a block its hidden states by name.
+        return lambda module, args, kwargs: tap(args[0] if args else kwargs["hidden_states"])
 
     def on_last(module, args, result):
         if output is not None:
             output(result)
         raise _Stop
 
-    handles = [module.register_forward_pre_hook(on_input(tap)) for module, tap in taps.items()]
-    handles.append(last.register_forward_hook(on_last))
+    def on_last_input(module, args):
+        raise _Stop
+
+    handles = [module.register_forward_pre_hook(on_input(tap), with_kwargs=True) for module, tap in taps.items()]
+    handles.append(last.register_forward_pre_hook(on_last_input) if before else last.register_forward_hook(on_last))
     try:
         decoder(**inputs, use_cache=False)
     except _Stop:

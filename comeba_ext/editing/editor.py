@@ -18,7 +18,7 @@ from comeba_ext.covariance import Covariance, collect_covariance
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.encoding import pad_id
 from comeba_ext.editing.key_memory import KeyMemory
-from comeba_ext.editing.keys import LayerReading, read_layer
+from comeba_ext.editing.keys import KeyReader, LayerReading
 from comeba_ext.editing.ledger import Entry, Ledger, stacked
 from comeba_ext.editing.prefixes import sample_prefixes
 from comeba_ext.editing.report import EditReport, Phases, peak_memory
@@ -397,13 +397,15 @@ class Editor:
         responses: dict[str, torch.Tensor] = {}
         for layer in self.layers.values():
             layer.mode = "temporary"
+        reader = KeyReader(
+            self._decoder, list(self.model.get_submodule(self.architecture.blocks)), self.config.layers,
+            list(self.layers.values()), rows, whole=self.config.scope == "zscore", pad_token=pad_id(self.tokenizer),
+            max_tokens=self.config.max_tokens, device=self._device,
+        )  # fmt: skip
         with evaluating(self.model):
             for number, (name, layer) in enumerate(self.layers.items()):
                 with phases("keys"):
-                    reading = read_layer(
-                        self._decoder, layer, self._value_block, rows, pad_id(self.tokenizer), self.config.max_tokens,
-                        self._device,
-                    )  # fmt: skip
+                    reading = reader.read(number)
                 with phases("update"):
                     residual = (values.to(reading.hidden) - reading.hidden) / (len(self.layers) - number)
                     keys[name] = reading.keys

@@ -1,15 +1,16 @@
-"""Keys and current hidden states of a batch, from one run per edited layer that ends at the value layer."""
+"""Keys and current hidden states of a batch, layer by layer, while the layers are being edited."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from comeba_ext.editing.encoding import micro_batches
-from comeba_ext.editing.rows import Row, batch_inputs
-from comeba_ext.partial_forward import hidden_of, run_until
+from comeba_ext.editing.encoding import dense_batches, pad
+from comeba_ext.editing.rows import Row
+from comeba_ext.partial_forward import hidden_of, resumed, run_until, with_hidden
 
 
 @dataclass
@@ -28,41 +29,94 @@ class LayerReading:
     prompts: list[tuple[list[int], torch.Tensor, torch.Tensor]]
 
 
-def read_layer(
-    decoder: nn.Module, layer: nn.Module, value_block: nn.Module, rows: list[Row], pad_token: int, max_tokens: int, device
-) -> LayerReading:
-    """Run all rows up to the value layer.
+@dataclass
+class _Batch:
+    """Rows that run together, and their hidden states before the block that was read last."""
+
+    rows: list[Row]
+    inputs: dict[str, torch.Tensor]
+    before: torch.Tensor | None = None
+
+
+class KeyReader:
+    """Reads each edited layer of a batch once, in increasing order, between the edits of two layers.
+
+    No block below the layer edited last runs again: its input is kept, ``(seq, d_model)`` a row. Rows with a context
+    prefix serve keys only, so they run to the layer's input; rows with the empty prefix go on to the value layer.
 
     Args:
         decoder: receives token ids and mask.
-        layer: the hooked layer whose keys are wanted.
-        value_block: block of the last edited layer.
+        blocks: all blocks of the model.
+        layers: the edited blocks, increasing; the last one is the value layer.
+        projections: their hooked layers, whose inputs are the keys.
         rows: :func:`rows.prompt_rows` of the batch.
+        whole: run rows to their end, where the scope of a token may depend on later ones (zscore); otherwise rows with
+            a prefix end at the subject's last token.
     """
-    count = max(row.request for row in rows) + 1
-    sums: list[torch.Tensor | None] = [None] * count
-    seen = [0] * count
-    hidden: list[torch.Tensor | None] = [None] * count
-    prompts = []
-    for group in micro_batches([len(row.ids) for row in rows], max_tokens):
-        batch = [rows[i] for i in group]
-        inputs = batch_inputs(batch, pad_token, device)
-        mask = inputs["attention_mask"].bool()
-        index = torch.arange(len(batch), device=device)
-        last = torch.tensor([row.subject_last for row in batch], device=device)
-        caught: dict[str, torch.Tensor] = {}
-        run_until(decoder, value_block, inputs, {layer: lambda x, c=caught: c.__setitem__("x", x)},
-                  lambda h, c=caught: c.__setitem__("h", hidden_of(h)))  # fmt: skip
-        x = caught["x"].reshape(*mask.shape, -1)
-        keys, states = x[index.to(x.device), last.to(x.device)], caught["h"][index.to(caught["h"].device), last.to(caught["h"].device)]
-        plain = [n for n, row in enumerate(batch) if row.plain]
-        if plain:
-            prompts.append(([batch[n].request for n in plain], x[plain], mask[plain]))
-        for n, row in enumerate(batch):
-            wide = keys[n].to(torch.promote_types(keys.dtype, torch.float32))
-            sums[row.request] = wide if sums[row.request] is None else sums[row.request] + wide
-            seen[row.request] += 1
-            if row.plain:
-                hidden[row.request] = states[n].to(torch.promote_types(states.dtype, torch.float32))
-    keys = torch.stack([s / n for s, n in zip(sums, seen, strict=True)])
-    return LayerReading(keys, torch.stack(hidden), prompts)
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        blocks: list[nn.Module],
+        layers: tuple[int, ...],
+        projections: list[nn.Module],
+        rows: list[Row],
+        *,
+        whole: bool,
+        pad_token: int,
+        max_tokens: int,
+        device: torch.device,
+    ):
+        self.decoder, self.blocks, self.layers, self.projections = decoder, blocks, layers, projections
+        self.count = max(row.request for row in rows) + 1
+        self.form = None  # of a block's output; the first batches run whole blocks
+        self.batches: list[_Batch] = []
+        for plain in (True, False):
+            chosen = [row for row in rows if row.plain == plain]
+            ends = [len(row.ids) if plain or whole else row.end for row in chosen]
+            for group in dense_batches(ends, max_tokens, device) if chosen else []:
+                ids, mask = pad([chosen[n].ids[: ends[n]] for n in group], pad_token, device=device)
+                self.batches.append(_Batch([chosen[n] for n in group], {"input_ids": ids, "attention_mask": mask}))
+
+    def read(self, number: int) -> LayerReading:
+        """Keys of the layer ``layers[number]``, and hidden states of the model as it is now; once for each number."""
+        keys, hidden, prompts = None, None, []
+        each = torch.zeros(self.count)
+        for batch in self.batches:
+            x, states = self._run(batch, number)
+            requests = torch.tensor([row.request for row in batch.rows])
+            index = torch.arange(len(batch.rows), device=x.device)
+            last = torch.tensor([row.subject_last for row in batch.rows], device=x.device)
+            own = x[index, last].to(torch.promote_types(x.dtype, torch.float32))
+            keys = own.new_zeros(self.count, own.shape[1]) if keys is None else keys
+            keys.index_add_(0, requests.to(own.device), own)
+            each.index_add_(0, requests, torch.ones(len(requests)))
+            if states is not None:
+                states = states[index.to(states.device), last.to(states.device)]
+                states = states.to(torch.promote_types(states.dtype, torch.float32))
+                hidden = states.new_zeros(self.count, states.shape[1]) if hidden is None else hidden
+                hidden[requests.to(states.device)] = states
+                prompts.append((requests.tolist(), x, batch.inputs["attention_mask"].bool()))
+        return LayerReading(keys / each[:, None].to(keys), hidden, prompts)
+
+    def _run(self, batch: _Batch, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer's input ``(rows, seq, d_in)``, and for rows without prefix the value layer's output."""
+        plain = batch.rows[0].plain
+        projection, caught = self.projections[number], {}
+        taps = {projection: lambda x: caught.__setitem__("x", x)}
+        taps[self.blocks[self.layers[number]]] = lambda h: caught.__setitem__("before", h)
+        done = self.layers[number - 1] - 1 if number else -1  # the last block whose output is known
+        if done < 0:
+            start = contextlib.nullcontext()
+        else:
+            start = resumed(self.blocks, done, lambda: batch.before, self.form)
+        with start:
+            if plain:
+                value_block = self.blocks[self.layers[-1]]
+                run_until(self.decoder, value_block, batch.inputs, taps, lambda out: caught.__setitem__("out", out))
+                self.form = with_hidden(caught["out"], None)
+            else:
+                run_until(self.decoder, projection, batch.inputs, taps, before=True)
+        batch.before = caught["before"] if number + 1 < len(self.layers) else None
+        x = caught["x"].reshape(*batch.inputs["attention_mask"].shape, -1)  # OPT flattens tokens before the MLP
+        return x, hidden_of(caught["out"]) if plain else None
