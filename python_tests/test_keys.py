@@ -1,0 +1,82 @@
+"""Reading keys layer by layer against one unpadded run a text, and how often each block runs for it."""
+
+import pytest
+import torch
+
+from comeba_ext import hooked_linear
+from comeba_ext.architectures import Architecture
+from comeba_ext.editing.keys import KeyReader
+from comeba_ext.editing.request import EditRequest
+from comeba_ext.editing.rows import prompt_rows
+
+REQUESTS = [
+    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English"),
+    EditRequest("{} works in the field of", "Marie Curie", "piano"),
+    EditRequest("The capital of {}, as everyone knows, is", "Peru", "Paris"),
+]
+PREFIXES = ["", "The city of Paris. ", "Who built it? "]
+LAYERS = (1, 2, 4)
+SIZES = {"gpt2": {"n_layer": 6}, "llama": {"num_hidden_layers": 6}, "opt": {"num_hidden_layers": 6}}
+
+
+def hooked(tiny_model, family, scope):
+    model = tiny_model(family, **SIZES[family]).double()
+    architecture = Architecture.of(model)
+    names = [architecture.projection_name(n) for n in LAYERS]
+    layers = list(hooked_linear.install(model, names, architecture.decoder, scope, 1.0).values())
+    for layer in layers:
+        layer.mode = "temporary"
+        layer.reference_scale.fill_(1.0)
+        torch.nn.init.normal_(layer.delta, std=0.2, generator=torch.Generator().manual_seed(0))
+    return model, architecture, layers
+
+
+@pytest.mark.parametrize("scope", ["zscore", "reference"])
+@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("max_tokens", [1, 60, 4096])
+def test_agrees_with_one_run_a_text(tiny_model, tokenizer, family, scope, max_tokens):
+    model, architecture, layers = hooked(tiny_model, family, scope)
+    rows = prompt_rows(tokenizer, REQUESTS, PREFIXES)
+    blocks, decoder = list(model.get_submodule(architecture.blocks)), model.get_submodule(architecture.decoder)
+    reader = KeyReader(decoder, blocks, LAYERS, layers, rows, whole=scope == "zscore", pad_token=0,
+                       max_tokens=max_tokens, device=torch.device("cpu"))  # fmt: skip
+    seen = {}
+    for n, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda m, args, n=n: seen.__setitem__(n, args[0]))
+    blocks[LAYERS[-1]].register_forward_hook(
+        lambda m, args, out: seen.__setitem__("h", out[0] if isinstance(out, tuple) else out)
+    )
+    for number, layer in enumerate(layers):
+        reading = reader.read(number)
+        prompts = {r: (x, m) for requests, xs, masks in reading.prompts for r, x, m in zip(requests, xs, masks)}
+        for n in range(len(REQUESTS)):
+            keys = []
+            for row in [row for row in rows if row.request == n]:
+                with torch.no_grad():
+                    model(torch.tensor([row.ids]))
+                x = seen[number].reshape(len(row.ids), -1)
+                keys.append(x[row.subject_last])
+                if row.plain:
+                    assert torch.allclose(reading.hidden[n], seen["h"].reshape(len(row.ids), -1)[row.subject_last], atol=1e-5)
+                    assert torch.allclose(prompts[n][0][prompts[n][1]], x, atol=1e-5)
+            assert torch.allclose(reading.keys[n], sum(keys) / len(keys), atol=1e-5)
+        layer.delta.mul_(-0.5)  # the edit of this layer, which later layers must see
+        layer.mode = "validated"
+
+
+def test_how_often_blocks_run(tiny_model, tokenizer):
+    """Below the layer edited last: never again; above a layer that is being read: only behind the empty prefix."""
+    model, architecture, layers = hooked(tiny_model, "gpt2", "zscore")
+    rows = prompt_rows(tokenizer, REQUESTS, PREFIXES)
+    blocks, decoder = list(model.get_submodule(architecture.blocks)), model.get_submodule(architecture.decoder)
+    tokens = dict.fromkeys(range(6), 0)
+    for n, block in enumerate(blocks):
+        block.attn.register_forward_hook(lambda m, args, out, n=n: tokens.__setitem__(n, tokens[n] + len(out[0])))
+    reader = KeyReader(decoder, blocks, LAYERS, layers, rows, whole=True, pad_token=0, max_tokens=4096,
+                       device=torch.device("cpu"))  # fmt: skip
+    counts = []
+    for number in range(3):
+        tokens = dict.fromkeys(tokens, 0)
+        reader.read(number)
+        counts.append([tokens[n] for n in range(6)])
+    assert counts == [[9, 9, 3, 3, 3, 0], [0, 9, 9, 3, 3, 0], [0, 0, 9, 9, 9, 0]]
