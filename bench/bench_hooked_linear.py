@@ -1,7 +1,8 @@
 """What the hook costs a layer: ``python bench/bench_hooked_linear.py [--device cuda] [--quick] [--json]``
 
 Exact and gated hook against the plain linear layer and against the torch reference hook (both products, then norm,
-score and swap as separate operations), for the edited layers of four models. Variants take turns within a row, so that
+score and swap as separate operations), for the edited layers of four models; ``stacked`` is the exact hook on one product
+with both weights in one matrix, which would read the input once. Variants take turns within a row, so that
 ratios come from one run; medians with the spread (10th to 90th percentile). On a GPU every call is a replayed CUDA graph
 with a cold L2 cache. ``limit`` is the time the machine would need at its own measured copy bandwidth and matrix-product
 rate for the bytes and FLOPs of the shape; ``of_limit`` is that over the measured time.
@@ -110,7 +111,14 @@ def measure(shape: str, tokens: int, dtype: str, share: float, device: str, cloc
         decision = (None, None, exact.alpha, exact.reference_scale, "reference")
         return ops.exact_hook_ref(F.linear(x, base.weight, base.bias), F.linear(x, delta), *decision)
 
-    calls = {"plain": lambda: base(x), "reference": reference, "exact": lambda: exact(x),
+    both = torch.cat((base.weight, delta))
+    bias = None if base.bias is None else torch.cat((base.bias, torch.zeros_like(base.bias)))
+
+    def stacked():
+        output, edit = F.linear(x, both, bias).split(d_out, -1)
+        return ops.exact_hook(output, edit, None, None, exact.alpha, exact.reference_scale, "reference", inplace=True)
+
+    calls = {"plain": lambda: base(x), "reference": reference, "exact": lambda: exact(x), "stacked": stacked,
              "gated": lambda: layers["sketch"](x)}  # fmt: skip
     taken = clock(calls, seconds, 3)
     median = {name: statistics.median(times) for name, times in taken.items()}
@@ -122,7 +130,7 @@ def measure(shape: str, tokens: int, dtype: str, share: float, device: str, cloc
         size = item * (d_in * d_out * math.ceil(products) + tokens * (d_in + d_out))
         limit = max(size / bandwidth, 2 * tokens * d_in * d_out * products / rate)
         row[f"{name}_of_limit"] = limit / median[name]
-    for name in ("reference", "exact", "gated"):
+    for name in ("reference", "exact", "stacked", "gated"):
         ratios = sorted(own / plain for own, plain in zip(taken[name], taken["plain"], strict=True))
         row[f"{name}_ratio"] = median[name] / median["plain"]
         row[f"{name}_spread"] = [ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]]

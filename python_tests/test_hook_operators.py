@@ -255,22 +255,3 @@ def test_public_functions_agree_with_their_references(inplace):
     kept = output.clone()
     ops.exact_hook(output, edit, *case.decision)
     assert torch.equal(output, kept)  # not in place unless asked
-
-
-def test_sketch_keeps_norms():
-    """Unbiased in the square, with the relative deviation of a Johnson-Lindenstrauss map, over random directions."""
-    d_out, rows = 512, rows_for(512)
-    vectors = torch.randn(d_out, 4000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    ratio = sketch_of(vectors, rows).square().sum(0) / vectors.square().sum(0)
-    assert abs(ratio.mean() - 1) < 0.02
-    assert ratio.std() < 1.1 * math.sqrt(2 / rows)
-
-
-def test_sketch_is_the_same_everywhere():
-    """α is set from its scores and saved: the signs may never change between versions or machines."""
-    signs = sketch_of(torch.eye(6, dtype=torch.float64), 2)
-    assert signs.tolist() == SIGNS
-    assert torch.equal(signs.abs().sum(0), torch.ones(6, dtype=torch.float64))
-
-
-SIGNS = [[0.0, 0.0, 1.0, 1.0, 0.0, 1.0], [-1.0, -1.0, 0.0, 0.0, -1.0, 0.0]]
