@@ -11,13 +11,32 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import Cache
 
+States = dict[int, tuple[torch.Tensor, torch.Tensor]]  # block -> keys and values, each (rows, heads, tokens, width)
 
-class _FixedLength(Cache):
-    """What models ask of a cache before they build positions and masks."""
 
-    def __init__(self, length: int):
+class Past(Cache):
+    """A fixed past.
+
+    Args:
+        states: keys and values of every block that is going to run; right-aligned, so that the last column is the
+            token before the first new one. Columns before a row's first token are zero and to be masked.
+        length: number of columns; 0 for no past.
+
+    Attributes:
+        new: what the last run would have appended.
+    """
+
+    def __init__(self, states: States, length: int):
         super().__init__(layers=[])
-        self.length = length
+        self.states, self.length = states, length
+        self.new: States = {}
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        self.new[layer_idx] = (key_states.detach(), value_states.detach())
+        if not self.length:
+            return key_states, value_states
+        keys, values = self.states[layer_idx]
+        return torch.cat((keys.to(key_states), key_states), -2), torch.cat((values.to(value_states), value_states), -2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -29,52 +48,25 @@ class _FixedLength(Cache):
         """``query``: number of new tokens, or their positions (earlier versions of Transformers)."""
         return self.length + (query if isinstance(query, int) else len(query)), 0
 
-
-class Recorder(_FixedLength):
-    """An empty cache that keeps what each layer wants to put into it.
-
-    Attributes:
-        seen: layer index to keys and values, each ``(batch, heads, seq, width)``.
-    """
-
-    def __init__(self):
-        super().__init__(0)
-        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        self.seen[layer_idx] = (key_states, value_states)
-        return key_states, value_states
-
-
-class Past(_FixedLength):
-    """A fixed past.
-
-    Args:
-        layers: layer index to keys and values, each ``(batch, heads, length, width)``; right-aligned, so that the last
-            column is the token before the first new one. Columns before a row's first token are zero and masked.
-    """
-
-    def __init__(self, layers: dict[int, tuple[torch.Tensor, torch.Tensor]]):
-        super().__init__(next(iter(layers.values()))[0].shape[-2])
-        self.states = layers
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        keys, values = self.states[layer_idx]
-        return torch.cat((keys.to(key_states), key_states), -2), torch.cat((values.to(value_states), value_states), -2)
-
     def rows(self, chosen: torch.Tensor) -> Past:
         """The past of some rows; ``chosen``: their indices."""
-        return Past({n: tuple(s[chosen.to(s.device)] for s in states) for n, states in self.states.items()})
+        return Past(each(self.states, lambda s: s[chosen.to(s.device)]), self.length)
 
 
-def right_aligned(states: torch.Tensor, counts: torch.Tensor, length: int) -> torch.Tensor:
-    """Move every row's first ``counts`` of ``seq`` columns to the right end of ``length`` columns, zeros before them.
+def each(states: States, change) -> States:
+    """``change`` applied to every tensor."""
+    return {block: (change(keys), change(values)) for block, (keys, values) in states.items()}
+
+
+def right_aligned(states: torch.Tensor, first: torch.Tensor, counts: torch.Tensor, length: int) -> torch.Tensor:
+    """Every row's columns ``first … first + counts − 1`` at the right end of ``length`` columns, zeros before them.
 
     Args:
         states: ``(rows, heads, seq, width)``.
-        counts: ``(rows,)``, each at most ``seq`` and ``length``.
+        first, counts: ``(rows,)``.
     """
-    counts = counts.to(states.device)
+    first, counts = first.to(states.device), counts.to(states.device)
     column = torch.arange(length, device=states.device)[None] - (length - counts)[:, None]  # (rows, length)
-    index = column.clamp(0, states.shape[2] - 1)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+    index = (column + first[:, None]).clamp(0, states.shape[2] - 1)[:, None, :, None]
+    index = index.expand(-1, states.shape[1], -1, states.shape[3])
     return states.gather(2, index).masked_fill((column < 0)[:, None, :, None], 0)

@@ -111,7 +111,11 @@ def test_cached_past_gives_what_whole_rows_give(family, attention, tokenizer):
     assert upper.caches(rows) == (family != "bloom")
     if family == "bloom":
         return
-    whole, cached = Continuation(upper, rows, True), Continuation(upper, rows)
+    upper.whole = True
+    whole = Continuation(upper, rows)
+    upper.prepare(rows)
+    assert upper.contexts.length > 5
+    cached = Continuation(upper, rows)
     assert whole.past is None and cached.past.length == max(row.subject_last for row in rows)
     shift = torch.randn(len(rows), 32, dtype=dtype, generator=torch.Generator().manual_seed(0))
     order = {id(row): n for n, row in enumerate(rows)}

@@ -184,7 +184,8 @@ def test_gradient_against_finite_differences(tiny_model, tokenizer):
     essence = essence_rows(tokenizer, REQUESTS[:2])
     by_request = [[*(row for row in rows if row.request == n), essence[n]] for n in range(2)]
     upper = Upper(model, Architecture.of(model), 2, 0, 4096)
-    objective = module._Objective(upper, settings(), by_request, False)
+    upper.prepare(rows + essence)
+    objective = module._Objective(upper, settings(), by_request)
     objective.evaluate(torch.zeros_like(objective.h), False)
     delta = torch.randn(2, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     _, gradient = objective.evaluate(delta, True)

@@ -38,10 +38,11 @@ import torch
 from torch import nn
 
 from comeba_ext.architectures import FAMILIES, Architecture
+from comeba_ext.editing.contexts import Contexts, can_share, own_inputs
 from comeba_ext.editing.encoding import dense_batches
-from comeba_ext.editing.rows import Row, batch_inputs
+from comeba_ext.editing.rows import Row
 from comeba_ext.partial_forward import hidden_of, resumed, run_until, with_hidden
-from comeba_ext.past import Past, Recorder, right_aligned
+from comeba_ext.past import Past, States, right_aligned
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,20 @@ class Upper:
         self.blocks = list(self.model.get_submodule(self.architecture.blocks))
         self.head = self.architecture.head(self.model)
         self.device = self.model.get_input_embeddings().weight.device
+        self.whole = True  # run every token at every step
+        self.contexts: Contexts | None = None
+        self.context_states: States = {}
+
+    def prepare(self, rows: list[Row]) -> None:
+        """Find out whether earlier tokens can be cached, and run what rows have in common; ``rows``: all to come."""
+        self.whole = not self.caches(rows)
+        contexts = Contexts(rows, self.pad_token, self.device)
+        if self.whole or not contexts.length or not can_share(self.model):
+            return
+        past = Past({}, 0)
+        with torch.no_grad():
+            self.decoder(**contexts.inputs, past_key_values=past, use_cache=True)
+        self.contexts, self.context_states = contexts, past.new
 
     def caches(self, rows: list[Row]) -> bool:
         """Whether this model can run the end of a row from cached keys and values; see the table above."""
@@ -80,7 +95,9 @@ class Upper:
         trial = sorted(rows, key=lambda row: len(row.ids))[:: max(1, len(rows) - 1)]  # the shortest and the longest
         try:
             with torch.no_grad():
-                ends = [Continuation(self, trial, whole).read_last() for whole in (True, False)]
+                ends = []
+                for self.whole in (True, False):
+                    ends.append(Continuation(self, trial).read_last())
         except Exception as error:
             log.info("%s: earlier tokens are run again at every step (%s)", config.model_type, error)
             return False
@@ -97,33 +114,38 @@ class Continuation:
     Args:
         upper: the blocks to run.
         rows: the rows.
-        whole: run every token at every step.
 
     Attributes:
-        rows: the rows in it.
+        rows: the rows, in the order in which they are kept.
         h: ``(rows, d_model)``, the value layer's output at the subject's last token.
+        starts: ``(rows,)``, the first token that is run at every step.
+        at: ``(rows,)``, the column of the subject's last token among those.
     """
 
-    def __init__(self, upper: Upper, rows: list[Row], whole: bool = False):
+    def __init__(self, upper: Upper, rows: list[Row]):
         self.upper, device = upper, upper.device
-        chunks = dense_batches([len(row.ids) for row in rows], upper.max_tokens, device)
+        shared = [0] * len(rows) if upper.contexts is None else upper.contexts.counts(rows)
+        own = [len(row.ids) - count for row, count in zip(rows, shared, strict=True)]
+        chunks = dense_batches(own, upper.max_tokens, device)
         self.rows = [rows[n] for chunk in chunks for n in chunk]
-        starts = [0 if whole else row.subject_last for row in self.rows]
+        starts = [0 if upper.whole else row.subject_last for row in self.rows]
         self.starts = torch.tensor(starts, device=device)
         self.at = torch.tensor([row.subject_last for row in self.rows], device=device) - self.starts
         past, width = max(starts), max(row.end - start for row, start in zip(self.rows, starts, strict=True))
         base, states = [], []
         for part in torch.arange(len(rows), device=device).split([len(chunk) for chunk in chunks]):
-            below = self._below(part)
-            base.append(_columns(below, self.starts[part], width))
-            if past:
-                states.append(self._past(part, below, past))
+            below, kept = self._prepare([self.rows[n] for n in part.tolist()], self.starts[part], past, width)
+            base.append(below)
+            states.append(kept)
         self.base = torch.cat(base)  # (rows, S, d_model)
         self.past = None
         if past:
-            self.past = Past({n: tuple(map(torch.cat, zip(*(s[n] for s in states), strict=True))) for n in states[0]})
+            joined = {n: tuple(map(torch.cat, zip(*(s[n] for s in states), strict=True))) for n in states[0]}
+            self.past = Past(joined, past)
         self.h = self.base[self._index(), self.at.to(self.base.device)]
-        self.inputs = self._inputs(past, width)
+        self.inputs = own_inputs(self.rows, [row.end for row in self.rows], starts, past, upper.pad_token, device)
+        # Padding after a row is not masked: no earlier token sees it, and its own softmax must be over something.
+        self.inputs["attention_mask"][:, past:] = 1
 
     def run(self, shift: torch.Tensor) -> torch.Tensor:
         """The decoder's output ``(rows, S, d_model)`` with ``shift (rows, d_model)`` added at the subject's last token."""
@@ -162,46 +184,44 @@ class Continuation:
         return torch.arange(len(self.rows), device=self.base.device)
 
     @torch.no_grad()
-    def _below(self, part: torch.Tensor) -> torch.Tensor:
-        """Hidden states of whole rows after the value layer, ``(rows, seq, d_model)``; ``part``: indices of rows."""
-        upper, caught = self.upper, {}
-        inputs = batch_inputs([self.rows[n] for n in part.tolist()], upper.pad_token, upper.device)
+    def _prepare(self, rows: list[Row], starts: torch.Tensor, past: int, width: int) -> tuple[torch.Tensor, States]:
+        """One pass over rows up to the value layer, and over the tokens before their starts above it.
+
+        Returns:
+            hidden states after the value layer from every row's start on, ``(rows, width, d_model)``; keys and values
+            of the tokens before, right-aligned in ``past`` columns.
+        """
+        upper, caught, contexts = self.upper, {}, self.upper.contexts
+        shared = [0] * len(rows) if contexts is None else contexts.counts(rows)
+        length = 0 if contexts is None else contexts.length
+        states = contexts.past(upper.context_states, rows) if length else {}
+        inputs = own_inputs(rows, [len(row.ids) for row in rows], shared, length, upper.pad_token, upper.device)
         block = upper.blocks[upper.value_layer]
-        run_until(upper.decoder, block, inputs, {}, lambda output: caught.__setitem__("output", output))
+        cache = {"past_key_values": Past(states, length)} if length else {}
+        run_until(upper.decoder, block, inputs | cache, {}, lambda output: caught.__setitem__("output", output))
         self.form = with_hidden(caught["output"], None)
         hidden = hidden_of(caught["output"])
-        return hidden.masked_fill(~inputs["attention_mask"].bool().to(hidden.device)[..., None], 0)
+        real = inputs["attention_mask"][:, length:].bool().to(hidden.device)
+        hidden = hidden.masked_fill(~real[..., None], 0)
+        first = torch.tensor(shared, device=upper.device)
+        base = _columns(hidden, starts - first, width)
+        if not past:
+            return base, {}
+        before = max(1, int((starts - first).max()))
+        inputs = {name: value[:, :before] for name, value in inputs.items() if name != "attention_mask"} | {
+            "attention_mask": inputs["attention_mask"][:, : length + before].clone()
+        }
+        inputs["attention_mask"][:, length:] = 1
+        own = Past(states, length)
+        with resumed(upper.blocks, upper.value_layer, lambda: hidden[:, :before], self.form):
+            upper.decoder(**inputs, past_key_values=own, use_cache=True)
 
-    @torch.no_grad()
-    def _past(self, part: torch.Tensor, below: torch.Tensor, length: int) -> dict:
-        """Keys and values of the tokens before every row's start in all upper layers, right-aligned in ``length``."""
-        upper, counts = self.upper, self.starts[part]
-        width = max(1, int(counts.max()))
-        inputs = batch_inputs([self.rows[n] for n in part.tolist()], upper.pad_token, upper.device)
-        ids = inputs["input_ids"][:, :width]
-        recorder = Recorder()
-        with resumed(upper.blocks, upper.value_layer, lambda: below[:, :width], self.form):
-            upper.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=recorder, use_cache=True)
-        return {n: tuple(right_aligned(s, counts, length) for s in states) for n, states in recorder.seen.items()}
+        def whole(before: torch.Tensor | None, after: torch.Tensor) -> torch.Tensor:
+            together = after if before is None else torch.cat((before.to(after), after), -2)
+            return right_aligned(together, length - first, starts, past)
 
-    def _inputs(self, past: int, width: int) -> dict[str, torch.Tensor]:
-        """Ids ``(rows, S)``, mask ``(rows, P+S)`` and positions ``(rows, S)`` of the part that is run at every step.
-
-        Padding after a row is not masked: no earlier token sees it, and it sees something, so that its own softmax is
-        defined.
-        """
-        device = self.upper.device
-        ids = torch.full((len(self.rows), width), self.upper.pad_token)
-        for n, (row, start) in enumerate(zip(self.rows, self.starts.tolist(), strict=True)):
-            ids[n, : row.end - start] = torch.tensor(row.ids[start : row.end])
-        count = torch.tensor([row.end for row in self.rows], device=device) - self.starts
-        before = torch.arange(past, device=device) >= (past - self.starts)[:, None]
-        mask = torch.cat((before, torch.ones_like(ids, dtype=torch.bool, device=device)), 1).long()
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask}
-        if past:
-            # Padding repeats the last position, so that a table of positions is never left.
-            inputs["position_ids"] = self.starts[:, None] + torch.arange(width, device=device).minimum(count[:, None] - 1)
-        return inputs
+        none = (None, None)
+        return base, {n: tuple(map(whole, states.get(n, none), new)) for n, new in own.new.items()}
 
 
 def _columns(states: torch.Tensor, starts: torch.Tensor, width: int) -> torch.Tensor:

@@ -20,14 +20,19 @@ class Row:
         ids: token ids.
         subject_last: position of the subject's last token.
         target: target token ids, of which all but the last are in ``ids``; empty for rows without a target.
-        plain: the row with the empty prefix, where ``h`` is read.
+        prefix: number of its context prefix, 0 for the empty one and −1 for a row that is not a prompt.
     """
 
     request: int
     ids: list[int]
     subject_last: int
     target: list[int]
-    plain: bool
+    prefix: int
+
+    @property
+    def plain(self) -> bool:
+        """The prompt with the empty prefix, where ``h`` is read."""
+        return self.prefix == 0
 
     @property
     def end(self) -> int:
@@ -43,9 +48,9 @@ class Row:
 def prompt_rows(tokenizer, requests: list[EditRequest], prefixes: list[str]) -> list[Row]:
     """``prefix + prompt`` for every request and prefix: the rows keys are read from."""
     return [
-        Row(n, e.ids, e.subject_last, [], prefix == "")
+        Row(n, e.ids, e.subject_last, [], number)
         for n, request in enumerate(requests)
-        for prefix in prefixes
+        for number, prefix in enumerate(prefixes)
         for e in [_encode(tokenizer, request, prefix, None)]
     ]
 
@@ -53,9 +58,9 @@ def prompt_rows(tokenizer, requests: list[EditRequest], prefixes: list[str]) -> 
 def target_rows(tokenizer, requests: list[EditRequest], prefixes: list[str]) -> list[Row]:
     """``prefix + prompt + target`` without the target's last token: the rows target values are optimised on."""
     return [
-        Row(n, e.ids[:-1], e.subject_last, e.target_ids, prefix == "")
+        Row(n, e.ids[:-1], e.subject_last, e.target_ids, number)
         for n, request in enumerate(requests)
-        for prefix in prefixes
+        for number, prefix in enumerate(prefixes)
         for e in [_encode(tokenizer, request, prefix, request.target_new)]
     ]
 
@@ -63,7 +68,7 @@ def target_rows(tokenizer, requests: list[EditRequest], prefixes: list[str]) -> 
 def essence_rows(tokenizer, requests: list[EditRequest]) -> list[Row]:
     """``"{subject} is a"``: the rows on which the model must go on knowing what the subject is (KL)."""
     encoded = [encode(tokenizer, f"{r.subject} is a", subject_end=len(r.subject)) for r in requests]
-    return [Row(n, e.ids, e.subject_last, [], False) for n, e in enumerate(encoded)]
+    return [Row(n, e.ids, e.subject_last, [], -1) for n, e in enumerate(encoded)]
 
 
 def check_length(rows: list[Row], requests: list[EditRequest], limit: int | None) -> None:

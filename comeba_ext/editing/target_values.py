@@ -71,13 +71,13 @@ def optimise_target_values(
     results: list[tuple[torch.Tensor, float, int] | None] = [None] * len(requests)
     done, losses = 0, 0.0
     with frozen(model):
-        whole = not upper.caches(rows)
+        upper.prepare(rows + essence)
         for group in _request_groups(by_request, config.max_tokens):
 
             def on_step(open_: torch.Tensor, loss: torch.Tensor, done=done, losses=losses) -> None:
                 on_progress(done + int((~open_).sum()), (losses + loss.sum().item()) / (done + len(loss)))
 
-            path = Path(_Objective(upper, config, [by_request[n] for n in group], whole), config, on_step)
+            path = Path(_Objective(upper, config, [by_request[n] for n in group]), config, on_step)
             OPTIMISERS[config.optimizer](path)
             values = path.objective.h + path.delta
             for n, *result in zip(group, values, path.losses.tolist(), path.steps.tolist(), strict=True):
@@ -113,12 +113,12 @@ def _request_groups(by_request: list[list[Row]], max_tokens: int) -> list[list[i
 class _Objective:
     """The losses of a group of requests as functions of their δ; an :class:`optimisers.Objective`."""
 
-    def __init__(self, upper: Upper, config: EditConfig, by_request: list[list[Row]], whole: bool):
+    def __init__(self, upper: Upper, config: EditConfig, by_request: list[list[Row]]):
         self.config = config
         owned = [(n, row) for n, rows in enumerate(by_request) for row in rows]
-        lengths = [row.end - (0 if whole else row.subject_last) for _, row in owned]
+        lengths = [row.end - (0 if upper.whole else row.subject_last) for _, row in owned]
         groups = dense_batches(lengths, config.max_tokens, upper.device)
-        self.parts = [_Part(upper, config, [owned[i] for i in group], by_request, whole) for group in groups]
+        self.parts = [_Part(upper, config, [owned[i] for i in group], by_request) for group in groups]
         states = {n: h for part in self.parts for n, h in part.plain_states()}
         self.h = torch.stack([states[n] for n in range(len(by_request))])
         self.h = self.h.to(torch.promote_types(self.h.dtype, torch.float32))  # (u, d_model)
@@ -147,9 +147,9 @@ class _Objective:
 class _Part:
     """One dense batch of rows and what its outputs contribute to the losses of their requests."""
 
-    def __init__(self, upper: Upper, config: EditConfig, owned: list[tuple[int, Row]], by_request: list, whole: bool):
+    def __init__(self, upper: Upper, config: EditConfig, owned: list[tuple[int, Row]], by_request: list):
         owner = {id(row): n for n, row in owned}
-        self.rows = Continuation(upper, [row for _, row in owned], whole)
+        self.rows = Continuation(upper, [row for _, row in owned])
         self.owners = [owner[id(row)] for row in self.rows.rows]  # request of every row, in the continuation's order
         self.head, self.config = upper.head, config
         self.row_counts = [sum(bool(row.target) for row in rows) for rows in by_request]
