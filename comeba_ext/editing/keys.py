@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from comeba_ext.editing.encoding import dense_batches, pad
+from comeba_ext.editing.contexts import Contexts, own_inputs
+from comeba_ext.editing.encoding import dense_batches
 from comeba_ext.editing.rows import Row
 from comeba_ext.partial_forward import hidden_of, resumed, run_until, with_hidden
+from comeba_ext.past import Past
 
 
 @dataclass
@@ -31,10 +33,15 @@ class LayerReading:
 
 @dataclass
 class _Batch:
-    """Rows that run together, and their hidden states before the block that was read last."""
+    """Rows that run together, and their hidden states before the block that was read last.
+
+    Attributes:
+        shared: number of tokens that run elsewhere, with a context they share.
+    """
 
     rows: list[Row]
     inputs: dict[str, torch.Tensor]
+    shared: list[int]
     before: torch.Tensor | None = None
 
 
@@ -42,7 +49,8 @@ class KeyReader:
     """Reads each edited layer of a batch once, in increasing order, between the edits of two layers.
 
     No block below the layer edited last runs again: its input is kept, ``(seq, d_model)`` a row. Rows with a context
-    prefix serve keys only, so they run to the layer's input; rows with the empty prefix go on to the value layer.
+    prefix serve keys only, so they run to the layer's input; rows with the empty prefix go on to the value layer. What
+    rows with a prefix begin with runs once for all of them (:class:`Contexts`).
 
     Args:
         decoder: receives token ids and mask.
@@ -50,8 +58,8 @@ class KeyReader:
         layers: the edited blocks, increasing; the last one is the value layer.
         projections: their hooked layers, whose inputs are the keys.
         rows: :func:`rows.prompt_rows` of the batch.
-        whole: run rows to their end, where the scope of a token may depend on later ones (zscore); otherwise rows with
-            a prefix end at the subject's last token.
+        whole: run rows from end to end, where the scope of a token may depend on all others (zscore); otherwise rows
+            with a prefix end at the subject's last token and share their contexts.
     """
 
     def __init__(
@@ -71,52 +79,64 @@ class KeyReader:
         self.count = max(row.request for row in rows) + 1
         self.form = None  # of a block's output; the first batches run whole blocks
         self.batches: list[_Batch] = []
-        for plain in (True, False):
-            chosen = [row for row in rows if row.plain == plain]
-            ends = [len(row.ids) if plain or whole else row.end for row in chosen]
-            for group in dense_batches(ends, max_tokens, device) if chosen else []:
-                ids, mask = pad([chosen[n].ids[: ends[n]] for n in group], pad_token, device=device)
-                self.batches.append(_Batch([chosen[n] for n in group], {"input_ids": ids, "attention_mask": mask}))
+        behind = [row for row in rows if not row.plain]
+        contexts = Contexts([] if whole else behind, pad_token, device)
+        self.contexts = contexts
+        for chosen in ([row for row in rows if row.plain], behind):
+            ends = [len(row.ids) if row.plain or whole else row.end for row in chosen]
+            shared = contexts.counts(chosen)
+            own = [end - count for end, count in zip(ends, shared, strict=True)]
+            for group in dense_batches(own, max_tokens, device) if chosen else []:
+                part, counts = [chosen[n] for n in group], [shared[n] for n in group]
+                length = contexts.length if any(counts) else 0
+                inputs = own_inputs(part, [ends[n] for n in group], counts, length, pad_token, device)
+                self.batches.append(_Batch(part, inputs, counts))
+        self.shared = _Batch([], contexts.inputs, []) if contexts.length else None
 
     def read(self, number: int) -> LayerReading:
         """Keys of the layer ``layers[number]``, and hidden states of the model as it is now; once for each number."""
         keys, hidden, prompts = None, None, []
         each = torch.zeros(self.count)
+        states = None
         for batch in self.batches:
-            x, states = self._run(batch, number)
+            if any(batch.shared) and states is None:
+                past = Past({}, 0)
+                self._run(self.shared, number, past)
+                states = past.new
+            past = Past(self.contexts.past(states, batch.rows), self.contexts.length) if any(batch.shared) else None
+            x, output = self._run(batch, number, past)
             requests = torch.tensor([row.request for row in batch.rows])
             index = torch.arange(len(batch.rows), device=x.device)
-            last = torch.tensor([row.subject_last for row in batch.rows], device=x.device)
+            last = [row.subject_last - count for row, count in zip(batch.rows, batch.shared, strict=True)]
+            last = torch.tensor(last, device=x.device)
             own = x[index, last].to(torch.promote_types(x.dtype, torch.float32))
             keys = own.new_zeros(self.count, own.shape[1]) if keys is None else keys
             keys.index_add_(0, requests.to(own.device), own)
             each.index_add_(0, requests, torch.ones(len(requests)))
-            if states is not None:
-                states = states[index.to(states.device), last.to(states.device)]
-                states = states.to(torch.promote_types(states.dtype, torch.float32))
-                hidden = states.new_zeros(self.count, states.shape[1]) if hidden is None else hidden
-                hidden[requests.to(states.device)] = states
+            if output is not None:
+                now = output[index.to(output.device), last.to(output.device)]
+                now = now.to(torch.promote_types(now.dtype, torch.float32))
+                hidden = now.new_zeros(self.count, now.shape[1]) if hidden is None else hidden
+                hidden[requests.to(now.device)] = now
                 prompts.append((requests.tolist(), x, batch.inputs["attention_mask"].bool()))
         return LayerReading(keys / each[:, None].to(keys), hidden, prompts)
 
-    def _run(self, batch: _Batch, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The layer's input ``(rows, seq, d_in)``, and for rows without prefix the value layer's output."""
-        plain = batch.rows[0].plain
+    def _run(self, batch: _Batch, number: int, past: Past | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer's input ``(rows, seq, d_in)``, and for rows with the empty prefix the value layer's output."""
+        plain = any(row.plain for row in batch.rows)
         projection, caught = self.projections[number], {}
         taps = {projection: lambda x: caught.__setitem__("x", x)}
         taps[self.blocks[self.layers[number]]] = lambda h: caught.__setitem__("before", h)
+        inputs = batch.inputs if past is None else batch.inputs | {"past_key_values": past}
         done = self.layers[number - 1] - 1 if number else -1  # the last block whose output is known
-        if done < 0:
-            start = contextlib.nullcontext()
-        else:
-            start = resumed(self.blocks, done, lambda: batch.before, self.form)
-        with start:
+        resume = resumed(self.blocks, done, lambda: batch.before, self.form) if done >= 0 else contextlib.nullcontext()
+        with resume:
             if plain:
                 value_block = self.blocks[self.layers[-1]]
-                run_until(self.decoder, value_block, batch.inputs, taps, lambda out: caught.__setitem__("out", out))
+                run_until(self.decoder, value_block, inputs, taps, lambda out: caught.__setitem__("out", out))
                 self.form = with_hidden(caught["out"], None)
             else:
-                run_until(self.decoder, projection, batch.inputs, taps, before=True)
+                run_until(self.decoder, projection, inputs, taps, before=True)
         batch.before = caught["before"] if number + 1 < len(self.layers) else None
-        x = caught["x"].reshape(*batch.inputs["attention_mask"].shape, -1)  # OPT flattens tokens before the MLP
+        x = caught["x"].reshape(*batch.inputs["input_ids"].shape, -1)  # OPT flattens tokens before the MLP
         return x, hidden_of(caught["out"]) if plain else None
