@@ -7,6 +7,7 @@ memory, ledger) and ``comeba_log-*.jsonl``.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
         names = list(manifest["layers"])
         config = EditConfig.from_dict(manifest["config"], str(folder))
         deltas = {name: _delta(tensors, name, folder) for name in names}
+        mode = manifest.get("mode", "validated")
     architecture = Architecture.of(model, config.blocks, config.projection)
     layers = hooked_linear.install(model, names, architecture.decoder, config.scope, config.alpha, config.gate)
     with _complete(folder, model):
@@ -51,6 +53,7 @@ def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
             layer.delta.copy_(deltas[name])
             layer.alpha.copy_(tensors[f"{name}.alpha"])
             layer.reference_scale.copy_(tensors[f"{name}.reference_scale"])
+            layer.mode = mode
             layer.scored_matrix()  # a compiled model would not see that its sketch is old
     return model
 
@@ -71,13 +74,19 @@ def _complete(folder: str | Path, hooked: nn.Module | None = None):
 _MALFORMED = (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError)  # RuntimeError: shapes
 
 
+_SHARED = {field.name for field in dataclasses.fields(EditConfig)}  # settings that every method has
+
+
 def save(editor, folder: str | Path, inference_only: bool) -> None:
     """Write an editor's edits; see the module docstring for the files."""
-    live = editor.ledger.live()
+    live, settings = editor.ledger.live(), editor.config.to_dict()
     manifest = {
         "format": 1,
         "model": identity(editor.model, list(editor.layers)),
-        "config": editor.config.to_dict(),
+        "method": editor.method,
+        "mode": editor.serving,
+        "config": {key: value for key, value in settings.items() if key in _SHARED},
+        "settings": {key: value for key, value in settings.items() if key not in _SHARED},
         "edits": len(live),
         "layers": list(editor.layers),
         "step": editor.step,
@@ -105,8 +114,11 @@ def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
         log = [json.loads(line) for line in log.splitlines()]
     except ValueError as error:
         raise StorageError(f"{Path(folder) / manifest['files']['log']} is truncated or not JSON ({error})") from None
+    made_by = manifest.get("method", "COMEBA-HK")
+    if made_by != cls.method:
+        raise StorageError(f"{folder} holds edits made by {made_by}, not {cls.method}; comeba_ext.methods.load finds the method")
     with _complete(folder):
-        config = EditConfig.from_dict(manifest["config"], str(folder))
+        config = cls.config_class.from_dict({**manifest["config"], **manifest.get("settings", {})}, str(folder))
         covariance = _covariance(manifest, state)
         entries = _entries(manifest, state)
         saved = {key: manifest[key] for key in ("step", "alphas", "prefixes", "next_id")}
@@ -145,11 +157,11 @@ def _adapter(editor, live: list[Entry]) -> dict[str, torch.Tensor]:
     for name, layer in editor.layers.items():
         delta = editor._delta[name]
         d_out, d_in = delta.shape
-        if live and len(live) * (d_out + d_in) < d_out * d_in:
-            # delta = V Kᵀ C⁻¹ over the live requests (see ledger), so its factors are V and C⁻¹K.
-            keys, responses = stacked(live, name)
-            tensors[f"{name}.left"] = responses.to(delta.dtype)  # (d_out, n)
-            tensors[f"{name}.right"] = editor.key_memory[name].solve(keys).mT.to(delta.dtype)  # (n, d_in)
+        small = live and len(live) * (d_out + d_in) < d_out * d_in
+        factors = editor._factors(name, live) if small else None
+        if factors is not None:
+            left, right = (factor.to(delta.dtype) for factor in factors)  # (d_out, n), (n, d_in)
+            tensors |= {f"{name}.left": left, f"{name}.right": right}
         elif live:
             tensors[f"{name}.delta"] = delta
         tensors[f"{name}.alpha"] = layer.alpha

@@ -47,11 +47,20 @@ class Editor:
         key_memory: layer name to :class:`KeyMemory`; empty until a covariance is there.
         step: number of steps taken (edits and retractions).
         log: append-only list of plain records, one an edit, retraction or rollback.
+
+    Class attributes, which the baselines in :mod:`comeba_ext.methods` override:
+        method: name in saved folders and tables.
+        serving: mode of the layers between edits, ``"validated"`` or ``"temporary"`` (edited output everywhere).
+        config_class: of ``config``.
     """
+
+    method = "COMEBA-HK"
+    serving = "validated"
+    config_class = EditConfig
 
     def __init__(self, model: nn.Module, tokenizer, config: EditConfig | None = None):
         self.model, self.tokenizer = model, tokenizer
-        self.config = config or EditConfig.for_model(model)
+        self.config = config or self.default_config(model)
         self.architecture = Architecture.of(model, self.config.blocks, self.config.projection)
         depth = self.architecture.num_blocks(model)
         if self.config.value_layer >= depth:
@@ -60,6 +69,8 @@ class Editor:
         self.layers = hooked_linear.install(
             model, names, self.architecture.decoder, self.config.scope, self.config.alpha, self.config.gate
         )
+        for layer in self.layers.values():
+            layer.mode = self.serving
         self.key_memory: dict[str, KeyMemory] = {}
         self.covariance: Covariance | None = None
         self.ledger = Ledger()
@@ -73,6 +84,11 @@ class Editor:
             name: layer.delta if layer.delta.dtype.itemsize >= 4 else layer.delta.float()
             for name, layer in self.layers.items()
         }
+
+    @classmethod
+    def default_config(cls, model: nn.Module) -> EditConfig:
+        """Settings for a model that is given without any."""
+        return EditConfig.for_model(model)
 
     # -- covariance ---------------------------------------------------------------------------------------------
 
@@ -265,8 +281,7 @@ class Editor:
         added, removed = self.ledger.changes_since(step)
         with self._transaction():
             for name, layer in self.layers.items():
-                if added or removed:
-                    self._exchange(name, remove=added, add=removed)
+                self._revert(name, step, added, removed)
                 if len(added) == len(self.ledger) and not removed:
                     self._clear(name)
                 layer.alpha.fill_(self._alphas[step][name])
@@ -410,7 +425,7 @@ class Editor:
                     residual = (values.to(reading.hidden) - reading.hidden) / (len(self.layers) - number)
                     keys[name] = reading.keys
                     responses[name] = self._add(name, reading.keys, residual)
-                layer.mode = "validated"
+                layer.mode = self.serving
                 with phases("calibrate"):
                     self._calibrate(name, layer, reading)
         return keys, responses
@@ -445,6 +460,19 @@ class Editor:
         missing = (responses - self._delta[name].to(memory.factor) @ keys) * sign
         self._shift(name, missing @ memory.solve(keys).mT)
         self._rescale(name)
+
+    def _revert(self, name: str, step: int, added: list[Entry], removed: list[Entry]) -> None:
+        """Undo what the steps after ``step`` added and removed."""
+        if added or removed:
+            self._exchange(name, remove=added, add=removed)
+
+    def _factors(self, name: str, live: list[Entry]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """``delta = left @ right``, ``(d_out, n)`` and ``(n, d_in)``; ``None`` where it has no such factors.
+
+        ``delta = V Kᵀ C⁻¹`` over the live requests (see ledger), so the factors are V and C⁻¹K.
+        """
+        keys, responses = stacked(live, name)
+        return responses, self.key_memory[name].solve(keys).mT
 
     def _shift(self, name: str, change: torch.Tensor) -> None:
         """``delta ← delta + change``."""
@@ -506,5 +534,5 @@ class Editor:
             raise
         finally:
             for layer in self.layers.values():
-                layer.mode = "validated"
+                layer.mode = self.serving
                 layer.scored_matrix()  # a compiled model would not see that its sketch is old
