@@ -117,8 +117,33 @@ def resumed(blocks: list[nn.Module], index: int, hidden: Callable[[], torch.Tens
         yield
     finally:
         for block, original in zip(blocks, originals, strict=False):
-            # An instance attribute shadowed the method; accelerate's dispatch had put one there itself.
-            if getattr(original, "__self__", None) is block and original.__func__ is type(block).forward:
-                del block.forward
-            else:
-                block.forward = original
+            _restore(block, original)
+
+
+@contextmanager
+def only_at(module: nn.Module, index: tuple[torch.Tensor, torch.Tensor]):
+    """Inside, a position-wise module (an MLP) computes its outputs at some positions only; elsewhere they are zero.
+
+    Args:
+        index: rows and columns of ``(rows, seq, d)``.
+    """
+    original = module.forward
+
+    def forward(x, *args, **kwargs):
+        at = tuple(i.to(x.device) for i in index)
+        some = original(x[at], *args, **kwargs)
+        return some.new_zeros(*x.shape[:-1], some.shape[-1]).index_put(at, some)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        _restore(module, original)
+
+
+def _restore(module: nn.Module, original) -> None:
+    # An instance attribute shadowed the method; accelerate's dispatch may have put one there itself.
+    if getattr(original, "__self__", None) is module and original.__func__ is type(module).forward:
+        del module.forward
+    else:
+        module.forward = original

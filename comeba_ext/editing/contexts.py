@@ -7,8 +7,6 @@ decide together, so nothing is shared there.
 
 from __future__ import annotations
 
-import os.path
-
 import torch
 from torch import nn
 
@@ -33,7 +31,7 @@ class Contexts:
         groups: dict[int, list[Row]] = {}
         for row in rows:
             groups.setdefault(row.prefix, []).append(row)
-        shared = {p: os.path.commonprefix([row.ids[: row.subject_last] for row in g]) for p, g in groups.items()}
+        shared = {p: _beginning(g) for p, g in groups.items()}
         shared = {p: ids for p, ids in shared.items() if ids and len(groups[p]) > 1}
         self.device = device
         self.place = {p: n for n, p in enumerate(shared)}
@@ -58,6 +56,13 @@ class Contexts:
 def can_share(model: nn.Module) -> bool:
     """Whether every token's scope depends on that token alone."""
     return all(layer.scope != "zscore" or layer.mode != "validated" for layer in hooked_layers(model).values())
+
+
+def _beginning(rows: list[Row]) -> list[int]:
+    """The token ids that all rows begin with, before the subject's last token of any."""
+    texts = [row.ids[: row.subject_last] for row in rows]
+    first, last = min(texts), max(texts)  # in lexical order: whatever these two share, all share
+    return first[: next((n for n, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))]
 
 
 def own_inputs(rows: list[Row], ends: list[int], counts: list[int], length: int, pad_token: int, device) -> dict:

@@ -30,6 +30,7 @@ Transformers' cache and mask interface, and agrees with whole rows for:
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from comeba_ext.architectures import FAMILIES, Architecture
 from comeba_ext.editing.contexts import Contexts, can_share, own_inputs
 from comeba_ext.editing.encoding import dense_batches
 from comeba_ext.editing.rows import Row
-from comeba_ext.partial_forward import hidden_of, resumed, run_until, with_hidden
+from comeba_ext.partial_forward import hidden_of, only_at, resumed, run_until, with_hidden
 from comeba_ext.past import Past, States, right_aligned
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,11 @@ class Upper:
         self.blocks = list(self.model.get_submodule(self.architecture.blocks))
         self.head = self.architecture.head(self.model)
         self.device = self.model.get_input_embeddings().weight.device
+        # Above the value layer nothing but the last block's MLP is read position by position. Parts of families in the
+        # table are known; OPT's MLP has no module of its own.
+        mlp = self.architecture.projection.rpartition(".")[0]
+        known = self.model.config.model_type in FAMILIES and mlp and len(self.blocks) > self.value_layer + 1
+        self.last_mlp = self.blocks[-1].get_submodule(mlp) if known else None
         self.whole = True  # run every token at every step
         self.contexts: Contexts | None = None
         self.context_states: States = {}
@@ -147,8 +153,16 @@ class Continuation:
         # Padding after a row is not masked: no earlier token sees it, and its own softmax must be over something.
         self.inputs["attention_mask"][:, past:] = 1
 
-    def run(self, shift: torch.Tensor) -> torch.Tensor:
-        """The decoder's output ``(rows, S, d_model)`` with ``shift (rows, d_model)`` added at the subject's last token."""
+    def run(self, shift: torch.Tensor, read: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The decoder's output at some positions, with a shift of the hidden state at the subject's last token.
+
+        Args:
+            shift: ``(rows, d_model)``.
+            read: rows and columns of the positions, each ``(n,)``.
+
+        Returns:
+            ``(n, d_model)``.
+        """
 
         def hidden() -> torch.Tensor:
             spread = torch.zeros_like(self.base)
@@ -156,10 +170,12 @@ class Continuation:
             return self.base + spread
 
         upper = self.upper
+        cache = {"use_cache": False} if self.past is None else {"past_key_values": self.past, "use_cache": True}
+        few = upper.last_mlp is not None and 2 * len(read[0]) < self.base.shape[0] * self.base.shape[1]
         with resumed(upper.blocks, upper.value_layer, hidden, self.form):
-            if self.past is None:
-                return upper.decoder(**self.inputs, use_cache=False)[0]
-            return upper.decoder(**self.inputs, past_key_values=self.past, use_cache=True)[0]
+            with only_at(upper.last_mlp, read) if few else contextlib.nullcontext():
+                out = upper.decoder(**self.inputs, **cache)[0]
+        return out[tuple(i.to(out.device) for i in read)]
 
     def columns(self) -> list[list[int]]:
         """For every row, the columns of :meth:`run`'s output whose next token is a target token."""
@@ -176,9 +192,8 @@ class Continuation:
 
     def read_last(self) -> torch.Tensor:
         """Every row's output at its last position, with no shift: ``(rows, d_model)``."""
-        out = self.run(torch.zeros_like(self.h))
-        last = torch.tensor([row.end - 1 for row in self.rows], device=out.device) - self.starts.to(out.device)
-        return out[self._index().to(out.device), last]
+        last = torch.tensor([row.end - 1 for row in self.rows], device=self.starts.device) - self.starts
+        return self.run(torch.zeros_like(self.h), (self._index(), last))
 
     def _index(self) -> torch.Tensor:
         return torch.arange(len(self.rows), device=self.base.device)

@@ -18,11 +18,12 @@ def peak_scores(layer: HookedLinear, reading: LayerReading) -> torch.Tensor:
 
 
 def reference_scale(delta: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
-    """``tr(delta·C0·deltaᵀ) = E‖delta·k‖²`` over corpus keys: scalar float64.
+    """``tr(delta·C0·deltaᵀ) = E‖delta·k‖²`` over corpus keys: scalar float64, from products in delta's precision.
 
     Args:
         delta: ``(d_out, d_in)``.
         covariance: ``C0``, ``(d_in, d_in)``.
     """
-    delta = delta.to(covariance)
-    return ((delta @ covariance) * delta).sum().double()
+    wide = torch.promote_types(delta.dtype, torch.float32)
+    delta = delta.to(wide)
+    return ((delta @ covariance.to(wide)) * delta).sum(dtype=torch.float64)

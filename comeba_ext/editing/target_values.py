@@ -162,8 +162,7 @@ class _Part:
 
     def losses(self, delta: torch.Tensor) -> torch.Tensor:
         """This part's share of every request's loss, ``(u,)``, without weight decay."""
-        out = self.rows.run(delta[self.owner])
-        logits = self.head(out[self.at_row.to(out.device), self.at_column.to(out.device)]).to(delta.device)
+        logits = self.head(self.rows.run(delta[self.owner], self.read)).to(delta.device)
         logits = logits.to(torch.promote_types(logits.dtype, delta.dtype))
         tokens = len(self.target)
         loss = torch.zeros(len(delta), dtype=logits.dtype, device=delta.device)
@@ -198,9 +197,9 @@ class _Part:
         read = [(n, column) for n, columns in enumerate(self.rows.columns()) for column in columns]
         essence = [(n, column) for n, column in enumerate(self.rows.at.tolist()) if not rows[n].target]
         at = torch.tensor(read + essence, device=device)
-        self.at_row, self.at_column = at[:, 0], at[:, 1]
+        self.read = (at[:, 0], at[:, 1])
         self.owner = torch.tensor(self.owners, device=device)
-        self.loss_owner = self.owner[self.at_row]
+        self.loss_owner = self.owner[at[:, 0]]
         self.target = torch.tensor([token for row in rows for token in row.target], dtype=torch.long, device=device)
         share = [1 / len(row.target) / self.row_counts[n] for n, row in zip(self.owners, rows, strict=True) for _ in row.target]
         self.share = torch.tensor(share, dtype=torch.float64, device=device)
