@@ -124,7 +124,8 @@ def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
         saved = {key: manifest[key] for key in ("step", "alphas", "prefixes", "next_id")}
         deltas = {name: state[f"{name}.delta"] for name in manifest["layers"]}
         scalars = {name: (state[f"{name}.alpha"], state[f"{name}.reference_scale"]) for name in manifest["layers"]}
-        memory = {n: state[f"{n}.factor"] for n in manifest["layers"] if f"{n}.factor" in state}
+        tensors = {name: _memory(state, name) for name in manifest["layers"]}
+        memory = {name: KeyMemory.from_tensors(parts) for name, parts in tensors.items() if parts}
         removals = [record["removed"] for record in manifest["ledger"]]
     editor = cls(model, tokenizer, config)
     with _complete(folder, model):
@@ -133,7 +134,7 @@ def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
             layer.delta.copy_(deltas[name])
             layer.alpha.copy_(scalars[name][0])
             layer.reference_scale.copy_(scalars[name][1])
-    editor.key_memory = {n: KeyMemory.from_factor(f.to(editor.layers[n].delta.device)) for n, f in memory.items()}
+    editor.key_memory = {name: m.to(editor.layers[name].delta.device) for name, m in memory.items()}
     editor.covariance = covariance
     for entry in entries:
         editor.ledger.add(entry)
@@ -185,12 +186,18 @@ def _state(editor) -> dict[str, torch.Tensor]:
         tensors[f"{name}.delta"] = editor._delta[name]
         tensors[f"{name}.alpha"], tensors[f"{name}.reference_scale"] = layer.alpha, layer.reference_scale
         if name in editor.key_memory:
-            tensors[f"{name}.factor"] = editor.key_memory[name].factor
+            tensors |= {f"{name}.memory.{part}": t for part, t in editor.key_memory[name].tensors().items()}
         if editor.covariance is not None:
             tensors[f"{name}.moment"] = editor.covariance.moments[name]
         if editor.ledger.entries:
             tensors[f"{name}.keys"], tensors[f"{name}.responses"] = stacked(editor.ledger.entries, name)
     return tensors
+
+
+def _memory(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a layer's key memory; none when it was saved before there was a covariance."""
+    prefix = f"{name}.memory."
+    return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
 def _covariance(manifest: dict, state: dict[str, torch.Tensor]) -> Covariance | None:

@@ -65,8 +65,8 @@ def state(editor):
         "numbers": [
             t.clone()
             for name, layer in editor.layers.items()
-            for t in (layer.delta, editor._delta[name], layer.alpha, layer.reference_scale, editor.key_memory[name].factor,
-                      editor.covariance[name])
+            for t in (layer.delta, editor._delta[name], layer.alpha, layer.reference_scale, editor.covariance[name],
+                      *editor.key_memory[name].state)
         ],
         "ledger": [(e.request, e.step, e.removed) for e in editor.ledger.entries],
         "live": [e.request.request_id for e in editor.ledger.live()],
@@ -253,7 +253,7 @@ def test_foreign_tensors(tiny_model, tokenizer, tmp_path, kind):
     storage.write_tensors(path, {"weight": torch.zeros(3)})
     check(tiny_model, tokenizer, tmp_path, str(tmp_path), inference=kind == "adapter")
     tensors = {f"{name}.{what}": torch.zeros(3) for name in editor.layers for what in
-               ("delta", "left", "right", "alpha", "reference_scale", "factor", "moment", "keys", "responses")}  # fmt: skip
+               ("delta", "left", "right", "alpha", "reference_scale", "memory.lower", "moment", "keys", "responses")}  # fmt: skip
     storage.write_tensors(path, tensors)
     check(tiny_model, tokenizer, tmp_path, str(tmp_path), inference=kind == "adapter")
 

@@ -438,11 +438,10 @@ class Editor:
             residual: ``(u, d_out)``.
         """
         memory, delta = self.key_memory[name], self._delta[name]
-        device, dtype = memory.factor.device, memory.factor.dtype
+        device, dtype = memory.device, memory.dtype
         keys, residual = keys.to(device, dtype), residual.to(device, dtype)
         responses = keys @ delta.to(dtype).mT + residual
-        memory.update(keys.mT)
-        self._shift(name, residual.mT @ memory.solve(keys.mT).mT)
+        self._shift(name, residual.mT @ memory.update(keys.mT).mT)
         return responses.to(torch.promote_types(delta.dtype, torch.float32))
 
     def _exchange(self, name: str, remove: list[Entry], add: list[Entry]) -> None:
@@ -453,12 +452,15 @@ class Editor:
         """
         memory = self.key_memory[name]
         keys, responses = stacked(add + remove, name)
-        keys, responses = keys.to(memory.factor), responses.to(memory.factor)  # (d_in, n), (d_out, n)
-        memory.update(keys[:, : len(add)])
-        memory.downdate(keys[:, len(add) :])
-        sign = torch.tensor([1.0] * len(add) + [-1.0] * len(remove)).to(memory.factor)
-        missing = (responses - self._delta[name].to(memory.factor) @ keys) * sign
-        self._shift(name, missing @ memory.solve(keys).mT)
+        keys, responses = (t.to(memory.device, memory.dtype) for t in (keys, responses))  # (d_in, n), (d_out, n)
+        solved = memory.update(keys[:, : len(add)])
+        if remove:
+            solved = memory.downdate(keys[:, len(add) :])
+        if add and remove:
+            solved = memory.solve(keys)
+        sign = torch.tensor([1.0] * len(add) + [-1.0] * len(remove)).to(keys)
+        missing = (responses - self._delta[name].to(keys) @ keys) * sign
+        self._shift(name, missing @ solved.mT)
         self._rescale(name)
 
     def _revert(self, name: str, step: int, added: list[Entry], removed: list[Entry]) -> None:
@@ -519,7 +521,7 @@ class Editor:
             name: (self._delta[name].clone(), layer.alpha.clone(), layer.reference_scale.clone())
             for name, layer in self.layers.items()
         }
-        factors = {name: memory.factor for name, memory in self.key_memory.items()}
+        memories = {name: memory.state for name, memory in self.key_memory.items()}
         try:
             yield
         except BaseException:
@@ -529,8 +531,8 @@ class Editor:
                 layer.delta.copy_(delta)
                 layer.alpha.copy_(alpha)
                 layer.reference_scale.copy_(scale)
-            for name, factor in factors.items():
-                self.key_memory[name].factor = factor
+            for name, state in memories.items():
+                self.key_memory[name].state = state
             raise
         finally:
             for layer in self.layers.values():
