@@ -1,0 +1,55 @@
+"""Methods whose every request adds a share of its own to ``delta``, and nothing remembers earlier requests."""
+
+from __future__ import annotations
+
+import torch
+
+from comeba_ext.editing.ledger import Entry, stacked
+from comeba_ext.editing.report import Phases
+from comeba_ext.editing.request import EditRequest
+from comeba_ext.methods.without_hooks import WithoutHooks
+
+
+class Additive(WithoutHooks):
+    """``delta = Σ rᵢ dᵢᵀ``: a residual times a direction, one pair a live request.
+
+    The ledger keeps the direction ``dᵢ`` in the key's place and the residual ``rᵢ`` in the response's, so a request is
+    taken back by subtracting its share. A request about a fact edited before takes the earlier one's place as with
+    COMEBA-HK: the earlier share is subtracted first. (The published methods, which cannot take anything back, would
+    leave it in the weights.)
+    """
+
+    def _directions(self, name: str, keys: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a batch adds to a layer.
+
+        Args:
+            keys: ``(d_in, u)`` in the key memory's dtype.
+            residual: ``(d_out, u)``, ``(v* − h) / (layers left)``.
+
+        Returns:
+            directions ``(d_in, u)`` and residuals ``(d_out, u)``; their product ``residuals @ directionsᵀ`` is added.
+        """
+        raise NotImplementedError
+
+    def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases):
+        self._batch_directions: dict[str, torch.Tensor] = {}
+        _, residuals = super()._write(batch, values, phases)
+        return self._batch_directions, residuals
+
+    def _add(self, name: str, keys: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        memory, delta = self.key_memory[name], self._delta[name]
+        keys, residual = (t.to(memory.device, memory.dtype).mT for t in (keys, residual))
+        directions, residual = self._directions(name, keys, residual)
+        self._shift(name, residual @ directions.mT)
+        wide = torch.promote_types(delta.dtype, torch.float32)
+        self._batch_directions[name] = directions.mT.to(wide)
+        return residual.mT.to(wide)
+
+    def _exchange(self, name: str, remove: list[Entry], add: list[Entry]) -> None:
+        directions, residuals = (t.to(self._delta[name].device).double() for t in stacked(add + remove, name))
+        residuals[:, len(add) :] *= -1
+        self._shift(name, residuals @ directions.mT)
+
+    def _factors(self, name: str, live: list[Entry]):
+        directions, residuals = stacked(live, name)
+        return residuals, directions.mT

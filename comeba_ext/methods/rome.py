@@ -1,0 +1,38 @@
+"""ROME: rank-one model editing (Meng et al. 2022, arXiv 2202.05262)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from comeba_ext.editing.config import EditConfig
+from comeba_ext.editing.report import Phases
+from comeba_ext.editing.request import EditRequest
+from comeba_ext.methods.additive import Additive
+from comeba_ext.methods.settings import only_layer
+
+
+class ROME(Additive):
+    """One layer; per request ``delta ← delta + (v* − W k)(C0⁻¹k)ᵀ / (kᵀ C0⁻¹k)`` (equation 2), so that ``W k = v*``.
+
+    A batch is a sequence of requests: each one's key and residual are read from the model as the ones before left it.
+    Their target values are optimised together before the first (the published code optimises each right before its
+    update; with a batch of one there is no difference). ``v* − W k`` is taken as the difference of hidden states after
+    the block, which is the same wherever the MLP's output is added to the residual stream as it is.
+
+    Raises:
+        ConfigError: the settings name more than one layer.
+    """
+
+    method = "ROME"
+
+    def __init__(self, model: nn.Module, tokenizer, config: EditConfig | None = None):
+        super().__init__(model, tokenizer, only_layer(config or self.default_config(model), self.method))
+
+    def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases):
+        parts = [super(ROME, self)._write([r], values[n : n + 1], phases) for n, r in enumerate(batch)]
+        return tuple({name: torch.cat([part[i][name] for part in parts]) for name in self.layers} for i in (0, 1))
+
+    def _directions(self, name: str, keys: torch.Tensor, residual: torch.Tensor):
+        solved = self.key_memory[name].solve(keys)  # (λ·C0)⁻¹ k; λ falls out
+        return solved / (keys * solved).sum(0), residual

@@ -1,0 +1,351 @@
+"""The baselines against closed forms and loops written plainly, and the interface that all methods share."""
+
+import copy
+import json
+
+import pytest
+import torch
+from test_editor import TEXTS, ids_of, make_editor, random_values, relative, small_model, some_requests
+
+from comeba_ext import EditConfig, Editor, EditRequest, load_edits, methods, testbed
+from comeba_ext.errors import ConfigError, RequestError, StorageError
+from comeba_ext.methods.ft import FTConfig
+from comeba_ext.methods.settings import default_config, entry
+
+NAMES = list(methods.METHODS)
+LAYERS = {"ROME": (1,), "FT": (1,), "FT-L": (1,)}
+
+
+def make_method(name, model, tokenizer, **changes):
+    cls = methods.get(name)
+    settings = {"layers": LAYERS.get(name, (1, 2)), "lam": 20.0, "prefixes": 2, "prefix_length": 4, "steps": 5, "lr": 0.1,
+                "clamp": 2.0}  # fmt: skip
+    if name.startswith("FT"):
+        settings |= {"lr": 0.01, "weight_decay": 0.0, "early_stop": 0.01}
+        settings |= {"norm_constraint": 0.02} if name == "FT-L" else {}
+    editor = cls(model, tokenizer, cls.config_class(**(settings | changes)))
+    editor.collect_covariance(TEXTS, tokens=10**6, progress=False)
+    return editor
+
+
+def given(editor, count, seed=0):
+    """Target values, for methods that take any."""
+    return {} if isinstance(editor, methods.FT) else {"target_values": random_values(count, seed=seed)}
+
+
+# -- oracles --------------------------------------------------------------------------------------------------------
+
+
+class Dense:
+    """Weight-editing methods by literal loops: the model's own float64 weights are written, one text at a time."""
+
+    def __init__(self, model, tokenizer, layers, prefixes, lam):
+        self.model, self.tokenizer, self.layers, self.prefixes, self.lam = model, tokenizer, layers, prefixes, lam
+        self.projections = {n: model.transformer.h[n].mlp.c_proj for n in layers}
+        self.seen = {}
+        for n, projection in self.projections.items():
+            projection.register_forward_pre_hook(lambda m, args, n=n: self.seen.__setitem__(n, args[0][0]))
+        last = model.transformer.h[layers[-1]]
+        last.register_forward_hook(
+            lambda m, a, out: self.seen.__setitem__("h", (out[0] if isinstance(out, tuple) else out)[0]))  # fmt: skip
+        self.c0 = {}
+        count = 0
+        for text in TEXTS:
+            self.run(text, 1)
+            count += len(self.seen[layers[0]])
+            for n in layers:
+                self.c0[n] = self.c0.get(n, 0) + sum(torch.outer(k, k) for k in self.seen[n])
+        self.c0 = {n: c / count for n, c in self.c0.items()}
+
+    @torch.no_grad()
+    def run(self, text, subject_end):
+        tokens = self.tokenizer(text, return_offsets_mapping=True)
+        self.model(torch.tensor([tokens["input_ids"]]))
+        return max(i for i, (a, b) in enumerate(tokens["offset_mapping"]) if a < subject_end and b > a)
+
+    def read(self, request, n):
+        """Key averaged over prefixes, and the value layer's state behind the empty one."""
+        before, after = request.prompt.split("{}")
+        keys = []
+        for prefix in self.prefixes:
+            head = prefix + before + request.subject
+            last = self.run(head + after, len(head))
+            keys.append(self.seen[n][last])
+            if prefix == "":
+                hidden = self.seen["h"][last]
+        return sum(keys) / len(keys), hidden
+
+    def write(self, n, change):
+        with torch.no_grad():
+            self.projections[n].weight += change.T  # Conv1D holds (d_in, d_out)
+
+    def memit(self, requests, values, root=False):
+        for number, n in enumerate(self.layers):
+            left = len(self.layers) - number
+            read = [self.read(r, n) for r in requests]
+            K = torch.stack([k for k, _ in read], 1)
+            R = torch.stack([(v - h) / (left**0.5 if root else left) for (_, h), v in zip(read, values, strict=True)], 1)
+            self.write(n, R @ K.T @ torch.linalg.inv(self.lam * self.c0[n] + K @ K.T))
+
+    def rome(self, requests, values):
+        (n,) = self.layers
+        for request, value in zip(requests, values, strict=True):
+            k, h = self.read(request, n)
+            u = torch.linalg.inv(self.c0[n]) @ k
+            self.write(n, torch.outer(value - h, u) / (k @ u))
+
+
+@pytest.mark.parametrize("name, procedure", [("MEMIT", "memit"), ("PMET", "pmet"), ("ROME", "rome")])
+def test_closed_forms(tiny_model, tokenizer, name, procedure):
+    model = small_model(tiny_model).double()
+    plain = copy.deepcopy(model)
+    editor = make_method(name, model, tokenizer)
+    oracle = Dense(plain, tokenizer, editor.config.layers, editor.prefixes, 20.0)
+    start = {n: p.weight.detach().clone() for n, p in oracle.projections.items()}
+    requests = some_requests(7)
+    for number, size in enumerate((3, 1, 3)):
+        batch, requests = requests[:size], requests[size:]
+        values = random_values(size, seed=number)
+        editor.edit(batch, target_values=values)
+        if procedure == "rome":
+            oracle.rome(batch, values)
+        else:
+            oracle.memit(batch, values, root=procedure == "pmet")
+    for n, (layer, c0) in zip(editor.config.layers, zip(editor.layers.values(), oracle.c0.values(), strict=True), strict=True):
+        assert relative(layer.delta, (oracle.projections[n].weight - start[n]).T) < 1e-8
+        name = editor.architecture.projection_name(n)
+        assert relative(editor.key_memory[name].matrix(), 20.0 * c0) < 1e-9  # nothing accumulates
+    with torch.no_grad():
+        ids = ids_of(model, tokenizer)
+        assert torch.allclose(model(ids).logits, plain(ids).logits, rtol=0, atol=1e-8)
+
+
+def test_rome_meets_its_constraint(tiny_model, tokenizer):
+    """``W k = v*`` for the request edited last (equation 2)."""
+    editor = make_method("ROME", small_model(tiny_model).double(), tokenizer, prefixes=0)
+    requests, values = some_requests(2), random_values(2)
+    editor.edit(requests, target_values=values)
+    oracle = Dense(editor.model, tokenizer, (2,), [""], 1.0)  # reads only; another block's key is not looked at
+    end = requests[1].prompt.index("{}") + len(requests[1].subject)
+    caught = []
+    editor.model.transformer.h[1].register_forward_hook(
+        lambda m, a, out: caught.append((out[0] if isinstance(out, tuple) else out)[0]))  # fmt: skip
+    last = oracle.run(requests[1].text, end)
+    assert torch.allclose(caught[-1][last], values[1], atol=1e-8)
+
+
+@pytest.mark.parametrize("bound", [None, 0.02])
+def test_fine_tuning_is_the_plain_loop(tiny_model, tokenizer, bound):
+    model = small_model(tiny_model).double()
+    plain = copy.deepcopy(model)
+    name = "FT" if bound is None else "FT-L"
+    # Rows that do not fit one pass: the gradient is still that of the whole batch.
+    editor = make_method(name, model, tokenizer, steps=6, max_tokens=24)
+    weight = plain.transformer.h[1].mlp.c_proj.weight
+    first = weight.detach().clone()
+    requests = some_requests(5)
+    requests[0] = EditRequest(requests[0].prompt, requests[0].subject, "Warsaw, the capital of Angola")
+    for batch in (requests[:3], requests[3:]):
+        report = editor.edit(batch)
+        optimiser = torch.optim.Adam([weight], lr=0.01)
+        start = weight.detach().clone()
+        for step in range(7):
+            losses = []
+            for request in batch:
+                prompt = tokenizer(request.text)["input_ids"]
+                ids = torch.tensor([tokenizer(f"{request.text} {request.target_new}")["input_ids"]])
+                log_p = plain(ids).logits[0].log_softmax(-1)
+                losses.append(-sum(log_p[i - 1, ids[0, i]] for i in range(len(prompt), ids.shape[1])) / (ids.shape[1] - len(prompt)))
+            if step == 6 or sum(losses) / len(losses) < 0.01:
+                break
+            optimiser.zero_grad()
+            (sum(losses) / len(losses)).backward()
+            optimiser.step()
+            if bound is not None:
+                weight.data = start + (weight.data - start).clamp(-bound, bound)
+        assert report.losses == pytest.approx([loss.item() for loss in losses], rel=1e-6)
+        assert report.optimizer_steps == [step] * len(batch)
+    (layer,) = editor.layers.values()
+    assert relative(layer.delta, (weight - first).T) < 1e-6
+    if bound is not None:
+        assert (layer.delta.abs() > bound).any() and layer.delta.abs().max() <= 2 * bound + 1e-12  # two batches
+
+
+def test_without_hooks_is_the_editor_with_every_token_in_scope(tiny_model, tokenizer):
+    open_ = make_editor(small_model(tiny_model).double(), tokenizer, alpha=-torch.inf, scope="reference")
+    ablation = make_method("COMEBA without hooks", small_model(tiny_model).double(), tokenizer, scope="reference")
+    for n in range(3):
+        batch = some_requests(6)[2 * n : 2 * n + 2]
+        for editor in (open_, ablation):
+            editor.edit(batch, target_values=random_values(2, seed=n))
+    for name, layer in ablation.layers.items():
+        assert relative(layer.delta, open_.layers[name].delta) < 1e-9
+        assert layer.mode == "temporary"
+    ids = ids_of(open_.model, tokenizer)
+    with torch.no_grad():
+        assert torch.allclose(open_.model(ids).logits, ablation.model(ids).logits, atol=1e-9)
+
+
+# -- the interface --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_edit_go_on_disable_and_roll_back(tiny_model, tokenizer, name):
+    model = small_model(tiny_model)
+    ids = ids_of(model, tokenizer)
+    with torch.no_grad():
+        untouched = model(ids).logits
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    editor = make_method(name, model, tokenizer)
+    requests = some_requests(5)
+    logits, deltas = [], []
+    for n in range(2):
+        report = editor.edit(requests[2 * n : 2 * n + 2], **given(editor, 2, n))
+        assert report.step == n + 1 and len(report.losses) == (0 if given(editor, 1) else 2)
+        with torch.no_grad():
+            logits.append(model(ids).logits)
+        deltas.append({key: layer.delta.clone() for key, layer in editor.layers.items()})
+        with editor.disabled(), torch.no_grad():
+            assert torch.equal(model(ids).logits, untouched)
+    if name != "COMEBA-HK":  # whose edits may be out of scope here
+        assert (logits[0] - untouched).abs().max() > 1e-4 and (logits[1] - logits[0]).abs().max() > 1e-4
+    for key, value in weights.items():
+        found = dict(model.state_dict())
+        assert torch.equal(found.get(key, found.get(key.replace("c_proj.", "c_proj.base_layer."))), value)
+    editor.rollback(1)
+    for key, layer in editor.layers.items():
+        assert relative(layer.delta, deltas[0][key]) < 1e-4
+    again = editor.edit(requests[2:4], **given(editor, 2, 1))  # goes on as if the later step had never been
+    assert again.step == 2
+    for key, layer in editor.layers.items():
+        assert relative(layer.delta, deltas[1][key]) < 1e-3
+    editor.rollback(0)
+    assert all(not layer.delta.any() for layer in editor.layers.values())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, untouched)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_save_and_load(tiny_model, tokenizer, tmp_path, name):
+    editor = make_method(name, small_model(tiny_model), tokenizer)
+    requests = some_requests(4)
+    editor.edit(requests[:2], **given(editor, 2))
+    editor.save_pretrained(tmp_path / "edits")
+    loaded = methods.load(small_model(tiny_model), tokenizer, tmp_path / "edits")
+    assert type(loaded) is methods.get(name) and loaded.config == editor.config
+    used = load_edits(small_model(tiny_model), tmp_path / "edits")
+    ids = ids_of(used, tokenizer)
+    with torch.no_grad():
+        expected = editor.model(ids).logits
+        assert torch.equal(loaded.model(ids).logits, expected)
+        assert torch.allclose(used(ids).logits, expected, atol=1e-4)
+    for each in (editor, loaded):
+        each.edit(requests[2:], **given(each, 2, 1))
+    for key, layer in editor.layers.items():
+        assert torch.equal(loaded.layers[key].delta, layer.delta)
+    loaded.rollback(0)
+    assert all(not layer.delta.any() for layer in loaded.layers.values())
+    other = next(cls for cls in methods.METHODS.values() if cls.method != name)
+    with pytest.raises(StorageError, match=name):
+        other.from_pretrained(small_model(tiny_model), tokenizer, tmp_path / "edits")
+    for line in (tmp_path / "edits").glob("*.jsonl"):
+        assert "Infinity" not in line.read_text() or name == "COMEBA-HK"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_error_changes_nothing(tiny_model, tokenizer, name):
+    editor = make_method(name, small_model(tiny_model), tokenizer)
+    requests = some_requests(3)
+    editor.edit(requests[:1], **given(editor, 1))
+    before = {key: layer.delta.clone() for key, layer in editor.layers.items()}
+    if isinstance(editor, methods.FT):
+        object.__setattr__(editor.config, "lr", 1e37)  # a diverging run
+        with pytest.raises(RequestError, match="diverged"):
+            editor.edit(requests[1:])
+    else:
+        with pytest.raises(RequestError):
+            editor.edit(requests[1:], target_values=torch.full((2, 32), 1e300, dtype=torch.float64))
+    for key, layer in editor.layers.items():
+        assert torch.equal(layer.delta, before[key]) and layer.mode == editor.serving
+    assert editor.step == 1 and len(editor.ledger) == 1
+
+
+@pytest.mark.parametrize("name", ["MEMIT", "PMET", "ROME"])
+def test_retraction_and_superseding_take_the_share_out(tiny_model, tokenizer, name):
+    editor = make_method(name, small_model(tiny_model).double(), tokenizer)
+    first, second = some_requests(2)
+    editor.edit([first], target_values=random_values(1))
+    alone = {key: layer.delta.clone() for key, layer in editor.layers.items()}
+    editor.edit([second], target_values=random_values(1, seed=1))
+    editor.retract("edit-1")
+    for key, layer in editor.layers.items():
+        assert relative(layer.delta, alone[key]) < 1e-6
+    report = editor.edit([EditRequest(first.prompt, first.subject, "Warsaw")], target_values=random_values(1, seed=2))
+    assert report.superseded == ["edit-0"]
+    fresh = make_method(name, small_model(tiny_model).double(), tokenizer)
+    fresh.edit([EditRequest(first.prompt, first.subject, "Warsaw")], target_values=random_values(1, seed=2))
+    for key, layer in editor.layers.items():
+        assert relative(layer.delta, fresh.layers[key].delta) < 1e-5
+    editor.rollback(1)
+    for key, layer in editor.layers.items():
+        assert relative(layer.delta, alone[key]) < 1e-6
+
+
+def test_what_fine_tuning_cannot_do(tiny_model, tokenizer, monkeypatch):
+    editor = make_method("FT", small_model(tiny_model), tokenizer, steps=1)
+    with pytest.raises(RequestError, match="no target values"):
+        editor.edit(some_requests(1), target_values=random_values(1))
+    with pytest.raises(RequestError, match="no target values"):
+        editor.target_values(some_requests(1))
+    monkeypatch.setattr("comeba_ext.methods.ft.KEPT", 2)
+    for request in some_requests(4):
+        editor.edit([request])
+    with pytest.raises(RequestError, match="rollback"):
+        editor.retract("edit-0")
+    with pytest.raises(RequestError, match=r"\[0, 3\]"):
+        editor.rollback(1)
+    assert editor.step == 4
+    editor.rollback(3)
+    editor.rollback(0)
+
+
+@pytest.mark.parametrize("name", ["ROME", "FT", "FT-L"])
+def test_one_layer_only(tiny_model, tokenizer, name):
+    model = small_model(tiny_model)
+    with pytest.raises(ConfigError, match="one layer"):
+        methods.get(name)(model, tokenizer, methods.get(name).config_class(layers=(1, 2)))
+    Editor(model, tokenizer, EditConfig(layers=(1,)))  # the model was left unhooked
+
+
+# -- defaults -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_has_defaults_for_every_model(tiny_model, tokenizer, name):
+    model = small_model(tiny_model)
+    config = default_config(name, model)
+    assert type(config) is methods.get(name).config_class
+    assert methods.get(name)(model, tokenizer).config == config
+    assert default_config(name, testbed.load()[0], lam=7.0).lam == 7.0
+    for shape in (("gpt2", 48), ("gptj", 28), ("llama", 32), ("qwen2", 5)):
+        found = entry(name, type("Config", (), dict(zip(("model_type", "num_hidden_layers"), shape, strict=True))))
+        assert found["source"] and set(found) == {"match", "source", "settings"}
+        methods.get(name).config_class.from_dict({"layers": [0], **{k: v for k, v in found["settings"].items() if k != "layers"}})
+
+
+def test_paper_settings_are_the_editors_own():
+    from comeba_ext.editing.config import _published
+
+    for kind, depth in (("gpt2", 48), ("gptj", 28)):
+        found = entry("COMEBA-HK", type("Config", (), {"model_type": kind, "num_hidden_layers": depth}))["settings"]
+        config = EditConfig.from_dict(_published(kind, depth))
+        assert list(config.layers) == found["layers"] and config.lam == found["lam"] and config.scope == found["scope"]
+
+
+def test_names():
+    assert methods.get("comeba-hk") is Editor and methods.get("ft-l") is methods.FTL and methods.get("FTL") is methods.FTL
+    with pytest.raises(ConfigError, match="COMEBA without hooks"):
+        methods.get("MEND")
+    with pytest.raises(ConfigError, match="norm_constraint"):
+        FTConfig(layers=(1,), norm_constraint=-1)
+    json.dumps(FTConfig(layers=(1,)).to_dict())
