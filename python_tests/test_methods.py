@@ -252,7 +252,7 @@ def test_save_and_load(tiny_model, tokenizer, tmp_path, name):
         assert "Infinity" not in line.read_text() or name == "COMEBA-HK"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "FT-L"])  # whose bound holds infinities too
 def test_an_error_changes_nothing(tiny_model, tokenizer, name):
     editor = make_method(name, small_model(tiny_model), tokenizer)
     requests = some_requests(3)
