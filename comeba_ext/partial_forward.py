@@ -117,7 +117,7 @@ def resumed(blocks: list[nn.Module], index: int, hidden: Callable[[], torch.Tens
         yield
     finally:
         for block, original in zip(blocks, originals, strict=False):
-            _restore(block, original)
+            restore(block, original)
 
 
 @contextmanager
@@ -138,10 +138,11 @@ def only_at(module: nn.Module, index: tuple[torch.Tensor, torch.Tensor]):
     try:
         yield
     finally:
-        _restore(module, original)
+        restore(module, original)
 
 
-def _restore(module: nn.Module, original) -> None:
+def restore(module: nn.Module, original) -> None:
+    """Put back a ``module.forward`` that was read before it was replaced."""
     # An instance attribute shadowed the method; accelerate's dispatch may have put one there itself.
     if getattr(original, "__self__", None) is module and original.__func__ is type(module).forward:
         del module.forward

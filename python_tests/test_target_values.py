@@ -255,3 +255,43 @@ def test_context_length(tiny_model, tokenizer):
     model, _ = edited_model(tiny_model, tokenizer, "gpt2")
     with pytest.raises(RequestError, match="context"):
         run(model, tokenizer, settings(), [EditRequest("Lima " * 150 + "{} is", "Peru", "x")])
+
+
+def test_products_in_bfloat16(tiny_model, tokenizer):
+    """Close to float32, and the model is as before, weights, dtypes and methods."""
+    model = tiny_model("gpt2", **SMALL["gpt2"])
+    ids = torch.tensor([tokenizer(REQUESTS[0].text)["input_ids"]])
+    with torch.no_grad():
+        before = model(ids).logits
+    exact = run(model, tokenizer, settings(early_stop=0.0, steps=20))
+    half = run(model, tokenizer, settings(early_stop=0.0, steps=20, compute_dtype="bfloat16"))
+    assert half.values.dtype == torch.float32 and not torch.equal(half.values, exact.values)
+    assert half.losses == pytest.approx(exact.losses, rel=0.05, abs=0.05)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
+    assert all("forward" not in vars(m) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_interrupted_edits_leave_the_last_complete_batch(tiny_model, tokenizer, monkeypatch):
+    model = tiny_model("gpt2", **SMALL["gpt2"])
+    editor = Editor(model, tokenizer, settings(steps=4, early_stop=0.0))
+    editor.collect_covariance([r.text for r in REQUESTS] * 9, tokens=10**6, progress=False)
+    real, calls = module.Path.evaluate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 6:  # in the second batch's optimisation
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module.Path, "evaluate", interrupted)
+    states = []
+    with pytest.raises(KeyboardInterrupt):
+        for _ in editor.edit_all(REQUESTS, batch_size=2, progress=False):
+            states.append({name: layer.delta.clone() for name, layer in editor.layers.items()})
+    assert editor.step == len(states) == 1 and len(editor.ledger) == 2
+    for name, layer in editor.layers.items():
+        assert layer.mode == "validated" and torch.equal(layer.delta, states[0][name]) and layer.delta.any()
+    assert all("forward" not in vars(m) for m in model.modules())
+    assert [len(r.request_ids) for r in editor.edit_all(REQUESTS[2:], batch_size=2, progress=False)] == [2, 1]

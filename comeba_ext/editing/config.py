@@ -40,6 +40,8 @@ class EditConfig:
         clamp: bound on ‖δ‖ in units of ‖h‖.
         early_stop: a request whose loss falls below it is done.
         optimizer: of target values.
+        compute_dtype: ``"bfloat16"`` to optimise target values with matrix products in that precision above the value
+            layer, with δ, loss and optimiser in float32; ``None`` for the model's own.
         prefixes: number of sampled context prefixes (beside the empty one).
         prefix_length: tokens each.
         seed: of the sampled prefixes; the user's random state is never touched.
@@ -64,6 +66,7 @@ class EditConfig:
     clamp: float = 0.75
     early_stop: float = 0.05
     optimizer: str = "adam"
+    compute_dtype: str | None = None
     prefixes: int = 5
     prefix_length: int = 10
     seed: int = 0
@@ -81,6 +84,8 @@ class EditConfig:
         for name, choices in (("scope", SCOPES), ("gate", GATES), ("optimizer", OPTIMIZERS), ("lr_unit", LR_UNITS)):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.compute_dtype not in (None, "bfloat16"):
+            raise ConfigError(f"compute_dtype must be bfloat16 or null, got {self.compute_dtype!r}")
         bounds = {"lam": 0, "lr": 0, "clamp": 0, "steps": 1, "kl_factor": 0, "weight_decay": 0, "early_stop": 0,
                   "prefixes": 0, "prefix_length": 1, "max_tokens": 1, "seed": 0}  # fmt: skip
         for name, low in bounds.items():

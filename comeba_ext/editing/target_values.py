@@ -27,6 +27,7 @@ from comeba_ext.editing.encoding import dense_batches, pad_id
 from comeba_ext.editing.optimisers import OPTIMISERS, Path
 from comeba_ext.editing.rows import Row, check_length, essence_rows, target_rows
 from comeba_ext.errors import RequestError
+from comeba_ext.half_compute import products_in
 from comeba_ext.partial_forward import frozen
 
 
@@ -70,7 +71,9 @@ def optimise_target_values(
     upper = Upper(model, architecture, config.value_layer, pad_id(tokenizer), config.max_tokens)
     results: list[tuple[torch.Tensor, float, int] | None] = [None] * len(requests)
     done, losses = 0, 0.0
-    with frozen(model):
+    products = getattr(torch, config.compute_dtype) if config.compute_dtype else None
+    reached = [*upper.blocks[config.value_layer + 1 :], model.get_output_embeddings()]
+    with frozen(model), products_in(products, reached):
         upper.prepare(rows + essence)
         for group in _request_groups(by_request, config.max_tokens):
 

@@ -1,0 +1,44 @@
+"""Matrix products in half precision, everything else as it was: the memory-bound part of a model stays in its dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from comeba_ext.partial_forward import restore
+
+
+@contextmanager
+def products_in(dtype: torch.dtype | None, modules: Iterable[nn.Module]):
+    """Inside, the linear layers of ``modules`` multiply copies of their weights in ``dtype``, and return their input's.
+
+    Like autocast, but weights are converted once and not at every call, which would cost more than it saves when few
+    tokens run many times. No gradient flows to the weights. Left alone are quantised, wrapped and offloaded layers, and
+    those in ``dtype`` already.
+
+    Args:
+        dtype: ``None`` changes nothing.
+    """
+    found = [m for module in modules for m in module.modules()] if dtype is not None else []
+    found = [m for m in dict.fromkeys(found) if type(m) in (nn.Linear, Conv1D) and not hasattr(m, "_hf_hook")]
+    found = [m for m in found if m.weight.is_floating_point() and m.weight.dtype != dtype]
+    originals = [m.forward for m in found]
+    try:
+        for module in found:
+            module.forward = _product(module, dtype)
+        yield
+    finally:
+        for module, original in zip(found, originals, strict=True):
+            restore(module, original)
+
+
+def _product(module: nn.Module, dtype: torch.dtype):
+    weight = module.weight.detach()
+    weight = (weight.T if isinstance(module, Conv1D) else weight).to(dtype).contiguous()
+    bias = None if module.bias is None else module.bias.detach().to(dtype)
+    return lambda x: F.linear(x.to(dtype), weight, bias).to(x.dtype)
