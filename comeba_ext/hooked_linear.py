@@ -121,24 +121,29 @@ class HookedLinear(nn.Module):
         if self._mode == "temporary":
             output = self.base_layer(x, *args, **kwargs)
             return output + self.edit_output(x).to(output.dtype)
+        delta = self.delta
         plain = self._plain_base() and not args and not kwargs
         given, mask = self._as_sequences(self._to_delta(x), mask)
         sketch = self.sketch() if self.gate == "sketch" else None
         decision = (mask, self._statistics(), self.alpha, self.reference_scale, self.scope)
         if plain and self._decodes(x):
-            output, after = ops.decode_hook(given, self.weight, self.bias, self.delta, sketch, *decision)
-            shape = (*x.shape[:-1], self.out_features)
+            output, after = ops.decode_hook(given, self.weight, self.bias, delta, sketch, *decision)
+            output = output.reshape(*x.shape[:-1], self.out_features)
         else:
             output = self.base_layer(x, *args, **kwargs)
-            shape, output = output.shape, output.reshape(*given.shape[:-1], self.out_features)
+            shape = output.shape
+            if len(shape) != 3:
+                output = output.reshape(*given.shape[:-1], self.out_features)
             # A base layer that is more than a product may hand out, or keep, what it returned.
             if sketch is None:
-                output, after = ops.exact_hook(output, F.linear(given, self.delta), *decision, inplace=plain)
+                output, after = ops.exact_hook(output, F.linear(given, delta), *decision, inplace=plain)
             else:
-                output, after = ops.gated_hook(output, given, self.delta, sketch, *decision, inplace=plain)
+                output, after = ops.gated_hook(output, given, delta, sketch, *decision, inplace=plain)
+            if len(shape) != 3:
+                output = output.reshape(shape)
         if self.context is not None and after is not None:
             self.context.updated[self.name] = after
-        return output.reshape(shape)
+        return output
 
     def edit_output(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ deltaᵀ``, ``(..., d_out)``."""
@@ -150,10 +155,11 @@ class HookedLinear(nn.Module):
         ``torch.compile`` does not see a change; call this once, outside, after writing ``delta``.
         """
         if not torch.compiler.is_compiling():
-            version = None if self.delta.is_inference() else (self.delta._version, self.delta.data_ptr())
+            delta = self.delta
+            version = None if delta.is_inference() else (delta._version, delta.data_ptr())
             if version is None or version != self._sketched:
                 rows = sketches.rows_for(self.out_features)
-                self._sketch, self._sketched = sketches.sketch_of(self.delta.detach(), rows), version
+                self._sketch, self._sketched = sketches.sketch_of(delta.detach(), rows), version
         return self._sketch
 
     def scored_matrix(self) -> torch.Tensor:
@@ -167,7 +173,8 @@ class HookedLinear(nn.Module):
         return ops.scores(response, mask, self._statistics(), self.reference_scale, self.scope)[0]
 
     def _to_delta(self, x: torch.Tensor) -> torch.Tensor:
-        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.delta.dtype)
+        dtype = self.delta.dtype
+        return x if x.dtype == dtype or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
     def _statistics(self) -> torch.Tensor | None:
         return self.context.statistics.get(self.name) if self.context is not None else None
@@ -175,15 +182,16 @@ class HookedLinear(nn.Module):
     def _plain_base(self) -> bool:
         """Whether the base layer is a product and nothing else: no hooks, no quantisation, no adapters."""
         base = self.base_layer
-        product = type(base) is nn.Linear or (type(base).__name__ == "Conv1D" and hasattr(base, "nf"))
-        return product and not (base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"))
+        product = type(base) is nn.Linear or type(base).__qualname__ == "Conv1D"
+        return product and not (base._forward_hooks or base._forward_pre_hooks or "_hf_hook" in base.__dict__)
 
     def _decodes(self, x: torch.Tensor) -> bool:
         """Whether one fused pass over both weights takes this input; the base layer is known to be plain."""
-        if type(self.base_layer) is not nn.Linear or not x.dtype == self.delta.dtype == self.weight.dtype:
+        if not ops.decode_hook_available(x, self.delta) or type(self.base_layer) is not nn.Linear:
             return False
-        grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        return not grad and not torch.is_autocast_enabled(x.device.type) and ops.decode_hook_available(x, self.delta)
+        weight = self.weight
+        grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        return weight.dtype == x.dtype and not grad and not torch.is_autocast_enabled(x.device.type)
 
     def _as_sequences(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``x`` as ``(batch, seq, d_in)`` and its mask; some families (OPT) flatten tokens before the MLP."""

@@ -15,6 +15,8 @@ shape depends on data. Where a gradient is wanted, the ``*_ref`` functions run i
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -56,9 +58,9 @@ def exact_hook(
     arguments = (mask, statistics, alpha, reference_scale, score)
     if _needs_grad(output, edit):
         return exact_hook_ref(output, edit, *arguments)
-    _load(output)
     output = output if inplace else output.clone()
-    after = torch.ops.comeba.exact_hook_(output, edit, *arguments)
+    operator = torch.ops.comeba.exact_hook_ if _dispatched(output) else _exact_hook_
+    after = operator(output, edit, *arguments)
     return output, after if score == "zscore" else None
 
 
@@ -84,9 +86,9 @@ def gated_hook(
     arguments = (mask, statistics, alpha, reference_scale, score)
     if _needs_grad(output, x, delta):
         return gated_hook_ref(output, x, delta, sketch, *arguments)
-    _load(output)
     output = output if inplace else output.clone()
-    after = torch.ops.comeba.gated_hook_(output, x, delta, sketch, *arguments)
+    operator = torch.ops.comeba.gated_hook_ if _dispatched(output) else _gated_hook_
+    after = operator(output, x, delta, sketch, *arguments)
     return output, after if score == "zscore" else None
 
 
@@ -112,7 +114,6 @@ def decode_hook(
     Returns:
         As :func:`exact_hook`.
     """
-    _load(x)
     output, after = torch.ops.comeba.decode_hook(
         x, weight, bias, delta, sketch, mask, statistics, alpha, reference_scale, score
     )
@@ -134,9 +135,12 @@ def _needs_grad(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _load(tensor: torch.Tensor) -> None:
-    """Compile on first use; without a compiler the operators' torch implementation stays."""
-    extension.available(tensor.device.type)
+def _dispatched(tensor: torch.Tensor) -> bool:
+    """Whether to go through the dispatcher: to a compiled implementation (built on first use), or because
+    ``torch.compile`` must see one operator. In plain torch it would only cost time."""
+    return torch.compiler.is_compiling() or (
+        extension.available(tensor.device.type) and tensor.dtype != torch.float64  # kernels compute in float32
+    )
 
 
 # -- references: what the operators must equal ---------------------------------------------------------------------
@@ -156,6 +160,8 @@ def gated_hook_ref(output, x, delta, sketch, mask, statistics, alpha, reference_
 
 def decide(response, mask, statistics, alpha, reference_scale, score):
     """Scope ``(batch, seq)`` bool from the response ``(batch, seq, rows)`` of delta or its sketch, and statistics."""
+    if response.device.type == "cpu" and not torch.compiler.is_compiling():  # reading a scalar costs nothing here
+        alpha, reference_scale = alpha.item(), reference_scale.item()
     value, after = scores(response, mask, statistics, reference_scale, score)
     return in_scope(value, alpha, mask, response.dtype), after
 
@@ -196,24 +202,30 @@ def zscore(
         Scores ``(batch, seq)`` (0 where fewer than two tokens or no spread define no deviation) and the updated
         statistics ``(batch, 3)``.
     """
-    real = torch.ones_like(norm, dtype=torch.bool) if mask is None else mask.bool()
-    count = real.sum(-1).to(norm.dtype)  # (batch,)
-    mean = torch.where(real, norm, 0.0).sum(-1) / count.clamp(min=1)  # where, not *: padding may overflow to inf
-    deviation = torch.where(real, (norm - mean[:, None]) ** 2, 0.0).sum(-1)
+    if mask is None:
+        count = norm.new_full((norm.shape[0], 1), norm.shape[1])
+        mean = norm.sum(-1, keepdim=True) / max(norm.shape[1], 1)
+        deviation = (norm - mean).square().sum(-1, keepdim=True)
+    else:  # where, not *: padding may overflow to inf
+        mask = mask.bool()
+        count = mask.sum(-1, keepdim=True).to(norm.dtype)
+        mean = torch.where(mask, norm, 0.0).sum(-1, keepdim=True) / count.clamp(min=1)
+        deviation = torch.where(mask, (norm - mean).square(), 0.0).sum(-1, keepdim=True)
     if statistics is not None:  # merge two samples (Chan, Golub, LeVeque 1979, equation 2.1)
-        old_count, old_mean, old_deviation = statistics.to(norm.dtype).unbind(-1)
+        old_count, old_mean, old_deviation = statistics.to(norm.dtype).split(1, -1)
         total = old_count + count
+        share = count / total.clamp(min=1)
         shift = mean - old_mean
-        deviation = old_deviation + deviation + shift**2 * old_count * count / total.clamp(min=1)
-        mean = old_mean + shift * count / total.clamp(min=1)
+        deviation = old_deviation + deviation + shift.square() * old_count * share
+        mean = old_mean + shift * share
         count = total
     std = (deviation / (count - 1).clamp(min=1)).sqrt()
-    defined = (count > 1) & (std > 8 * torch.finfo(norm.dtype).eps * mean)  # less is the rounding of equal norms
-    score = torch.where(defined[:, None], (norm - mean[:, None]) / torch.where(defined, std, 1.0)[:, None], 0.0)
-    return score, torch.stack((count, mean, deviation), -1)
+    spread = std > 8 * torch.finfo(norm.dtype).eps * mean  # less is the rounding of equal norms; one token has none
+    score = torch.where(spread, (norm - mean) / torch.where(spread, std, 1.0), 0.0)
+    return score, torch.cat((count, mean, deviation), -1)
 
 
-def reference_score(norm: torch.Tensor, reference_scale: torch.Tensor) -> torch.Tensor:
+def reference_score(norm: torch.Tensor, reference_scale: torch.Tensor | float) -> torch.Tensor:
     """``s_t = n_t² / tr(delta·C0·deltaᵀ)``: the response against that of an average corpus token (DESIGN §3).
 
     Args:
@@ -223,14 +235,22 @@ def reference_score(norm: torch.Tensor, reference_scale: torch.Tensor) -> torch.
     Returns:
         ``(batch, seq)``; independent of every other token.
     """
+    if isinstance(reference_scale, float):
+        return norm.square() / reference_scale if reference_scale > 0 else torch.zeros_like(norm)
     scale = reference_scale.to(norm.dtype)
     return torch.where(scale > 0, norm**2 / torch.where(scale > 0, scale, 1.0), 0.0)
 
 
-def in_scope(score: torch.Tensor, alpha: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def in_scope(
+    score: torch.Tensor, alpha: torch.Tensor | float, mask: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     """Tokens whose edited output goes on: real ones with ``score ≥ α`` up to the rounding of ``dtype`` (``SLACK``)."""
-    slack = SLACK.get(dtype, 1e-5) * alpha.sign()  # alpha itself may be infinite
-    scope = score >= (alpha * (1.0 - slack)).to(score.dtype)
+    slack = SLACK.get(dtype, 1e-5)
+    if isinstance(alpha, float):
+        limit = alpha * (1.0 - math.copysign(slack, alpha))
+    else:
+        limit = (alpha * (1.0 - slack * alpha.sign())).to(score.dtype)  # alpha itself may be infinite
+    scope = score >= limit
     return scope if mask is None else scope & mask.bool()
 
 

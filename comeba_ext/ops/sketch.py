@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import torch
 
-ROWS = 64
+ROWS = 32
 
 
 def rows_for(d_out: int) -> int:
