@@ -28,6 +28,14 @@ SENTENCES = [
 ]
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked ``cuda`` need a GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """Byte-level BPE of a few hundred tokens with ``<pad>`` (id 0) and ``<eos>`` (id 1)."""
