@@ -31,6 +31,8 @@ def cholesky_update_(factor: torch.Tensor, k: torch.Tensor, sign: int = 1) -> to
         ValueError: shapes, dtypes or devices that do not fit, or another sign.
     """
     _check(factor, k, sign)
+    if 4 * k.shape[-1] > factor.shape[-1] > 0:  # refactorising is cheaper
+        return _refactorise_(factor, k, sign)
     extension.available(factor.device.type)  # compiles on first use; without a compiler the torch implementation stays
     return torch.ops.comeba.cholesky_update_(factor, k, sign)
 
@@ -67,7 +69,15 @@ def _check(factor: torch.Tensor, k: torch.Tensor, sign: int) -> None:
         )
 
 
-# -- default implementation ----------------------------------------------------------------------------------------
+def _refactorise_(factor: torch.Tensor, k: torch.Tensor, sign: int) -> torch.Tensor:
+    lower = factor.tril()
+    new, info = torch.linalg.cholesky_ex(lower @ lower.mT + float(sign) * (k @ k.mT))
+    info = _not_finite(new, info)
+    factor.copy_(torch.where((info == 0)[..., None, None], new + factor.triu(1), factor))
+    return info
+
+
+# -- default implementation of the operator ------------------------------------------------------------------------
 
 
 def _cholesky_update_(factor: torch.Tensor, k: torch.Tensor, sign: int) -> torch.Tensor:
@@ -75,15 +85,9 @@ def _cholesky_update_(factor: torch.Tensor, k: torch.Tensor, sign: int) -> torch
     info = torch.zeros(factor.shape[:-2], dtype=torch.int32, device=factor.device)
     if d == 0 or u == 0 or info.numel() == 0:
         return info
-    if 4 * u > d:  # refactorising is cheaper
-        lower = factor.tril()
-        new, info = torch.linalg.cholesky_ex(lower @ lower.mT + float(sign) * (k @ k.mT))
-        info = _not_finite(new, info)
-        new = new + factor.triu(1)
-    else:
-        new = factor.clone()
-        for chunk in k.split(CHUNK, dim=-1):
-            info = _eliminate_(new, chunk, sign, info)
+    new = factor.clone()
+    for chunk in k.split(CHUNK, dim=-1):
+        info = _eliminate_(new, chunk, sign, info)
     factor.copy_(torch.where((info == 0)[..., None, None], new, factor))
     return info
 
