@@ -73,7 +73,8 @@ def evaluate(
         ``<name>_prompts``, how many prompts were scored. A score without prompts is ``None``, and so is its interval.
         ``records`` is their number. ``per_record`` lists, record by record, ``request_id``, ``prompt`` (with its slot),
         ``subject``, ``target_new``, the record's scores, ``predicted`` (text of the teacher-forced argmax) and
-        ``generated`` (greedy text or ``None``), the last two for the record's own prompt.
+        ``generated`` (greedy text or ``None``), the last two for the record's own prompt, and ``answers``: the same for
+        every prompt asked, with its ``metric``, ``wanted`` text, ``score`` and ``tokens``, the prompt's length.
 
     Raises:
         RequestError: a record cannot be used, a text is longer than the model's context, or the base predictions do
@@ -112,18 +113,26 @@ def evaluate(
     rows = []
     for request, own in zip(requests, queries):
         row = {field: getattr(request, field) for field in ("request_id", "prompt", "subject", "target_new")}
+        answers = []
         for name in METRICS:
-            if name == "locality":
-                scores = [_score(local[q], unedited[q].forced, unedited[q].generated) for q in own[name]]
-            else:
-                scores = [_score(edited[q], q.target_ids, q.target_ids) for q in own[name]]
+            found = local if name == "locality" else edited
+            wanted = [(unedited[q].forced, unedited[q].generated) if name == "locality" else (q.target_ids,) * 2
+                      for q in own[name]]  # fmt: skip
+            scores = [_score(found[q], *pair) for q, pair in zip(own[name], wanted, strict=True)]
             for n, suffix in enumerate(SCORES):
                 row[name + suffix] = _mean([score[n] for score in scores])
+            answers += [
+                {"metric": name, "prompt": _text(tokenizer, q.prompt_ids), "wanted": _text(tokenizer, pair[0]),
+                 "predicted": _text(tokenizer, found[q].forced), "generated": _text(tokenizer, found[q].generated),
+                 "score": score[0], "tokens": len(q.prompt_ids)}
+                for q, pair, score in zip(own[name], wanted, scores, strict=True)
+            ]  # fmt: skip
         answer = edited[own["reliability"][0]]
         row["predicted"] = _text(tokenizer, answer.forced)
         row["generated"] = _text(tokenizer, answer.generated)
+        row["answers"] = answers
         rows.append(row)
-    return _summary(rows, queries, seed)
+    return summarise(rows, seed)
 
 
 def bootstrap_interval(
@@ -150,14 +159,15 @@ def bootstrap_interval(
     return [float(bound) for bound in np.quantile(means, [tail, 1 - tail])]
 
 
-def _summary(rows: list[dict], queries: list[dict[str, list[Query]]], seed: int) -> Metrics:
+def summarise(rows: list[dict], seed: int = 0) -> Metrics:
+    """What :func:`evaluate` returns, from its ``per_record`` rows: means over records, intervals, numbers of prompts."""
     metrics = Metrics(records=len(rows))
     for name in METRICS:
         for key in (name + suffix for suffix in SCORES):
             values = [row[key] for row in rows]
             metrics[key] = _mean(values)
             metrics[f"{key}_interval"] = bootstrap_interval(values, seed)
-        metrics[f"{name}_prompts"] = sum(len(own[name]) for own in queries)
+        metrics[f"{name}_prompts"] = sum(answer["metric"] == name for row in rows for answer in row["answers"])
     metrics["per_record"] = rows
     return metrics
 

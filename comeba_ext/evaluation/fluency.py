@@ -1,0 +1,56 @@
+"""Fluency: the entropy of the n-grams a model writes (ROME, arXiv 2202.05262, section 3.4; "GE").
+
+A model that an edit has broken repeats itself, and the n-grams of its texts become few.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+
+import torch
+
+from comeba_ext.editing.encoding import pad, pad_id
+from comeba_ext.evaluation.metrics import bootstrap_interval
+from comeba_ext.evaluation.scoring import micro_batches
+from comeba_ext.partial_forward import evaluating
+
+WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # of bi- and trigram entropy, before their mean
+
+
+def ngram_entropy(text: str) -> float:
+    """``½ Σ_n w_n · H_n`` in bits: entropy of the text's bi- and trigrams with weights 2/3 and 4/3.
+
+    Words and punctuation marks are the units (ROME's code uses NLTK's tokenizer, which differs in contractions).
+    """
+    words = re.findall(r"\w+|[^\w\s]", text)
+    return sum(weight * _entropy(words, n) for n, weight in WEIGHTS.items()) / len(WEIGHTS)
+
+
+def fluency(
+    model: torch.nn.Module, tokenizer, prompts: list[str], *, new_tokens: int = 50, max_tokens: int = 4096, seed: int = 0
+) -> dict:
+    """Mean :func:`ngram_entropy` of greedy continuations, the prompt included (ROME samples them, top 5).
+
+    Returns:
+        ``fluency`` in bits and ``fluency_interval`` over the prompts.
+    """
+    rows = {prompt: tokenizer(prompt)["input_ids"] for prompt in prompts}
+    device = model.get_input_embeddings().weight.device
+    values: dict[str, float] = {}
+    with evaluating(model), torch.no_grad():
+        for batch in micro_batches(list(rows), max_tokens, size=lambda p: len(rows[p]) + new_tokens):
+            ids, mask = pad([rows[p] for p in batch], pad_id(tokenizer), "left", device)
+            out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens,
+                                 min_new_tokens=new_tokens, pad_token_id=pad_id(tokenizer))  # fmt: skip
+            texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+            values |= {prompt: ngram_entropy(text) for prompt, text in zip(batch, texts, strict=True)}
+    found = [values[prompt] for prompt in prompts]
+    return {"fluency": sum(found) / len(found), "fluency_interval": bootstrap_interval(found, seed)}
+
+
+def _entropy(words: list[str], n: int) -> float:
+    counts = Counter(zip(*(words[i:] for i in range(n))))
+    total = sum(counts.values())
+    return -sum(c / total * math.log2(c / total) for c in counts.values()) + 0.0 if total else 0.0

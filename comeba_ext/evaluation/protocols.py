@@ -1,0 +1,269 @@
+"""Editing protocols: single-round, consecutive, sequential; resumable, with every prediction in a log.
+
+* single-round batch: every batch is edited into the unedited model, evaluated, and rolled back;
+* consecutive batch: batch after batch into the same model; at checkpoints everything edited so far is evaluated
+  (retention), a fact edited twice against its latest target, locality against the unedited model;
+* sequential: consecutive with batches of one.
+
+A run's folder holds ``log.jsonl`` (the run's identity, a line an edit step, a line a record at every checkpoint with the
+answer to every prompt) and, for consecutive runs, ``edits/``, where a killed run goes on. The log is cut back to the
+saved step, so an interrupted run gives the same numbers as one that never stopped, times excepted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from comeba_ext.covariance import Covariance
+from comeba_ext.editing.config import EditConfig
+from comeba_ext.editing.editor import Editor
+from comeba_ext.editing.request import EditRequest, as_requests
+from comeba_ext.errors import ConfigError, RequestError
+from comeba_ext.evaluation.base import BasePredictions, predict_base
+from comeba_ext.evaluation.metrics import Metrics, evaluate, summarise
+from comeba_ext.evaluation.run_log import RunLog
+from comeba_ext.storage import MANIFEST
+
+PROTOCOLS = ("single_round", "consecutive", "sequential")
+Measure = Callable[[Editor, list[EditRequest]], dict]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a run edits and when it evaluates.
+
+    Args:
+        name: one of ``PROTOCOLS``.
+        batch_size: requests a batch; sequential means 1.
+        checkpoints: numbers of edits at which a consecutive run is evaluated; its end always is.
+        generate: evaluate greedy generation too.
+        save_every: batches between saves of a consecutive run.
+        seed: of the intervals.
+
+    Raises:
+        ConfigError: an unknown protocol or a number out of range.
+    """
+
+    name: str = "consecutive"
+    batch_size: int = 10
+    checkpoints: tuple[int, ...] = ()
+    generate: bool = True
+    save_every: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in PROTOCOLS:
+            raise ConfigError(f"unknown protocol {self.name!r}; choose one of {', '.join(PROTOCOLS)}")
+        if self.name == "sequential":
+            object.__setattr__(self, "batch_size", 1)
+        object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
+        for value in (self.batch_size, self.save_every, *self.checkpoints):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"batch_size, save_every and checkpoints must be whole numbers of 1 or more, got {value!r}")
+
+
+@dataclass
+class Result:
+    """What a run measured.
+
+    Attributes:
+        checkpoints: number of edits to :class:`Metrics` at that point; single-round runs have one, over all records.
+        extra: number of edits to what the measures returned.
+        steps: a record an edit step: ``step``, ``edits``, ``seconds`` by phase, ``loss``, ``peak_memory``, ``alpha``.
+    """
+
+    checkpoints: dict[int, Metrics] = field(default_factory=dict)
+    extra: dict[int, dict] = field(default_factory=dict)
+    steps: list[dict] = field(default_factory=list)
+
+    @property
+    def final(self) -> Metrics:
+        return self.checkpoints[max(self.checkpoints)]
+
+    def efficiency(self) -> dict:
+        """``seconds_per_edit`` (all phases, without evaluation) and ``peak_memory`` in bytes (see :class:`EditReport`; on
+        a CPU the whole process's high-water mark)."""
+        seconds = sum(sum(step["seconds"].values()) for step in self.steps)
+        count = sum(step["requests"] for step in self.steps)
+        return {"seconds_per_edit": seconds / count, "peak_memory": max(step["peak_memory"] for step in self.steps)}
+
+
+def run_protocol(
+    model: torch.nn.Module,
+    tokenizer,
+    requests: Iterable,
+    protocol: Protocol,
+    folder: str | Path,
+    *,
+    method: type[Editor] = Editor,
+    config: EditConfig | None = None,
+    covariance: Covariance | None = None,
+    base: BasePredictions | None = None,
+    measure: Measure | None = None,
+    progress: bool = False,
+) -> Result:
+    """Run a protocol, or go on with one that was interrupted in ``folder``.
+
+    Args:
+        model: unedited; hooked meanwhile, and given back as it came.
+        requests: anything :func:`as_requests` accepts.
+        method: an :class:`Editor` or one of :mod:`comeba_ext.methods`.
+        config: default: the method's own for the model.
+        covariance: needed by every method but fine-tuning.
+        base: predictions of the unedited model for these requests, where they are known already.
+        measure: called with the editor and the requests edited so far at every checkpoint of a consecutive run; returns
+            a plain JSON-serialisable mapping.
+
+    Raises:
+        StorageError: the folder holds another run.
+        RequestError: a request cannot be used; nothing was run.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    requests = as_requests(requests)
+    facts: dict[str | None, tuple[str, str]] = {}
+    for request in requests:
+        if request.request_id is not None and facts.setdefault(request.request_id, request.fact) != request.fact:
+            raise RequestError(f"request_id {request.request_id!r} is used by another request; ids must differ")
+    config = config or method.default_config(model)
+    digest = hashlib.sha256(json.dumps([r.to_record() for r in requests]).encode()).hexdigest()
+    header = {"method": method.method, "protocol": protocol.name, "batch_size": protocol.batch_size, "seed": protocol.seed,
+              "checkpoints": list(protocol.checkpoints), "generate": protocol.generate, "records": len(requests),
+              "requests": digest, "config": config.to_dict()}  # fmt: skip
+    log = RunLog(folder / "log.jsonl", header)
+    if not _finished(log.records, len(requests)):
+        if base is None:
+            base = predict_base(model, tokenizer, requests, generate=protocol.generate)
+        run = _single_round if protocol.name == "single_round" else _consecutive
+        run(model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress)
+    return read_result(log.records, protocol)
+
+
+def read_result(records: list[dict], protocol: Protocol) -> Result:
+    """The result of a run's complete log."""
+    result = Result(steps=[r for r in records if r["event"] == "edit"])
+    rows: dict[int, list[dict]] = {}
+    for record in records:
+        if record["event"] == "record":
+            rows.setdefault(record["edits"], []).append({k: v for k, v in record.items() if k not in ("event", "edits")})
+        elif record["event"] == "checkpoint":
+            result.extra[record["edits"]] = record["extra"]
+    if protocol.name == "single_round":
+        rows = {sum(map(len, rows.values())): [row for own in rows.values() for row in own]}
+    result.checkpoints = {edits: summarise(own, protocol.seed) for edits, own in rows.items()}
+    return result
+
+
+def batches(requests: list[EditRequest], size: int) -> list[list[EditRequest]]:
+    """Consecutive batches; one ends early before a fact it already holds, as in :meth:`Editor.edit_all`."""
+    found: list[list[EditRequest]] = []
+    for request in requests:
+        if not found or len(found[-1]) == size or any(request.fact == other.fact for other in found[-1]):
+            found.append([])
+        found[-1].append(request)
+    return found
+
+
+def latest(requests: list[EditRequest]) -> list[EditRequest]:
+    """One request a fact: the last."""
+    return list({request.fact: request for request in requests}.values())
+
+
+def _single_round(
+    model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress
+) -> None:
+    done = _up_to_last_checkpoint(log.records)
+    log.keep(done)
+    edited = max((r["edits"] for r in done if r["event"] == "checkpoint"), default=0)
+    editor = method(model, tokenizer, config)
+    try:
+        if covariance is not None:
+            editor.set_covariance(covariance)
+        start = {name: memory.state for name, memory in editor.key_memory.items()}
+        count = 0
+        with tqdm(total=len(requests), initial=edited, disable=not progress, unit="edit", desc=method.method) as bar:
+            for batch in batches(requests, protocol.batch_size):
+                count += len(batch)
+                if count <= edited:
+                    continue
+                report = editor.edit(batch)
+                metrics = evaluate(model, tokenizer, batch, base, generate=protocol.generate)
+                editor.rollback(0)
+                for name, state in start.items():  # to the bit, so that a resumed run sees the same
+                    editor.key_memory[name].state = state
+                log.append([_step(report, count, len(batch)), *_rows(metrics, count), _checkpoint(count, {})])
+                bar.update(len(batch))
+    finally:
+        editor.close()
+
+
+def _consecutive(
+    model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress
+) -> None:
+    saved = folder / "edits"
+    if (saved / MANIFEST).exists():
+        editor = method.from_pretrained(model, tokenizer, saved)
+    else:
+        editor = method(model, tokenizer, config)
+    try:
+        if not editor.step and covariance is not None and not editor.key_memory:
+            editor.set_covariance(covariance)
+        log.keep([r for r in _up_to_last_checkpoint(log.records, steps=editor.step) if r.get("step", 0) <= editor.step])
+        evaluated = {r["edits"] for r in log.records if r["event"] == "checkpoint"}
+        plan = batches(requests, protocol.batch_size)
+        ends = [sum(map(len, plan[: n + 1])) for n in range(len(plan))]
+        stops = {next(end for end in ends if end >= wanted) for wanted in protocol.checkpoints if wanted <= ends[-1]}
+        stops.add(ends[-1])
+        with tqdm(total=len(requests), disable=not progress, unit="edit", desc=method.method) as bar:
+            for number, (batch, end) in enumerate(zip(plan, ends, strict=True), 1):
+                if number > editor.step:
+                    log.append([_step(editor.edit(batch), end, len(batch))])
+                    if number % protocol.save_every == 0 or end in stops:
+                        editor.save_pretrained(saved)
+                if end in stops and end not in evaluated:
+                    asked = latest(requests[:end])
+                    metrics = evaluate(model, tokenizer, asked, base, generate=protocol.generate)
+                    extra = measure(editor, asked) if measure is not None else {}
+                    log.append([*_rows(metrics, end), _checkpoint(end, extra)])
+                bar.update(len(batch))
+    finally:
+        editor.close()
+    shutil.rmtree(saved, ignore_errors=True)  # the run is complete; the log has everything
+
+
+def _finished(records: list[dict], count: int) -> bool:
+    return any(r["event"] == "checkpoint" and r["edits"] == count for r in records)
+
+
+def _up_to_last_checkpoint(records: list[dict], steps: int = 0) -> list[dict]:
+    """Complete records: no ``record`` line of a checkpoint that did not end, and edit lines only where their step is
+    kept (up to the last checkpoint, or up to ``steps``)."""
+    ended = {r["edits"] for r in records if r["event"] == "checkpoint"}
+    last = max(ended, default=0)
+    return [
+        r for r in records
+        if (r["event"] == "edit" and (r["edits"] <= last or r["step"] <= steps)) or (r["event"] != "edit" and r["edits"] in ended)
+    ]  # fmt: skip
+
+
+def _step(report, edits: int, requests: int) -> dict:
+    mean = lambda values: sum(values) / len(values) if values else None  # noqa: E731
+    return {"event": "edit", "step": report.step, "edits": edits, "requests": requests, "seconds": report.seconds,
+            "loss": mean(report.losses), "optimizer_steps": mean(report.optimizer_steps),
+            "peak_memory": report.peak_memory, "alpha": list(report.alpha.values())}  # fmt: skip
+
+
+def _rows(metrics: Metrics, edits: int) -> list[dict]:
+    return [{"event": "record", "edits": edits, **row} for row in metrics.per_record]
+
+
+def _checkpoint(edits: int, extra: dict) -> dict:
+    return {"event": "checkpoint", "edits": edits, "extra": extra}

@@ -1,0 +1,167 @@
+"""Protocols: what is evaluated when, and that a run stopped anywhere ends in the same table."""
+
+import json
+
+import pytest
+import torch
+from test_editor import TEXTS, small_model, some_requests
+
+from comeba_ext import EditConfig, EditRequest, Editor, evaluate, methods
+from comeba_ext.errors import ConfigError, RequestError, StorageError
+from comeba_ext.evaluation import Protocol, predict_base, run_protocol
+from comeba_ext.evaluation.protocols import batches, latest
+from comeba_ext.evaluation.run_log import RunLog
+
+CONFIG = EditConfig(layers=(1, 2), lam=20.0, prefixes=1, prefix_length=4, steps=4, lr=0.1, clamp=2.0)
+
+
+def requests_with_prompts(count):
+    return [
+        EditRequest(r.prompt, r.subject, r.target_new, rephrase_prompts=(f"They say {r.subject} is",),
+                    locality_prompts=(("The Eiffel Tower stands in the city of", "Paris"),), request_id=f"r{n}")
+        for n, r in enumerate(some_requests(count))
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def setting(tiny_model, tokenizer):
+    """``(model, tokenizer, covariance)`` of a tiny GPT-2."""
+    model = small_model(tiny_model)
+    editor = Editor(model, tokenizer, CONFIG)
+    editor.collect_covariance(TEXTS, tokens=10**6, progress=False)
+    covariance = editor.covariance
+    editor.close()
+    return model, tokenizer, covariance
+
+
+def run(setting, folder, requests, protocol, method=Editor, config=CONFIG, **options):
+    model, tokenizer, covariance = setting
+    return run_protocol(model, tokenizer, requests, protocol, folder, method=method, config=config, covariance=covariance,
+                        **options)  # fmt: skip
+
+
+def table(result):
+    return {n: {k: v for k, v in m.items()} for n, m in result.checkpoints.items()}
+
+
+def test_consecutive_is_editing_and_evaluating_by_hand(setting, tmp_path):
+    model, tokenizer, covariance = setting
+    requests = requests_with_prompts(7)
+    seen = []
+    result = run(setting, tmp_path, requests, Protocol(batch_size=2, checkpoints=(3,)),
+                 measure=lambda editor, asked: seen.append(len(asked)) or {"step": editor.step})  # fmt: skip
+    base = predict_base(model, tokenizer, requests)
+    editor = Editor(model, tokenizer, CONFIG)
+    editor.set_covariance(covariance)
+    expected = {}
+    for end in (2, 4, 6, 7):
+        editor.edit(requests[end - 2 if end < 7 else 6 : end])
+        if end in (4, 7):
+            expected[end] = evaluate(model, tokenizer, requests[:end], base)
+    editor.close()
+    assert table(result) == expected  # the first batch that reaches 3 ends at 4
+    assert seen == [4, 7] and result.extra == {4: {"step": 2}, 7: {"step": 4}}
+    assert result.final.records == 7
+    assert [s["edits"] for s in result.steps] == [2, 4, 6, 7]
+    efficiency = result.efficiency()
+    assert efficiency["seconds_per_edit"] > 0 and efficiency["peak_memory"] > 0
+    assert not (tmp_path / "edits").exists()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    answers = [a for line in lines if line["event"] == "record" for a in line["answers"]]
+    assert len(answers) == (4 + 7) * 3
+    assert {a["metric"] for a in answers} == {"reliability", "generality", "locality"}
+    assert all(isinstance(a["predicted"], str) and isinstance(a["generated"], str) for a in answers)
+
+
+def test_single_round_edits_every_batch_into_the_unedited_model(setting, tmp_path):
+    model, tokenizer, covariance = setting
+    requests = requests_with_prompts(5)
+    result = run(setting, tmp_path, requests, Protocol("single_round", batch_size=2, generate=False))
+    assert list(result.checkpoints) == [5]
+    for start in (0, 2, 4):
+        editor = Editor(model, tokenizer, CONFIG)
+        editor.set_covariance(covariance)
+        editor.edit(requests[start : start + 2])
+        alone = evaluate(model, tokenizer, requests[start : start + 2], generate=False)
+        editor.close()
+        for row, own in zip(result.final.per_record[start : start + 2], alone.per_record, strict=True):
+            assert row == own
+
+
+@pytest.mark.parametrize("name", ["COMEBA-HK", "MEMIT", "FT"])
+@pytest.mark.parametrize("protocol", [Protocol(batch_size=2, checkpoints=(4,), save_every=2, generate=False),
+                                      Protocol("single_round", batch_size=2, generate=False)])  # fmt: skip
+def test_stopped_anywhere_it_ends_in_the_same_table(setting, tmp_path, monkeypatch, name, protocol):
+    method, config = methods.get(name), CONFIG
+    if name == "FT":
+        config = method.config_class(layers=(1,), lr=0.01, steps=3, weight_decay=0.0)
+    requests = requests_with_prompts(7)
+    whole = table(run(setting, tmp_path / "whole", requests, protocol, method, config))
+    real, stops = RunLog.append, 0
+    for stop in range(1, 30):
+        calls = []
+
+        def dying(self, records, stop=stop, calls=calls):
+            calls.append(1)
+            if len(calls) == stop:  # a torn write, then nothing
+                with self.path.open("a") as file:
+                    file.write("".join(json.dumps(r) + "\n" for r in records)[: 3 + 40 * stop])
+                raise KeyboardInterrupt
+            real(self, records)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunLog, "append", dying)
+            try:
+                run(setting, tmp_path / f"{stop}", requests, protocol, method, config)
+                break
+            except KeyboardInterrupt:
+                stops += 1
+        resumed = run(setting, tmp_path / f"{stop}", requests, protocol, method, config)
+        assert table(resumed) == whole
+        assert [s["edits"] for s in resumed.steps] == [2, 4, 6, 7]
+    assert stops == (4 if protocol.name == "single_round" else 6)
+    again = run(setting, tmp_path / "whole", requests, protocol, method, config)  # complete: nothing is run
+    assert table(again) == whole
+
+
+def test_a_folder_of_another_run_is_refused(setting, tmp_path):
+    requests = requests_with_prompts(2)
+    run(setting, tmp_path, requests, Protocol(batch_size=2, generate=False))
+    for other in ({"protocol": Protocol(batch_size=1, generate=False)}, {"requests": requests[:1]},
+                  {"config": CONFIG.replace(lam=3.0)}):  # fmt: skip
+        arguments = {"requests": requests, "protocol": Protocol(batch_size=2, generate=False), **other}
+        with pytest.raises(StorageError, match="another run"):
+            run(setting, tmp_path, **arguments)
+    (tmp_path / "log.jsonl").write_text("nonsense\n")
+    with pytest.raises(StorageError, match="not a log"):
+        run(setting, tmp_path, requests, Protocol(batch_size=2, generate=False))
+
+
+def test_retention_is_against_the_latest_target(setting, tmp_path):
+    first, second, third = requests_with_prompts(3)
+    changed = EditRequest(first.prompt, first.subject, "Warsaw", request_id="r0")
+    requests = [first, second, changed, third]
+    assert [len(b) for b in batches([first, changed, second], 3)] == [1, 2]
+    assert latest(requests) == [changed, second, third]
+    result = run(setting, tmp_path, requests, Protocol("sequential", batch_size=7, generate=False))
+    assert [s["requests"] for s in result.steps] == [1, 1, 1, 1]
+    assert [row["target_new"] for row in result.final.per_record] == ["Warsaw", second.target_new, third.target_new]
+
+
+def test_the_model_comes_back_unhooked(setting, tmp_path):
+    model, tokenizer, _ = setting
+    ids = tokenizer("The capital of Peru is", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        before = model(ids).logits
+    with pytest.raises(RequestError, match="'r0'"):
+        run(setting, tmp_path / "a", [*requests_with_prompts(2), EditRequest("{} is", "Lima", "x", request_id="r0")], Protocol())
+    run(setting, tmp_path / "b", requests_with_prompts(2), Protocol(generate=False))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
+    Editor(model, tokenizer, CONFIG).close()
+
+
+def test_bad_protocols():
+    for bad in ({"name": "nonsense"}, {"batch_size": 0}, {"checkpoints": (0,)}, {"save_every": 1.5}):
+        with pytest.raises(ConfigError):
+            Protocol(**bad)
