@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_editor import TEXTS, small_model, some_requests
 
-from comeba_ext import EditConfig, EditRequest, Editor, evaluate, methods
+from comeba_ext import EditConfig, Editor, EditRequest, evaluate, methods
 from comeba_ext.errors import ConfigError, RequestError, StorageError
 from comeba_ext.evaluation import Protocol, predict_base, run_protocol
 from comeba_ext.evaluation.protocols import batches, latest

@@ -12,7 +12,7 @@ from comeba_ext.editing.encoding import pad_id
 from comeba_ext.editing.request import as_requests
 from comeba_ext.evaluation.base import BasePredictions, predict_base
 from comeba_ext.evaluation.queries import METRICS, check_context, record_queries
-from comeba_ext.evaluation.scoring import Prediction, Query, predict
+from comeba_ext.evaluation.scoring import Prediction, predict
 from comeba_ext.hooked_linear import hooked_layers
 
 SCORES = ("", "_exact", "_generation")  # suffixes of the three ways each metric is scored

@@ -1,0 +1,121 @@
+"""CounterFact's probabilities, fluency, perplexity: against hand-computed examples and literal loops."""
+
+import math
+
+import pytest
+import torch
+from test_editor import small_model
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from comeba_ext import EditRequest
+from comeba_ext.errors import ComebaError, RequestError
+from comeba_ext.evaluation import counterfact_scores, fluency, harness, next_tokens, ngram_entropy, perplexity
+
+RECORDS = [
+    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English", "French",
+                ("Danielle Darrieux speaks", "At home, Danielle Darrieux talks in"),
+                (("The capital of Norway is", "Oslo"), ("Who built it?", None))),
+    EditRequest("{} is located in", "Angola", "Europe", "Africa, far in the south", (), (("Peru is located in", "Lima"),)),
+    EditRequest("{} plays the", "Toko Yasuda", "guitar"),
+]  # fmt: skip
+
+
+@torch.no_grad()
+def probability(model, tokenizer, prompt, target):
+    """MEMIT's test_batch_prediction for one text: exp(−mean NLL of the target's tokens)."""
+    start = len(tokenizer.encode(prompt))
+    ids = tokenizer.encode(f"{prompt} {target}")
+    log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return math.exp(sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids))) / (len(ids) - start))
+
+
+def test_counterfact_scores_equal_the_literal_loop(tiny_model, tokenizer):
+    model = small_model(tiny_model)
+    p = lambda prompt, target: probability(model, tokenizer, prompt, target)  # noqa: E731
+    for max_tokens in (1, 4096):
+        found = counterfact_scores(model, tokenizer, RECORDS, max_tokens=max_tokens)
+        efficacy = [p(r.text, r.target_new) - p(r.text, r.ground_truth) for r in RECORDS[:2]]
+        paraphrase = [p(q, "English") - p(q, "French") for q in RECORDS[0].rephrase_prompts]
+        near = [p("The capital of Norway is", "Oslo") - p("The capital of Norway is", "English"),
+                p("Peru is located in", "Lima") - p("Peru is located in", "Europe")]  # fmt: skip
+        for name, gaps in (("efficacy", efficacy), ("paraphrase", paraphrase), ("neighborhood", near)):
+            assert found[f"{name}_magnitude"] == pytest.approx(sum(gaps) / 2, rel=1e-4)
+            assert found[f"{name}_score"] == sum(g > 0 for g in gaps) / 2
+            low, high = found[f"{name}_magnitude_interval"]
+            assert low <= found[f"{name}_magnitude"] <= high
+    assert found.per_record[2]["efficacy_score"] is None  # no true object
+    assert counterfact_scores(model, tokenizer, RECORDS[2:])["score"] is None
+
+
+def test_counterfact_score_of_a_model_of_known_probabilities(tokenizer):
+    """A model that ignores its input: the next token is t with probability softmax(bias)_t."""
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1, n_positions=64, tie_word_embeddings=False)
+    model = GPT2LMHeadModel(config).eval()
+    (good,), (bad,) = (tokenizer(f" {w}")["input_ids"][:1] for w in ("is", "was"))
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(torch.eye(8)[0])
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[good, 0], model.lm_head.weight[bad, 0] = math.log(30), math.log(20)
+    total = 30 + 20 + len(tokenizer) - 2
+    record = EditRequest("{} it", "Peru", "is", "was", (), (("Peru", "was"),))
+    found = counterfact_scores(model, tokenizer, [record])
+    assert found.efficacy_score == 1 and found.neighborhood_score == 0
+    assert found.efficacy_magnitude == pytest.approx(10 / total, rel=1e-5)
+    assert found.neighborhood_magnitude == pytest.approx(-10 / total, rel=1e-5)
+
+
+def test_ngram_entropy_by_hand():
+    assert ngram_entropy("a a a a a") == 0
+    # bigrams ab ba ab: H = −(2/3 log 2/3 + 1/3 log 1/3); trigrams aba bab: H = 1
+    h2 = -(2 / 3 * math.log2(2 / 3) + 1 / 3 * math.log2(1 / 3))
+    assert ngram_entropy("a b a b") == pytest.approx((2 / 3 * h2 + 4 / 3 * 1) / 2)
+    # "Oslo, it's" has five units: Oslo , it ' s
+    assert ngram_entropy("Oslo, it's") == pytest.approx((2 / 3 * math.log2(4) + 4 / 3 * math.log2(3)) / 2)
+    assert ngram_entropy("") == 0 and ngram_entropy("one") == 0
+
+
+def test_fluency_of_greedy_text(tiny_model, tokenizer):
+    model = small_model(tiny_model)
+    prompts = ["The mother tongue of Danielle", "Peru"]
+    found = fluency(model, tokenizer, prompts, new_tokens=12)
+    values = []
+    for prompt in prompts:
+        ids = tokenizer(prompt)["input_ids"]
+        for _ in range(12):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1]
+            logits[tokenizer.eos_token_id] = -torch.inf
+            ids.append(int(logits.argmax()))
+        values.append(ngram_entropy(tokenizer.decode(ids, skip_special_tokens=True)))
+    assert found["fluency"] == pytest.approx(sum(values) / 2)
+
+
+def test_perplexity_and_next_tokens(tiny_model, tokenizer):
+    model = small_model(tiny_model, n_positions=16)
+    texts = ["The capital of Norway is Oslo, and the capital of Peru is Lima. " * 2, "Angola"]
+    total, count, tokens = 0.0, 0, []
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        for piece in (ids[i : i + 16] for i in range(0, len(ids), 16)):
+            with torch.no_grad():
+                log_p = model(torch.tensor([piece])).logits[0].log_softmax(-1)
+            total -= sum(log_p[i - 1, piece[i]].item() for i in range(1, len(piece)))
+            count += len(piece) - 1
+            tokens += log_p.argmax(-1).tolist()
+    for max_tokens in (1, 4096):
+        assert perplexity(model, tokenizer, texts, max_tokens=max_tokens) == pytest.approx(math.exp(total / count), rel=1e-5)
+        assert sorted(next_tokens(model, tokenizer, texts, max_tokens=max_tokens).tolist()) == sorted(tokens)
+    with pytest.raises(ComebaError, match="two tokens"):
+        perplexity(model, tokenizer, [])
+
+
+def test_clear_errors(tiny_model, tokenizer):
+    model = small_model(tiny_model)
+    with pytest.raises(RequestError, match="context"):
+        counterfact_scores(model, tokenizer, [EditRequest("Lima " * 200 + "{} is", "Peru", "x", "y")])
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        with pytest.raises(ComebaError, match="pip install lm_eval"):
+            harness(model, tokenizer, ["lambada"])
