@@ -52,11 +52,13 @@ class Editor:
         method: name in saved folders and tables.
         serving: mode of the layers between edits, ``"validated"`` or ``"temporary"`` (edited output everywhere).
         config_class: of ``config``.
+        needs_covariance: whether nothing can be edited without one.
     """
 
     method = "COMEBA-HK"
     serving = "validated"
     config_class = EditConfig
+    needs_covariance = True
 
     def __init__(self, model: nn.Module, tokenizer, config: EditConfig | None = None):
         self.model, self.tokenizer = model, tokenizer
@@ -381,7 +383,7 @@ class Editor:
         return batch
 
     def _need_covariance(self) -> None:
-        if not self.key_memory:
+        if self.needs_covariance and not self.key_memory:
             raise CovarianceError("no covariance yet: call collect_covariance(texts) or load_covariance(path) first")
 
     def _check_values(self, values: torch.Tensor, count: int) -> torch.Tensor:
