@@ -23,7 +23,7 @@ from pathlib import Path
 MODULE = "_kernels"
 OLDEST_ARCH = 80  # compute capability 8.0: bfloat16 tensor cores, asynchronous copies
 AHEAD_OF_TIME_ARCHS = "80;90a"  # when nothing is asked for and no GPU need be there; 8.6 and 8.9 run the code for 8.0
-STANDARD = "-std=c++17"
+STANDARD = "-std=c++17"  # of the kernels; torch's headers say what they need, see torch_standard
 HOST_FLAGS = ["-O2", "-fPIC", "-fno-gnu-unique"]
 # Without optimisation beyond -O1: the emulated kernels are for testing, and compile in half the time.
 EMULATED_FLAGS = ["-O1", "-fPIC", "-fno-gnu-unique", "-DCOMEBA_EMULATE", "-pthread", "-Wno-unknown-pragmas"]
@@ -81,7 +81,8 @@ class Recipe:
         language = ["-x", "c++"] if source.suffix == ".cu" else []
         if language:  # kernels need neither torch nor Python
             folders = []
-        return [self.compiler, STANDARD, *flags, *names, *folders, *language, "-c", str(source), "-o", str(to)]
+        standard = STANDARD if language else torch_standard(root)
+        return [self.compiler, standard, *flags, *names, *folders, *language, "-c", str(source), "-o", str(to)]
 
     def link(self, objects: list[Path], to: Path) -> list[str]:
         """The linker call; torch's own libraries are found in the process that imports torch first."""
@@ -163,6 +164,15 @@ def torch_facts() -> dict | None:
 
     return {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,
             "folder": str(Path(spec.origin).parent), "cxx11_abi": torch.compiled_with_cxx11_abi()}  # fmt: skip
+
+
+def torch_standard(folder: Path) -> str:
+    """The C++ standard that torch's headers ask for: 17 up to 2.13, later 20."""
+    try:
+        asked = re.search(r"#error C\+\+(\d+)", (folder / "include/ATen/ATen.h").read_text())
+    except OSError:
+        asked = None
+    return f"-std=c++{asked.group(1)}" if asked else STANDARD
 
 
 def find_compiler() -> str | None:
