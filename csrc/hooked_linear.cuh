@@ -230,7 +230,7 @@ struct Shape {
 // Sums of products of this block's tiles, left in shared memory for sum_of(). Row pointers are this lane's: rows g of the
 // upper and the lower group; rows and tokens that do not exist may point at any that do, their sums are not read.
 template <typename T, int NT>
-__device__ void product(const T* upper, const T* lower, const T* const (&x)[NT], int d_in, float* shared) {
+__device__ void product(const T* upper, const T* lower, const T* x, const int (&tokens)[NT], int d_in, float* shared) {
   using S = Shape<NT>;
   constexpr int kBlock = 4 * kChunk<T>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slice = warp % S::kSlices;
@@ -247,7 +247,7 @@ __device__ void product(const T* upper, const T* lower, const T* const (&x)[NT],
     for (int u = 0; u < S::kUnroll; ++u) {
       const int k = k0 + u * kBlock + lane % 4 * kChunk<T>;
 #pragma unroll
-      for (int n = 0; n < NT; ++n) multiply<T>(c[n], up[u], low[u], load_chunk(x[n], k, d_in));
+      for (int n = 0; n < NT; ++n) multiply<T>(c[n], up[u], low[u], load_chunk(x + static_cast<size_t>(tokens[n]) * d_in, k, d_in));
     }
   }
   __syncthreads();  // the previous sums have been read
@@ -269,13 +269,14 @@ __device__ float sum_of(const float* shared, int tile, int row, int token) {
   return sum;
 }
 
-template <typename T, int NT>
-__device__ void token_rows(const T* (&rows)[NT], const T* x, const int* gathered, int first, int tokens, int d_in) {
+// The tokens whose rows of x this lane loads.
+template <int NT>
+__device__ void own_tokens(int (&own)[NT], const int* listed, int first, int count) {
   const int g = threadIdx.x % 32 / 4;
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
-    const int token = min(first + n * 8 + g, tokens - 1);
-    rows[n] = x + static_cast<size_t>(gathered != nullptr ? gathered[token] : token) * d_in;
+    const int token = min(first + n * 8 + g, count - 1);
+    own[n] = listed != nullptr ? listed[token] : token;
   }
 }
 
@@ -286,10 +287,10 @@ __device__ void add_edits(Out* output, const T* x, const T* delta, const int* li
                           int d_out, int row0, float* shared) {
   using S = Shape<NT>;
   const int g = threadIdx.x % 32 / 4, tile = threadIdx.x / 32 / S::kSlices;
-  const T* rows[NT];
-  token_rows<T, NT>(rows, x, listed, first, count, d_in);
+  int own[NT];
+  own_tokens<NT>(own, listed, first, count);
   const int upper = min(row0 + tile * 16 + g, d_out - 1), lower = min(row0 + tile * 16 + 8 + g, d_out - 1);
-  product<T, NT>(delta + static_cast<size_t>(upper) * d_in, delta + static_cast<size_t>(lower) * d_in, rows, d_in, shared);
+  product<T, NT>(delta + static_cast<size_t>(upper) * d_in, delta + static_cast<size_t>(lower) * d_in, x, own, d_in, shared);
   for (int e = threadIdx.x; e < S::kTiles * 16 * S::kTokens; e += kThreads) {
     const int row = e % (S::kTiles * 16), token = e / (S::kTiles * 16);
     if (row0 + row >= d_out || first + token >= count) continue;
@@ -400,8 +401,8 @@ __global__ void __launch_bounds__(kThreads, Shape<NT>::kResident) decode_exact_k
   constexpr int kRows = S::kTiles * 8;
   const int tokens = d.batch * d.seq, tiles = (d_out + kRows - 1) / kRows;
   const int g = threadIdx.x % 32 / 4, own_tile = threadIdx.x / 32 / S::kSlices;
-  const T* rows[NT];
-  token_rows<T, NT>(rows, x, nullptr, 0, tokens, d_in);
+  int own[NT];
+  own_tokens<NT>(own, nullptr, 0, tokens);
   for (;;) {
     __syncthreads();
     if (threadIdx.x == 0) drawn = atomicAdd(p.ticket, 1u);
@@ -421,7 +422,7 @@ __global__ void __launch_bounds__(kThreads, Shape<NT>::kResident) decode_exact_k
     }
     const int row0 = tile * kRows;
     const size_t row = static_cast<size_t>(min(row0 + own_tile * 8 + g, d_out - 1)) * d_in;
-    product<T, NT>(weight + row, delta + row, rows, d_in, shared);
+    product<T, NT>(weight + row, delta + row, x, own, d_in, shared);
     const auto base_of = [&](int r, int token) { return sum_of<NT>(shared, r / 8, r % 8, token); };
     const auto edit_of = [&](int r, int token) { return sum_of<NT>(shared, r / 8, 8 + r % 8, token); };
     for (int e = threadIdx.x; e < kRows * tokens; e += kThreads) {
@@ -445,12 +446,12 @@ __global__ void __launch_bounds__(kThreads, Shape<NT>::kResident) decode_gated_k
   using S = Shape<NT>;
   __shared__ float shared[S::kShared];
   __shared__ unsigned drawn;
-  constexpr int kRows = S::kTiles * 16, kPerThread = (kRows * S::kTokens + kThreads - 1) / kThreads;
+  constexpr int kRows = S::kTiles * 16;
   const int tokens = d.batch * d.seq;
   const int deciding = (sketch_rows + kRows - 1) / kRows, tiles = deciding + (d_out + kRows - 1) / kRows;
   const int g = threadIdx.x % 32 / 4, own_tile = threadIdx.x / 32 / S::kSlices;
-  const T* rows[NT];
-  token_rows<T, NT>(rows, x, nullptr, 0, tokens, d_in);
+  int own[NT];
+  own_tokens<NT>(own, nullptr, 0, tokens);
   for (;;) {
     __syncthreads();
     if (threadIdx.x == 0) drawn = atomicAdd(p.ticket, 1u);
@@ -462,30 +463,27 @@ __global__ void __launch_bounds__(kThreads, Shape<NT>::kResident) decode_gated_k
     const int row0 = (decides ? tile : tile - deciding) * kRows, last = (decides ? sketch_rows : d_out) - 1;
     const size_t upper = static_cast<size_t>(min(row0 + own_tile * 16 + g, last)) * d_in;
     const size_t lower = static_cast<size_t>(min(row0 + own_tile * 16 + 8 + g, last)) * d_in;
-    product<T, NT>(matrix + upper, matrix + lower, rows, d_in, shared);
+    product<T, NT>(matrix + upper, matrix + lower, x, own, d_in, shared);
     const auto sum = [&](int r, int token) { return sum_of<NT>(shared, r / 16, r % 16, token); };
     if (decides) {
       write_squares<T>(p.partial + tile * tokens, tokens, min(kRows, sketch_rows - row0), sum);
       settle(d, p, deciding);
       continue;
     }
-    float base[kPerThread];
-#pragma unroll
-    for (int n = 0; n < kPerThread; ++n) {
-      const int e = n * kThreads + threadIdx.x, r = e % kRows, token = e / kRows;
-      if (token >= tokens || row0 + r >= d_out) continue;
-      base[n] = to_float(from_float<T>(sum(r, token) + (bias != nullptr ? to_float(bias[row0 + r]) : 0.f)));
+    for (int e = threadIdx.x; e < kRows * tokens; e += kThreads) {
+      const int r = e % kRows, token = e / kRows;
+      if (row0 + r < d_out)
+        output[static_cast<size_t>(token) * d_out + row0 + r] =
+            from_float<T>(sum(r, token) + (bias != nullptr ? to_float(bias[row0 + r]) : 0.f));
     }
-    const bool any = settled_scope(p);
-    if (any) product<T, NT>(delta + upper, delta + lower, rows, d_in, shared);
+    if (!settled_scope(p)) continue;
+    product<T, NT>(delta + upper, delta + lower, x, own, d_in, shared);
     const volatile unsigned char* scope = p.scope;
-#pragma unroll
-    for (int n = 0; n < kPerThread; ++n) {
-      const int e = n * kThreads + threadIdx.x, r = e % kRows, token = e / kRows;
-      if (token >= tokens || row0 + r >= d_out) continue;
-      float value = base[n];
-      if (any && scope[token]) value += to_float(from_float<T>(sum(r, token)));
-      output[static_cast<size_t>(token) * d_out + row0 + r] = from_float<T>(value);
+    for (int e = threadIdx.x; e < kRows * tokens; e += kThreads) {  // every thread finds what it wrote itself
+      const int r = e % kRows, token = e / kRows;
+      if (row0 + r >= d_out || !scope[token]) continue;
+      T* out = output + static_cast<size_t>(token) * d_out + row0 + r;
+      *out = from_float<T>(to_float(*out) + to_float(from_float<T>(sum(r, token))));
     }
   }
 }
