@@ -535,3 +535,51 @@ def test_what_the_base_layer_handed_out_is_not_changed(gate):
     x = random(1, 5, 24, seed=5)
     output = layer(x)
     assert torch.equal(seen[0], F.linear(x, layer.weight, layer.bias)) and not torch.equal(seen[0], output)
+
+
+# ---- on a GPU ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("tokens", [1, 8, 64, 300])
+@pytest.mark.parametrize("gate", ["exact", "sketch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_cuda_graph_replays_without_synchronising(gate, dtype, tokens):
+    base = nn.Linear(256, 320, dtype=dtype, device="cuda")
+    layer = HookedLinear(base, "reference", gate=gate)
+    layer.delta.copy_(random(320, 256, seed=2) / 16)
+    layer.reference_scale.fill_(320.0)
+    x = random(1, tokens, 256, seed=3).to("cuda", dtype)
+    layer.alpha.copy_(layer.scores(x).median() * 0.999)
+    expected = layer(x)  # compiles, warms up
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = layer(x)
+    x.copy_(x.flip(1) * 0.9)
+    graph.replay()
+    assert not torch.equal(replayed, expected)
+    assert torch.allclose(replayed, layer(x), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("gate", ["exact", "sketch"])
+@torch.no_grad()
+def test_compiled_with_reduced_overhead(gate):
+    torch._dynamo.reset()
+    layer = HookedLinear(nn.Linear(256, 320, device="cuda", dtype=torch.bfloat16), "reference", gate=gate)
+    layer.delta.copy_(random(320, 256, seed=2) / 16)
+    layer.reference_scale.fill_(320.0)
+    x = random(2, 20, 256, seed=3).to("cuda", torch.bfloat16)
+    layer.alpha.copy_(layer.scores(x).median() * 0.999)
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        found = compiled(x).clone()
+    assert torch.allclose(found, layer(x), rtol=2e-2, atol=2e-2)
