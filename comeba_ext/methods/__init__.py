@@ -17,9 +17,9 @@ from pathlib import Path
 
 from torch import nn
 
-from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.editor import Editor
 from comeba_ext.errors import ConfigError
+from comeba_ext.methods.fixed_threshold import FixedThreshold
 from comeba_ext.methods.ft import FT, FTL
 from comeba_ext.methods.memit import MEMIT
 from comeba_ext.methods.pmet import PMET
@@ -29,10 +29,10 @@ from comeba_ext.methods.without_hooks import WithoutHooks
 from comeba_ext.storage import read_manifest
 
 METHODS: dict[str, type[Editor]] = {
-    cls.method: cls for cls in (Editor, WithoutHooks, MEMIT, ROME, PMET, FT, FTL)
+    cls.method: cls for cls in (Editor, WithoutHooks, MEMIT, ROME, PMET, FT, FTL, FixedThreshold)
 }
 
-__all__ = ["FT", "FTL", "MEMIT", "METHODS", "PMET", "ROME", "EditConfig", "WithoutHooks", "default_config", "get", "load"]
+__all__ = ["FT", "FTL", "MEMIT", "METHODS", "PMET", "ROME", "FixedThreshold", "WithoutHooks", "default_config", "get", "load"]
 
 
 def get(name: str) -> type[Editor]:

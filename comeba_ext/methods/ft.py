@@ -58,6 +58,7 @@ class FT(WithoutHooks):
 
     method = "FT"
     config_class = FTConfig
+    needs_covariance = False
 
     def __init__(self, model: nn.Module, tokenizer, config: FTConfig | None = None):
         super().__init__(model, tokenizer, only_layer(config or self.default_config(model), self.method))
@@ -73,9 +74,6 @@ class FT(WithoutHooks):
 
     def _check_values(self, values, count: int):
         raise RequestError(f"{self.method} has no target values")
-
-    def _need_covariance(self) -> None:
-        pass
 
     def _optimise(self, batch: list[EditRequest], progress: bool) -> TargetValues:
         self._trained = TargetValues(torch.zeros(len(batch), 0))  # losses and steps follow when it has been trained
