@@ -1,10 +1,11 @@
 """The paper's score against the reference score, the sketched gate against the exact one:
-``python bench/bench_scope.py [--quick] [--json]``
+``python bench/bench_scope.py [--records NAME=FILE ...] [--quick] [--json]``
 
 The same 200 consecutive edits (batches of 10) of the embedded model, everything else equal, on facts that the demo does
-not use. Beside the metrics: the share of next-token predictions on unrelated text that changed, and for the sketched
-gate the share of scope decisions (every layer, every token of the edited, rephrased, other and unrelated prompts) on
-which it agrees with the exact gate, and of those in scope by the exact gate that are in scope by the sketch too.
+not use, and on records that are given (100 of each; the embedded model does not know their subjects). Beside the metrics:
+the share of next-token predictions on unrelated text that changed, and for the sketched gate the share of scope decisions
+(every layer, every token of the edited, rephrased, other and unrelated prompts) on which it agrees with the exact gate,
+and of the tokens in scope by the exact gate those that are in scope by the sketch too.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import torch
 from common import finish, target
 
 from comeba_ext import EditConfig, Editor, evaluate, testbed
+from comeba_ext.data import read_requests
 from comeba_ext.evaluation import predict_base
 from comeba_ext.testbed.diagnose import single_edits
+
+METRICS = ("reliability", "generality", "locality")
 
 
 @torch.no_grad()
@@ -43,45 +47,54 @@ def decisions(model, tokenizer, layers: dict, texts: list[str]) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="60 edits")
+    parser.add_argument("--records", metavar="NAME=FILE", action="append", default=[], help="ZsRE, CounterFact, …")
+    parser.add_argument("--quick", action="store_true", help="60 edits, 30 records")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     model, tokenizer = testbed.load()
     edits = 60 if args.quick else 200
-    requests = testbed.facts()[600 : 600 + edits]
-    edited = {r.subject for r in requests}
-    stream = testbed.texts(seed=9)
-    texts = [t for t in itertools.islice(stream, 600) if not any(s in t for s in edited)][:200]
-    prompts = texts + [p for r in requests for p in (r.text, *r.rephrase_prompts, *(q for q, _ in r.locality_prompts))]
-    rows, exact = [], {}
-    settings = [("zscore", 1.0), ("reference", 1.0), ("reference", 0.25)]
-    for scope, margin, gate in [(*s, "exact") for s in settings] + [(*s, "sketch") for s in settings[::2]]:
-        config = EditConfig.for_model(model, scope=scope, alpha_margin=margin, gate=gate)
-        alone = single_edits(model, tokenizer, 10 if args.quick else 20, 1000, config)
-        editor = Editor(model, tokenizer, config)
-        editor.collect_covariance(testbed.texts(), progress=False)
-        base = predict_base(model, tokenizer, requests, generate=False)
-        before = predictions(model, tokenizer, texts)
-        for _ in editor.edit_all(requests, 10, progress=not args.json):
-            pass
-        scores = evaluate(model, tokenizer, requests, base, generate=False)
-        changed = (predictions(model, tokenizer, texts) != before).float().mean().item()
-        decided = decisions(model, tokenizer, editor.layers, prompts)
-        reference = exact.setdefault((scope, margin), decided)
-        agreement = {"scope_agreement": (decided == reference).float().mean().item(),
-                     "share_of_exact_scope": decided[reference].float().mean().item()}  # fmt: skip
-        editor.close()
-        names = ("reliability", "generality", "locality")
-        rows.append({"scope": scope, "alpha_margin": margin, "gate": gate, "edits": edits, "text_changed": changed,
-                     **agreement, **alone,
-                     **{n: scores[n] for n in names}, **{f"{n}_interval": scores[f"{n}_interval"] for n in names}})  # fmt: skip
-        if not args.json:
-            print(scope, margin, gate, *(f"{n} {scores[n]:.3f}" for n in names), f"text changed {changed:.4f}",
-                  *(f"{n} {v:.4f}" for n, v in {**agreement, **alone}.items()), flush=True)  # fmt: skip
-    best, sketched = rows[2], rows[-1]
-    finish(rows, [target(f"{n}, reference with margin, {row['gate']} gate", row[n], limit, row[n] >= limit)
-                  for row in (best, sketched)
-                  for n, limit in (("reliability", 0.95), ("generality", 0.80), ("locality", 0.95))], args.json)  # fmt: skip
+    sets = {"embedded model's facts": testbed.facts()[600 : 600 + edits]}
+    for name, _, path in (given.partition("=") for given in args.records):
+        sets[name] = read_requests(path, 30 if args.quick else 100).requests
+    settings = [("zscore", 1.0, "exact"), ("zscore", 1.0, "sketch"), ("reference", 1.0, "exact"),
+                ("reference", 0.25, "exact"), ("reference", 0.25, "sketch")]  # fmt: skip
+    rows = []
+    for dataset, requests in sets.items():
+        own = dataset == next(iter(sets))
+        edited = {r.subject for r in requests}
+        unrelated = (t for t in itertools.islice(testbed.texts(seed=9), 600) if not any(s in t for s in edited))
+        texts = list(itertools.islice(unrelated, 200))
+        prompts = texts + [p for r in requests for p in (r.text, *r.rephrase_prompts, *(q for q, _ in r.locality_prompts))]
+        exact = {}
+        for scope, margin, gate in settings if own else [s for s in settings if s[:2] != ("reference", 1.0)]:
+            config = EditConfig.for_model(model, scope=scope, alpha_margin=margin, gate=gate)
+            row = {"dataset": dataset, "scope": scope, "alpha_margin": margin, "gate": gate, "edits": len(requests)}
+            if own:
+                row |= single_edits(model, tokenizer, 10 if args.quick else 20, 1000, config)
+            editor = Editor(model, tokenizer, config)
+            editor.collect_covariance(testbed.texts(), progress=False)
+            base = predict_base(model, tokenizer, requests, generate=False)
+            before = predictions(model, tokenizer, texts)
+            for _ in editor.edit_all(requests, 10, progress=not args.json):
+                pass
+            scores = evaluate(model, tokenizer, requests, base, generate=False)
+            decided = decisions(model, tokenizer, editor.layers, prompts)
+            reference = exact.setdefault((scope, margin), decided)
+            row |= {name: scores[name] for name in METRICS}
+            row |= {f"{name}_interval": scores[f"{name}_interval"] for name in METRICS}
+            row["text_changed"] = (predictions(model, tokenizer, texts) != before).float().mean().item()
+            row["scope_agreement"] = (decided == reference).float().mean().item()
+            row["share_of_exact_scope"] = decided[reference].float().mean().item()
+            editor.close()
+            rows.append(row)
+            if not args.json:
+                print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    targets = []
+    for row in rows:
+        if (row["dataset"], row["scope"], row["alpha_margin"]) == (next(iter(sets)), "reference", 0.25):
+            targets += [target(f"{name}, reference with margin, {row['gate']} gate", row[name], limit, row[name] >= limit)
+                        for name, limit in zip(METRICS, (0.95, 0.80, 0.95))]  # fmt: skip
+    finish(rows, targets, args.json)
 
 
 if __name__ == "__main__":
