@@ -130,7 +130,7 @@ class HookedLinear(nn.Module):
             output, after = ops.decode_hook(given, self.weight, self.bias, delta, sketch, *decision)
             output = output.reshape(*x.shape[:-1], self.out_features)
         else:
-            output = self.base_layer(x, *args, **kwargs)
+            output = self.base_layer.forward(x) if plain else self.base_layer(x, *args, **kwargs)
             shape = output.shape
             if len(shape) != 3:
                 output = output.reshape(*given.shape[:-1], self.out_features)

@@ -138,9 +138,8 @@ def _needs_grad(*tensors: torch.Tensor) -> bool:
 def _dispatched(tensor: torch.Tensor) -> bool:
     """Whether to go through the dispatcher: to a compiled implementation (built on first use), or because
     ``torch.compile`` must see one operator. In plain torch it would only cost time."""
-    return torch.compiler.is_compiling() or (
-        extension.available(tensor.device.type) and tensor.dtype != torch.float64  # kernels compute in float32
-    )
+    compiled = extension.available(tensor.device.type) and tensor.dtype != torch.float64  # kernels compute in float32
+    return compiled or torch.compiler.is_compiling()
 
 
 # -- references: what the operators must equal ---------------------------------------------------------------------
@@ -160,8 +159,6 @@ def gated_hook_ref(output, x, delta, sketch, mask, statistics, alpha, reference_
 
 def decide(response, mask, statistics, alpha, reference_scale, score):
     """Scope ``(batch, seq)`` bool from the response ``(batch, seq, rows)`` of delta or its sketch, and statistics."""
-    if response.device.type == "cpu" and not torch.compiler.is_compiling():  # reading a scalar costs nothing here
-        alpha, reference_scale = alpha.item(), reference_scale.item()
     value, after = scores(response, mask, statistics, reference_scale, score)
     return in_scope(value, alpha, mask, response.dtype), after
 
@@ -263,14 +260,14 @@ def swap(output: torch.Tensor, edit: torch.Tensor, scope: torch.Tensor) -> torch
 # Every one returns statistics (batch, 3) for "zscore" and an empty tensor for "reference".
 
 def _exact_hook_(output, edit, mask, statistics, alpha, reference_scale, score):
-    scope, after = decide(edit, mask, statistics, alpha, reference_scale, score)
+    scope, after = _decide(edit, mask, statistics, alpha, reference_scale, score)
     _add_in_scope_(output, scope, lambda rows: edit.flatten(0, 1)[rows], lambda: edit)
     return _statistics(edit, after)
 
 
 def _gated_hook_(output, x, delta, sketch, mask, statistics, alpha, reference_scale, score):
     response = F.linear(x, sketch)
-    scope, after = decide(response, mask, statistics, alpha, reference_scale, score)
+    scope, after = _decide(response, mask, statistics, alpha, reference_scale, score)
     _add_in_scope_(output, scope, lambda rows: F.linear(x.flatten(0, 1)[rows], delta), lambda: F.linear(x, delta))
     return _statistics(response, after)
 
@@ -281,6 +278,12 @@ def _decode_hook(x, weight, bias, delta, sketch, mask, statistics, alpha, refere
     if sketch is None:
         return output, _exact_hook_(output, F.linear(x, delta), *arguments)
     return output, _gated_hook_(output, x, delta, sketch, *arguments)
+
+
+def _decide(response, mask, statistics, alpha, reference_scale, score):
+    if response.device.type == "cpu":  # where reading a scalar costs less than computing with it
+        alpha, reference_scale = alpha.item(), reference_scale.item()
+    return decide(response, mask, statistics, alpha, reference_scale, score)
 
 
 def _add_in_scope_(output, scope, edit_of_rows, edit_of_all) -> None:

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import torch
 
-ROWS = 32
+ROWS = 64
 
 
 def rows_for(d_out: int) -> int:
