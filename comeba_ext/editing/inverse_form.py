@@ -11,6 +11,9 @@ CHUNK = 1024  # keys taken in at once: bounds the (u, u) and (u, d) intermediate
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # relative error of C⁻¹ y beyond which the form gives up
 
 
+SLACK = 10  # how much less a change costs, as measured, than the bound by which it is foreseen
+
+
 class Unfit(ArithmeticError):
     """The change would cost the inverse more accuracy than ``TOLERANCE``."""
 
@@ -98,9 +101,9 @@ class InverseForm(NamedTuple):
         new = torch.linalg.solve_triangular(corner, w, upper=False)
         solved = torch.linalg.solve_triangular(corner.mT, new, upper=True)
         if sign > 0:  # C⁻¹ shrinks by up to the norm of I + KᵀW; the error it has already shrinks with it
-            loss = drift + self.fresh * torch.linalg.matrix_norm(inner)
+            loss = drift + self.fresh * torch.linalg.matrix_norm(inner) / SLACK
         else:  # C⁻¹ grows, and so does all its error
-            loss = drift / corner.diagonal().square().amin()
+            loss = drift + drift / corner.diagonal().square().amin() / SLACK
         more = torch.add(lost, (z @ rows.mT) @ rows, alpha=sign)
         total = y + more
         probe = torch.stack([z, total, more - (total - y)])
