@@ -242,13 +242,16 @@ def in_scope(
     score: torch.Tensor, alpha: torch.Tensor | float, mask: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """Tokens whose edited output goes on: real ones with ``score ≥ α`` up to the rounding of ``dtype`` (``SLACK``)."""
+    scope = score >= _limit(alpha, dtype)
+    return scope if mask is None else scope & mask.bool()
+
+
+def _limit(alpha: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor | float:
     slack = SLACK.get(dtype, 1e-5)
     if isinstance(alpha, float):
-        limit = alpha * (1.0 - math.copysign(slack, alpha))
-    else:
-        limit = (alpha * (1.0 - slack * alpha.sign())).to(score.dtype)  # alpha itself may be infinite
-    scope = score >= limit
-    return scope if mask is None else scope & mask.bool()
+        return alpha * (1.0 - math.copysign(slack, alpha))
+    wide = torch.promote_types(dtype, torch.float32)
+    return (alpha * (1.0 - slack * alpha.sign())).to(wide)  # alpha itself may be infinite
 
 
 def swap(output: torch.Tensor, edit: torch.Tensor, scope: torch.Tensor) -> torch.Tensor:
@@ -281,8 +284,11 @@ def _decode_hook(x, weight, bias, delta, sketch, mask, statistics, alpha, refere
 
 
 def _decide(response, mask, statistics, alpha, reference_scale, score):
-    if response.device.type == "cpu":  # where reading a scalar costs less than computing with it
+    """:func:`decide`; on the CPU, where reading a scalar costs less than computing with it, by few operations."""
+    if response.device.type == "cpu":
         alpha, reference_scale = alpha.item(), reference_scale.item()
+        if score == "reference" and mask is None and alpha > 0 and reference_scale > 0:  # n² / scale ≥ α
+            return edit_norm(response) >= math.sqrt(_limit(alpha, response.dtype) * reference_scale), None
     return decide(response, mask, statistics, alpha, reference_scale, score)
 
 
