@@ -56,6 +56,7 @@ setup(
     packages=[*find_packages(include=["comeba_ext*"]), "comeba_ext.csrc"],
     package_dir={"comeba_ext.csrc": "csrc"},
     package_data={"comeba_ext.csrc": ["*.cpp", "*.cu", "*.cuh", "*.h"]},
+    exclude_package_data={"comeba_ext.csrc": ["tests/*", ".clang-format"]},
     ext_modules=[Extension("comeba_ext._kernels", sources=[])] if ahead_of_time else [],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MODULE = "_kernels"
+USUAL_TOOLKIT = Path("/usr/local/cuda")
 OLDEST_ARCH = 80  # compute capability 8.0: bfloat16 tensor cores, asynchronous copies
 AHEAD_OF_TIME_ARCHS = "80;90a"  # when nothing is asked for and no GPU need be there; 8.6 and 8.9 run the code for 8.0
 STANDARD = "-std=c++17"  # of the kernels; torch's headers say what they need, see torch_standard
@@ -99,7 +100,9 @@ class Recipe:
 def recipe(emulated: bool, archs: tuple[str, ...] = ()) -> Recipe:
     """What to compile for this machine, or :class:`BuildFailure` with the reason why it cannot be."""
     if sys.platform != "linux":
-        raise BuildFailure(f"kernels are compiled on Linux only, this is {sys.platform}", "Plain torch does the same work")
+        raise BuildFailure(
+            f"kernels are compiled on Linux only, this is {sys.platform}", "Plain torch does the same work"
+        )
     sources = tuple(sorted([*csrc().glob("*.cpp"), *csrc().glob("*.cu")]))
     if not sources:
         raise BuildFailure(f"the kernels' sources are missing at {csrc()}", "Reinstall comeba_ext")
@@ -177,7 +180,8 @@ def torch_standard(folder: Path) -> str:
 
 def find_compiler() -> str | None:
     """The host's C++ compiler: ``CXX``, else g++, else clang++."""
-    return next((found for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name and (found := shutil.which(name))), None)  # fmt: skip
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    return next((found for name in names if (found := shutil.which(name))), None)
 
 
 def find_nvcc() -> str | None:
@@ -188,7 +192,7 @@ def find_nvcc() -> str | None:
     found = shutil.which("nvcc")
     if found:
         return found
-    usual = [Path("/usr/local/cuda/bin/nvcc")]
+    usual = [USUAL_TOOLKIT / "bin/nvcc"]
     site = Path(sysconfig.get_path("purelib")) / "nvidia"
     usual += [*sorted(site.glob("cu*/bin/nvcc"), reverse=True), site / "cuda_nvcc/bin/nvcc"]
     return next((str(path) for path in usual if path.exists()), None)
@@ -222,7 +226,9 @@ def _checked_nvcc(torch: dict, archs: tuple[str, ...]) -> str:
         )
     too_old = [arch for arch in archs if int(re.match(r"\d+", arch).group()) < OLDEST_ARCH]
     if too_old:
-        raise BuildFailure(f"the kernels need compute capability 8.0, this is {too_old[0]}", "Plain torch does the same work")
+        raise BuildFailure(
+            f"the kernels need compute capability 8.0, this is {too_old[0]}", "Plain torch does the same work"
+        )
     return nvcc
 
 
@@ -234,7 +240,7 @@ def _plain(archs: tuple[str, ...]) -> str:
 def _cuda_root(nvcc: str) -> Path:
     """The toolkit's folder, also where nvcc on the search path is a link into it or a script that calls it."""
     root = Path(nvcc).resolve().parent.parent
-    home = next((Path(v) for v in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if v and Path(v).is_dir()), root)
+    home = next((Path(v) for v in (os.environ.get("CUDA_HOME"), USUAL_TOOLKIT) if v and Path(v).is_dir()), root)
     return root if (root / "include/cuda_runtime.h").exists() else home
 
 
@@ -272,7 +278,9 @@ def _record(done: subprocess.CompletedProcess, out, recipe: Recipe, log: Path) -
             log,
         )
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    first = next((line for line in lines if re.search(r"\b(error|fatal)\b|undefined reference|cannot find", line)), None)
+    first = next(
+        (line for line in lines if re.search(r"\b(error|fatal)\b|undefined reference|cannot find", line)), None
+    )
     first = first or (lines[-1] if lines else f"{done.args[0]} ended with code {done.returncode}")
     raise BuildFailure(f"compiling failed: {first}", "Please report this with the compiler output", log)
 

@@ -89,10 +89,10 @@ def status() -> dict:
     if known is not None and known.failure is None:
         return {"state": known.origin, "cause": None, "remedy": None, "path": str(known.path or "")}
     try:
-        if known is not None:
+        if known is not None and known.origin != "disabled":
             raise known.failure
         if _set("COMEBA_DISABLE_EXTENSION"):
-            return {"state": "disabled", "cause": "COMEBA_DISABLE_EXTENSION is set", "remedy": "unset it", "path": ""}
+            return {"state": "disabled", "cause": "COMEBA_DISABLE_EXTENSION is set", "remedy": "Unset it", "path": ""}
         if _ahead_of_time(False) is not None:
             return {"state": "ahead of time", "cause": None, "remedy": None, "path": str(_ahead_of_time(False))}
         archs = _build.asked_archs() or _local_archs()
@@ -141,7 +141,9 @@ def _load(emulated: bool) -> State:
             logger.warning("comeba: the kernels built ahead of time do not load (%s); compiling anew", error)
     recipe = _build.recipe(emulated, () if emulated else _build.asked_archs() or _local_archs())
     if not emulated and not recipe.archs:
-        raise BuildFailure("no GPU is visible to torch", "Check the driver, or set COMEBA_CUDA_ARCH to compile all the same")
+        raise BuildFailure(
+            "no GPU is visible to torch", "Check the driver, or set COMEBA_CUDA_ARCH to compile all the same"
+        )
     path = _library(recipe)
     try:
         path.parent.parent.mkdir(parents=True, exist_ok=True)

@@ -252,7 +252,18 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t count
   if (count > 0) std::memmove(to, from, count);
   return cudaSuccess;
 }
+inline cudaError_t cudaMemcpy(void* to, const void* from, std::size_t count, cudaMemcpyKind kind) {
+  return cudaMemcpyAsync(to, from, count, kind);
+}
+template <typename T>
+cudaError_t cudaMalloc(T** memory, std::size_t bytes) {
+  *memory = static_cast<T*>(std::malloc(bytes));
+  if (*memory != nullptr) std::memset(*memory, comeba::emulation::kPoison, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 template <typename K>
 cudaError_t cudaFuncSetAttribute(K*, cudaFuncAttribute attribute, int value) {
   const bool possible = attribute != cudaFuncAttributeMaxDynamicSharedMemorySize ||

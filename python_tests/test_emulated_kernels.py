@@ -159,3 +159,14 @@ def test_mistakes_end_the_process_with_a_message(library_path, call, message):
     assert message in done.stderr
     if "beyond" not in message:
         assert "emulation.cu:" in done.stderr
+
+
+def test_the_operators_on_emulated_kernels():
+    """All of test_hook_operators.py again in a process whose CPU tensors take the CUDA path, and nothing skipped to torch."""
+    environment = {**os.environ, "COMEBA_EMULATE": "1"}
+    environment.pop("COMEBA_DISABLE_EXTENSION", None)
+    program = "import sys, pytest, comeba_ext.extension as e; e.load_emulated(); sys.exit(pytest.main(sys.argv[1:]))"
+    tests = Path(__file__).with_name("test_hook_operators.py")
+    command = [sys.executable, "-c", program, "-q", "-p", "no:cacheprovider", "-m", "not cuda", str(tests)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tests.parent)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
