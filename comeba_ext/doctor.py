@@ -7,9 +7,9 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
+from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pyyaml", "tqdm", "typer")
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "scipy", "filelock", "ninja", "pybind11", "pyyaml", "tqdm", "typer")  # fmt: skip
 
 
 def examine() -> dict:
@@ -25,33 +25,49 @@ def examine() -> dict:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "missing"
             problems.append(f"{name} is missing: pip install {name}")
+    gpus = []
     if importlib.util.find_spec("torch") is not None:
         import torch
 
         found["torch built for"] = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
-        gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+        if torch.cuda.is_available():
+            gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
         found["gpus"] = ", ".join(gpus) or "none"
         if not gpus:
             hints.append("No GPU is visible: everything runs in plain torch on the CPU, with the same results.")
-    found["nvcc"] = _nvcc() or "none"
-    found["compiled operations"] = "none in this version; hooks and key memory run in plain torch"
-    model = importlib.util.find_spec("comeba_ext.testbed")
-    from comeba_ext import testbed
-
-    weights = testbed.FOLDER / "model.safetensors"
-    found["embedded model"] = f"{weights.stat().st_size / 1e6:.1f} MB" if model and weights.exists() else "missing"
-    if not weights.exists():
-        problems.append("the embedded model is missing from the installation: reinstall the package")
+        if importlib.util.find_spec("filelock") is not None:
+            _compiled_operators(found, hints, bool(gpus))
+    _embedded_model(found, problems)
     return {"found": found, "problems": problems, "hints": hints}
 
 
-def _nvcc() -> str | None:
-    path = shutil.which("nvcc")
-    if path is None:
-        return None
-    try:
-        out = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return f"{path} (does not run)"
-    release = [line for line in out.splitlines() if "release" in line]
-    return release[0].strip() if release else path
+def _compiled_operators(found: dict, hints: list[str], gpu: bool) -> None:
+    """Whether CUDA kernels are there or can be compiled, with what, and which settings are in force."""
+    from comeba_ext import _build, extension
+
+    nvcc, compiler = _build.find_nvcc(), _build.find_compiler()
+    found["nvcc"] = f"{_build.nvcc_release(nvcc) or 'does not run'} ({nvcc})" if nvcc else "none"
+    found["c++ compiler"] = compiler or "none"
+    found["ninja command"] = shutil.which("ninja") or "none (not needed)"
+    found["kernel cache"] = str(extension.cache_folder())
+    settings = [f"{name}={os.environ[name]}" for name in extension.VARIABLES if os.environ.get(name)]
+    found["settings"] = ", ".join(settings) or "none"
+    status = extension.status()
+    cause = f": {status['cause']}" if status["cause"] else ""
+    place = f" ({status['path']})" if status["state"] in ("ahead of time", "cached", "compiled now") else ""
+    found["compiled operations"] = f"{status['state']}{cause}{place}"
+    if status["state"] == "not compiled yet":
+        hints.append("CUDA kernels are compiled on first use, once, in about a minute.")
+    elif cause and gpu:
+        hints.append(f"Hooks and key memory run in plain torch{cause}. {status['remedy']}.")
+        if Path(status["path"]).is_file():
+            hints.append(f"Compiler output: {status['path']}")
+
+
+def _embedded_model(found: dict, problems: list[str]) -> None:
+    from comeba_ext import testbed
+
+    weights = testbed.FOLDER / "model.safetensors"
+    found["embedded model"] = f"{weights.stat().st_size / 1e6:.1f} MB" if weights.exists() else "missing"
+    if not weights.exists():
+        problems.append("the embedded model is missing from the installation: reinstall the package")
