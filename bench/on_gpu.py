@@ -20,9 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from comeba_ext import _build
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from comeba_ext import _build  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
 BUILD = "from comeba_ext import extension as e; ok = e.available('cuda'); print(e.status()); raise SystemExit(not ok)"
 # Small shapes: under the sanitizer a kernel is a hundred times slower.
