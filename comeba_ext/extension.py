@@ -62,9 +62,10 @@ def available(device_type: str) -> bool:
     """
     state = _states.get(device_type)
     if state is None:
-        if device_type != "cuda" and not (device_type == EMULATED_DEVICE and _set("COMEBA_EMULATE")):
-            return False
-        state = _load_once(device_type)
+        if device_type == "cuda" or (device_type == EMULATED_DEVICE and _set("COMEBA_EMULATE")):
+            state = _load_once(device_type)
+        else:
+            state = _states[device_type] = State(False, "not asked for")  # every hooked layer asks, at every call
     return state.ready
 
 
@@ -119,7 +120,7 @@ def cache_folder() -> Path:
 
 def _load_once(device_type: str) -> State:
     with _guard:
-        if device_type not in _states:
+        if device_type not in _states or _states[device_type].origin == "not asked for":
             if _set("COMEBA_DISABLE_EXTENSION"):
                 off = BuildFailure("COMEBA_DISABLE_EXTENSION is set", "Unset it to use compiled kernels")
                 _states[device_type] = State(False, "disabled", failure=off)
