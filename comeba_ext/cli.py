@@ -1,4 +1,4 @@
-"""The command line: ``comeba demo | edit | eval | covariance | generate | doctor``.
+"""The command line: ``comeba demo | edit | eval | covariance | generate | experiment | doctor``.
 
 Every command takes ``--json`` and then prints exactly one JSON object on stdout. Exit codes: 0 done; 1 the input was
 unusable (one clear message, or ``{"error": ...}``); 2 wrong usage; 3 ``doctor`` found something missing; 130 interrupted.
@@ -242,6 +242,68 @@ def generate(
             report.table(("prompt", "text"), [(r["prompt"], r["text"]) for r in rows])
         report.result = {"generations": rows,
                          "records": {"read": len(rows), "used": len(rows), "skipped": []}}  # fmt: skip
+
+
+@app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(help="a shipped experiment (table1, table2, fig3 …, scope), or a YAML file")],
+    out: Annotated[Path, typer.Option("--out", help="folder for table, JSON and plots; an unfinished run goes on there")],
+    model: Annotated[str, typer.Option("--model", help="local model folder, hub name, or 'testbed'")] = "testbed",
+    records: Annotated[
+        Optional[list[str]],
+        typer.Option("--records", help="FILE or NAME=FILE, any number (default for testbed: its own facts)"),
+    ] = None,
+    samples: Annotated[Optional[int], typer.Option("--samples", min=1, help="records a data set")] = None,
+    covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance', of all layers edited")] = None,
+    texts: Annotated[Optional[Path], typer.Option(help="corpus for the covariance, and for perplexity")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Run an experiment: methods and settings under one protocol, into a table, JSON and plots."""
+    import itertools
+
+    from comeba_ext import experiments, testbed
+    from comeba_ext.covariance import Covariance
+    from comeba_ext.data import read_requests, read_texts
+    from comeba_ext.experiments.table import cell
+
+    with _reporting(as_json) as report:
+        chosen = experiments.load(name)
+        embedded = model == "testbed"
+        given = [r.split("=", 1) if "=" in r and not Path(r).exists() else (Path(r).stem, r) for r in records or ()]
+        if not given and not embedded:
+            raise ComebaError("no records: add --records FILE (ZsRE, CounterFact, EasyEdit's form, or your own)")
+        datasets = [
+            experiments.Dataset(label, read.requests, read.read, read.skipped)
+            for label, file in given
+            for read in [read_requests(file)]
+        ]
+        if len({dataset.name for dataset in datasets}) < len(datasets):
+            raise ComebaError("two --records have the same name; write NAME=FILE")
+        net, tokenizer = _load(model, device, dtype)
+        if embedded and not datasets:
+            facts = testbed.facts()
+            # Locality prompts speak of the facts at the end of the list, which are never edited.
+            datasets.append(experiments.Dataset("testbed", facts[: int(len(facts) * (1 - testbed.RESERVED))]))
+        if embedded and samples is None:
+            samples = chosen.testbed_samples
+        corpus = read_texts(texts) if texts else testbed.texts() if embedded else None
+        # Measured on other text than the covariance is collected from, where there is a generator of it.
+        plain = itertools.islice(read_texts(texts) if texts else testbed.texts(seed=9) if embedded else (), 400)
+        result = experiments.run(
+            chosen, net, tokenizer, datasets, out, covariance=Covariance.load(covariance) if covariance else None,
+            texts=corpus, plain_texts=list(plain), samples=samples, progress=not as_json,
+        )  # fmt: skip
+        for dataset, counts in result["records"].items():
+            report.say(f"{chosen.title} — {dataset}, {counts['used']} records")
+            own = [row for row in result["rows"] if row["dataset"] == dataset]
+            report.table(("case", "edits", *METRICS, "s/edit"),
+                         [(r["case"], r["edits"], *(cell(r, m) for m in METRICS), f"{r['seconds_per_edit']:.3f}")
+                          for r in own])  # fmt: skip
+            _say_counts(report, counts)
+        report.say(f"Written to {out}: " + ", ".join([f"{chosen.name}.json", f"{chosen.name}.md", *result["plots"]]))
+        report.result = {**result, "out": str(out)}
 
 
 @app.command()

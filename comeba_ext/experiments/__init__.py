@@ -1,0 +1,10 @@
+"""Experiments as files: a grid of methods and settings under one protocol, run on any model, into table, JSON and plots.
+
+    experiment = experiments.load("table2")                       # or the path of a YAML file
+    result = experiments.run(experiment, model, tokenizer, datasets, covariance_texts, out)
+"""
+
+from comeba_ext.experiments.definition import Case, Experiment, load, names
+from comeba_ext.experiments.runner import Dataset, run
+
+__all__ = ["Case", "Dataset", "Experiment", "load", "names", "run"]

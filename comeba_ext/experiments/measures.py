@@ -1,0 +1,143 @@
+"""What an experiment can measure at a checkpoint beside reliability, generality and locality."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from comeba_ext.editing.editor import Editor
+from comeba_ext.editing.encoding import encode, micro_batches, pad, pad_id
+from comeba_ext.editing.request import EditRequest
+from comeba_ext.evaluation import counterfact_scores, evaluate, fluency, next_tokens, perplexity
+from comeba_ext.evaluation.queries import record_queries
+from comeba_ext.evaluation.scoring import predict
+from comeba_ext.partial_forward import evaluating
+
+FLUENCY_PROMPTS = 50
+NAMES = ("reliability", "generality", "locality")
+
+
+def make(names: tuple[str, ...], texts: list[str]) -> Callable[[Editor, list[EditRequest]], dict]:
+    """A measure for :func:`run_protocol` that joins the named ones.
+
+    Args:
+        names: ``probabilities`` (CounterFact's scores and magnitudes), ``fluency``, ``text`` (perplexity of plain text
+            before and after, share of next-token predictions on it that changed), ``scores`` (the highest scope score
+            of every edited, rephrased and other prompt), ``conditions`` (behind other text, unpadded).
+        texts: plain texts for ``text``.
+    """
+
+    def measure(editor: Editor, requests: list[EditRequest]) -> dict:
+        found: dict = {}
+        for name in names:
+            found |= _MEASURES[name](editor, requests, texts)
+        return found
+
+    return measure
+
+
+def _probabilities(editor: Editor, requests: list[EditRequest], texts: list[str]) -> dict:
+    return counterfact_scores(editor.model, editor.tokenizer, requests).to_dict()
+
+
+def _fluency(editor: Editor, requests: list[EditRequest], texts: list[str]) -> dict:
+    prompts = [r.text for r in requests[:: max(1, len(requests) // FLUENCY_PROMPTS)]][:FLUENCY_PROMPTS]
+    after = fluency(editor.model, editor.tokenizer, prompts)
+    with editor.disabled():
+        before = fluency(editor.model, editor.tokenizer, prompts)
+    return {**after, **{f"{key}_before": value for key, value in before.items()}}
+
+
+def _text(editor: Editor, requests: list[EditRequest], texts: list[str]) -> dict:
+    """Only texts that name no edited subject: what is said of those may change."""
+    subjects = {request.subject for request in requests}
+    chosen = [text for text in texts if not any(subject in text for subject in subjects)]
+    if not chosen:
+        return {}
+    run = (editor.model, editor.tokenizer, chosen)
+    after, tokens = perplexity(*run), next_tokens(*run)
+    with editor.disabled():
+        before, unedited = perplexity(*run), next_tokens(*run)
+    return {"texts": len(chosen), "perplexity": after, "perplexity_before": before,
+            "text_changed": (tokens != unedited).float().mean().item()}  # fmt: skip
+
+
+@torch.no_grad()
+def _scores(editor: Editor, requests: list[EditRequest], texts: list[str]) -> dict:
+    """Per layer and kind of prompt the highest score over the prompt's tokens, rounded; and the thresholds."""
+    prompts = {
+        "edited": [r.text for r in requests],
+        "rephrased": [p for r in requests for p in r.rephrase_prompts],
+        "other": list(dict.fromkeys(p for r in requests for p, _ in r.locality_prompts)),
+    }
+    found = {kind: {name: [] for name in editor.layers} for kind in prompts}
+    device = editor.model.get_input_embeddings().weight.device
+    with evaluating(editor.model):
+        for kind, own in prompts.items():
+            rows = [encode(editor.tokenizer, p.rstrip()).ids for p in own]
+            for group in micro_batches([len(row) for row in rows], editor.config.max_tokens):
+                ids, mask = pad([rows[i] for i in group], pad_id(editor.tokenizer), device=device)
+                real, handles = mask.bool(), []
+                for name, layer in editor.layers.items():
+
+                    def note(module, args, name=name, real=real, kind=kind):
+                        scores = module.scores(args[0], real).masked_fill(~real, -torch.inf).amax(-1)
+                        found[kind][name] += [float(f"{s:.5g}") for s in scores.tolist()]
+
+                    handles.append(layer.register_forward_pre_hook(note))
+                try:
+                    editor.model(input_ids=ids, attention_mask=mask, use_cache=False)
+                finally:
+                    for handle in handles:
+                        handle.remove()
+    reached = {
+        kind: sum(s >= editor.layers[name].alpha.item() for name, own in table.items() for s in own)
+        / max(1, sum(map(len, table.values())))
+        for kind, table in found.items()
+    }
+    return {"peak_scores": found, "alpha": {name: layer.alpha.item() for name, layer in editor.layers.items()},
+            **{f"in_scope_{kind}": share for kind, share in reached.items()}}  # fmt: skip
+
+
+def _conditions(editor: Editor, requests: list[EditRequest], texts: list[str]) -> dict:
+    """The same questions behind other text, by prompt length, and each alone in its batch.
+
+    ``<name>_behind_text``: every prompt follows the record's own first locality prompt and answer. ``<name>_short`` and
+    ``<name>_long``: the half of the records with the fewer and the more prompt tokens. ``padding_agreement``: share of
+    prompts whose teacher-forced prediction is the same unpadded and in padded batches.
+    """
+    model, tokenizer = editor.model, editor.tokenizer
+    found: dict = {}
+    behind = [_behind(r) for r in requests if r.locality_prompts]
+    if behind:
+        metrics = evaluate(model, tokenizer, behind, generate=False)
+        for name in NAMES:
+            found[f"{name}_behind_text"], found[f"{name}_behind_text_interval"] = metrics[name], metrics[f"{name}_interval"]
+    ordered = sorted(requests, key=lambda r: len(tokenizer(r.text)["input_ids"]))
+    for kind, own in (("short", ordered[: len(ordered) // 2]), ("long", ordered[len(ordered) // 2 :])):
+        if own:
+            metrics = evaluate(model, tokenizer, own, generate=False)
+            for name in NAMES:
+                found[f"{name}_{kind}"], found[f"{name}_{kind}_interval"] = metrics[name], metrics[f"{name}_interval"]
+    queries = [q for n, r in enumerate(requests) for own in record_queries(tokenizer, r, n).values() for q in own]
+    padded, alone = (predict(model, queries, pad_token=pad_id(tokenizer), max_tokens=budget, generate=False)
+                     for budget in (editor.config.max_tokens, 1))  # fmt: skip
+    found["padding_agreement"] = sum(padded[q] == alone[q] for q in padded) / len(padded)
+    return found
+
+
+def _behind(request: EditRequest) -> EditRequest:
+    prompt, answer = request.locality_prompts[0]
+    text = f"{prompt.rstrip()} {answer}. " if answer else f"{prompt.rstrip()} "
+    return dataclasses.replace(
+        request,
+        prompt=text.replace("{", "(").replace("}", ")") + request.prompt,
+        rephrase_prompts=tuple(text + p for p in request.rephrase_prompts),
+        locality_prompts=tuple((text + p, a) for p, a in request.locality_prompts[1:]),
+        portability_prompts=(),
+    )
+
+
+_MEASURES = {"probabilities": _probabilities, "fluency": _fluency, "text": _text, "scores": _scores, "conditions": _conditions}

@@ -1,0 +1,152 @@
+"""Plots made for reading: every axis labelled, intervals drawn, cases told apart by colour and by marker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+# Okabe and Ito's colours, which stay apart under the common kinds of colour blindness.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
+METRICS = ("reliability", "generality", "locality")
+KINDS = {"edited": ("edited prompts", 0), "rephrased": ("rephrased prompts", 2), "other": ("other facts' prompts", 1)}
+
+
+def draw(result: dict, kind: str, out: Path) -> list[str]:
+    """Write ``<experiment>-<dataset>.png`` for every data set; returns the file names."""
+    written = []
+    for dataset in result["records"]:
+        rows = [row for row in result["rows"] if row["dataset"] == dataset]
+        figure = {"bars": _bars, "edits": _edits, "settings": _settings, "scores": _scores}[kind](rows)
+        used = result["records"][dataset]["used"]
+        intervals = "" if kind == "scores" else "; bars and bands: 95 % bootstrap intervals"
+        figure.suptitle(f"{result['title']}\n{dataset}, {used} records{intervals}", fontsize=11)
+        name = f"{result['experiment']}-{dataset}.png"
+        figure.savefig(out / name, dpi=130)
+        plt.close(figure)
+        written.append(name)
+    return written
+
+
+def _last(rows: list[dict]) -> list[dict]:
+    """Each case at its last checkpoint."""
+    return list({row["case"]: row for row in rows}.values())
+
+
+def _bars(rows: list[dict]):
+    rows = _last(rows)
+    figure, axis = plt.subplots(figsize=(10, 5.2), layout="constrained")
+    width = 0.84 / len(rows)
+    for n, row in enumerate(rows):
+        places = np.arange(len(METRICS)) + (n - (len(rows) - 1) / 2) * width
+        values = [row[m] for m in METRICS]
+        bars = axis.bar(places, values, width * 0.92, yerr=_errors([row], METRICS), color=_colour(n), label=row["case"],
+                        error_kw={"lw": 1, "capsize": 2}, hatch="//" if n >= len(COLOURS) else None)  # fmt: skip
+        high = [row[f"{m}_interval"][1] for m in METRICS]
+        for bar, value, top in zip(bars, values, high, strict=True):
+            axis.text(bar.get_x() + bar.get_width() / 2, top + 0.01, f"{value:.2f}", ha="center", va="bottom",
+                      fontsize=7, rotation=90 if len(rows) > 5 else 0)  # fmt: skip
+    axis.set_xticks(range(len(METRICS)), METRICS)
+    _shares(axis, 1.1)
+    axis.legend(ncols=min(4, len(rows)), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), frameon=False)
+    return figure
+
+
+def _edits(rows: list[dict]):
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), sharey=True, layout="constrained")
+    for axis, metric in zip(axes, METRICS, strict=True):
+        for n, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
+            own = [row for row in rows if row["case"] == case]
+            x = [row["edits"] for row in own]
+            axis.plot(x, [row[metric] for row in own], color=_colour(n), marker=_marker(n), label=case, lw=1.6, ms=5)
+            low, high = zip(*(row[f"{metric}_interval"] for row in own), strict=True)
+            axis.fill_between(x, low, high, color=_colour(n), alpha=0.18, lw=0)
+        axis.set_xlabel("edits so far")
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.set_title(metric, fontsize=10)
+        _shares(axis)
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside lower center", fontsize=9, frameon=False)
+    return figure
+
+
+def _settings(rows: list[dict]):
+    rows = _last(rows)
+    figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    x = np.arange(len(rows))
+    for n, metric in enumerate(METRICS):
+        axis.errorbar(x + (n - 1) * 0.06, [row[metric] for row in rows], yerr=_errors(rows, [metric] * len(rows)),
+                      color=_colour(n), marker=_marker(n), label=metric, lw=1.4, ms=6, capsize=3)  # fmt: skip
+    axis.set_xticks(x, [row["case"] for row in rows])
+    if max(len(row["case"]) for row in rows) > 12:
+        plt.setp(axis.get_xticklabels(), rotation=20, ha="right")
+    _shares(axis)
+    axis.legend(fontsize=9, frameon=False)
+    return figure
+
+
+def _scores(rows: list[dict]):
+    """Histograms of the highest score of every prompt, a row of panels a case, a column a layer."""
+    rows = [row for row in _last(rows) if "peak_scores" in row]
+    layers = max((list(row["peak_scores"]["edited"]) for row in rows), key=len)
+    figure, axes = plt.subplots(len(rows), len(layers), figsize=(3.1 * len(layers) + 0.6, 2.9 * len(rows) + 1), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    for line, row in zip(axes, rows, strict=True):
+        wide = row["settings"]["scope"] == "reference"  # spans orders of magnitude
+        for axis, name in zip(line, layers, strict=True):
+            values = {kind: np.array(own[name]) for kind, own in row["peak_scores"].items()}
+            everything = np.concatenate([v[np.isfinite(v)] for v in values.values()])
+            if wide:
+                low = max(everything[everything > 0].min(), everything.max() * 1e-6)
+                bins = np.geomspace(low, everything.max() * 1.01, 40)
+                axis.set_xscale("log")
+            else:
+                bins = np.linspace(everything.min(), everything.max() + 1e-9, 40)
+            for kind, (label, colour) in KINDS.items():
+                own = values[kind]
+                weights = np.full(len(own), 1 / max(1, len(own)))
+                axis.hist(np.clip(own, bins[0], bins[-1]), bins, weights=weights, histtype="step", lw=1.6,
+                          color=COLOURS[colour], label=label, ls={"edited": "-", "rephrased": "--", "other": ":"}[kind])  # fmt: skip
+            alpha = row["alpha"][name]
+            if np.isfinite(alpha):
+                axis.axvline(alpha, color="black", lw=1)
+                axis.annotate(f"α = {alpha:.2g}", (alpha, 0.97), xycoords=("data", "axes fraction"), rotation=90, va="top",
+                              ha="right", fontsize=7)  # fmt: skip
+            axis.set_title(f"{row['case']}, block {_block(name)}", fontsize=8)
+            axis.set_xlabel("highest score of the prompt's tokens" + (" (log)" if wide else ""), fontsize=8)
+            axis.tick_params(labelsize=7)
+        line[0].set_ylabel("share of prompts", fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), ncols=3, loc="outside lower center", fontsize=9, frameon=False)
+    return figure
+
+
+def _errors(rows: list[dict], metrics) -> np.ndarray:
+    """Distances to the interval's ends, ``(2, n)``; several metrics of one row, or one of several rows."""
+    pairs = [(rows[0] if len(rows) == 1 else rows[i], m) for i, m in enumerate(metrics)]
+    return np.array([[max(0.0, row[m] - row[f"{m}_interval"][0]), max(0.0, row[f"{m}_interval"][1] - row[m])] for row, m in pairs]).T
+
+
+def _shares(axis, top: float = 1.03) -> None:
+    axis.set_ylim(-0.02, top)
+    axis.set_ylabel("share of tokens right (teacher-forced)")
+    axis.grid(axis="y", lw=0.5, alpha=0.5)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _block(name: str) -> str:
+    return next((part for part in name.split(".") if part.isdigit()), name)
+
+
+def _colour(n: int) -> str:
+    return COLOURS[n % len(COLOURS)]
+
+
+def _marker(n: int) -> str:
+    return MARKERS[n % len(MARKERS)]

@@ -1,0 +1,62 @@
+"""An experiment's rows as a Markdown table."""
+
+from __future__ import annotations
+
+COLUMNS = (
+    ("reliability", "reliability"), ("generality", "generality"), ("locality", "locality"),
+    ("portability", "portability"), ("reliability_generation", "reliability, generated"),
+    ("generality_generation", "generality, generated"), ("locality_generation", "locality, generated"),
+    ("efficacy_score", "efficacy"), ("paraphrase_score", "paraphrase"), ("neighborhood_score", "neighborhood"),
+    ("efficacy_magnitude", "efficacy, magnitude"), ("fluency", "fluency (bits)"),
+    ("reliability_short", "reliability, short prompts"), ("reliability_long", "reliability, long prompts"),
+    ("generality_short", "generality, short prompts"), ("generality_long", "generality, long prompts"),
+    ("locality_short", "locality, short prompts"), ("locality_long", "locality, long prompts"),
+    ("reliability_behind_text", "reliability behind text"), ("generality_behind_text", "generality behind text"),
+    ("locality_behind_text", "locality behind text"), ("padding_agreement", "same unpadded"),
+    ("text_changed", "text changed"), ("perplexity", "perplexity"), ("perplexity_before", "perplexity, unedited"), ("in_scope_edited", "in scope, edited"),
+    ("in_scope_rephrased", "in scope, rephrased"), ("in_scope_other", "in scope, other"),
+)  # fmt: skip
+
+
+def markdown(result: dict) -> str:
+    """Title, one table a data set (95 % intervals in brackets), the published numbers where they are known."""
+    lines = [f"# {result['title']}", ""]
+    facts = [f"protocol: {result['protocol'].replace('_', ' ')}", f"{result['samples']} samples asked for"]
+    if result["paper"]:
+        facts.insert(0, f"paper: {result['paper']}")
+    lines += ["; ".join(facts) + ". 95 % bootstrap intervals over records in brackets.", ""]
+    if result["note"]:
+        lines += [result["note"], ""]
+    for dataset, counts in result["records"].items():
+        own = [row for row in result["rows"] if row["dataset"] == dataset]
+        lines += [f"## {dataset} ({counts['used']} records, {len(counts['skipped'])} skipped)", "", *_table(own, result), ""]
+    if not result["expected"]:
+        lines += ["The paper's own numbers are not printed: none is entered under `expected` in this experiment's file.", ""]
+    return "\n".join(lines)
+
+
+def _table(rows: list[dict], result: dict) -> list[str]:
+    columns = [(key, title) for key, title in COLUMNS if any(row.get(key) is not None for row in rows)]
+    several = len({row["edits"] for row in rows if row["case"] == rows[0]["case"]}) > 1
+    head = ["case", *(["edits"] if several else []), *(title for _, title in columns), "s/edit"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in rows:
+        cells = [row["case"], *([str(row["edits"])] if several else [])]
+        lines.append(_line([*cells, *(cell(row, key) for key, _ in columns), f"{row['seconds_per_edit']:.3f}"]))
+        for known in result["expected"]:
+            if known.get("dataset") == row["dataset"] and known.get("case") == row["case"]:
+                given = [f"{known[key]:.3f}" if key in known else "" for key, _ in columns]
+                lines.append(_line([f"· {known.get('source', 'published')}", *([""] if several else []), *given, ""]))
+    return lines
+
+
+def cell(row: dict, key: str) -> str:
+    """A metric with its interval, or a dash."""
+    value, interval = row.get(key), row.get(f"{key}_interval")
+    if value is None:
+        return "–"
+    return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
