@@ -120,7 +120,7 @@ def measure(shape: str, tokens: int, dtype: str, share: float, device: str, cloc
 
     calls = {"plain": lambda: base(x), "reference": reference, "exact": lambda: exact(x), "stacked": stacked,
              "gated": lambda: layers["sketch"](x)}  # fmt: skip
-    taken = clock(calls, seconds, 3)
+    taken = clock(calls, seconds, 5)
     median = {name: statistics.median(times) for name, times in taken.items()}
     row = {"shape": shape, "d_in": d_in, "d_out": d_out, "tokens": tokens, "dtype": dtype, "in_scope": share,
            "calls": len(taken["plain"]), "plain_ms": median["plain"] * 1e3}  # fmt: skip
@@ -225,7 +225,7 @@ def main() -> None:
                         rows.append({"shape": shape, "tokens": tokens, "dtype": dtype, "in_scope": share,
                                      "skipped": f"a round would take {expected:.0f} s on this machine"})  # fmt: skip
                         continue
-                    rows.append(measure(shape, tokens, dtype, share, args.device, clock, rates, 0.5 if gpu else 2.0))
+                    rows.append(measure(shape, tokens, dtype, share, args.device, clock, rates, 0.5 if gpu else 6.0))
                     if not args.json:
                         print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     if args.plot:

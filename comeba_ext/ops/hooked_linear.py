@@ -296,8 +296,9 @@ def _add_in_scope_(output, scope, edit_of_rows, edit_of_all) -> None:
     """Add the edit to ``output`` in scope: row by row on the CPU, where a look at the scope costs nothing; elsewhere
     everywhere at once, because reading the number of rows would stall the device."""
     if output.device.type == "cpu" and output.stride(0) == output.shape[1] * output.stride(1):
-        rows = scope.flatten().nonzero().squeeze(1)
-        if rows.numel():
+        index = scope.nonzero()  # (n, 2)
+        if len(index):
+            rows = index[:, 0] * scope.shape[1] + index[:, 1]
             output.view(-1, output.shape[-1]).index_add_(0, rows, edit_of_rows(rows).to(output.dtype))
     else:
         output.copy_(swap(output, edit_of_all(), scope))
