@@ -29,7 +29,8 @@ class BuildKernels(build_ext):
         out = Path(self.get_ext_fullpath(ext.name))
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            recipe = build.recipe(emulated, build.asked_archs() or tuple(build.AHEAD_OF_TIME_ARCHS.split(";")))
+            archs = build.asked_archs() or tuple(build.AHEAD_OF_TIME_ARCHS.split(";"))
+            recipe = build.recipe(emulated, archs, portable=True)
             with tempfile.TemporaryDirectory() as folder:
                 log = Path(tempfile.gettempdir()) / "comeba_ext_build.log"
                 build.compile_library(recipe, Path(folder), out, log)

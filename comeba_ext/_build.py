@@ -25,9 +25,10 @@ USUAL_TOOLKIT = Path("/usr/local/cuda")
 OLDEST_ARCH = 80  # compute capability 8.0: bfloat16 tensor cores, asynchronous copies
 AHEAD_OF_TIME_ARCHS = "80;90a"  # when nothing is asked for and no GPU need be there; 8.6 and 8.9 run the code for 8.0
 STANDARD = "-std=c++17"  # of the kernels; torch's headers say what they need, see torch_standard
-HOST_FLAGS = ["-O2", "-fPIC", "-fno-gnu-unique"]
+HOST_FLAGS = ["-O2", "-fPIC"]
 # Without optimisation beyond -O1: the emulated kernels are for testing, and compile in half the time.
-EMULATED_FLAGS = ["-O1", "-fPIC", "-fno-gnu-unique", "-DCOMEBA_EMULATE", "-pthread", "-Wno-unknown-pragmas"]
+EMULATED_FLAGS = ["-O1", "-fPIC", "-DCOMEBA_EMULATE", "-pthread", "-Wno-unknown-pragmas"]
+GCC_EMULATED_FLAGS = ["-fno-gnu-unique"]  # two libraries with the same kernel each have their own shared memory
 # Strict floating point: no fast math. Scope decisions compare sums that were made in one order.
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", "-lineinfo"]
 
@@ -53,6 +54,7 @@ class Recipe:
     nvcc: str | None
     torch: dict  # see torch_facts
     sources: tuple[Path, ...]
+    portable: bool = False  # with PTX too, which devices newer than archs compile for themselves
 
     def key(self) -> str:
         """Changes with the sources, the flags, torch, CUDA, the architectures, the compiler and Python's ABI."""
@@ -69,13 +71,17 @@ class Recipe:
         """The compiler call for one source."""
         if source.suffix == ".cu" and not self.emulated:
             archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
-            archs += [f"-gencode=arch=compute_{_plain(self.archs)},code=compute_{_plain(self.archs)}"]  # newer devices
+            if self.portable:
+                oldest = min(map(number, self.archs))
+                archs.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
             return [self.nvcc, STANDARD, *NVCC_FLAGS, *archs, "-ccbin", self.compiler, "-c", str(source), "-o", str(to)]
         root = Path(self.torch["folder"])
         include = [root / "include", root / "include/torch/csrc/api/include", Path(sysconfig.get_path("include"))]
         if not self.emulated:
             include.append(_cuda_root(self.nvcc) / "include")
         flags = EMULATED_FLAGS if self.emulated else HOST_FLAGS
+        if self.emulated and "clang" not in _version(self.compiler):
+            flags = [*flags, *GCC_EMULATED_FLAGS]
         names = [f"-DCOMEBA_MODULE={MODULE}", f'-DCOMEBA_ARCH="{" ".join(self.archs)}"']
         names.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(self.torch['cxx11_abi'])}")
         folders = [part for folder in include for part in ("-isystem", str(folder))]
@@ -97,7 +103,7 @@ class Recipe:
         return [self.compiler, "-shared", *map(str, objects), *search, *libraries, "-pthread", "-o", str(to)]
 
 
-def recipe(emulated: bool, archs: tuple[str, ...] = ()) -> Recipe:
+def recipe(emulated: bool, archs: tuple[str, ...] = (), portable: bool = False) -> Recipe:
     """What to compile for this machine, or :class:`BuildFailure` with the reason why it cannot be."""
     if sys.platform != "linux":
         raise BuildFailure(
@@ -115,7 +121,7 @@ def recipe(emulated: bool, archs: tuple[str, ...] = ()) -> Recipe:
         raise BuildFailure("no C++ compiler was found", "Install g++ (apt install g++), or set CXX to one")
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         raise BuildFailure("Python's headers (Python.h) are missing", "Install them (apt install python3-dev)")
-    return Recipe(emulated, () if emulated else archs, compiler, nvcc, torch, sources)
+    return Recipe(emulated, () if emulated else archs, compiler, nvcc, torch, sources, portable)
 
 
 def compile_library(recipe: Recipe, folder: Path, to: Path, log: Path) -> None:
@@ -156,6 +162,11 @@ def asked_archs() -> tuple[str, ...]:
         if not re.fullmatch(r"\d{2,3}[af]?", arch):
             raise BuildFailure(f"COMEBA_CUDA_ARCH names {arch!r}", "Write architectures like 80, 8.0 or 90a")
     return archs
+
+
+def number(arch: str) -> int:
+    """``"90a"`` is 90."""
+    return int(re.match(r"\d+", arch).group())
 
 
 def torch_facts() -> dict | None:
@@ -224,17 +235,12 @@ def _checked_nvcc(torch: dict, archs: tuple[str, ...]) -> str:
             f"nvcc is CUDA {release} ({nvcc}) but torch is built for CUDA {torch['cuda']}",
             f"Install the CUDA {major} toolkit and set CUDA_HOME to it, or a torch built for CUDA {release.split('.')[0]}",
         )
-    too_old = [arch for arch in archs if int(re.match(r"\d+", arch).group()) < OLDEST_ARCH]
+    too_old = [arch for arch in archs if number(arch) < OLDEST_ARCH]
     if too_old:
         raise BuildFailure(
             f"the kernels need compute capability 8.0, this is {too_old[0]}", "Plain torch does the same work"
         )
     return nvcc
-
-
-def _plain(archs: tuple[str, ...]) -> str:
-    """The oldest architecture without its letter: its PTX runs on every newer device."""
-    return str(min(int(re.match(r"\d+", arch).group()) for arch in archs))
 
 
 def _cuda_root(nvcc: str) -> Path:

@@ -48,6 +48,7 @@ class State:
     ready: bool
     origin: str  # "ahead of time", "cached", "compiled now", "disabled", "failed"
     path: Path | None = None
+    build: dict | None = None  # the library's own account: torch, CUDA, architectures
     failure: BuildFailure | None = None
 
 
@@ -88,14 +89,15 @@ def status() -> dict:
     """For ``comeba doctor``: ``{"state", "cause", "remedy", "path"}`` of the CUDA operators; compiles nothing."""
     known = _states.get("cuda")
     if known is not None and known.failure is None:
-        return {"state": known.origin, "cause": None, "remedy": None, "path": str(known.path or "")}
+        return {"state": known.origin, "cause": None, "remedy": None, "path": str(known.path), "build": known.build}
     try:
         if known is not None and known.origin != "disabled":
             raise known.failure
         if _set("COMEBA_DISABLE_EXTENSION"):
             return {"state": "disabled", "cause": "COMEBA_DISABLE_EXTENSION is set", "remedy": "Unset it", "path": ""}
-        if _ahead_of_time(False) is not None:
-            return {"state": "ahead of time", "cause": None, "remedy": None, "path": str(_ahead_of_time(False))}
+        ahead = _ahead_of_time(False)
+        if ahead is not None:
+            return {"state": "ahead of time", "cause": None, "remedy": None, "path": str(ahead)}
         archs = _build.asked_archs() or _local_archs()
         path = _library(_build.recipe(False, archs or ("80",)))
         if path.exists():
@@ -146,11 +148,14 @@ def _load(emulated: bool) -> State:
             "no GPU is visible to torch", "Check the driver, or set COMEBA_CUDA_ARCH to compile all the same"
         )
     path = _library(recipe)
+    with contextlib.suppress(ImportError):  # damaged: compiled again below
+        if path.exists():  # whole, since it is put in place in one step; needs no lock and no writable folder
+            return _import(path, "cached")
     try:
         path.parent.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path):
             if path.exists():
-                with contextlib.suppress(ImportError):  # damaged: compile it again
+                with contextlib.suppress(ImportError):  # by the process that we waited for
                     return _import(path, "cached")
             _compile(recipe, path)
     except OSError as error:
@@ -209,13 +214,16 @@ def _local_archs() -> tuple[str, ...]:
 
 
 def _ahead_of_time(emulated: bool) -> Path | None:
-    """The library that setup.py built into the package, if it was built for the torch that runs now."""
+    """The library that setup.py built into the package, if it was built for the torch and the GPUs that are here."""
     described = Path(__file__).parent / f"{_build.MODULE}.json"
     if not described.exists():
         return None
     build = json.loads(described.read_text())
     now = _build.torch_facts()
     if build["emulated"] != emulated or any(build["torch"][name] != now[name] for name in ("version", "cuda")):
+        return None
+    oldest = min(map(_build.number, build["archs"]), default=0)
+    if not emulated and any(_build.number(arch) < oldest for arch in _local_archs()):
         return None
     return described.with_suffix(".so")
 
@@ -224,8 +232,9 @@ def _import(path: Path, origin: str) -> State:
     """Load the library, which registers the operators."""
     name = _build.MODULE
     spec = importlib.util.spec_from_file_location(name, path, loader=ExtensionFileLoader(name, str(path)))
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    return State(True, origin, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return State(True, origin, path, module.build())
 
 
 def _set(variable: str) -> bool:
