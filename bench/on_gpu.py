@@ -3,7 +3,7 @@
     python bench/on_gpu.py                     from the checkout, with a CUDA build of torch and nvcc
     python bench/on_gpu.py --quick --only tests bench_hooked_linear
 
-Results of the benchmarks land in bench/results/<machine>-<name>.json, the log of every part in --logs. A part that fails
+Results of the benchmarks land in bench/results/<machine>-<name>.json and .png, the log of every part in --logs. A part that fails
 does not keep the others from running; parts that passed at this commit are not run again (``--redo`` runs them).
 """
 
@@ -40,13 +40,14 @@ def main() -> int:
     known = json.loads(memory.read_text()) if memory.exists() else {}
     known = known if known.get("commit") == commit() and not arguments.redo else {"commit": commit(), "parts": {}}
     print(f"{name}, commit {known['commit']}, logs in {log_folder}", flush=True)
-    wanted = [part for part in parts(arguments.quick) if not arguments.only or part in arguments.only]
+    todo = parts(arguments.quick, name)
+    wanted = [part for part in todo if not arguments.only or part in arguments.only]
     for part in wanted:
         if known["parts"].get(part, {}).get("outcome") == "passed":
             print(f"{part:40} passed before", flush=True)
             continue
         start = time.monotonic()
-        outcome, detail = run(part, parts(arguments.quick)[part], name, log_folder / f"{part}.log", arguments.timeout)
+        outcome, detail = run(part, todo[part], name, log_folder / f"{part}.log", arguments.timeout)
         known["parts"][part] = {"outcome": outcome, "detail": detail, "seconds": round(time.monotonic() - start, 1)}
         write(memory, json.dumps(known, indent=1) + "\n")
         print(f"{part:40} {outcome} ({known['parts'][part]['seconds']} s) {detail}", flush=True)
@@ -59,19 +60,19 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="pass --quick to the benchmarks")
-    parser.add_argument("--only", nargs="+", metavar="PART", choices=list(parts(False)), help="some parts: %(choices)s")
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=list(parts()), help="some parts: %(choices)s")
     parser.add_argument("--redo", action="store_true", help="run parts that passed at this commit again")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one part")
     parser.add_argument("--logs", type=Path, help="folder for the parts' output; default: a temporary one")
     return parser.parse_args()
 
 
-def parts(quick: bool) -> dict[str, list[list[str]] | None]:
-    """Name to the commands of a part; None where a tool that it needs is missing."""
+def parts(quick: bool = False, name: str = "") -> dict[str, list[list[str]]]:
+    """Name to the commands of a part."""
     python = sys.executable
     build = Path(tempfile.gettempdir()) / f"comeba_cmake_{os.getuid()}"
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda"]
-    todo: dict[str, list[list[str]] | None] = {
+    todo = {
         "doctor": [[python, "-m", "comeba_ext.cli", "doctor"]],
         "build": [[python, "-c", BUILD]],
         "cxx_tests": [["cmake", "-S", str(ROOT), "-B", str(build), "-DCOMEBA_EMULATE=OFF"],
@@ -84,6 +85,8 @@ def parts(quick: bool) -> dict[str, list[list[str]] | None]:
         todo[f"{tool}_operators"] = [[*sanitizer, "--target-processes", "all", *tests, *SANITIZED_TESTS]]
     for path in sorted((ROOT / "bench").glob("bench_*.py")):
         todo[path.stem] = [[python, str(path), "--json", *(["--quick"] if quick else [])]]
+        if '"--plot"' in path.read_text():
+            todo[path.stem][0] += ["--plot", str(RESULTS / f"{name}-{path.stem.removeprefix('bench_')}.png")]
     return todo
 
 
