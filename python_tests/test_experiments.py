@@ -12,7 +12,7 @@ import pytest
 import yaml
 from test_cli import output, run
 
-from comeba_ext import experiments, testbed
+from comeba_ext import Editor, experiments, testbed
 from comeba_ext.errors import ConfigError
 from comeba_ext.experiments import definition
 from comeba_ext.experiments.table import markdown
@@ -44,6 +44,14 @@ def metrics_of(result):
 @pytest.fixture(scope="module")
 def model():
     return testbed.load()[0]
+
+
+@pytest.fixture(scope="module")
+def covariance(tmp_path_factory):
+    path = tmp_path_factory.mktemp("covariance") / "testbed.safetensors"
+    editor = Editor(*testbed.load())
+    editor.collect_covariance(testbed.texts(), tokens=3000, path=path, progress=False)
+    return path
 
 
 # -- definitions ----------------------------------------------------------------------------------------------------
@@ -112,14 +120,16 @@ def test_unknown_names(tmp_path):
 # -- running --------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_experiment_ends_in_the_same_table(small, tmp_path):
-    whole = output("experiment", small, "--out", tmp_path / "whole")
+def test_a_killed_experiment_ends_in_the_same_table(small, covariance, tmp_path):
+    given = (small, "--covariance", covariance)
+    whole = output("experiment", *given, "--out", tmp_path / "whole")
     assert [(r["case"], r["edits"]) for r in whole["rows"]] == [(c, n) for c in ("COMEBA-HK", "MEMIT") for n in (4, 6)]
     for row in whole["rows"]:
         assert {"dataset", "method", "reliability", "reliability_interval", "generality", "generality_interval", "locality",
                 "locality_interval"} <= set(row)  # fmt: skip
     assert whole["records"]["testbed"]["used"] == 6
-    command = [sys.executable, "-m", "comeba_ext.cli", "experiment", str(small), "--out", str(tmp_path / "killed"), "--json"]
+    command = [sys.executable, "-m", "comeba_ext.cli", "experiment", *map(str, given), "--out",
+               str(tmp_path / "killed"), "--json"]  # fmt: skip
     root = Path(__file__).resolve().parents[1]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(root)})
     log, deadline = tmp_path / "killed/testbed/COMEBA-HK/log.jsonl", time.time() + 120
@@ -130,23 +140,23 @@ def test_a_killed_experiment_ends_in_the_same_table(small, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed/small.json").exists()
-    resumed = output("experiment", small, "--out", tmp_path / "killed")
+    resumed = output("experiment", *given, "--out", tmp_path / "killed")
     assert metrics_of(resumed) == metrics_of(whole)
     cut = lambda text: [line.rsplit("|", 2)[0] for line in text.splitlines()]  # noqa: E731  (without seconds)
     assert cut((tmp_path / "killed/small.md").read_text()) == cut((tmp_path / "whole/small.md").read_text())
     assert metrics_of(json.loads((tmp_path / "whole/small.json").read_text())) == metrics_of(whole)
     assert (tmp_path / "whole/small-testbed.png").stat().st_size > 10_000
-    again = output("experiment", small, "--out", tmp_path / "whole")  # complete: only read
+    again = output("experiment", *given, "--out", tmp_path / "whole")  # complete: only read
     assert again["rows"] == whole["rows"]
-    other = run("experiment", small, "--out", tmp_path / "whole", "--samples", 2, "--json")
+    other = run("experiment", *given, "--out", tmp_path / "whole", "--samples", 2, "--json")
     assert other.exit_code == 1 and "another run" in json.loads(other.stdout)["error"]
 
 
-def test_every_measure_and_plot(tmp_path):
+def test_every_measure_and_plot(covariance, tmp_path):
     path = tmp_path / "all.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"samples": 4, "evaluations": 1, "measures": list(definition.MEASURES), "plot": "scores",
                                             "methods": ["COMEBA-HK"]}))  # fmt: skip
-    (row,) = output("experiment", path, "--out", tmp_path / "out")["rows"]
+    (row,) = output("experiment", path, "--covariance", covariance, "--out", tmp_path / "out")["rows"]
     assert row["efficacy_score"] > 0.7 and 0 <= row["text_changed"] < 0.2 and row["perplexity"] > 1 and row["fluency"] > 1
     assert 0.9 <= row["padding_agreement"] <= 1 and row["reliability_behind_text"] >= 0.5 and "reliability_short" in row
     assert len(row["peak_scores"]["edited"]["model.layers.0.mlp.down_proj"]) == 4
@@ -154,7 +164,7 @@ def test_every_measure_and_plot(tmp_path):
     for plot in ("bars", "settings"):
         path.write_text(yaml.safe_dump(SMALL | {"samples": 2, "evaluations": 1, "plot": plot, "title": plot,
                                                 "protocol": "single_round"}))  # fmt: skip
-        result = output("experiment", path, "--out", tmp_path / plot)
+        result = output("experiment", path, "--covariance", covariance, "--out", tmp_path / plot)
         assert [r["edits"] for r in result["rows"]] == [2, 2] and result["plots"] == ["all-testbed.png"]
 
 
