@@ -120,7 +120,7 @@ def measure(shape: str, tokens: int, dtype: str, share: float, device: str, cloc
 
     calls = {"plain": lambda: base(x), "reference": reference, "exact": lambda: exact(x), "stacked": stacked,
              "gated": lambda: layers["sketch"](x)}  # fmt: skip
-    taken = clock(calls, seconds, 5)
+    taken = clock(calls, seconds, 3)
     median = {name: statistics.median(times) for name, times in taken.items()}
     row = {"shape": shape, "d_in": d_in, "d_out": d_out, "tokens": tokens, "dtype": dtype, "in_scope": share,
            "calls": len(taken["plain"]), "plain_ms": median["plain"] * 1e3}  # fmt: skip
@@ -203,14 +203,15 @@ def plot(rows: list[dict], path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="one shape")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="some shapes only")
+    parser.add_argument("--quick", action="store_true", help="one shape, up to 2048 tokens")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", metavar="PNG", help="also draw the ratios")
     args = parser.parse_args()
     gpu = args.device == "cuda"
     clock = Clock(args.device)
     dtypes = ("bf16", "fp16", "fp32") if gpu and not args.quick else ("bf16",) if gpu else ("fp32",)
-    shapes = list(SHAPES)[:1] if args.quick and not gpu else list(SHAPES)
+    shapes = args.shapes or (list(SHAPES)[:1] if args.quick and not gpu else list(SHAPES))
     rows = []
     for dtype in dtypes:
         rates = machine_rates(args.device, DTYPES[dtype], clock)
@@ -220,12 +221,12 @@ def main() -> None:
                     if share and round(share * tokens) == 0:
                         continue
                     d_in, d_out = SHAPES[shape]
-                    expected = 6 * 2 * tokens * d_in * d_out / rates[1]  # all variants once
-                    if expected > (8 if args.quick else 60):
+                    expected = 8 * 2 * tokens * d_in * d_out / rates[1]  # all variants once
+                    if expected > (4 if args.quick else 40):
                         rows.append({"shape": shape, "tokens": tokens, "dtype": dtype, "in_scope": share,
                                      "skipped": f"a round would take {expected:.0f} s on this machine"})  # fmt: skip
                         continue
-                    rows.append(measure(shape, tokens, dtype, share, args.device, clock, rates, 0.5 if gpu else 6.0))
+                    rows.append(measure(shape, tokens, dtype, share, args.device, clock, rates, 0.5 if gpu else 4.0 if args.quick else 10.0))
                     if not args.json:
                         print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     if args.plot:
