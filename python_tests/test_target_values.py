@@ -295,3 +295,29 @@ def test_interrupted_edits_leave_the_last_complete_batch(tiny_model, tokenizer, 
         assert layer.mode == "validated" and torch.equal(layer.delta, states[0][name]) and layer.delta.any()
     assert all("forward" not in vars(m) for m in model.modules())
     assert [len(r.request_ids) for r in editor.edit_all(REQUESTS[2:], batch_size=2, progress=False)] == [2, 1]
+
+
+def test_polyak_returns_what_its_losses_say(tiny_model, tokenizer):
+    """The losses reported are those of the values returned, also of requests that went back to their best point."""
+    model, _ = edited_model(tiny_model, tokenizer, "gpt2")
+    h = run(model, tokenizer, settings(steps=1)).values
+    for steps in (2, 6):
+        short = settings(optimizer="polyak", steps=steps, early_stop=0.0, clamp=3.0, kl_factor=0.01)
+        found = run(model, tokenizer, short)
+        problems = [OneRequest(model, tokenizer, "gpt2", short, request) for request in REQUESTS]
+        for problem, value, start, loss in zip(problems, found.values, h, found.losses, strict=True):
+            assert problem.loss(value - start).item() == pytest.approx(loss, rel=1e-6)
+            assert (value - start).norm() <= short.clamp * start.norm() * (1 + 1e-9)
+        alone = run(model, tokenizer, short.replace(max_tokens=1))
+        assert torch.allclose(alone.values, found.values, rtol=1e-9, atol=1e-9)
+
+
+def test_polyak_needs_fewer_steps():
+    from comeba_ext import testbed
+
+    model, tokenizer = testbed.load()
+    config = EditConfig.for_model(model)
+    requests = testbed.facts()[:10]
+    adam, polyak = (run(model, tokenizer, config.replace(optimizer=name), requests) for name in ("adam", "polyak"))
+    assert max(polyak.losses) < config.early_stop and max(polyak.steps) <= 6
+    assert sum(polyak.steps) < 0.75 * sum(adam.steps)

@@ -14,7 +14,7 @@ from comeba_ext.architectures import Architecture
 from comeba_ext.errors import ConfigError
 from comeba_ext.hooked_linear import GATES, SCOPES
 
-OPTIMIZERS = ("adam",)
+OPTIMIZERS = ("adam", "polyak")
 LR_UNITS = ("absolute", "hidden_rms")
 MARGINS = {"zscore": 1.0, "reference": 0.25}
 
@@ -39,7 +39,7 @@ class EditConfig:
         weight_decay: weight of ‖δ‖/‖h‖².
         clamp: bound on ‖δ‖ in units of ‖h‖.
         early_stop: a request whose loss falls below it is done.
-        optimizer: of target values.
+        optimizer: of target values: ``"adam"`` (the paper's) or ``"polyak"`` (steps from the loss alone, ``lr`` unused).
         compute_dtype: ``"bfloat16"`` to optimise target values with matrix products in that precision above the value
             layer, with δ, loss and optimiser in float32; ``None`` for the model's own.
         prefixes: number of sampled context prefixes (beside the empty one).

@@ -86,4 +86,40 @@ def adam(path: Path) -> None:
         path.steps += path.open
 
 
-OPTIMISERS = {"adam": adam}
+def polyak(path: Path) -> None:
+    """Gradient steps whose length follows from the loss alone: no learning rate, a few evaluations.
+
+    The loss is bounded below by zero, and once the new object is likely it falls exponentially along the gradient. So a
+    step aims where the linear model of the *logarithm* of the loss meets a target a little below ``early_stop``: Polyak's
+    step ``loss/‖g‖²`` (Introduction to Optimization, 1987, section 5.3), times ``log(loss/target)``. A step is at most
+    half the ball's radius. When a loss did not fall, the request returns to its best point and halves its step.
+
+    Far from the paper's path, and shorter: ‖δ‖ is smaller too, because nothing is taken from the signs of small slopes.
+    """
+    # Without early stop there is no loss to aim at; a hundredth of the present one keeps the steps bounded.
+    aim = 0.8 * path.config.early_stop
+    best, slope_there = path.delta.clone(), torch.zeros_like(path.delta)
+    least = torch.full_like(path.losses, torch.inf)
+    share = torch.ones_like(least)
+    for step in range(path.config.steps):
+        last = step == path.config.steps - 1
+        loss, slope = path.evaluate(path.delta, gradient=not last)
+        better = ~(loss >= least)  # NaN, to be reported, counts as better
+        least = torch.where(better, loss, least)
+        best = torch.where(better[:, None], path.delta, best)
+        if last or not path.open.any():
+            break
+        slope_there = torch.where(better[:, None], slope, slope_there)
+        share = torch.where(better, (1.5 * share).clamp(max=1), 0.5 * share)
+        goal = torch.full_like(least, aim) if aim > 0 else 0.01 * least
+        size = least / slope_there.square().sum(-1).clamp(min=torch.finfo(least.dtype).tiny)
+        size = share * size * (least / goal).log().clamp(min=1)
+        move = size[:, None] * slope_there
+        move = move / (2 * move.norm(dim=-1, keepdim=True) / path.bound).clamp(min=1)
+        path.delta = torch.where(path.open[:, None], path.projected(best - move), path.delta)
+        path.steps += path.open
+    path.delta = torch.where(path.open[:, None], best, path.delta)
+    path.losses = torch.where(path.open, least, path.losses)
+
+
+OPTIMISERS = {"adam": adam, "polyak": polyak}
