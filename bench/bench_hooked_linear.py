@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import sys
 import time
 
 import torch
@@ -227,8 +228,7 @@ def main() -> None:
                                      "skipped": f"a round would take {expected:.0f} s on this machine"})  # fmt: skip
                         continue
                     rows.append(measure(shape, tokens, dtype, share, args.device, clock, rates, 0.5 if gpu else 4.0 if args.quick else 10.0))
-                    if not args.json:
-                        print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+                    print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), file=sys.stderr, flush=True)
     if args.plot:
         plot(rows, args.plot)
     finish(rows, targets_of(rows, args.device), args.json)
