@@ -265,22 +265,20 @@ def swap(output: torch.Tensor, edit: torch.Tensor, scope: torch.Tensor) -> torch
 def _exact_hook_(output, edit, mask, statistics, alpha, reference_scale, score):
     scope, after = _decide(edit, mask, statistics, alpha, reference_scale, score)
     _add_in_scope_(output, scope, lambda rows: edit.flatten(0, 1)[rows], lambda: edit)
-    return _statistics(edit, after)
+    return after
 
 
 def _gated_hook_(output, x, delta, sketch, mask, statistics, alpha, reference_scale, score):
-    response = F.linear(x, sketch)
-    scope, after = _decide(response, mask, statistics, alpha, reference_scale, score)
+    scope, after = _decide(F.linear(x, sketch), mask, statistics, alpha, reference_scale, score)
     _add_in_scope_(output, scope, lambda rows: F.linear(x.flatten(0, 1)[rows], delta), lambda: F.linear(x, delta))
-    return _statistics(response, after)
+    return after
 
 
-def _decode_hook(x, weight, bias, delta, sketch, mask, statistics, alpha, reference_scale, score):
+def _decode_hook(x, weight, bias, delta, sketch, *decision):
     output = F.linear(x, weight, bias)
-    arguments = (mask, statistics, alpha, reference_scale, score)
     if sketch is None:
-        return output, _exact_hook_(output, F.linear(x, delta), *arguments)
-    return output, _gated_hook_(output, x, delta, sketch, *arguments)
+        return output, _exact_hook_(output, F.linear(x, delta), *decision)
+    return output, _gated_hook_(output, x, delta, sketch, *decision)
 
 
 def _decide(response, mask, statistics, alpha, reference_scale, score):
@@ -304,8 +302,8 @@ def _add_in_scope_(output, scope, edit_of_rows, edit_of_all) -> None:
         output.copy_(swap(output, edit_of_all(), scope))
 
 
-def _statistics(response, after):
-    return response.new_empty(0, dtype=_wide(response)) if after is None else after
+def _statistics(tensor, after):
+    return tensor.new_empty(0, dtype=_wide(tensor)) if after is None else after
 
 
 def _wide(tensor) -> torch.dtype:
@@ -325,9 +323,22 @@ torch.library.define(
     "comeba::decode_hook",
     f"(Tensor x, Tensor weight, Tensor? bias, Tensor delta, Tensor? sketch, {_DECISION}) -> (Tensor, Tensor)",
 )
-torch.library.impl("comeba::exact_hook_", "CompositeExplicitAutograd", _exact_hook_)
-torch.library.impl("comeba::gated_hook_", "CompositeExplicitAutograd", _gated_hook_)
-torch.library.impl("comeba::decode_hook", "CompositeExplicitAutograd", _decode_hook)
+
+
+@torch.library.impl("comeba::exact_hook_", "CompositeExplicitAutograd")
+def _(output, edit, *decision):
+    return _statistics(edit, _exact_hook_(output, edit, *decision))
+
+
+@torch.library.impl("comeba::gated_hook_", "CompositeExplicitAutograd")
+def _(output, x, *matrices_and_decision):
+    return _statistics(x, _gated_hook_(output, x, *matrices_and_decision))
+
+
+@torch.library.impl("comeba::decode_hook", "CompositeExplicitAutograd")
+def _(x, *matrices_and_decision):
+    output, after = _decode_hook(x, *matrices_and_decision)
+    return output, _statistics(x, after)
 
 
 @torch.library.register_fake("comeba::exact_hook_")
