@@ -72,6 +72,7 @@ def _edits(rows: list[dict]):
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.set_title(metric, fontsize=10)
         _shares(axis)
+        axis.label_outer()
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside lower center", fontsize=9, frameon=False)
     return figure
 
