@@ -9,6 +9,7 @@ from test_editor import ids_of, make_editor, small_model, some_requests
 from comeba_ext import Editor, load_edits
 from comeba_ext.ops.sketch import rows_for, sketch_of
 
+
 def test_sketch_keeps_norms():
     """Unbiased in the square, with the relative deviation of a Johnson-Lindenstrauss map, over random directions."""
     d_out, rows = 512, rows_for(512)
