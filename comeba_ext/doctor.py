@@ -9,7 +9,7 @@ import platform
 import shutil
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "safetensors", "numpy", "scipy", "filelock", "ninja", "pybind11", "pyyaml", "tqdm", "typer")  # fmt: skip
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "scipy", "filelock", "ninja", "pybind11", "pyyaml", "tqdm", "typer", "matplotlib")  # fmt: skip
 
 
 def examine() -> dict:

@@ -169,9 +169,6 @@ def _slug(text: str) -> str:
 
 
 def _plots(result: dict, experiment: Experiment, out: Path) -> list[str]:
-    try:
-        from comeba_ext.experiments import plots
-    except ImportError:
-        log.warning("no plots: matplotlib is not installed (pip install 'comeba_ext[plot]')")
-        return []
+    from comeba_ext.experiments import plots  # matplotlib takes a second to import
+
     return plots.draw(result, experiment.plot, out)
