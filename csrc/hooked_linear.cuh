@@ -15,6 +15,15 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kDecodeTokens = 64;
 
+// The block's next ticket; everything that its threads did for the last one is done.
+__device__ inline unsigned draw(unsigned* ticket) {
+  __shared__ unsigned drawn;
+  __syncthreads();
+  if (threadIdx.x == 0) drawn = atomicAdd(ticket, 1u);
+  __syncthreads();
+  return drawn;
+}
+
 // -- decision ---------------------------------------------------------------------------------------------------------
 
 struct Deviation {
@@ -120,16 +129,12 @@ struct ScopeProgress {
 template <typename T, typename Action>
 __global__ void __launch_bounds__(kThreads) scope_kernel(const T* response, int width, Decision d, ScopeProgress p,
                                                          Action action) {
-  __shared__ unsigned drawn;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int tokens = d.batch * d.seq;
   const unsigned tiles = (tokens + kWarps - 1) / kWarps;
   const bool waits = d.zscore && d.seq > 1;  // a sequence of one token needs no other block
   for (;;) {
-    __syncthreads();
-    if (threadIdx.x == 0) drawn = atomicAdd(p.ticket, 1u);
-    __syncthreads();
-    const unsigned tile = drawn;
+    const unsigned tile = draw(p.ticket);
     if (tile >= (waits ? 2 * tiles : tiles)) return;
     const int token = static_cast<int>(tile % tiles) * kWarps + warp;
     if (token >= tokens) continue;
@@ -397,17 +402,13 @@ __global__ void __launch_bounds__(kThreads, Shape<NT>::kResident) decode_exact_k
                                                                 DecodeProgress p) {
   using S = Shape<NT>;
   __shared__ float shared[S::kShared];
-  __shared__ unsigned drawn;
   constexpr int kRows = S::kTiles * 8;
   const int tokens = d.batch * d.seq, tiles = (d_out + kRows - 1) / kRows;
   const int g = threadIdx.x % 32 / 4, own_tile = threadIdx.x / 32 / S::kSlices;
   int own[NT];
   own_tokens<NT>(own, nullptr, 0, tokens);
   for (;;) {
-    __syncthreads();
-    if (threadIdx.x == 0) drawn = atomicAdd(p.ticket, 1u);
-    __syncthreads();
-    const int tile = static_cast<int>(drawn);
+    const int tile = static_cast<int>(draw(p.ticket));
     if (tile >= tiles + tokens) return;
     if (tile >= tiles) {  // a token's swap
       if (!settled_scope(p)) return;
@@ -445,7 +446,6 @@ __global__ void __launch_bounds__(kThreads, Shape<NT>::kResident) decode_gated_k
                                                                 int sketch_rows, Decision d, DecodeProgress p) {
   using S = Shape<NT>;
   __shared__ float shared[S::kShared];
-  __shared__ unsigned drawn;
   constexpr int kRows = S::kTiles * 16;
   const int tokens = d.batch * d.seq;
   const int deciding = (sketch_rows + kRows - 1) / kRows, tiles = deciding + (d_out + kRows - 1) / kRows;
@@ -453,10 +453,7 @@ __global__ void __launch_bounds__(kThreads, Shape<NT>::kResident) decode_gated_k
   int own[NT];
   own_tokens<NT>(own, nullptr, 0, tokens);
   for (;;) {
-    __syncthreads();
-    if (threadIdx.x == 0) drawn = atomicAdd(p.ticket, 1u);
-    __syncthreads();
-    const int tile = static_cast<int>(drawn);
+    const int tile = static_cast<int>(draw(p.ticket));
     if (tile >= tiles) return;
     const bool decides = tile < deciding;
     const T* matrix = decides ? sketch : weight;
