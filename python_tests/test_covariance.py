@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from comeba_ext import EditConfig, Editor
+from comeba_ext import EditConfig, Editor, covariance
+from comeba_ext.corpus import Unfinished, Units
 from comeba_ext.covariance import Covariance
 from comeba_ext.errors import CovarianceError, StorageError
 
@@ -20,6 +21,20 @@ PROJECTIONS = {
     "opt": "model.decoder.layers.{}.fc2",
 }
 LAYERS = (0, 2)
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    """Units of 64 tokens out of pools of 200, so that tiny corpora have many."""
+    monkeypatch.setattr("comeba_ext.corpus.POOL_TOKENS", 200)
+    monkeypatch.setattr("comeba_ext.corpus.UNIT_TOKENS", 64)
+
+
+@pytest.fixture
+def save_always(monkeypatch):
+    """A checkpoint after every unit."""
+    real = covariance.collect_covariance
+    monkeypatch.setattr("comeba_ext.editing.editor.collect_covariance", lambda *a, **k: real(*a, save_seconds=0, **k))
 
 
 def corpus(count=40, seed=0):
@@ -106,44 +121,132 @@ def test_later_blocks_never_run(tiny_model, tokenizer):
     for n, block in enumerate(editor.model.transformer.h):
         block.register_forward_pre_hook(lambda m, args, n=n: ran.append(n))
     editor.model.lm_head.register_forward_pre_hook(lambda m, args: ran.append("head"))
+    last = editor.layers[PROJECTIONS["gpt2"].format(2)].base_layer
+    last.register_forward_pre_hook(lambda m, args: ran.append("last projection"))
     editor.collect_covariance(TEXTS, tokens=501, progress=False)
     assert set(ran) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_resumed_equals_uninterrupted(tiny_model, tokenizer, tmp_path, monkeypatch, error):
-    from comeba_ext import covariance as module
+def test_wide_layers_in_blocks(tiny_model, tokenizer, monkeypatch):
+    """Widths above, at and between multiples of the block, symmetric to the bit."""
+    expected, _ = literal(tiny_model, tokenizer, "gpt2", 501)
+    for block in (16, 20, 48):
+        monkeypatch.setattr(covariance, "BLOCK", block)
+        editor = make_editor(tiny_model, tokenizer)
+        editor.collect_covariance(TEXTS, tokens=501, progress=False)
+        assert_close(editor.covariance, expected)
+        for moment in editor.covariance.moments.values():
+            assert torch.equal(moment, moment.mT)
 
-    path = tmp_path / "covariance.safetensors"
-    whole = make_editor(tiny_model, tokenizer, max_tokens=64)
-    whole.collect_covariance(TEXTS, tokens=501, progress=False)
-    editor = make_editor(tiny_model, tokenizer, max_tokens=64)
-    real_save, real_run, runs = Covariance.save, module.run_until, [0]
-    real_collect = module.collect_covariance
-    monkeypatch.setattr("comeba_ext.editing.editor.collect_covariance", lambda *a, **k: real_collect(*a, save_every=2, **k))
+
+def test_units_hold_every_token_once(tokenizer, small_units):
+    """Whatever the pools and units, their rows are the first tokens of the texts, cut into pieces."""
+    texts = [*TEXTS, " ".join(TEXTS)]
+    for wanted in (1, 199, 501, 10**6):
+        units = list(Units(tokenizer, iter(texts), Unfinished(), wanted, 40))
+        left, expected = wanted, []
+        for text in texts:
+            ids = tokenizer(text)["input_ids"][:left]
+            left -= len(ids)
+            expected += [ids[n : n + 40] for n in range(0, len(ids), 40)]
+        assert [number for number, _ in units] == list(range(len(units)))
+        assert sorted(row for _, rows in units for row in rows) == sorted(expected)
+        assert all(len(rows) * max(map(len, rows)) <= 64 for _, rows in units)
+
+
+def test_little_padding(tokenizer):
+    """What the module says of waste, in kind: rows of any length, hardly any padding."""
+    draw = random.Random(3)
+    texts = [" ".join(draw.choices(WORDS, k=int(draw.lognormvariate(4, 1.3)) + 1)) for _ in range(900)]
+    real = padded = 0
+    for _, rows in Units(tokenizer, texts, Unfinished(), 10**6, 128):
+        real += sum(map(len, rows))
+        padded += len(rows) * max(map(len, rows))
+    assert real > 30_000 and padded < 1.03 * real
+
+
+def interrupt(monkeypatch, at: int, error) -> list[int]:
+    """Let the ``at``-th forward pass fail; returns the count of passes so far."""
+    real_run, runs = covariance.run_until, [0]
 
     def failing(*args, **kwargs):
         runs[0] += 1
-        if runs[0] == 8:
+        if runs[0] == at:
             raise error
         return real_run(*args, **kwargs)
 
-    monkeypatch.setattr(module, "run_until", failing)
+    monkeypatch.setattr(covariance, "run_until", failing)
+    return runs
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_resumed_equals_uninterrupted(tiny_model, tokenizer, tmp_path, monkeypatch, small_units, save_always, error):
+    path = tmp_path / "covariance.safetensors"
+    whole = make_editor(tiny_model, tokenizer)
+    whole.collect_covariance(TEXTS, tokens=501, progress=False)
+    editor = make_editor(tiny_model, tokenizer)
+    runs = interrupt(monkeypatch, 8, error)
     with pytest.raises(error):
         editor.collect_covariance(TEXTS, tokens=501, path=path, progress=False)
-    assert not editor.key_memory and Covariance.save is real_save
+    assert not editor.key_memory
     assert all(layer.mode == "validated" for layer in editor.layers.values())
     half = Covariance.load(path)
-    assert 0 < half.tokens < 501
+    assert 0 < half.tokens < 501 and half.unfinished.units == set(range(7))
     with pytest.raises(CovarianceError, match="unfinished"):
         editor.load_covariance(path)
+    # Another size of batches is none of the checkpoint's business.
+    editor = make_editor(tiny_model, tokenizer, max_tokens=40)
     editor.collect_covariance(TEXTS, tokens=501, path=path, progress=False)
-    assert editor.covariance.tokens == 501 and runs[0] < 2 * 8 + 10
+    assert editor.covariance.tokens == 501
     for name in whole.covariance.moments:
         assert_close(editor.covariance, {name: whole.covariance[name]}, 1e-12)
     before = runs[0]
     make_editor(tiny_model, tokenizer).collect_covariance(TEXTS, tokens=501, path=path, progress=False)
     assert runs[0] == before  # complete: nothing to run
+
+
+def test_a_checkpoint_meets_other_texts_or_wishes(tiny_model, tokenizer, tmp_path, monkeypatch, small_units, save_always):
+    path = tmp_path / "covariance.safetensors"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 5, KeyboardInterrupt)
+        make_editor(tiny_model, tokenizer).collect_covariance(TEXTS, tokens=501, path=path, progress=False)
+    content = path.read_bytes()
+    for texts in (TEXTS[::-1], TEXTS[:3], []):
+        with pytest.raises(CovarianceError, match="texts are not those"):
+            make_editor(tiny_model, tokenizer).collect_covariance(texts, tokens=501, path=path, progress=False)
+    with pytest.raises(CovarianceError, match="unfinished covariance of 501 tokens"):
+        make_editor(tiny_model, tokenizer).collect_covariance(TEXTS, tokens=502, path=path, progress=False)
+    assert path.read_bytes() == content
+
+
+def test_a_finished_one_is_extended(tiny_model, tokenizer, tmp_path, monkeypatch, small_units, save_always):
+    """More tokens wanted: collection goes on with the texts after those consumed, over an interruption too."""
+    path = tmp_path / "covariance.safetensors"
+    sizes = [len(tokenizer(text)["input_ids"]) for text in TEXTS]
+    first, more = sum(sizes[:15]), sum(sizes[:35])
+    make_editor(tiny_model, tokenizer).collect_covariance(TEXTS, tokens=first, path=path, progress=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 3, KeyboardInterrupt)
+        make_editor(tiny_model, tokenizer).collect_covariance(TEXTS, tokens=more, path=path, progress=False)
+    assert first < Covariance.load(path).tokens < more
+    editor = make_editor(tiny_model, tokenizer)
+    editor.collect_covariance(TEXTS, tokens=more, path=path, progress=False)
+    assert (editor.covariance.tokens, editor.covariance.texts) == (more, 35)
+    assert_close(editor.covariance, literal(tiny_model, tokenizer, "gpt2", more)[0])
+
+
+def test_a_model_over_several_devices(tiny_model, tokenizer, tmp_path):
+    """Placed by accelerate, blocks on the CPU and on disk, which stands for a device that is not the first's."""
+    accelerate = pytest.importorskip("accelerate")
+    model = build(tiny_model, tokenizer)
+    places = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk",
+              "transformer.h.2": "disk", "transformer.h.3": "cpu", "transformer.ln_f": "cpu", "lm_head": "cpu"}  # fmt: skip
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    assert model.transformer.h[2].mlp.c_proj.weight.is_meta
+    editor = Editor(model, tokenizer, EditConfig(layers=LAYERS, prefixes=0))
+    editor.collect_covariance(TEXTS, tokens=501, progress=False)
+    assert_close(editor.covariance, literal(tiny_model, tokenizer, "gpt2", 501)[0])
+    assert model.transformer.h[2].mlp.c_proj.base_layer.weight.is_meta
 
 
 def test_checkpoint_of_another_model_or_layers(tiny_model, tokenizer, tmp_path):
@@ -165,6 +268,11 @@ def test_empty_corpus_and_not_a_number(tiny_model, tokenizer):
     for texts in ([], ["", ""], iter(())):
         with pytest.raises(CovarianceError, match="no text"):
             make_editor(tiny_model, tokenizer).collect_covariance(texts, progress=False)
+    for tokens in (0, -1):
+        with pytest.raises(CovarianceError, match="at least 1"):
+            make_editor(tiny_model, tokenizer).collect_covariance(TEXTS, tokens=tokens, progress=False)
+    with pytest.raises(CovarianceError, match="folder .* does not exist"):
+        make_editor(tiny_model, tokenizer).collect_covariance(TEXTS, path="nowhere/c.safetensors", progress=False)
     with pytest.raises(CovarianceError, match="list"):
         make_editor(tiny_model, tokenizer).collect_covariance("one text", progress=False)
     editor = make_editor(tiny_model, tokenizer)

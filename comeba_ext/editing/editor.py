@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from comeba_ext import hooked_linear, saved_edits
+from comeba_ext import distributed, hooked_linear, saved_edits
 from comeba_ext.architectures import Architecture, context_length
 from comeba_ext.covariance import Covariance, collect_covariance
 from comeba_ext.editing.config import EditConfig
@@ -99,17 +99,19 @@ class Editor:
     ) -> None:
         """Collect ``C0`` of all edited layers in one pass over a corpus.
 
+        Where a process group is initialised (``torchrun``), its processes share the work and each ends with the whole.
+
         Args:
             texts: plain texts, e.g. Wikipedia articles.
             tokens: how many; default 10 per input dimension (arXiv 2506.04226).
-            path: checkpoint file; an unfinished one is resumed.
+            path: checkpoint file; an unfinished one is resumed, by any number of processes.
 
         Raises:
             CovarianceError: too little text, or edits were made already.
         """
         with self.disabled():
             covariance = collect_covariance(
-                self.model, self.tokenizer, texts, self.layers, self._decoder, self._value_block, tokens=tokens,
+                self.model, self.tokenizer, texts, self.layers, self._decoder, tokens=tokens,
                 max_tokens=self.config.max_tokens, path=path, progress=progress,
             )  # fmt: skip
         self.set_covariance(covariance)
@@ -397,15 +399,37 @@ class Editor:
         return values.to(self._device)
 
     def _optimise(self, batch: list[EditRequest], progress: bool) -> TargetValues:
-        with evaluating(self.model), tqdm(total=len(batch), unit="value", desc="target values", disable=not progress) as bar:
+        """Target values of the batch. Of several processes each finds every n-th request's, and all return all of them."""
+        rank, world = distributed.rank(), distributed.world_size()
+        if world > 1:
+            distributed.require_replicated(self.model)
+            distributed.require_same((batch, self.prefixes, self.step), "the requests, prefixes or steps")
+        own = batch[rank::world]
 
-            def on_progress(done: int, loss: float) -> None:
-                bar.update(done - bar.n)
-                bar.set_postfix(loss=f"{loss:.3f}")
+        def work() -> TargetValues | None:
+            if not own:
+                return None
+            quiet = not progress or rank > 0
+            with evaluating(self.model), tqdm(total=len(own), unit="value", desc="target values", disable=quiet) as bar:
 
-            return optimise_target_values(
-                self.model, self.tokenizer, self.architecture, self.config, batch, self.prefixes, on_progress
-            )
+                def on_progress(done: int, loss: float) -> None:
+                    bar.update(done - bar.n)
+                    bar.set_postfix(loss=f"{loss:.3f}")
+
+                found = optimise_target_values(
+                    self.model, self.tokenizer, self.architecture, self.config, own, self.prefixes, on_progress
+                )
+            return found if world == 1 else dataclasses.replace(found, values=found.values.cpu())
+
+        shares = distributed.together(work)
+        if world == 1:
+            return shares[0]
+        rows = [(shares[n % world], n // world) for n in range(len(batch))]
+        return TargetValues(
+            torch.stack([share.values[k] for share, k in rows]).to(self._device),
+            [share.losses[k] for share, k in rows],
+            [share.steps[k] for share, k in rows],
+        )
 
     def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases):
         """Step 2 and 3 of DESIGN §3: per layer keys, residual, update, threshold. Returns keys and responses."""
