@@ -2,6 +2,9 @@
 
 Every command takes ``--json`` and then prints exactly one JSON object on stdout. Exit codes: 0 done; 1 the input was
 unusable (one clear message, or ``{"error": ...}``); 2 wrong usage; 3 ``doctor`` found something missing; 130 interrupted.
+
+``covariance`` and ``edit`` share their work when ``torchrun`` or ``accelerate launch`` starts several processes; the first
+one prints and saves.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object instea
 Edits = Annotated[Optional[Path], typer.Option("--edits", help="folder of saved edits to put onto the model")]
 Config = Annotated[Optional[Path], typer.Option("--config", help="EditConfig as JSON or YAML")]
 Limit = Annotated[Optional[int], typer.Option("--limit", min=1, help="read at most this many records")]
-Device = Annotated[Optional[str], typer.Option("--device", help="cpu, cuda, … (default: cuda where there is one)")]
+Device = Annotated[Optional[str], typer.Option("--device", help="cpu, cuda, …; auto: spread over all (default: cuda where there is one)")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 
 METRICS = ("reliability", "generality", "locality")
@@ -118,7 +121,7 @@ def edit(
     from comeba_ext.editing.editor import Editor
     from comeba_ext.storage import MANIFEST
 
-    with _reporting(as_json) as report:
+    with _reporting(as_json, parallel=True) as report:
         read = read_requests(records, limit)
         if (out / MANIFEST).exists() and not resume:
             raise ComebaError(f"{out} holds edits already; add --resume to go on with them, or choose another --out")
@@ -141,12 +144,13 @@ def edit(
         steps = []
         if todo:
             try:
-                for step in editor.edit_all(todo, batch_size, progress=not as_json):
+                for step in editor.edit_all(todo, batch_size, progress=not as_json and report.first):
                     steps.append(step.to_dict())
-                    if len(steps) % save_every == 0:
+                    if len(steps) % save_every == 0 and report.first:
                         editor.save_pretrained(out)
             finally:  # an interruption keeps the last complete batch
-                editor.save_pretrained(out)
+                if report.first:
+                    editor.save_pretrained(out)
         counts = {"read": read.read, "used": len(used), "skipped": skipped}
         seconds = sum(sum(s["seconds"].values()) for s in steps)
         report.say(f"{len(todo)} edits in {len(steps)} batches, {seconds:.1f} s; saved to {out}.")
@@ -203,7 +207,7 @@ def covariance(
     from comeba_ext.data import read_texts
     from comeba_ext.editing.editor import Editor
 
-    with _reporting(as_json) as report:
+    with _reporting(as_json, parallel=True) as report:
         stream = read_texts(texts)
         net, tokenizer = _load(model, device, dtype)
         editor = Editor(net, tokenizer, _config(net, config))
@@ -329,11 +333,12 @@ def doctor(as_json: Json = False) -> None:
 class _Report:
     """Where a command's output goes: tables and sentences, or one JSON object at the end."""
 
-    def __init__(self, as_json: bool):
+    def __init__(self, as_json: bool, first: bool = True):
         from rich.console import Console
 
         self.as_json, self.result, self.code = as_json, {}, 0
-        self.console = Console(quiet=as_json, highlight=False, soft_wrap=False)
+        self.first = first  # of several processes the one that prints and saves
+        self.console = Console(quiet=as_json or not first, highlight=False, soft_wrap=False)
         self._widths: list[int] = []
 
     def say(self, text: str) -> None:
@@ -359,26 +364,38 @@ class _Report:
 
 
 @contextlib.contextmanager
-def _reporting(as_json: bool):
-    report = _Report(as_json)
-    _quiet_libraries()
-    try:
-        yield report
-    except ComebaError as error:
-        _fail(as_json, str(error), 1)
-    except KeyboardInterrupt:
-        _fail(as_json, "interrupted; what was complete is kept", 130)
-    if as_json:
+def _reporting(as_json: bool, parallel: bool = False):
+    """Where a command runs: with its output, its exit code, and the other processes of its launcher, if any.
+
+    Args:
+        parallel: several processes share the command's work; other commands refuse to be started by a launcher of several.
+    """
+    from comeba_ext import distributed
+
+    with distributed.process_group():
+        rank, world = distributed.rank(), distributed.world_size()
+        report = _Report(as_json, first=rank == 0)
+        who = f" (process {rank} of {world})" if rank else ""
+        _quiet_libraries()
+        try:
+            if world > 1 and not parallel:
+                raise ComebaError("only 'covariance' and 'edit' share their work; start this command as a single process")
+            yield report
+        except ComebaError as error:
+            _fail(as_json, str(error), 1, who)
+        except KeyboardInterrupt:
+            _fail(as_json, "interrupted; what was complete is kept", 130, who)
+    if as_json and report.first:
         print(json.dumps({"version": __version__, **report.result}))
     if report.code:
         raise typer.Exit(report.code)
 
 
-def _fail(as_json: bool, message: str, code: int) -> None:
-    if as_json:
+def _fail(as_json: bool, message: str, code: int, who: str = "") -> None:
+    if as_json and not who:
         print(json.dumps({"version": __version__, "error": message}))
     else:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error{who}: {message}", file=sys.stderr)
     raise typer.Exit(code) from None
 
 
@@ -406,13 +423,31 @@ def _load(name: str, device: str | None, dtype: str, edits: Path | None = None):
             raise ComebaError(f"unknown --dtype {dtype!r}; choose auto, float32, bfloat16 or float16")
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-        except (OSError, ValueError) as error:
-            raise ComebaError(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}") from None
-    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device_map="auto" if device == "auto" else None
+            )
+        except (OSError, ValueError, ImportError) as error:  # device_map needs accelerate
+            raise ComebaError(f"cannot load a model from {name!r}: {str(error).strip().splitlines()[0]}") from None
+    if device != "auto" or name == "testbed":
+        model = model.to(_device(device))
+    model.eval()
     if edits is not None:
         load_edits(model, edits)
     return model, tokenizer
+
+
+def _device(wanted: str | None) -> str:
+    """The device asked for, or a GPU of this process's own, or the CPU."""
+    import torch
+
+    from comeba_ext import distributed
+
+    count, own = torch.cuda.device_count(), distributed.local_rank()
+    if wanted not in (None, "auto", "cuda"):
+        return wanted
+    if own >= count > 0:
+        raise ComebaError(f"{own + 1} processes, but {count} GPUs: start one process a GPU, or add --device cpu")
+    return f"cuda:{own}" if count or wanted == "cuda" else "cpu"
 
 
 def _config(model, path: Path | None):
