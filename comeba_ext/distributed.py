@@ -98,9 +98,10 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over all processes, the same bits in each, on the tensor's own device; may overwrite ``tensor``."""
     if world_size() == 1:
         return tensor
-    backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
-    able = tensor.device.type if tensor.device.type in backends else next(iter(backends))
-    there = tensor.to(f"{able}:{torch.cuda.current_device()}" if able == "cuda" != tensor.device.type else able)
+    # On the host where the group can, whatever the device: all must choose alike, and theirs may differ (a process without
+    # work, a model over several GPUs).
+    able = [pair.split(":")[0] for pair in dist.get_backend_config().split(",")]
+    there = tensor.to("cpu" if "cpu" in able else able[0])
     dist.all_reduce(there)
     return there.to(tensor.device)
 
