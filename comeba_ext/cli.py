@@ -30,7 +30,9 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object instea
 Edits = Annotated[Optional[Path], typer.Option("--edits", help="folder of saved edits to put onto the model")]
 Config = Annotated[Optional[Path], typer.Option("--config", help="EditConfig as JSON or YAML")]
 Limit = Annotated[Optional[int], typer.Option("--limit", min=1, help="read at most this many records")]
-Device = Annotated[Optional[str], typer.Option("--device", help="cpu, cuda, …; auto: spread over all (default: cuda where there is one)")]
+Device = Annotated[
+    Optional[str], typer.Option("--device", help="cpu, cuda, …; auto: spread over all (default: cuda where there is one)")
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 
 METRICS = ("reliability", "generality", "locality")

@@ -308,7 +308,8 @@ def _checked(path: Path, model: nn.Module, widths: dict[str, int], wanted: int) 
         raise CovarianceError(f"{path} is the covariance of layers {', '.join(found.moments)}; choose another file")
     if found.unfinished and found.tokens_wanted != wanted:
         raise CovarianceError(
-            f"{path} is the unfinished covariance of {found.tokens_wanted} tokens; finish it with as many, or choose another file"
+            f"{path} is the unfinished covariance of {found.tokens_wanted} tokens; finish it with as many, or choose "
+            "another file"
         )
     return found
 
