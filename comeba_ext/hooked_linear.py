@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from comeba_ext.errors import ArchitectureError, ComebaError
 from comeba_ext.ops import hooked_linear as ops
+from comeba_ext.ops import nearest_hook as nearest
 from comeba_ext.ops import sketch as sketches
 from comeba_ext.sequence_context import SequenceContext
 
 MODES = ("off", "temporary", "validated")
 GATES = ("exact", "sketch")
-SCOPES = {"zscore": 2.2, "reference": math.inf}  # score -> α before any edit (paper section 4.1; DESIGN §3)
+SCOPES = {"zscore": 2.2, "reference": math.inf, "nearest": 1.0}  # score -> α before any edit (paper section 4.1; DESIGN §3)
 
 
 class HookedLinear(nn.Module):
@@ -29,12 +30,13 @@ class HookedLinear(nn.Module):
 
     Args:
         base: ``nn.Linear``, GPT-2's ``Conv1D``, or any module with ``in_features``/``out_features``.
-        scope: ``"zscore"`` (the paper's, relative to the other tokens of the sequence) or ``"reference"`` (relative to
-            an average corpus token, DESIGN §3).
-        alpha: threshold; default 2.2 for zscore and infinity for reference.
-        gate: what the scores are computed from: ``"exact"``, the edit of every token, a second product of the layer's
+        scope: ``"zscore"`` (the paper's: the response, relative to the other tokens of the sequence), ``"reference"``
+            (the response, relative to an average corpus token's, DESIGN §3) or ``"nearest"`` (the similarity to the
+            nearest edited key, :mod:`comeba_ext.ops.nearest_hook`; needs :meth:`set_covariance` and the keys).
+        alpha: threshold; default 2.2 for zscore, infinity for reference, 1 for nearest.
+        gate: what responses are computed from: ``"exact"``, the edit of every token, a second product of the layer's
             size; or ``"sketch"``, a few rows with nearly the same norm, after which only tokens in scope pay for their
-            edit (:mod:`comeba_ext.ops.sketch`). ``alpha`` belongs to the gate it was set with.
+            edit (:mod:`comeba_ext.ops.sketch`). ``alpha`` belongs to the gate it was set with. Of no effect with nearest.
         dtype: of ``delta``; default the base weight's, or float32 where that is quantised.
         device: of ``delta``; default where the base layer computes.
 
@@ -43,6 +45,8 @@ class HookedLinear(nn.Module):
         delta: ``(d_out, d_in)`` buffer, the sum of all edits.
         alpha: scalar buffer, float64 on the base's device.
         reference_scale: scalar buffer, ``tr(delta·C0·deltaᵀ)``.
+        projection: ``(rows, d_in)`` buffer, with nearest only: what inputs and keys are compared under.
+        anchors: ``(keys, rows)`` buffer, with nearest only: the edited keys' directions, filled up with rows of zeros.
         mode: one of ``MODES``.
 
     Raises:
@@ -86,6 +90,9 @@ class HookedLinear(nn.Module):
         self.register_buffer("delta", torch.zeros(self.out_features, self.in_features, dtype=dtype, device=device))
         self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64, device=device))
         self.register_buffer("reference_scale", torch.tensor(0.0, dtype=torch.float64, device=device))
+        if scope == "nearest":
+            self.register_buffer("projection", torch.zeros(0, self.in_features, dtype=dtype, device=device))
+            self.register_buffer("anchors", torch.zeros(0, 0, dtype=dtype, device=device))
         self._sketch, self._sketched = None, None  # the sketch, and the version of delta it was made from
 
     @property
@@ -124,6 +131,12 @@ class HookedLinear(nn.Module):
         delta = self.delta
         plain = self._plain_base() and not args and not kwargs
         given, mask = self._as_sequences(self._to_delta(x), mask)
+        if self.scope == "nearest":
+            output = self.base_layer.forward(x) if plain else self.base_layer(x, *args, **kwargs)
+            shape = output.shape
+            output = output.reshape(*given.shape[:-1], self.out_features)
+            how = (given, delta, self.projection, self.anchors, mask, self.alpha)
+            return nearest.nearest_hook(output, *how, inplace=plain).reshape(shape)
         sketch = self.sketch() if self.gate == "sketch" else None
         decision = (mask, self._statistics(), self.alpha, self.reference_scale, self.scope)
         if plain and self._decodes(x):
@@ -169,8 +182,48 @@ class HookedLinear(nn.Module):
     def scores(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Score of every token, ``(batch, seq)``, for ``x`` of ``(batch, seq, d_in)`` with its mask."""
         x, mask = self._as_sequences(self._to_delta(x), mask)
+        if self.scope == "nearest":
+            return nearest.nearest_scores(x, self.projection, self.anchors)
         response = F.linear(x, self.scored_matrix())
         return ops.scores(response, mask, self._statistics(), self.reference_scale, self.scope)[0]
+
+    def set_covariance(self, covariance: torch.Tensor) -> None:
+        """The metric in which the nearest score compares, from ``C0 (d_in, d_in)``; forgets all keys.
+
+        Raises:
+            torch.linalg.LinAlgError: it is not positive definite.
+        """
+        self.projection = nearest.projection_of(covariance).to(self.delta)
+        self.set_keys(covariance.new_zeros(0, self.in_features))
+
+    def set_keys(self, keys: torch.Tensor) -> None:
+        """The edited keys, ``(n, d_in)``, that the nearest score compares with, in place of those known."""
+        self.anchors = self.delta.new_zeros(0, len(self.projection))
+        self.add_keys(keys)
+
+    def add_keys(self, keys: torch.Tensor) -> None:
+        """More keys, ``(n, d_in)``. Room for them is doubled, so that shapes seldom change."""
+        known = self.known_keys()
+        count = known + len(keys)
+        if count > len(self.anchors):
+            room = max(64, 1 << (count - 1).bit_length())
+            self.anchors = torch.cat((self.anchors, self.anchors.new_zeros(room - len(self.anchors), self.anchors.shape[1])))
+        # As many digits as a key comes with: in half precision its norm may overflow.
+        wide = torch.promote_types(self.delta.dtype, torch.float32)
+        unit = nearest.directions(keys.to(self.delta.device, wide), self.projection.to(wide))
+        self.anchors[known:count] = unit.to(self.anchors)
+
+    def known_keys(self) -> int:
+        """Number of keys that the nearest score compares with."""
+        return int(self.anchors.any(-1).sum())
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """Buffers that grow with the keys take the shape they are loaded with."""
+        for name in ("projection", "anchors") if self.scope == "nearest" else ():
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape != getattr(self, name).shape:
+                setattr(self, name, getattr(self, name).new_zeros(saved.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _to_delta(self, x: torch.Tensor) -> torch.Tensor:
         dtype = self.delta.dtype

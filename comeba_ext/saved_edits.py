@@ -53,6 +53,7 @@ def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
             layer.delta.copy_(deltas[name])
             layer.alpha.copy_(tensors[f"{name}.alpha"])
             layer.reference_scale.copy_(tensors[f"{name}.reference_scale"])
+            _restore_keys(layer, tensors, name)
             layer.mode = mode
             layer.scored_matrix()  # a compiled model would not see that its sketch is old
     return model
@@ -107,7 +108,7 @@ def save(editor, folder: str | Path, inference_only: bool) -> None:
 
 def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
     """An editor as it was when saved."""
-    manifest, _ = _read(model, folder)
+    manifest, adapter = _read(model, folder)
     state = read_file(folder, manifest, "state")
     log = read_file(folder, manifest, "log")
     try:
@@ -134,6 +135,7 @@ def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
             layer.delta.copy_(deltas[name])
             layer.alpha.copy_(scalars[name][0])
             layer.reference_scale.copy_(scalars[name][1])
+            _restore_keys(layer, adapter, name)
     editor.key_memory = {name: m.to(editor.layers[name].delta.device) for name, m in memory.items()}
     editor.covariance = covariance
     for entry in entries:
@@ -167,7 +169,14 @@ def _adapter(editor, live: list[Entry]) -> dict[str, torch.Tensor]:
             tensors[f"{name}.delta"] = delta
         tensors[f"{name}.alpha"] = layer.alpha
         tensors[f"{name}.reference_scale"] = layer.reference_scale
+        if layer.scope == "nearest":
+            tensors[f"{name}.projection"], tensors[f"{name}.anchors"] = layer.projection, layer.anchors[: layer.known_keys()]
     return tensors
+
+
+def _restore_keys(layer: hooked_linear.HookedLinear, tensors: dict[str, torch.Tensor], name: str) -> None:
+    if layer.scope == "nearest":
+        layer.projection, layer.anchors = (tensors[f"{name}.{part}"].to(layer.delta) for part in ("projection", "anchors"))
 
 
 def _delta(tensors: dict[str, torch.Tensor], name: str, folder) -> torch.Tensor:

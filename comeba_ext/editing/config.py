@@ -16,7 +16,7 @@ from comeba_ext.hooked_linear import GATES, SCOPES
 
 OPTIMIZERS = ("adam", "polyak")
 LR_UNITS = ("absolute", "hidden_rms")
-MARGINS = {"zscore": 1.0, "reference": 0.25}
+MARGINS = {"zscore": 1.0, "reference": 0.25, "nearest": 0.75}
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,13 @@ class EditConfig:
     Args:
         layers: edited blocks, increasing; the last one is the value layer.
         lam: λ, weight of the covariance against edited keys in ``C = λ·C0 + Σ k kᵀ``.
-        scope: score that decides scope, ``"zscore"`` or ``"reference"``.
+        scope: score that decides scope, ``"zscore"``, ``"reference"`` or ``"nearest"`` (:class:`HookedLinear`).
         gate: what the score is computed from, ``"exact"`` or ``"sketch"`` (:class:`HookedLinear`).
-        alpha: threshold before any edit; ``None`` for the score's own start (2.2, infinity).
+        alpha: threshold before any edit; ``None`` for the score's own start (2.2, infinity, 1).
         alpha_margin: share of the lowest score of a batch's prompts that α is lowered to; below 1 leaves room for other
             wordings, which respond a little less than the prompt that was edited. ``None``: 1 for zscore (the paper),
-            0.25 for reference, whose scores of other subjects lie far lower (``bench/bench_scope.py``).
+            0.25 for reference and 0.75 for nearest, whose scores of other subjects lie far lower
+            (``bench/bench_scope.py``, ``bench/bench_nearest.py``).
         steps: loss evaluations per target value at most; the optimiser steps between them.
         lr: learning rate for target values.
         lr_unit: ``"absolute"``, or ``"hidden_rms"``: ``lr`` times the root mean square of the request's hidden state.

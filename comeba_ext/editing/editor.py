@@ -19,7 +19,7 @@ from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.encoding import pad_id
 from comeba_ext.editing.key_memory import KeyMemory
 from comeba_ext.editing.keys import KeyReader, LayerReading
-from comeba_ext.editing.ledger import Entry, Ledger, stacked
+from comeba_ext.editing.ledger import Entry, Ledger, stacked, without
 from comeba_ext.editing.prefixes import sample_prefixes
 from comeba_ext.editing.report import EditReport, Phases, peak_memory
 from comeba_ext.editing.request import EditRequest, as_requests
@@ -141,6 +141,8 @@ class Editor:
             except CovarianceError as error:
                 raise CovarianceError(f"{name}: {error}") from None
         self.key_memory, self.covariance = memory, covariance
+        for name, layer in self._compared.items():
+            layer.set_covariance(covariance[name].to(layer.delta.device))
 
     # -- editing ------------------------------------------------------------------------------------------------
 
@@ -179,6 +181,7 @@ class Editor:
                 with phases("update"):
                     for name in self.layers:
                         self._exchange(name, remove=replaced, add=[])
+                    self._set_keys(without(self.ledger.live(), replaced))
             keys, responses = self._write(batch, values, phases)
             report = EditReport(
                 step=self.step + 1,
@@ -268,6 +271,7 @@ class Editor:
                 self._exchange(name, remove=entries, add=[])
                 if len(entries) == len(self.ledger):
                     self._clear(name)
+            self._set_keys(without(self.ledger.live(), entries))
         self.step += 1
         for entry in entries:
             self.ledger.remove(entry, self.step)
@@ -289,6 +293,7 @@ class Editor:
                 if len(added) == len(self.ledger) and not removed:
                     self._clear(name)
                 layer.alpha.fill_(self._alphas[step][name])
+            self._set_keys(without(self.ledger.live(), added) + removed)
         self.ledger.rewind(step)
         self._alphas = self._alphas[: step + 1]
         self.log.append({"event": "rollback", "step": step, "from_step": self.step})
@@ -451,6 +456,8 @@ class Editor:
                     residual = (values.to(reading.hidden) - reading.hidden) / (len(self.layers) - number)
                     keys[name] = reading.keys
                     responses[name] = self._add(name, reading.keys, residual)
+                    if name in self._compared:
+                        layer.add_keys(reading.keys)
                 layer.mode = self.serving
                 with phases("calibrate"):
                     self._calibrate(name, layer, reading)
@@ -519,6 +526,16 @@ class Editor:
         layer.reference_scale.zero_()
         layer.alpha.fill_(self._alphas[0][name])
 
+    @property
+    def _compared(self) -> dict[str, hooked_linear.HookedLinear]:
+        """Layers whose scores compare with edited keys: all or none."""
+        return self.layers if self.config.scope == "nearest" and self.serving == "validated" else {}
+
+    def _set_keys(self, live: list[Entry]) -> None:
+        """Compare with the keys of these entries."""
+        for name, layer in self._compared.items():
+            layer.set_keys(stacked(live, name)[0].mT if live else torch.zeros(0, layer.in_features))
+
     def _rescale(self, name: str) -> None:
         """Keep ``tr(delta·C0·deltaᵀ)`` in step with delta, where the score needs it.
 
@@ -547,6 +564,7 @@ class Editor:
             name: (self._delta[name].clone(), layer.alpha.clone(), layer.reference_scale.clone())
             for name, layer in self.layers.items()
         }
+        anchors = {name: layer.anchors.clone() for name, layer in self._compared.items()}
         memories = {name: memory.state for name, memory in self.key_memory.items()}
         try:
             yield
@@ -557,6 +575,8 @@ class Editor:
                 layer.delta.copy_(delta)
                 layer.alpha.copy_(alpha)
                 layer.reference_scale.copy_(scale)
+            for name, known in anchors.items():
+                self.layers[name].anchors = known
             for name, state in memories.items():
                 self.key_memory[name].state = state
             raise

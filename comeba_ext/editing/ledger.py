@@ -95,3 +95,9 @@ def stacked(entries: list[Entry], layer: str) -> tuple[torch.Tensor, torch.Tenso
         torch.stack([e.keys[layer] for e in entries], 1),
         torch.stack([e.responses[layer] for e in entries], 1),
     )
+
+
+def without(entries: list[Entry], others: list[Entry]) -> list[Entry]:
+    """The entries that are none of the others."""
+    left_out = set(map(id, others))
+    return [entry for entry in entries if id(entry) not in left_out]

@@ -1,0 +1,121 @@
+"""The decision by similarity to an edited key: a token is in scope when its input is like one that was edited.
+
+Responses ``delta·x`` stop telling edited tokens from others once there are about as many edits as dimensions: ``delta`` is
+then of full rank and answers everything. The inputs themselves do not: those of one subject stay close together. Closeness
+is the cosine in the metric of ``C0⁻¹``, in which corpus keys have no preferred direction (with ``C0 = L Lᵀ``, whitened keys
+``L⁻¹k`` are uncorrelated), between a token and the nearest live key:
+
+    s_t = max over edited keys kᵢ of cos(L⁻¹x_t, L⁻¹kᵢ)
+
+``d_in`` is large and so is the number of keys. Both shrink under one projection ``P = S L⁻¹`` on a few random orthonormal
+directions (Johnson–Lindenstrauss): the error of a cosine ``c`` has a standard deviation of about ``(1 − c²)/√rows``, so close
+keys stay close. A score costs ``rows·(d_in + keys)`` multiplications a token where the layer costs ``d_in·d_out``; only tokens
+in scope pay for their edit. Like the reference score it needs no other token: prefill, decode, padding and batch do not matter.
+Similarity to stored keys decides scope in GRACE (arXiv 2211.11031) too, by Euclidean distance and for whole outputs; here it
+gates the least-squares edit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from comeba_ext.ops.hooked_linear import _add_in_scope_, _dispatched, _needs_grad, in_scope, swap
+
+ROWS = 256  # as measured (bench/bench_nearest.py); at 64, other subjects begin to pass for edited ones
+_CHUNK = 4096  # keys compared at a time: bounds the table of similarities, (tokens, keys)
+_SEED = 0xC0EBA
+
+
+def projection_of(covariance: torch.Tensor, rows: int = ROWS) -> torch.Tensor:
+    """``P = S L⁻¹``, ``(min(rows, d_in), d_in)`` in the covariance's dtype; the same for the same covariance.
+
+    Args:
+        covariance: ``C0``, ``(d_in, d_in)``, symmetric positive definite.
+
+    Raises:
+        torch.linalg.LinAlgError: it is not positive definite.
+    """
+    width = covariance.shape[0]
+    lower = torch.linalg.cholesky(covariance)
+    if rows >= width:
+        directions = torch.eye(width, dtype=covariance.dtype)
+    else:
+        generator = torch.Generator().manual_seed(_SEED)
+        directions = torch.linalg.qr(torch.randn(width, rows, generator=generator, dtype=torch.float64))[0]
+    return torch.linalg.solve_triangular(lower.mT, directions.to(lower), upper=True).mT.contiguous()
+
+
+def directions(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """Unit vectors ``P x / ‖P x‖``, ``(..., rows)``, for ``x (..., d_in)``; zero stays zero."""
+    return F.normalize(F.linear(x, projection), dim=-1)
+
+
+def nearest_scores(x: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Every token's largest cosine with an edited key, in float32 or better.
+
+    Args:
+        x: ``(..., d_in)``.
+        projection: ``(rows, d_in)``, see :func:`projection_of`.
+        anchors: ``(keys, rows)``, :func:`directions` of the edited keys; rows of zeros stand for no key.
+
+    Returns:
+        ``(...)``, at least 0.
+    """
+    unit = directions(x, projection)
+    wide = torch.promote_types(unit.dtype, torch.float32)
+    best = torch.zeros(x.shape[:-1], dtype=wide, device=x.device)
+    for chunk in anchors.split(_CHUNK) if len(anchors) else ():
+        best = best.maximum(F.linear(unit, chunk).amax(-1).to(wide))
+    return best
+
+
+def nearest_hook(
+    output: torch.Tensor,
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    projection: torch.Tensor,
+    anchors: torch.Tensor,
+    mask: torch.Tensor | None,
+    alpha: torch.Tensor,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """``output + x @ deltaᵀ`` for tokens in scope, ``output`` elsewhere, bit for bit.
+
+    Args:
+        output: base output ``(batch, seq, d_out)``.
+        x: ``(batch, seq, d_in)``.
+        delta: ``(d_out, d_in)``.
+        mask: ``(batch, seq)`` bool of real tokens; ``None`` when all are.
+        alpha: scalar.
+        inplace: the result may take the place of ``output``.
+    """
+    if _needs_grad(output, x, delta):
+        return nearest_hook_ref(output, x, delta, projection, anchors, mask, alpha)
+    output = output if inplace else output.clone()
+    operator = torch.ops.comeba.nearest_hook_ if _dispatched(output) else _nearest_hook_
+    operator(output, x, delta, projection, anchors, mask, alpha)
+    return output
+
+
+def nearest_hook_ref(output, x, delta, projection, anchors, mask, alpha):
+    """:func:`nearest_hook` in plain, differentiable torch, with every token's edit computed."""
+    scope = in_scope(nearest_scores(x, projection, anchors), alpha, mask, x.dtype)
+    return swap(output, F.linear(x, delta), scope)
+
+
+def _nearest_hook_(output, x, delta, projection, anchors, mask, alpha) -> None:
+    scope = in_scope(nearest_scores(x, projection, anchors), alpha, mask, x.dtype)
+    _add_in_scope_(output, scope, lambda rows: F.linear(x.flatten(0, 1)[rows], delta), lambda: F.linear(x, delta))
+
+
+torch.library.define(
+    "comeba::nearest_hook_",
+    "(Tensor(a!) output, Tensor x, Tensor delta, Tensor projection, Tensor anchors, Tensor? mask, Tensor alpha) -> ()",
+)
+torch.library.impl("comeba::nearest_hook_", "CompositeExplicitAutograd")(_nearest_hook_)
+
+
+@torch.library.register_fake("comeba::nearest_hook_")
+def _(output, x, delta, projection, anchors, mask, alpha):
+    return None
