@@ -7,6 +7,7 @@ every text with special tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,25 +35,45 @@ class Encoded:
 
 
 def encode(tokenizer, prompt: str, target: str | None = None, subject_end: int | None = None) -> Encoded:
-    """Tokenise ``prompt``, or ``prompt + " " + target``.
+    """Tokenise ``prompt``, or ``prompt + " " + target``; :func:`encode_all` of one text."""
+    return encode_all(tokenizer, [(prompt, target, subject_end)])[0]
+
+
+def encode_all(tokenizer, texts: Sequence[tuple[str, str | None, int | None]]) -> list[Encoded]:
+    """Tokenise ``prompt``, or ``prompt + " " + target``, for many texts in one call of the tokenizer, whose calls are dear.
 
     Args:
         tokenizer: a Hugging Face tokenizer, fast or slow.
-        prompt: text without trailing space.
-        target: text that follows the prompt after one space.
-        subject_end: index in ``prompt`` of the character after the subject.
+        texts: for each text
+
+            * the prompt, without trailing space;
+            * the target that follows it after one space, or ``None``;
+            * the index in the prompt of the character after the subject, or ``None``.
 
     Raises:
-        RequestError: the target or the subject has no token of its own.
+        RequestError: a target or a subject has no token of its own.
     """
-    text = prompt if target is None else f"{prompt} {target}"
+    whole = [prompt if target is None else f"{prompt} {target}" for prompt, target, _ in texts]
+    if not whole:
+        return []
     if tokenizer.is_fast:
-        encoded = tokenizer(text, return_offsets_mapping=True)
-        ids, ends = encoded["input_ids"], [b if b > a else None for a, b in encoded["offset_mapping"]]
-        starts = [a for a, _ in encoded["offset_mapping"]]
+        encoded = tokenizer(whole, return_offsets_mapping=True)
+        spans = [list(zip(*offsets)) or [(), ()] for offsets in encoded["offset_mapping"]]
+        found = [
+            (ids, list(starts), [b if b > a else None for a, b in zip(starts, ends)])
+            for ids, (starts, ends) in zip(encoded["input_ids"], spans, strict=True)
+        ]
     else:
-        ids = tokenizer(text)["input_ids"]
-        starts, ends = _slow_offsets(tokenizer, text, ids)
+        rows = [tokenizer(text)["input_ids"] for text in whole]
+        found = [(ids, *_slow_offsets(tokenizer, text, ids)) for text, ids in zip(whole, rows, strict=True)]
+    return [_located(*own, *text) for own, text in zip(found, texts, strict=True)]
+
+
+def _located(
+    ids: list[int], starts: list[int], ends: list[int | None], prompt: str, target: str | None, subject_end: int | None
+) -> Encoded:
+    """Where a tokenised text's subject ends and its target begins; ``starts``, ``ends``: its tokens' characters, with no
+    end for special ones."""
     if target is not None and ids and ends[-1] is None:  # an end-of-text token after the target is not part of it
         while ids and ends[-1] is None:
             ids, starts, ends = ids[:-1], starts[:-1], ends[:-1]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from comeba_ext.editing.encoding import Encoded, encode, pad
+from comeba_ext.editing.encoding import Encoded, encode_all, pad
 from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import RequestError
 
@@ -47,27 +48,19 @@ class Row:
 
 def prompt_rows(tokenizer, requests: list[EditRequest], prefixes: list[str]) -> list[Row]:
     """``prefix + prompt`` for every request and prefix: the rows keys are read from."""
-    return [
-        Row(n, e.ids, e.subject_last, [], number)
-        for n, request in enumerate(requests)
-        for number, prefix in enumerate(prefixes)
-        for e in [_encode(tokenizer, request, prefix, None)]
-    ]
+    places, encoded = _encode(tokenizer, requests, prefixes, lambda request: None)
+    return [Row(n, e.ids, e.subject_last, [], number) for (n, number), e in zip(places, encoded, strict=True)]
 
 
 def target_rows(tokenizer, requests: list[EditRequest], prefixes: list[str]) -> list[Row]:
     """``prefix + prompt + target`` without the target's last token: the rows target values are optimised on."""
-    return [
-        Row(n, e.ids[:-1], e.subject_last, e.target_ids, number)
-        for n, request in enumerate(requests)
-        for number, prefix in enumerate(prefixes)
-        for e in [_encode(tokenizer, request, prefix, request.target_new)]
-    ]
+    places, encoded = _encode(tokenizer, requests, prefixes, lambda request: request.target_new)
+    return [Row(n, e.ids[:-1], e.subject_last, e.target_ids, number) for (n, number), e in zip(places, encoded, strict=True)]
 
 
 def essence_rows(tokenizer, requests: list[EditRequest]) -> list[Row]:
     """``"{subject} is a"``: the rows on which the model must go on knowing what the subject is (KL)."""
-    encoded = [encode(tokenizer, f"{r.subject} is a", subject_end=len(r.subject)) for r in requests]
+    encoded = encode_all(tokenizer, [(f"{r.subject} is a", None, len(r.subject)) for r in requests])
     return [Row(n, e.ids, e.subject_last, [], -1) for n, e in enumerate(encoded)]
 
 
@@ -87,5 +80,10 @@ def batch_inputs(rows: list[Row], pad_token: int, device) -> dict[str, torch.Ten
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _encode(tokenizer, request: EditRequest, prefix: str, target: str | None) -> Encoded:
-    return encode(tokenizer, prefix + request.text, target, len(prefix) + request.subject_end)
+def _encode(
+    tokenizer, requests: list[EditRequest], prefixes: list[str], target: Callable[[EditRequest], str | None]
+) -> tuple[list[tuple[int, int]], list[Encoded]]:
+    """``(request, prefix)`` numbers of all rows, and what they hold."""
+    places = [(n, number) for n in range(len(requests)) for number in range(len(prefixes))]
+    texts = [(prefixes[p] + requests[n].text, target(requests[n]), len(prefixes[p]) + requests[n].subject_end) for n, p in places]
+    return places, encode_all(tokenizer, texts)
