@@ -17,6 +17,9 @@ from comeba_ext.hooked_linear import GATES, SCOPES
 OPTIMIZERS = ("adam", "polyak")
 LR_UNITS = ("absolute", "hidden_rms")
 MARGINS = {"zscore": 1.0, "reference": 0.25, "nearest": 0.75}
+# What is published of λ is for edits that any token may meet. With nearest hardly a token does that was not edited, so
+# the covariance of all others needs less weight and the edits get more (docs/findings.md).
+LAM_SHARES = {"zscore": 1.0, "reference": 1.0, "nearest": 0.25}
 
 
 @dataclass(frozen=True)
@@ -121,16 +124,18 @@ class EditConfig:
         In order: what the model's own ``config.json`` says under ``"comeba_ext"``; the paper's values (GPT2-XL, GPT-J);
         EasyEdit's MEMIT values by family and depth.
 
+        Another ``scope`` without a ``lam`` takes its own share of λ (a quarter with nearest).
+
         Raises:
             ArchitectureError: the model's parts cannot be found.
             ConfigError: a replaced value is out of range.
         """
-        own = getattr(model.config, "comeba_ext", None)
-        if own is not None:
-            return cls.from_dict({**own, **changes})
-        names = {k: changes.get(k) for k in ("blocks", "projection")}
-        depth = Architecture.of(model, **names).num_blocks(model)
-        return cls.from_dict({**_published(model.config.model_type, depth), **changes})
+        values = getattr(model.config, "comeba_ext", None)
+        if values is None:
+            names = {k: changes.get(k) for k in ("blocks", "projection")}
+            depth = Architecture.of(model, **names).num_blocks(model)
+            values = _published(model.config.model_type, depth)
+        return cls.from_dict(changed(values, changes))
 
     @classmethod
     def from_dict(cls, values: dict, where: str = "configuration") -> EditConfig:
@@ -193,6 +198,15 @@ class EditConfig:
 
     def replace(self, **changes) -> EditConfig:
         return dataclasses.replace(self, **changes)
+
+
+def changed(values: dict, changes: dict) -> dict:
+    """Settings with changes; λ follows the scope where only that is changed."""
+    values = {"scope": EditConfig.scope, "lam": EditConfig.lam, **values}
+    if "scope" in changes and "lam" not in changes:
+        share = [LAM_SHARES.get(str(scope), 1.0) for scope in (values["scope"], changes["scope"])]
+        values["lam"] *= share[1] / share[0]
+    return {**values, **changes}
 
 
 def _published(model_type: str, depth: int) -> dict:

@@ -50,7 +50,7 @@ class Case:
         from comeba_ext.methods import default_config
 
         changes = {k: v for k, v in self.settings.items() if k not in ("batch_size", "lam_factor", "last_layers")}
-        own = default_config(self.method, model)
+        own = default_config(self.method, model, **{k: v for k, v in changes.items() if k == "scope"})
         if "lam_factor" in self.settings:
             changes["lam"] = own.lam * self.settings["lam_factor"]
         if "last_layers" in self.settings:

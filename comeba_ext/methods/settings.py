@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from torch import nn
 
-from comeba_ext.editing.config import EditConfig
+from comeba_ext.editing.config import EditConfig, changed
 from comeba_ext.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "defaults"
@@ -32,12 +32,14 @@ def default_config(method, model: nn.Module, **changes) -> EditConfig:
         from comeba_ext.methods import get
 
         method = get(method)
-    settings = EditConfig.for_model(model).to_dict()
     own = dict(entry(method.method, model.config)["settings"])
+    # Where every token meets the edits, the covariance has the weight that no score takes from it.
+    scope = "reference" if method.serving == "temporary" else own.get("scope")
+    settings = EditConfig.for_model(model, **({"scope": scope} if scope else {})).to_dict()
     if own.get("layers") in ("middle", "last"):
         layers = settings["layers"]
         own["layers"] = [layers[len(layers) // 2] if own["layers"] == "middle" else layers[-1]]
-    return method.config_class.from_dict({**settings, **own, **changes}, method.method)
+    return method.config_class.from_dict(changed({**settings, **own}, changes), method.method)
 
 
 def entry(name: str, config) -> dict:
