@@ -49,7 +49,7 @@ class EditConfig:
         prefixes: number of sampled context prefixes (beside the empty one).
         prefix_length: tokens each.
         seed: of the sampled prefixes; the user's random state is never touched.
-        max_tokens: padded tokens per forward pass.
+        max_tokens: padded tokens per forward pass, which bounds memory; ``None``: from the free memory (:mod:`budget`).
         blocks, projection: names for models that cannot be inspected, see ``Architecture.of``.
 
     Raises:
@@ -74,7 +74,7 @@ class EditConfig:
     prefixes: int = 5
     prefix_length: int = 10
     seed: int = 0
-    max_tokens: int = 4096
+    max_tokens: int | None = None
     blocks: str | None = None
     projection: str | None = None
 
@@ -94,6 +94,8 @@ class EditConfig:
                   "prefixes": 0, "prefix_length": 1, "max_tokens": 1, "seed": 0}  # fmt: skip
         for name, low in bounds.items():
             value = getattr(self, name)
+            if name == "max_tokens" and value is None:
+                continue
             positive = name in ("lam", "lr", "clamp")
             whole = name in ("steps", "prefixes", "prefix_length", "max_tokens", "seed")
             if not (_is_int(value) if whole else _is_number(value)) or value < low or (positive and value <= 0):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from comeba_ext import distributed, hooked_linear, saved_edits
 from comeba_ext.architectures import Architecture, context_length
 from comeba_ext.covariance import Covariance, collect_covariance
+from comeba_ext.editing.budget import token_budget
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.encoding import pad_id
 from comeba_ext.editing.key_memory import KeyMemory
@@ -27,6 +28,7 @@ from comeba_ext.editing.rows import check_length, essence_rows, prompt_rows, tar
 from comeba_ext.editing.scope import peak_scores, reference_scale
 from comeba_ext.editing.target_values import TargetValues, optimise_target_values
 from comeba_ext.errors import ConfigError, CovarianceError, RequestError
+from comeba_ext.ops.nearest_hook import projection_of
 from comeba_ext.partial_forward import evaluating
 
 
@@ -112,7 +114,7 @@ class Editor:
         with self.disabled():
             covariance = collect_covariance(
                 self.model, self.tokenizer, texts, self.layers, self._decoder, tokens=tokens,
-                max_tokens=self.config.max_tokens, path=path, progress=progress,
+                max_tokens=self.max_tokens, path=path, progress=progress,
             )  # fmt: skip
         self.set_covariance(covariance)
 
@@ -134,15 +136,18 @@ class Editor:
         if self.step:
             raise CovarianceError("edits were made with another covariance already; start from a new Editor")
         covariance.check(self.model, {name: layer.in_features for name, layer in self.layers.items()})
-        memory = {}
+        memory, projections = {}, {}
         for name, layer in self.layers.items():
+            moment = covariance[name].to(layer.delta.device)
             try:
-                memory[name] = KeyMemory(self.config.lam * covariance[name].to(layer.delta.device))
-            except CovarianceError as error:
+                memory[name] = KeyMemory(self.config.lam * moment)
+                if name in self._compared:
+                    projections[name] = projection_of(moment)
+            except (CovarianceError, torch.linalg.LinAlgError) as error:
                 raise CovarianceError(f"{name}: {error}") from None
         self.key_memory, self.covariance = memory, covariance
-        for name, layer in self._compared.items():
-            layer.set_covariance(covariance[name].to(layer.delta.device))
+        for name, projection in projections.items():
+            self.layers[name].set_projection(projection)
 
     # -- editing ------------------------------------------------------------------------------------------------
 
@@ -166,11 +171,17 @@ class Editor:
         """
         batch = self._prepare(requests)
         self._need_covariance()
+        with _values_bar(len(batch), progress and target_values is None) as on_progress:
+            return self._edit(batch, target_values, on_progress)
+
+    def _edit(
+        self, batch: list[EditRequest], target_values: torch.Tensor | None, on_progress: Callable[[int, float], None]
+    ) -> EditReport:
         phases = Phases(self._device)
         found = None
         with phases("values"):
             if target_values is None:
-                found = self._optimise(batch, progress)
+                found = self._optimise(batch, on_progress)
                 values = found.values
             else:
                 values = self._check_values(target_values, len(batch))
@@ -235,11 +246,13 @@ class Editor:
 
     def _edit_batches(self, batches: list[list[EditRequest]], total: int, progress: bool) -> Iterator[EditReport]:
         with tqdm(total=total, unit="edit", desc="editing", disable=not progress) as bar:
+
+            def on_progress(done: int, loss: float) -> None:
+                bar.set_postfix(loss=f"{loss:.3f}")
+
             for batch in batches:
-                report = self.edit(batch)
+                report = self._edit(self._prepare(batch), None, on_progress)
                 bar.update(len(batch))
-                if report.losses:
-                    bar.set_postfix(loss=f"{sum(report.losses) / len(report.losses):.3f}")
                 yield report
 
     def check(self, requests: Iterable[EditRequest | Mapping]) -> None:
@@ -248,7 +261,9 @@ class Editor:
 
     def target_values(self, requests: Iterable[EditRequest | Mapping], *, progress: bool = False) -> torch.Tensor:
         """``v*`` of every request against the model as edited so far, ``(u, d_model)``; nothing is edited."""
-        return self._optimise(self._prepare(requests), progress).values
+        batch = self._prepare(requests)
+        with _values_bar(len(batch), progress) as on_progress:
+            return self._optimise(batch, on_progress).values
 
     def retract(self, request_ids: str | Iterable[str]) -> None:
         """Take edits back: their keys leave ``C`` and their share leaves ``delta``.
@@ -337,6 +352,11 @@ class Editor:
         return self._prefixes
 
     @property
+    def max_tokens(self) -> int:
+        """Padded tokens per forward pass: the configuration's, or what the free memory has room for now."""
+        return token_budget(self.model, self.config.max_tokens)
+
+    @property
     def _decoder(self) -> nn.Module:
         return self.model.get_submodule(self.architecture.decoder)
 
@@ -403,7 +423,7 @@ class Editor:
             raise RequestError("target_values have NaN or infinite entries")
         return values.to(self._device)
 
-    def _optimise(self, batch: list[EditRequest], progress: bool) -> TargetValues:
+    def _optimise(self, batch: list[EditRequest], on_progress: Callable[[int, float], None]) -> TargetValues:
         """Target values of the batch. Of several processes each finds every n-th request's, and all return all of them."""
         rank, world = distributed.rank(), distributed.world_size()
         if world > 1:
@@ -414,13 +434,7 @@ class Editor:
         def work() -> TargetValues | None:
             if not own:
                 return None
-            quiet = not progress or rank > 0
-            with evaluating(self.model), tqdm(total=len(own), unit="value", desc="target values", disable=quiet) as bar:
-
-                def on_progress(done: int, loss: float) -> None:
-                    bar.update(done - bar.n)
-                    bar.set_postfix(loss=f"{loss:.3f}")
-
+            with evaluating(self.model):
                 found = optimise_target_values(
                     self.model, self.tokenizer, self.architecture, self.config, own, self.prefixes, on_progress
                 )
@@ -446,7 +460,7 @@ class Editor:
         reader = KeyReader(
             self._decoder, list(self.model.get_submodule(self.architecture.blocks)), self.config.layers,
             list(self.layers.values()), rows, whole=self.config.scope == "zscore", pad_token=pad_id(self.tokenizer),
-            max_tokens=self.config.max_tokens, device=self._device,
+            max_tokens=self.max_tokens, device=self._device,
         )  # fmt: skip
         with evaluating(self.model):
             for number, (name, layer) in enumerate(self.layers.items()):
@@ -584,3 +598,15 @@ class Editor:
             for layer in self.layers.values():
                 layer.mode = self.serving
                 layer.scored_matrix()  # a compiled model would not see that its sketch is old
+
+
+@contextlib.contextmanager
+def _values_bar(total: int, progress: bool):
+    """A progress bar over the target values of one batch, in the first process only."""
+    with tqdm(total=total, unit="value", desc="target values", disable=not progress or distributed.rank() > 0) as bar:
+
+        def on_progress(done: int, loss: float) -> None:
+            bar.update(done - bar.n)
+            bar.set_postfix(loss=f"{loss:.3f}")
+
+        yield on_progress

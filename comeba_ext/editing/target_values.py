@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from comeba_ext.architectures import Architecture, context_length
+from comeba_ext.editing.budget import token_budget
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.continuation import Continuation, Upper
 from comeba_ext.editing.encoding import dense_batches, pad_id
@@ -68,14 +69,14 @@ def optimise_target_values(
     essence = essence_rows(tokenizer, requests)
     check_length(rows + essence, requests, context_length(model))
     by_request = [[row for row in rows if row.request == n] + [essence[n]] for n in range(len(requests))]
-    upper = Upper(model, architecture, config.value_layer, pad_id(tokenizer), config.max_tokens)
+    upper = Upper(model, architecture, config.value_layer, pad_id(tokenizer), token_budget(model, config.max_tokens))
     results: list[tuple[torch.Tensor, float, int] | None] = [None] * len(requests)
     done, losses = 0, 0.0
     products = getattr(torch, config.compute_dtype) if config.compute_dtype else None
     reached = [*upper.blocks[config.value_layer + 1 :], model.get_output_embeddings()]
     with frozen(model), products_in(products, reached):
         upper.prepare(rows + essence)
-        for group in _request_groups(by_request, config.max_tokens):
+        for group in _request_groups(by_request, upper.max_tokens):
 
             def on_step(open_: torch.Tensor, loss: torch.Tensor, done=done, losses=losses) -> None:
                 on_progress(done + int((~open_).sum()), (losses + loss.sum().item()) / (done + len(loss)))
@@ -120,7 +121,7 @@ class _Objective:
         self.config = config
         owned = [(n, row) for n, rows in enumerate(by_request) for row in rows]
         lengths = [row.end - (0 if upper.whole else row.subject_last) for _, row in owned]
-        groups = dense_batches(lengths, config.max_tokens, upper.device)
+        groups = dense_batches(lengths, upper.max_tokens, upper.device)
         self.parts = [_Part(upper, config, [owned[i] for i in group], by_request) for group in groups]
         states = {n: h for part in self.parts for n, h in part.plain_states()}
         self.h = torch.stack([states[n] for n in range(len(by_request))])

@@ -77,7 +77,7 @@ def _scores(editor: Editor, requests: list[EditRequest], texts: list[str]) -> di
     with evaluating(editor.model):
         for kind, own in prompts.items():
             rows = [encode(editor.tokenizer, p.rstrip()).ids for p in own]
-            for group in micro_batches([len(row) for row in rows], editor.config.max_tokens):
+            for group in micro_batches([len(row) for row in rows], editor.max_tokens):
                 ids, mask = pad([rows[i] for i in group], pad_id(editor.tokenizer), device=device)
                 real, handles = mask.bool(), []
                 for name, layer in editor.layers.items():
@@ -123,7 +123,7 @@ def _conditions(editor: Editor, requests: list[EditRequest], texts: list[str]) -
                 found[f"{name}_{kind}"], found[f"{name}_{kind}_interval"] = metrics[name], metrics[f"{name}_interval"]
     queries = [q for n, r in enumerate(requests) for own in record_queries(tokenizer, r, n).values() for q in own]
     padded, alone = (predict(model, queries, pad_token=pad_id(tokenizer), max_tokens=budget, generate=False)
-                     for budget in (editor.config.max_tokens, 1))  # fmt: skip
+                     for budget in (editor.max_tokens, 1))  # fmt: skip
     found["padding_agreement"] = sum(padded[q] == alone[q] for q in padded) / len(padded)
     return found
 

@@ -75,7 +75,7 @@ class FT(WithoutHooks):
     def _check_values(self, values, count: int):
         raise RequestError(f"{self.method} has no target values")
 
-    def _optimise(self, batch: list[EditRequest], progress: bool) -> TargetValues:
+    def _optimise(self, batch: list[EditRequest], on_progress) -> TargetValues:
         self._trained = TargetValues(torch.zeros(len(batch), 0))  # losses and steps follow when it has been trained
         return self._trained
 
@@ -119,7 +119,7 @@ class FT(WithoutHooks):
     def _losses(self, rows: list[Row], train: bool) -> list[float]:
         """Loss of every request; with ``train`` the gradient of their mean is left in ``layer.delta.grad``."""
         losses = [0.0] * len(rows)
-        for group in micro_batches([len(row.ids) for row in rows], self.config.max_tokens):
+        for group in micro_batches([len(row.ids) for row in rows], self.max_tokens):
             chosen = [rows[n] for n in group]
             with torch.set_grad_enabled(train):
                 logits = self.model(**batch_inputs(chosen, pad_id(self.tokenizer), self._device), use_cache=False).logits
