@@ -193,8 +193,12 @@ class HookedLinear(nn.Module):
         Raises:
             torch.linalg.LinAlgError: it is not positive definite.
         """
-        self.projection = nearest.projection_of(covariance).to(self.delta)
-        self.set_keys(covariance.new_zeros(0, self.in_features))
+        self.set_projection(nearest.projection_of(covariance))
+
+    def set_projection(self, projection: torch.Tensor) -> None:
+        """What inputs and keys are compared under, from :func:`ops.nearest_hook.projection_of`; forgets all keys."""
+        self.projection = projection.to(self.delta, copy=True)
+        self.set_keys(projection.new_zeros(0, self.in_features))
 
     def set_keys(self, keys: torch.Tensor) -> None:
         """The edited keys, ``(n, d_in)``, that the nearest score compares with, in place of those known."""
@@ -202,27 +206,41 @@ class HookedLinear(nn.Module):
         self.add_keys(keys)
 
     def add_keys(self, keys: torch.Tensor) -> None:
-        """More keys, ``(n, d_in)``. Room for them is doubled, so that shapes seldom change."""
-        known = self.known_keys()
-        count = known + len(keys)
-        if count > len(self.anchors):
-            room = max(64, 1 << (count - 1).bit_length())
-            self.anchors = torch.cat((self.anchors, self.anchors.new_zeros(room - len(self.anchors), self.anchors.shape[1])))
+        """More keys, ``(n, d_in)``; a zero key, which has no direction, is left out.
+
+        ``anchors`` grows by an eighth or more at a time, so that its shape seldom changes; a CUDA graph captured by hand
+        must be captured again.
+
+        Raises:
+            ComebaError: there is no covariance to compare in.
+        """
+        if len(keys) and not len(self.projection):
+            raise ComebaError("no metric to compare keys in yet; call set_covariance(C0) first")
         # As many digits as a key comes with: in half precision its norm may overflow.
         wide = torch.promote_types(self.delta.dtype, torch.float32)
-        unit = nearest.directions(keys.to(self.delta.device, wide), self.projection.to(wide))
-        self.anchors[known:count] = unit.to(self.anchors)
+        with torch.inference_mode(False), torch.no_grad():
+            unit = nearest.directions(keys.to(self.delta.device, wide), self.projection.to(wide))
+            unit = unit[unit.any(-1)].to(self.anchors)
+            known = self.known_keys()
+            count = known + len(unit)
+            if count > len(self.anchors):
+                step = max(64, 1 << max(count.bit_length() - 3, 0))
+                grown = unit.new_zeros(-(-count // step) * step, len(self.projection))
+                grown[:known] = self.anchors[:known]
+                self.anchors = grown
+            self.anchors[known:count] = unit
 
     def known_keys(self) -> int:
-        """Number of keys that the nearest score compares with."""
+        """Number of keys that the nearest score compares with: those in the first rows of ``anchors``."""
         return int(self.anchors.any(-1).sum())
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        """Buffers that grow with the keys take the shape they are loaded with."""
-        for name in ("projection", "anchors") if self.scope == "nearest" else ():
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.shape != getattr(self, name).shape:
-                setattr(self, name, getattr(self, name).new_zeros(saved.shape))
+        """Buffers that grow with the keys take the shape they are loaded with, if it fits the layer."""
+        projection, anchors = (state_dict.get(prefix + name) for name in ("projection", "anchors"))
+        given = self.scope == "nearest" and projection is not None and anchors is not None
+        if given and projection.shape[1:] == (self.in_features,) and anchors.shape[1:] == projection.shape[:1]:
+            self.projection = self.projection.new_zeros(projection.shape)
+            self.anchors = self.anchors.new_zeros(anchors.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _to_delta(self, x: torch.Tensor) -> torch.Tensor:

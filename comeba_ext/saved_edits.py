@@ -1,7 +1,8 @@
 """Edits on disk: what :meth:`Editor.save_pretrained` writes and :func:`load_edits` reads.
 
 A folder holds the manifest (JSON), ``comeba_adapter-*.safetensors`` (all that inference needs: per layer ``delta``,
-factored while there are few edits, and the thresholds), and, to go on editing, ``comeba_state-*.safetensors`` (key
+factored while there are few edits, and the thresholds; with the nearest score also the projection, 256 rows or ``256·d_in``
+values whatever the number of edits, and 256 values an edit), and, to go on editing, ``comeba_state-*.safetensors`` (key
 memory, ledger) and ``comeba_log-*.jsonl``.
 """
 
@@ -176,7 +177,11 @@ def _adapter(editor, live: list[Entry]) -> dict[str, torch.Tensor]:
 
 def _restore_keys(layer: hooked_linear.HookedLinear, tensors: dict[str, torch.Tensor], name: str) -> None:
     if layer.scope == "nearest":
-        layer.projection, layer.anchors = (tensors[f"{name}.{part}"].to(layer.delta) for part in ("projection", "anchors"))
+        projection, anchors = tensors[f"{name}.projection"], tensors[f"{name}.anchors"]
+        if projection.shape[1:] != (layer.in_features,) or anchors.shape[1:] != projection.shape[:1]:
+            raise ValueError(f"projection {tuple(projection.shape)} and anchors {tuple(anchors.shape)} do not fit {name}")
+        # Copied, because where a file's tensors begin decides how BLAS sums them: aligned, equal bits follow.
+        layer.projection, layer.anchors = (part.to(layer.delta, copy=True) for part in (projection, anchors))
 
 
 def _delta(tensors: dict[str, torch.Tensor], name: str, folder) -> torch.Tensor:

@@ -63,10 +63,14 @@ def relative(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+def compared(layer):
+    return (layer.projection, layer.anchors[: layer.known_keys()]) if layer.scope == "nearest" else ()
+
+
 def snapshot(editor):
     return {
         "layers": {
-            name: [t.clone() for t in (layer.delta, editor._delta[name], layer.alpha, layer.reference_scale)]
+            name: [t.clone() for t in (layer.delta, editor._delta[name], layer.alpha, layer.reference_scale, *compared(layer))]
             for name, layer in editor.layers.items()
         },
         "memory": {name: memory.matrix().clone() for name, memory in editor.key_memory.items()},
@@ -116,7 +120,8 @@ class Oracle:
         self.names = {n: f"{blocks}.{n}.{inside}" for n in layers}
         self.inputs, self.hidden, self.mode = {}, None, {}
         self.delta, self.C, self.C0 = {}, {}, {}
-        self.alpha = dict.fromkeys(layers, 2.2 if scope == "zscore" else float("inf"))
+        self.known = {n: [] for n in layers}  # edited keys
+        self.alpha = dict.fromkeys(layers, {"zscore": 2.2, "reference": float("inf"), "nearest": 1.0}[scope])
         for n, module in modules.items():
             module.register_forward_hook(self._hook(n))
 
@@ -141,6 +146,10 @@ class Oracle:
         return hook
 
     def scores(self, n, x):
+        if self.scope == "nearest":
+            white = lambda k: torch.linalg.solve(torch.linalg.cholesky(self.C0[n]), k)  # noqa: E731
+            return [max((torch.cosine_similarity(white(row), white(key), 0).item() for key in self.known[n]), default=0.0)
+                    for row in x]  # fmt: skip
         norms = [(self.delta[n] @ row).norm().item() for row in x]
         if self.scope == "reference":
             scale = torch.trace(self.delta[n] @ self.C0[n] @ self.delta[n].T).item()
@@ -190,15 +199,17 @@ class Oracle:
             self.C[n] = self.C[n] + sum(torch.outer(key, key) for key in keys)
             self.delta[n] = self.delta[n] + torch.linalg.solve(self.C[n], K @ R.T).T
             self.mode[n] = "validated"
+            self.known[n] += keys
             if self.scope == "reference" and before > 0:  # the same bound on the response, in units of the new scale
                 self.alpha[n] *= (before / torch.trace(self.delta[n] @ self.C0[n] @ self.delta[n].T)).item()
-            margin = 0.25 if self.scope == "reference" else 1.0
+            margin = {"zscore": 1.0, "reference": 0.25, "nearest": 0.75}[self.scope]
             self.alpha[n] = min([self.alpha[n]] + [margin * max(self.scores(n, x)) for x in prompts])
 
 
 @pytest.mark.parametrize(
     "family, layers, scope",
-    [("gpt2", (1, 2), "zscore"), ("gptj", (0, 1, 2), "zscore"), ("llama", (1, 2), "zscore"), ("llama", (0, 2), "reference")],
+    [("gpt2", (1, 2), "zscore"), ("gptj", (0, 1, 2), "zscore"), ("llama", (1, 2), "zscore"), ("llama", (0, 2), "reference"),
+     ("gpt2", (1, 2), "nearest"), ("llama", (0, 2), "nearest")],
 )
 def test_five_batches_agree_with_the_oracle(tiny_model, tokenizer, family, layers, scope):
     model = small_model(tiny_model, family).double()
@@ -247,7 +258,7 @@ def test_score_of_a_batch_ignores_padding_and_mates(tiny_model, tokenizer):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["_add", "_calibrate"])
-@pytest.mark.parametrize("scope", ["zscore", "reference"])
+@pytest.mark.parametrize("scope", ["zscore", "reference", "nearest"])
 def test_error_in_the_middle_changes_nothing(tiny_model, tokenizer, monkeypatch, error, where, scope):
     editor = make_editor(small_model(tiny_model), tokenizer, scope=scope)
     requests = some_requests(4)
@@ -277,9 +288,10 @@ def test_error_in_the_middle_changes_nothing(tiny_model, tokenizer, monkeypatch,
         assert torch.equal(editor.layers[name].delta, fresh.layers[name].delta)
 
 
+@pytest.mark.parametrize("scope", ["zscore", "nearest"])
 @pytest.mark.parametrize("what", ["retract", "rollback"])
-def test_error_while_taking_back_changes_nothing(tiny_model, tokenizer, monkeypatch, what):
-    editor = make_editor(small_model(tiny_model), tokenizer)
+def test_error_while_taking_back_changes_nothing(tiny_model, tokenizer, monkeypatch, what, scope):
+    editor = make_editor(small_model(tiny_model), tokenizer, scope=scope)
     for n, request in enumerate(some_requests(3)):
         editor.edit([request], target_values=random_values(1, seed=n))
     before, last = snapshot(editor), list(editor.layers)[-1]
@@ -435,14 +447,32 @@ def expected_delta(editor, name):
     return torch.linalg.solve(expected_memory(editor, name), total.T).T
 
 
+def assert_compares_with_the_live_keys(editor, tolerance=1e-4):
+    """With scope "nearest", the anchors are the whitened directions of exactly the live keys, in any order."""
+    for name, layer in editor.layers.items() if editor.config.scope == "nearest" else ():
+        assert layer.known_keys() == len(editor.ledger)
+        assert not layer.anchors[len(editor.ledger) :].any()
+        if not len(editor.ledger):
+            continue
+        keys = torch.stack([entry.keys[name].double() for entry in editor.ledger.live()], 1)
+        white = torch.linalg.solve(torch.linalg.cholesky(editor.covariance[name]), keys)
+        white = white / white.norm(dim=0)
+        found = layer.anchors[: layer.known_keys()].double().mT
+        cosines, expected = ((m.mT @ m).flatten().sort().values for m in (found, white))  # which no rotation changes
+        assert torch.allclose(cosines, expected, atol=tolerance)
+        scores = layer.scores(keys.mT[None].to(layer.delta))
+        assert torch.allclose(scores, torch.ones_like(scores), atol=tolerance)
+
+
 def assert_least_squares(editor, tolerance=1e-5):
     for name, layer in editor.layers.items():
         assert relative(editor.key_memory[name].matrix(), expected_memory(editor, name)) < 1e-9
         assert relative(layer.delta, expected_delta(editor, name)) < tolerance
 
 
-def test_superseding(tiny_model, tokenizer):
-    editor = make_editor(small_model(tiny_model), tokenizer)
+@pytest.mark.parametrize("scope", ["zscore", "nearest"])
+def test_superseding(tiny_model, tokenizer, scope):
+    editor = make_editor(small_model(tiny_model), tokenizer, scope=scope)
     first, second = some_requests(2)
     editor.edit([first, second], target_values=random_values(2))
     old = {name: editor.ledger.live()[0].keys[name].double() for name in editor.layers}
@@ -451,6 +481,7 @@ def test_superseding(tiny_model, tokenizer):
     assert report.superseded == ["edit-0"]
     assert [e.request.target_new for e in editor.ledger.live()] == [second.target_new, "Warsaw"]
     assert_least_squares(editor)
+    assert_compares_with_the_live_keys(editor)
     for name in editor.layers:  # the old key is really out: with it inside, C would differ by far more
         with_old = expected_memory(editor, name) + torch.outer(old[name], old[name])
         assert relative(editor.key_memory[name].matrix(), with_old) > 1e-4
@@ -490,7 +521,7 @@ def test_a_fact_given_twice_is_superseded_once(tiny_model, tokenizer):
     assert_least_squares(editor)
 
 
-@pytest.mark.parametrize("scope", ["zscore", "reference"])
+@pytest.mark.parametrize("scope", ["zscore", "reference", "nearest"])
 def test_retract(tiny_model, tokenizer, scope):
     editor = make_editor(small_model(tiny_model, "llama"), tokenizer, scope=scope)
     requests = some_requests(6)
@@ -508,6 +539,7 @@ def test_retract(tiny_model, tokenizer, scope):
     assert_least_squares(editor)
     editor.retract(["edit-4", "edit-2"])
     assert_least_squares(editor)
+    assert_compares_with_the_live_keys(editor)
     assert [e.request.request_id for e in editor.ledger.live()] == ["edit-0", "edit-3", "edit-5"]
     before = snapshot(editor)
     for bad in ("edit-1", ["edit-0", "nobody"], [], ["edit-0", "edit-0"]):
@@ -524,7 +556,7 @@ def test_retract(tiny_model, tokenizer, scope):
     assert_least_squares(editor)
 
 
-@pytest.mark.parametrize("scope", ["zscore", "reference"])
+@pytest.mark.parametrize("scope", ["zscore", "reference", "nearest"])
 def test_rollback(tiny_model, tokenizer, scope):
     """Five steps: two edits, one that supersedes, a retraction, another edit; back to each of them."""
 
@@ -550,6 +582,7 @@ def test_rollback(tiny_model, tokenizer, scope):
     for step in range(6):
         editor, _, _ = grown()
         editor.rollback(step)
+        assert_compares_with_the_live_keys(editor)
         found, expected = snapshot(editor), states[step]
         assert found["step"] == step and found["live"] == expected["live"] and found["ledger"] == expected["ledger"]
         assert found["alphas"] == expected["alphas"] and editor.log[-1]["event"] == "rollback"
@@ -587,7 +620,7 @@ def test_edit_all_is_lazy_and_stops_between_batches(tiny_model, tokenizer):
     assert_least_squares(editor)
 
 
-@pytest.mark.parametrize("scope", ["zscore", "reference"])
+@pytest.mark.parametrize("scope", ["zscore", "reference", "nearest"])
 def test_alpha_margin_scales_the_batch_minimum(tiny_model, tokenizer, scope):
     alphas = {}
     for margin in (1.0, 0.5):
@@ -609,13 +642,14 @@ def test_edit_all_ends_a_batch_before_a_repeated_fact(tiny_model, tokenizer):
 
 
 def test_nothing_is_left_of_retracted_edits(tiny_model, tokenizer):
-    for scope in ("zscore", "reference"):
+    for scope in ("zscore", "reference", "nearest"):
         editor = make_editor(small_model(tiny_model), tokenizer, steps=2, scope=scope)
         before = {name: layer.alpha.item() for name, layer in editor.layers.items()}
         report = editor.edit(some_requests(3))
         editor.retract(report.request_ids)
         for name, layer in editor.layers.items():
             assert not layer.delta.any() and layer.reference_scale == 0 and layer.alpha.item() == before[name]
+        assert_compares_with_the_live_keys(editor)
 
 
 def test_edit_all_checks_everything_first(tiny_model, tokenizer):

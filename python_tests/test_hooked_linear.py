@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -36,6 +37,28 @@ def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+COVARIANCE = (lambda a: a @ a.T)(random(D_IN, 3 * D_IN, seed=40))
+KEYS = random(4, D_IN, seed=41)
+
+
+def loop_cosines(tokens: torch.Tensor, keys: torch.Tensor = KEYS) -> list[float]:
+    """Every token's largest cosine with a key, in the metric of the inverse of COVARIANCE, in numpy."""
+    white = np.linalg.inv(np.linalg.cholesky(COVARIANCE.numpy()))
+    found = []
+    for token in tokens.double().numpy():
+        a, others = white @ token, [white @ key for key in keys.numpy()]
+        found.append(float(max(a @ b / np.sqrt((a @ a) * (b @ b)) for b in others)))
+    return found
+
+
+def compare(layer: HookedLinear) -> HookedLinear:
+    """With scope "nearest", tell the layer its metric and keys."""
+    if layer.scope == "nearest":
+        layer.set_covariance(COVARIANCE)
+        layer.set_keys(KEYS)
+    return layer
+
+
 def make_layer(kind="linear", scope="zscore", alpha=0.5, dtype=torch.float64, bias=True, seed=0):
     """A hooked layer with random delta; returns it with its weight as ``(d_out, d_in)``."""
     if kind == "linear":
@@ -49,7 +72,7 @@ def make_layer(kind="linear", scope="zscore", alpha=0.5, dtype=torch.float64, bi
     layer = HookedLinear(base, scope, alpha)
     layer.delta.copy_(random(D_OUT, D_IN, seed=seed + 2))
     layer.reference_scale.fill_(10.0)
-    return layer
+    return compare(layer)
 
 
 def full_weight(layer) -> torch.Tensor:
@@ -66,12 +89,7 @@ def loop_forward(layer, x, mask=None):
     scope = torch.zeros(x.shape[:2], dtype=torch.bool)
     for b in range(x.shape[0]):
         real = [t for t in range(x.shape[1]) if mask is None or bool(mask[b, t])]
-        norms = [loop_norm(delta @ x[b, t]) for t in real]
-        if layer.scope == "zscore":
-            scores = loop_zscores(norms)
-        else:
-            scores = [n * n / float(layer.reference_scale) for n in norms]
-        for t, score in zip(real, scores, strict=True):
+        for t, score in zip(real, _loop_scores(layer, x[b, real]), strict=True):
             scope[b, t] = score >= float(layer.alpha)
         for t in range(x.shape[1]):
             output[b, t] = (weight + delta if scope[b, t] else weight) @ x[b, t] + bias
@@ -202,7 +220,7 @@ def test_temporary_is_the_edited_layer(kind, bias, shape):
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("scope, alpha", [("zscore", 0.5), ("reference", 2.0)])
+@pytest.mark.parametrize("scope, alpha", [("zscore", 0.5), ("reference", 2.0), ("nearest", 0.6)])
 @pytest.mark.parametrize("kind, bias", KINDS)
 def test_validated_is_the_loop(kind, bias, scope, alpha):
     layer = make_layer(kind, scope, alpha, bias=bias)
@@ -219,7 +237,7 @@ def test_validated_is_the_loop(kind, bias, scope, alpha):
         assert torch.equal((y != layer.base_layer(x)).any(-1), in_scope)
 
 
-@pytest.mark.parametrize("scope, alpha", [("zscore", 0.5), ("reference", 2.0)])
+@pytest.mark.parametrize("scope, alpha", [("zscore", 0.5), ("reference", 2.0), ("nearest", 0.6)])
 def test_flat_tokens_are_one_sequence(scope, alpha):
     layer = make_layer(scope=scope, alpha=alpha)
     x = random(9, D_IN, seed=8)
@@ -230,7 +248,7 @@ def test_flat_tokens_are_one_sequence(scope, alpha):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scope", ["zscore", "reference"])
+@pytest.mark.parametrize("scope", ["zscore", "reference", "nearest"])
 def test_validated_in_low_precision(scope, dtype):
     layer = make_layer(scope=scope, alpha=0.0, dtype=dtype)
     x = random(2, 8, D_IN, seed=9, dtype=dtype)
@@ -248,6 +266,8 @@ def test_validated_in_low_precision(scope, dtype):
 
 
 def _loop_scores(layer, x):
+    if layer.scope == "nearest":
+        return loop_cosines(x)
     norms = [loop_norm(layer.delta.double() @ token) for token in x.double()]
     return loop_zscores(norms) if layer.scope == "zscore" else [n * n / float(layer.reference_scale) for n in norms]
 
@@ -281,9 +301,10 @@ def test_an_edit_of_another_dtype_keeps_the_output_dtype():
         assert layer(random(2, 5, D_IN, dtype=torch.float16)).dtype == torch.float16
 
 
-@pytest.mark.parametrize("scope, alpha", [("zscore", 0.5), ("reference", 2.0)])
+@pytest.mark.parametrize("scope, alpha", [("zscore", 0.5), ("reference", 2.0), ("nearest", 0.6)])
 @pytest.mark.parametrize("mode", ["off", "temporary", "validated"])
 def test_compiled(mode, scope, alpha):
+    torch._dynamo.reset()  # the code compiled for other tests counts towards its limit
     layer = make_layer(scope=scope, alpha=alpha, dtype=torch.float32)
     layer.mode = mode
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -353,6 +374,7 @@ def test_defaults_and_attributes():
     layer = HookedLinear(base)
     assert (layer.scope, layer.mode, layer.alpha.item()) == ("zscore", "validated", 2.2)
     assert HookedLinear(nn.Linear(2, 3), scope="reference").alpha.item() == math.inf
+    assert HookedLinear(nn.Linear(2, 3), scope="nearest").alpha.item() == 1.0
     assert layer.delta.shape == (D_OUT, D_IN) and layer.delta.dtype == torch.bfloat16 and not layer.delta.any()
     assert layer.weight is base.weight and layer.bias is base.bias and layer.base_layer is base
     assert "base_layer" in repr(layer) and "Linear(in_features=6, out_features=5" in repr(layer)
@@ -379,13 +401,18 @@ def test_errors():
 
 def _check_around(base, reference_weight, tolerance=1e-5):
     """Hook ``base``; temporary and validated outputs are its own output plus the loop's edits."""
-    layer = HookedLinear(base, alpha=0.5)
+    _check_around_by("nearest", base, reference_weight, tolerance)
+    return _check_around_by("zscore", base, reference_weight, tolerance)
+
+
+def _check_around_by(scope, base, reference_weight, tolerance):
+    layer = compare(HookedLinear(base, scope, alpha=0.5))
     assert layer.delta.device.type == "cpu" and layer.delta.is_floating_point()
     layer.delta.copy_(random(D_OUT, D_IN))
     x = random(2, 7, D_IN, dtype=torch.float32)
     own = x.double() @ reference_weight.double().T
     edits = torch.stack([torch.stack([layer.delta.double() @ t for t in sequence.double()]) for sequence in x])
-    scores = torch.tensor([loop_zscores([loop_norm(e) for e in sequence]) for sequence in edits])
+    scores = torch.tensor([_loop_scores(layer, sequence) for sequence in x])
     in_scope = scores >= 0.5
     assert 0 < in_scope.sum() < 14
     for mode, used in (

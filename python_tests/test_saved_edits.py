@@ -60,13 +60,17 @@ def assert_close(found, expected, tolerance):
         assert (a - b).abs().max().item() <= tolerance * b.abs().max().item()
 
 
+def compared(layer):
+    return (layer.projection, layer.anchors[: layer.known_keys()]) if layer.scope == "nearest" else ()
+
+
 def state(editor):
     return {
         "numbers": [
             t.clone()
             for name, layer in editor.layers.items()
             for t in (layer.delta, editor._delta[name], layer.alpha, layer.reference_scale, editor.covariance[name],
-                      *editor.key_memory[name].state)
+                      *editor.key_memory[name].state, *compared(layer))
         ],
         "ledger": [(e.request, e.step, e.removed) for e in editor.ledger.entries],
         "live": [e.request.request_id for e in editor.ledger.live()],
@@ -83,7 +87,11 @@ def assert_same(found, expected):
         assert found[key] == expected[key]
 
 
-@pytest.mark.parametrize("scope, dtype", [("zscore", torch.float32), ("reference", torch.float32), ("zscore", torch.bfloat16)])
+CASES = [("zscore", torch.float32), ("reference", torch.float32), ("zscore", torch.bfloat16), ("nearest", torch.float32),
+         ("nearest", torch.bfloat16)]  # fmt: skip
+
+
+@pytest.mark.parametrize("scope, dtype", CASES)
 def test_continuing_equals_never_having_stopped(tiny_model, tokenizer, tmp_path, scope, dtype):
     editor = make_editor(tiny_model, tokenizer, scope=scope, dtype=dtype)
     editor.edit([EditRequest(REQUESTS[0].prompt, REQUESTS[0].subject, "Polish")], target_values=values(1, 7))
@@ -103,17 +111,18 @@ def test_continuing_equals_never_having_stopped(tiny_model, tokenizer, tmp_path,
     assert_close(logits(again.model, tokenizer), logits(editor.model, tokenizer), 0)
 
 
-def test_before_any_edit_and_before_any_covariance(tiny_model, tokenizer, tmp_path):
+@pytest.mark.parametrize("scope", ["zscore", "nearest"])
+def test_before_any_edit_and_before_any_covariance(tiny_model, tokenizer, tmp_path, scope):
     original = logits(small_model(tiny_model), tokenizer)
-    fresh = Editor(small_model(tiny_model), tokenizer, EditConfig(layers=LAYERS, prefixes=0))
-    for name, editor in (("bare", fresh), ("none", make_editor(tiny_model, tokenizer, steps=0))):
+    fresh = Editor(small_model(tiny_model), tokenizer, EditConfig(layers=LAYERS, prefixes=0, scope=scope))
+    for name, editor in (("bare", fresh), ("none", make_editor(tiny_model, tokenizer, steps=0, scope=scope))):
         editor.save_pretrained(tmp_path / name)
         assert_close(logits(load_edits(small_model(tiny_model), tmp_path / name), tokenizer), original, 0)
         again = Editor.from_pretrained(small_model(tiny_model), tokenizer, tmp_path / name)
         assert again.step == 0 and bool(again.key_memory) == (name == "none")
 
 
-@pytest.mark.parametrize("scope", ["zscore", "reference"])
+@pytest.mark.parametrize("scope", ["zscore", "reference", "nearest"])
 @pytest.mark.parametrize("inference_only", [False, True])
 def test_load_edits_gives_the_live_logits(tiny_model, tokenizer, tmp_path, inference_only, scope):
     editor = make_editor(tiny_model, tokenizer, scope=scope)

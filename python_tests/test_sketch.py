@@ -46,7 +46,7 @@ def scopes(editor, tokenizer, prompts):
     return found
 
 
-@pytest.mark.parametrize("scope", ["zscore", "reference"])
+@pytest.mark.parametrize("scope", ["zscore", "reference", "nearest"])
 def test_edited_prompts_are_in_scope_by_construction(tiny_model, tokenizer, tmp_path, scope):
     editor = make_editor(small_model(tiny_model), tokenizer, gate="sketch", scope=scope)
     requests = some_requests(12)

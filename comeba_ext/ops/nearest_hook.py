@@ -28,7 +28,10 @@ _SEED = 0xC0EBA
 
 
 def projection_of(covariance: torch.Tensor, rows: int = ROWS) -> torch.Tensor:
-    """``P = S L⁻¹``, ``(min(rows, d_in), d_in)`` in the covariance's dtype; the same for the same covariance.
+    """``P = S L⁻¹`` up to a factor, ``(min(rows, d_in), d_in)`` in the covariance's dtype; the same for the same covariance.
+
+    No cosine depends on the factor. It puts the largest entry of ``P`` as far above 1 as whitened inputs come out below it,
+    so that both stay within the range of half precision.
 
     Args:
         covariance: ``C0``, ``(d_in, d_in)``, symmetric positive definite.
@@ -43,12 +46,15 @@ def projection_of(covariance: torch.Tensor, rows: int = ROWS) -> torch.Tensor:
     else:
         generator = torch.Generator().manual_seed(_SEED)
         directions = torch.linalg.qr(torch.randn(width, rows, generator=generator, dtype=torch.float64))[0]
-    return torch.linalg.solve_triangular(lower.mT, directions.to(lower), upper=True).mT.contiguous()
+    projection = torch.linalg.solve_triangular(lower.mT, directions.to(lower), upper=True).mT
+    return projection.div(projection.abs().max().sqrt()).contiguous()
 
 
 def directions(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
     """Unit vectors ``P x / ‖P x‖``, ``(..., rows)``, for ``x (..., d_in)``; zero stays zero."""
-    return F.normalize(F.linear(x, projection), dim=-1)
+    projected = F.linear(x, projection)
+    wide = torch.promote_types(projected.dtype, torch.float32)  # in float16 normalize would divide zero by zero
+    return F.normalize(projected.to(wide), dim=-1).to(projected.dtype)
 
 
 def nearest_scores(x: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
@@ -62,11 +68,14 @@ def nearest_scores(x: torch.Tensor, projection: torch.Tensor, anchors: torch.Ten
     Returns:
         ``(...)``, at least 0.
     """
-    unit = directions(x, projection)
-    wide = torch.promote_types(unit.dtype, torch.float32)
-    best = torch.zeros(x.shape[:-1], dtype=wide, device=x.device)
+    return _largest(directions(x, projection), anchors)
+
+
+def _largest(unit: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """The largest cosine of each unit vector with an anchor, at least 0."""
+    best = unit.new_zeros(unit.shape[:-1], dtype=torch.promote_types(unit.dtype, torch.float32))
     for chunk in anchors.split(_CHUNK) if len(anchors) else ():
-        best = best.maximum(F.linear(unit, chunk).amax(-1).to(wide))
+        best = best.maximum(F.linear(unit, chunk).amax(-1).to(best.dtype))
     return best
 
 
@@ -100,12 +109,17 @@ def nearest_hook(
 
 def nearest_hook_ref(output, x, delta, projection, anchors, mask, alpha):
     """:func:`nearest_hook` in plain, differentiable torch, with every token's edit computed."""
-    scope = in_scope(nearest_scores(x, projection, anchors), alpha, mask, x.dtype)
+    scope = _scope(x.detach(), projection, anchors, mask, alpha)
     return swap(output, F.linear(x, delta), scope)
 
 
+def _scope(x, projection, anchors, mask, alpha) -> torch.Tensor:
+    unit = directions(x, projection)
+    return in_scope(_largest(unit, anchors), alpha, mask, unit.dtype)  # of less precision than x under autocast
+
+
 def _nearest_hook_(output, x, delta, projection, anchors, mask, alpha) -> None:
-    scope = in_scope(nearest_scores(x, projection, anchors), alpha, mask, x.dtype)
+    scope = _scope(x, projection, anchors, mask, alpha)
     _add_in_scope_(output, scope, lambda rows: F.linear(x.flatten(0, 1)[rows], delta), lambda: F.linear(x, delta))
 
 
