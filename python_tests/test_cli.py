@@ -123,6 +123,14 @@ def test_covariance_then_edit(tmp_path, records):
     result = output("edit", "testbed", records, "--out", tmp_path / "o", "--covariance", tmp_path / "c.safetensors",
                     "--limit", 2)  # fmt: skip
     assert result["edits"] == 2
+    config = tmp_path / "config.yaml"
+    config.write_text("layers: [1, 3]\nscope: nearest\nlam: 375\nlr: 0.4\nlr_unit: hidden_rms\n")
+    covered = ("--covariance", tmp_path / "two.safetensors", "--config", config, "--limit", 2)
+    output("covariance", "testbed", texts, "--out", tmp_path / "two.safetensors", "--tokens", 3000, "--config", config)
+    result = output("edit", "testbed", records, "--out", tmp_path / "nearest", *covered)
+    assert result["edits"] == 2 and result["config"]["scope"] == "nearest" and result["config"]["layers"] == [1, 3]
+    with_edits = output("eval", "testbed", records, "--edits", tmp_path / "nearest", "--limit", 2, "--no-generate")
+    assert with_edits["reliability"] > 0.5
 
 
 def test_doctor():

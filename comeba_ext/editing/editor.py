@@ -548,7 +548,8 @@ class Editor:
     def _set_keys(self, live: list[Entry]) -> None:
         """Compare with the keys of these entries."""
         for name, layer in self._compared.items():
-            layer.set_keys(stacked(live, name)[0].mT if live else torch.zeros(0, layer.in_features))
+            keys = [entry.keys[name] for entry in live]
+            layer.set_keys(torch.stack(keys) if keys else torch.zeros(0, layer.in_features))
 
     def _rescale(self, name: str) -> None:
         """Keep ``tr(delta·C0·deltaᵀ)`` in step with delta, where the score needs it.
