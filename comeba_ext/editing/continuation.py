@@ -87,9 +87,14 @@ class Upper:
         if self.whole or not contexts.length or not can_share(self.model):
             return
         past = Past({}, 0)
-        with torch.no_grad():
+        with torch.no_grad(), self.only_states():
             self.decoder(**contexts.inputs, past_key_values=past, use_cache=True)
         self.contexts, self.context_states = contexts, past.new
+
+    def only_states(self):
+        """Inside, runs serve their keys and values, to which the last block's MLP adds nothing: it does not run."""
+        nowhere = torch.zeros(0, dtype=torch.long, device=self.device)
+        return contextlib.nullcontext() if self.last_mlp is None else only_at(self.last_mlp, (nowhere, nowhere))
 
     def caches(self, rows: list[Row]) -> bool:
         """Whether this model can run the end of a row from cached keys and values; see the table above."""
@@ -228,7 +233,7 @@ class Continuation:
         }
         inputs["attention_mask"][:, length:] = 1
         own = Past(states, length)
-        with resumed(upper.blocks, upper.value_layer, lambda: hidden[:, :before], self.form):
+        with resumed(upper.blocks, upper.value_layer, lambda: hidden[:, :before], self.form), upper.only_states():
             upper.decoder(**inputs, past_key_values=own, use_cache=True)
 
         def whole(before: torch.Tensor | None, after: torch.Tensor) -> torch.Tensor:
