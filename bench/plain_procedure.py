@@ -111,6 +111,9 @@ class PlainEditor:
         self.layers = hooked_linear.install(model, names, self.architecture.decoder, config.scope, config.alpha)
         self.c0 = {name: covariance[name].double() for name in names}
         self.memory = {name: config.lam * c0 for name, c0 in self.c0.items()}
+        if config.scope == "nearest":
+            for name, layer in self.layers.items():
+                layer.set_covariance(self.c0[name])
         self.seconds = dict.fromkeys(("values", "keys", "update", "calibrate"), 0.0)
 
     def edit(self, requests, target_values=None):
@@ -132,6 +135,8 @@ class PlainEditor:
                 layer.delta += (residual.mT @ torch.linalg.solve(self.memory[name], keys.mT).mT).to(layer.delta)
             layer.mode = "validated"
             with self._timed("calibrate"):
+                if layer.scope == "nearest":
+                    layer.add_keys(keys)
                 if layer.scope == "reference":
                     scale = torch.trace(layer.delta.double() @ self.c0[name] @ layer.delta.double().mT)
                     if layer.reference_scale > 0:

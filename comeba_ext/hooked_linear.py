@@ -206,7 +206,8 @@ class HookedLinear(nn.Module):
         self.add_keys(keys)
 
     def add_keys(self, keys: torch.Tensor) -> None:
-        """More keys, ``(n, d_in)``; a zero key, which has no direction, is left out.
+        """More keys, ``(n, d_in)``. Left out are zero keys, which have no direction, and those that another one stands for
+        (:func:`ops.nearest_hook.new_among`).
 
         ``anchors`` grows by an eighth or more at a time, so that its shape seldom changes; a CUDA graph captured by hand
         must be captured again.
@@ -221,17 +222,23 @@ class HookedLinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             unit = nearest.directions(keys.to(self.delta.device, wide), self.projection.to(wide))
             unit = unit[unit.any(-1)].to(self.anchors)
-            known = self.known_keys()
-            count = known + len(unit)
-            if count > len(self.anchors):
-                step = max(64, 1 << max(count.bit_length() - 3, 0))
-                grown = unit.new_zeros(-(-count // step) * step, len(self.projection))
-                grown[:known] = self.anchors[:known]
-                self.anchors = grown
-            self.anchors[known:count] = unit
+            for part in unit.split(1024):
+                self._add_anchors(part)
+
+    def _add_anchors(self, unit: torch.Tensor) -> None:
+        """More directions, ``(n, rows)``, in the dtype of ``anchors``."""
+        known = self.known_keys()
+        unit = unit[nearest.new_among(unit, self.anchors[:known])]
+        count = known + len(unit)
+        if count > len(self.anchors):
+            step = max(64, 1 << max(count.bit_length() - 3, 0))
+            grown = unit.new_zeros(-(-count // step) * step, len(self.projection))
+            grown[:known] = self.anchors[:known]
+            self.anchors = grown
+        self.anchors[known:count] = unit
 
     def known_keys(self) -> int:
-        """Number of keys that the nearest score compares with: those in the first rows of ``anchors``."""
+        """Number of directions that the nearest score compares with: those in the first rows of ``anchors``."""
         return int(self.anchors.any(-1).sum())
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

@@ -11,6 +11,7 @@ from comeba_ext import EditConfig, Editor
 from comeba_ext.covariance import Covariance
 from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import ComebaError, ConfigError, CovarianceError, RequestError
+from comeba_ext.ops.nearest_hook import SAME, directions
 
 WORDS = (
     "the mother tongue of Danielle Darrieux is French capital Norway Oslo and Peru Lima Angola located in Africa people "
@@ -448,20 +449,21 @@ def expected_delta(editor, name):
 
 
 def assert_compares_with_the_live_keys(editor, tolerance=1e-4):
-    """With scope "nearest", the anchors are the whitened directions of exactly the live keys, in any order."""
+    """With scope "nearest", the anchors are whitened directions of live keys, and stand for every one of them."""
     for name, layer in editor.layers.items() if editor.config.scope == "nearest" else ():
-        assert layer.known_keys() == len(editor.ledger)
-        assert not layer.anchors[len(editor.ledger) :].any()
+        count = layer.known_keys()
+        assert not layer.anchors[count:].any()
         if not len(editor.ledger):
+            assert count == 0
             continue
-        keys = torch.stack([entry.keys[name].double() for entry in editor.ledger.live()], 1)
-        white = torch.linalg.solve(torch.linalg.cholesky(editor.covariance[name]), keys)
-        white = white / white.norm(dim=0)
-        found = layer.anchors[: layer.known_keys()].double().mT
-        cosines, expected = ((m.mT @ m).flatten().sort().values for m in (found, white))  # which no rotation changes
-        assert torch.allclose(cosines, expected, atol=tolerance)
-        scores = layer.scores(keys.mT[None].to(layer.delta))
-        assert torch.allclose(scores, torch.ones_like(scores), atol=tolerance)
+        anchors = layer.anchors[:count].double()
+        keys = torch.stack([entry.keys[name].double() for entry in editor.ledger.live()])
+        cosines = directions(keys, layer.projection.double()) @ anchors.T  # (live, anchors)
+        assert torch.allclose(cosines.amax(0), torch.ones(count, dtype=cosines.dtype), atol=tolerance)  # each is a live key
+        assert cosines.amax(1).min() > SAME - tolerance  # which stands for all that are near
+        assert (anchors @ anchors.T - torch.eye(count)).max() < SAME + tolerance  # and for no other anchor
+        scores = layer.scores(keys[None].to(layer.delta))
+        assert torch.allclose(scores[0].double(), cosines.amax(1), atol=tolerance)
 
 
 def assert_least_squares(editor, tolerance=1e-5):

@@ -155,6 +155,29 @@ def test_no_keys_and_no_covariance():
 # -- keys -----------------------------------------------------------------------------------------------------------
 
 
+def test_one_key_stands_for_all_that_are_near():
+    """Greedily in the order given, against a loop; in parts, the same."""
+    subjects = random(30, D_IN, seed=6)
+    angle = random(30, 8, D_IN, seed=7) * torch.logspace(-3, 0, 8, dtype=torch.float64)[:, None]
+    keys = (subjects[:, None] + 0.3 * angle).flatten(0, 1)[torch.from_numpy(np.random.default_rng(0).permutation(240))]
+    cosines, kept = loop_cosines(keys, keys, covariance_of(D_IN)), []
+    for n in range(len(keys)):
+        if not kept or cosines[n, kept].max() <= ops.SAME:
+            kept.append(n)
+    assert 30 < len(kept) < 200
+    layer, whole = make_layer(0), make_layer(0)
+    for part in keys.split(7):
+        layer.add_keys(part)
+    whole.set_keys(keys)
+    assert layer.known_keys() == whole.known_keys() == len(kept)
+    expected = ops.directions(keys[kept], layer.projection)
+    for found in (layer, whole):
+        assert torch.allclose(found.anchors[: len(kept)], expected, atol=1e-12)
+    x = random(1, 9, D_IN, seed=8)
+    np.testing.assert_allclose(layer.scores(x)[0], np.maximum(loop_cosines(x[0], keys[kept], covariance_of(D_IN)).max(1), 0),
+                               atol=1e-12)  # fmt: skip
+
+
 def test_keys_accumulate_over_every_capacity():
     layer, keys = make_layer(0), random(700, D_IN, seed=4)
     sizes, count = set(), 0
@@ -606,7 +629,8 @@ def test_what_a_folder_for_inference_holds(tiny_model, tokenizer, tmp_path):
     save(editor, tmp_path, True)
     saved = storage.read_file(tmp_path, storage.read_manifest(tmp_path), "adapter")
     for name, layer in editor.layers.items():
-        assert len(layer.anchors) == 64 and saved[f"{name}.anchors"].shape == (8, 48)
+        assert len(layer.anchors) == 64 and saved[f"{name}.anchors"].shape == (layer.known_keys(), 48)
+        assert 4 < layer.known_keys() <= 8
         assert saved[f"{name}.projection"].shape == (48, 48)
     for part, change in (("anchors", lambda t: t[:, 1:]), ("projection", lambda t: t[:, 1:]), ("anchors", None)):
         damaged = {name: t.clone() for name, t in saved.items()}

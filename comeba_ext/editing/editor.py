@@ -251,7 +251,7 @@ class Editor:
                 bar.set_postfix(loss=f"{loss:.3f}")
 
             for batch in batches:
-                report = self._edit(self._prepare(batch), None, on_progress)
+                report = self._edit(self._named(self._consistent(batch)), None, on_progress)  # the rest was checked
                 bar.update(len(batch))
                 yield report
 
@@ -389,6 +389,13 @@ class Editor:
         return named
 
     def _validate(self, batch: list[EditRequest]) -> list[EditRequest]:
+        self._consistent(batch)
+        rows = target_rows(self.tokenizer, batch, self.prefixes) + essence_rows(self.tokenizer, batch)
+        check_length(rows, batch, context_length(self.model))
+        return batch
+
+    def _consistent(self, batch: list[EditRequest]) -> list[EditRequest]:
+        """The checks that depend on the batch's mates and on the live edits."""
         if not batch:
             raise RequestError("the batch is empty; give at least one request")
         targets: dict[tuple[str, str], str] = {}
@@ -405,8 +412,6 @@ class Editor:
                 if request.request_id in ids or (live is not None and live.request.fact != request.fact):
                     raise RequestError(f"request_id {request.request_id!r} is used by another request; ids must differ")
                 ids.add(request.request_id)
-        rows = target_rows(self.tokenizer, batch, self.prefixes) + essence_rows(self.tokenizer, batch)
-        check_length(rows, batch, context_length(self.model))
         return batch
 
     def _need_covariance(self) -> None:

@@ -25,6 +25,7 @@ from comeba_ext.ops.hooked_linear import _add_in_scope_, _dispatched, _needs_gra
 # As measured (bench/bench_nearest.py, 1,000 facts, the worst of four blocks): of other subjects' prompts 3.8 % come above
 # 0.7, as against 3.3 % with all 1,408 directions; 6.5 % with 128 rows, 7.3 % with 64, 10 % with 48.
 ROWS = 256
+SAME = 0.98  # cosine (11°) above which a key stands for another; thresholds lie near 0.7 (46°)
 _CHUNK = 4096  # keys compared at a time: bounds the table of similarities, (tokens, keys)
 _SEED = 0xC0EBA
 
@@ -57,6 +58,28 @@ def directions(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
     projected = F.linear(x, projection)
     wide = torch.promote_types(projected.dtype, torch.float32)  # in float16 normalize would divide zero by zero
     return F.normalize(projected.to(wide), dim=-1).to(projected.dtype)
+
+
+def new_among(unit: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Which directions add a neighbourhood: those farther than ``SAME`` from every known one and from one another.
+
+    Several facts about one subject, or one fact in several wordings, have nearly the same key. One of them serves all, so
+    that scores cost by the number of subjects and not of edits.
+
+    Args:
+        unit: ``(n, rows)``, unit vectors, in order of precedence.
+        known: ``(keys, rows)``.
+
+    Returns:
+        ``(n,)`` bool, on the CPU.
+    """
+    if not len(unit):
+        return torch.zeros(0, dtype=torch.bool)
+    covered = (F.linear(unit, known).amax(-1) > SAME).cpu() if len(known) else torch.zeros(len(unit), dtype=torch.bool)
+    near = (F.linear(unit, unit) > SAME).cpu()
+    for n in range(len(unit)):
+        covered[n] |= bool((near[n, :n] & ~covered[:n]).any())
+    return ~covered
 
 
 def nearest_scores(x: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
