@@ -62,11 +62,11 @@ def relative(found, wanted) -> float:
 
 def values_rows(quick: bool, rows: list, targets: list) -> None:
     model, tokenizer = gpt2_124m()
-    requests = records(12 if quick else 50)
+    requests = records(6 if quick else 50)
     config = EditConfig(layers=(3, 4, 5), steps=STEPS, early_stop=0.0)
     prefixes = sample_prefixes(model, tokenizer, 5, 10, 0)
     architecture = Architecture.of(model)
-    some = requests[:: max(1, len(requests) // (2 if quick else 6))]
+    some = requests[:: max(1, len(requests) // (1 if quick else 6))]
     seconds = {}
     found = {}
     for name, changes in (("float32", {}), ("bfloat16", {"compute_dtype": "bfloat16"})):
@@ -112,7 +112,7 @@ def step_rows(quick: bool, rows: list, targets: list) -> None:
     config = EditConfig(layers=(3, 4, 5), steps=STEPS, early_stop=0.0, scope="reference")
     model, tokenizer = gpt2_124m()
     few = 2 if quick else 4
-    for size in (10, 20) if quick else (10, 100):
+    for size in (10,) if quick else (10, 100):
         requests = records(size)
         editor = Editor(model, tokenizer, config)
         editor.set_covariance(random_covariance(model, editor.layers))
@@ -141,7 +141,7 @@ def step_rows(quick: bool, rows: list, targets: list) -> None:
 def embedded_rows(quick: bool, rows: list, targets: list) -> None:
     from comeba_ext import hooked_linear
 
-    count, few = (60, 10) if quick else (200, 60)
+    count, few = (30, 5) if quick else (200, 60)
     requests = testbed.facts()[:count]
     model, tokenizer = testbed.load()
     editor = Editor(model, tokenizer)
@@ -190,7 +190,7 @@ def flat_rows(quick: bool, rows: list, targets: list) -> None:
         dataclasses.replace(fact, prompt=TEMPLATES[relation[fact.prompt]][wording], request_id=f"{fact.request_id}-{wording}")
         for wording in range(8)
         for fact in facts[:1250]
-    ][: 600 if quick else 10_000]
+    ][: 200 if quick else 10_000]
 
     def prepared() -> Editor:
         model, tokenizer = testbed.load()
@@ -216,7 +216,7 @@ def flat_rows(quick: bool, rows: list, targets: list) -> None:
     pairs = []
     for each in (editor, fresh):
         each.config = each.config.replace(steps=4, early_stop=0.0)
-    for start in range(1250, 1450, 10):
+    for start in range(1250, 1350 if quick else 1450, 10):
         pairs.append([sum(each.edit(facts[start : start + 10]).seconds.values()) for each in (editor, fresh)])
     ratio = statistics.median(old / new for old, new in pairs)
     tenth = len(reports) // 10
@@ -233,10 +233,10 @@ def memory_rows(quick: bool, rows: list, targets: list) -> None:
     """High-water mark above the model's own, in fresh processes, for two token budgets."""
     import subprocess
 
-    for budget in (1024, 4096):
+    for budget in (1024,) if quick else (1024, 4096):
         code = (
             "import sys; sys.path.insert(0, 'bench'); import bench_editing as b; "
-            f"print(b.peak_of_a_batch({20 if quick else 100}, {budget}))"
+            f"print(b.peak_of_a_batch({10 if quick else 100}, {budget}))"
         )
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         rows.append({"what": "memory", "model": "gpt2-124m", "max_tokens": budget, **json.loads(out.stdout.splitlines()[-1])})

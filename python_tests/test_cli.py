@@ -76,7 +76,7 @@ def test_interrupted_edit_resumes_to_the_same_state(edited, records, tmp_path, m
     from comeba_ext.editing.editor import Editor
     from comeba_ext.hooked_linear import hooked_layers
 
-    original, calls = Editor.edit, []
+    original, calls = Editor._edit, []
 
     def interrupted(self, *args, **kwargs):
         if calls:
@@ -85,7 +85,7 @@ def test_interrupted_edit_resumes_to_the_same_state(edited, records, tmp_path, m
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Editor, "edit", interrupted)
+        patch.setattr(Editor, "_edit", interrupted)
         stopped = run("edit", "testbed", records, "--out", tmp_path / "o", "--batch-size", 3, "--json")
     assert stopped.exit_code == 130 and "interrupted" in json.loads(stopped.stdout)["error"]
     rest = output("edit", "testbed", records, "--out", tmp_path / "o", "--batch-size", 3, "--resume")

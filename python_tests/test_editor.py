@@ -592,6 +592,8 @@ def test_rollback(tiny_model, tokenizer, scope):
             assert (layer.delta - expected["layers"][name][0]).norm().item() <= 1e-5 * biggest[name]
             assert relative(found["memory"][name], expected["memory"][name]) < 1e-5
             assert torch.equal(layer.alpha, expected["layers"][name][2])
+            for part, before in zip(compared(layer), expected["layers"][name][4:], strict=True):
+                assert torch.allclose(part, before, atol=1e-6)  # the same keys stand for the others as then
             scale = expected["layers"][name][3].item()
             assert layer.reference_scale.item() == pytest.approx(scale, rel=1e-4, abs=1e-9)
         assert_usable(editor, tokenizer)

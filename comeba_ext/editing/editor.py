@@ -308,7 +308,9 @@ class Editor:
                 if len(added) == len(self.ledger) and not removed:
                     self._clear(name)
                 layer.alpha.fill_(self._alphas[step][name])
-            self._set_keys(without(self.ledger.live(), added) + removed)
+            # In the order they were added: of near keys the first stands for the others.
+            entries = [entry for entry in self.ledger.entries if entry.step <= step]
+            self._set_keys([entry for entry in entries if entry.removed is None or entry.removed > step])
         self.ledger.rewind(step)
         self._alphas = self._alphas[: step + 1]
         self.log.append({"event": "rollback", "step": step, "from_step": self.step})
