@@ -2,7 +2,7 @@
 
 A folder holds the manifest (JSON), ``comeba_adapter-*.safetensors`` (all that inference needs: per layer ``delta``,
 factored while there are few edits, and the thresholds; with the nearest score also the projection, 256 rows or ``256·d_in``
-values whatever the number of edits, and 256 values an edit), and, to go on editing, ``comeba_state-*.safetensors`` (key
+values whatever the number of edits, and 256 values a subject), and, to go on editing, ``comeba_state-*.safetensors`` (key
 memory, ledger) and ``comeba_log-*.jsonl``.
 """
 
