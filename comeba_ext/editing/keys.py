@@ -33,24 +33,31 @@ class LayerReading:
 
 @dataclass
 class _Batch:
-    """Rows that run together, and their hidden states before the block that was read last.
+    """Rows that run together, and what the block that was read last left behind.
 
     Attributes:
         shared: number of tokens that run elsewhere, with a context they share.
+        before: hidden states before that block.
+        after: hidden states after it, as it was then; ``x`` and ``y``: its projection's input and output.
     """
 
     rows: list[Row]
     inputs: dict[str, torch.Tensor]
     shared: list[int]
     before: torch.Tensor | None = None
+    after: torch.Tensor | None = None
+    x: torch.Tensor | None = None
+    y: torch.Tensor | None = None
 
 
 class KeyReader:
     """Reads each edited layer of a batch once, in increasing order, between the edits of two layers.
 
-    No block below the layer edited last runs again: its input is kept, ``(seq, d_model)`` a row. Rows with a context
-    prefix serve keys only, so they run to the layer's input; rows with the empty prefix go on to the value layer. What
-    rows with a prefix begin with runs once for all of them (:class:`Contexts`).
+    No block whose layer was read runs again. After its layer is edited, the block's output is what it was plus what the
+    layer's own output has changed by, because an MLP's output is added to the hidden state. Where a norm follows the
+    layer (Gemma 2 and 3, OLMo 2; found out by a trial), the block runs again from its kept input. Rows with a context
+    prefix serve keys only, so they run to the last layer's input; rows with the empty prefix go on to the value layer.
+    What rows with a prefix begin with runs once for all of them (:class:`Contexts`).
 
     Args:
         decoder: receives token ids and mask.
@@ -78,6 +85,7 @@ class KeyReader:
         self.decoder, self.blocks, self.layers, self.projections = decoder, blocks, layers, projections
         self.count = max(row.request for row in rows) + 1
         self.form = None  # of a block's output; the first batches run whole blocks
+        self.adds: bool | None = None  # whether a layer's output is added to the hidden state as it is
         self.batches: list[_Batch] = []
         behind = [row for row in rows if not row.plain]
         contexts = Contexts([] if whole else behind, pad_token, device)
@@ -124,19 +132,58 @@ class KeyReader:
     def _run(self, batch: _Batch, number: int, past: Past | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layer's input ``(rows, seq, d_in)``, and for rows with the empty prefix the value layer's output."""
         plain = any(row.plain for row in batch.rows)
-        projection, caught = self.projections[number], {}
-        taps = {projection: lambda x: caught.__setitem__("x", x)}
-        taps[self.blocks[self.layers[number]]] = lambda h: caught.__setitem__("before", h)
+        projection, block, caught = self.projections[number], self.blocks[self.layers[number]], {}
+        final = number + 1 == len(self.layers)
+        taps = {projection: lambda x: caught.__setitem__("x", x), block: lambda h: caught.__setitem__("before", h)}
         inputs = batch.inputs if past is None else batch.inputs | {"past_key_values": past}
-        done = self.layers[number - 1] - 1 if number else -1  # the last block whose output is known
-        resume = resumed(self.blocks, done, lambda: batch.before, self.form) if done >= 0 else contextlib.nullcontext()
-        with resume:
-            if plain:
-                value_block = self.blocks[self.layers[-1]]
-                run_until(self.decoder, value_block, inputs, taps, lambda out: caught.__setitem__("out", out))
-                self.form = with_hidden(caught["out"], None)
-            else:
+        note = lambda name: lambda module, args, out: caught.__setitem__(name, out)  # noqa: E731
+        with contextlib.ExitStack() as stack:
+            done, hidden = self._start(batch, number)
+            if hidden is not None:
+                stack.enter_context(resumed(self.blocks, done, lambda: hidden, self.form))
+            if not final:
+                for name, module in (("y", projection), ("after", block)):
+                    stack.callback(module.register_forward_hook(note(name)).remove)
+            if final and not plain:
                 run_until(self.decoder, projection, inputs, taps, before=True)
-        batch.before = caught["before"] if number + 1 < len(self.layers) else None
+            else:
+                last = self.blocks[self.layers[-1]] if plain else block
+                run_until(self.decoder, last, inputs, taps, lambda out: caught.__setitem__("out", out))
+                self.form = with_hidden(caught["out"], None)
         x = caught["x"].reshape(*batch.inputs["input_ids"].shape, -1)  # OPT flattens tokens before the MLP
+        batch.before = batch.after = batch.x = batch.y = None
+        if not final:
+            batch.before, batch.after, batch.x, batch.y = caught["before"], hidden_of(caught["after"]), x, caught["y"]
+            if self.adds is None:
+                self.adds = self._adds(batch, number)
         return x, hidden_of(caught["out"]) if plain else None
+
+    @torch.no_grad()
+    def _start(self, batch: _Batch, number: int) -> tuple[int, torch.Tensor | None]:
+        """The last block whose output is known, and that output for the model as it is now; ``None``: from the start."""
+        if number == 0:
+            return -1, None
+        read = self.layers[number - 1]
+        if not self.adds:
+            return read - 1, batch.before if read else None
+        mask = batch.inputs["attention_mask"][:, -batch.x.shape[1] :].bool()
+        now = self.projections[number - 1](batch.x, mask=mask)
+        return read, batch.after + (now - batch.y.reshape(now.shape)).to(batch.after)
+
+    def _adds(self, batch: _Batch, number: int) -> bool:
+        """Whether block ``layers[number]`` without its projection's output gives what that output is added to: a trial
+        on one row."""
+        row = lambda value: value[:1] if isinstance(value, torch.Tensor) else value  # noqa: E731
+        inputs = {name: row(value) for name, value in batch.inputs.items()}
+        index, caught = self.layers[number], {}
+        silent = self.projections[number].register_forward_hook(lambda module, args, out: torch.zeros_like(out))
+        before = row(batch.before)
+        start = resumed(self.blocks, index - 1, lambda: before, self.form) if index else contextlib.nullcontext()
+        try:
+            with start:
+                run_until(self.decoder, self.blocks[index], inputs, {}, lambda out: caught.__setitem__("out", out))
+        finally:
+            silent.remove()
+        after = row(batch.after)
+        sum_ = hidden_of(caught["out"]) + batch.y.reshape(*batch.after.shape[:2], -1)[:1]
+        return bool((sum_ - after).norm() <= torch.finfo(after.dtype).eps ** 0.5 * after.norm())
