@@ -25,7 +25,7 @@ from comeba_ext.ops.hooked_linear import _add_in_scope_, _dispatched, _needs_gra
 # As measured (bench/bench_nearest.py, 1,000 facts, the worst of four blocks): of other subjects' prompts 3.8 % come above
 # 0.7, as against 3.3 % with all 1,408 directions; 6.5 % with 128 rows, 7.3 % with 64, 10 % with 48.
 ROWS = 256
-SAME = 0.98  # cosine (11°) above which a key stands for another; thresholds lie near 0.7 (46°)
+SAME = 0.95  # cosine (18°) above which a key stands for another; thresholds lie near 0.7 (46°)
 _CHUNK = 4096  # keys compared at a time: bounds the table of similarities, (tokens, keys)
 _SEED = 0xC0EBA
 
