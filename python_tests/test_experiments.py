@@ -12,7 +12,7 @@ import pytest
 import yaml
 from test_cli import output, run
 
-from comeba_ext import Editor, experiments, testbed
+from comeba_ext import EditConfig, Editor, experiments, testbed
 from comeba_ext.errors import ConfigError
 from comeba_ext.experiments import definition
 from comeba_ext.experiments.table import markdown
@@ -74,7 +74,9 @@ def test_settings_that_depend_on_the_model(model):
     cases = {case.label: case for name in ("fig5", "fig6", "fig10") for case in experiments.load(name).cases}
     assert cases["1 layer"].config(model).layers == (3,) and cases["3 layers"].config(model).layers == (1, 2, 3)
     assert cases["all layers"].config(model).layers == (0, 1, 2, 3)
-    assert cases["10λ"].config(model).lam == pytest.approx(15_000)
+    assert cases["10λ"].config(model).lam == pytest.approx(10 * EditConfig.for_model(model).lam)
+    assert EditConfig.for_model(model, scope="zscore").lam == pytest.approx(4 * EditConfig.for_model(model).lam)
+    assert {case.config(model).lam for case in experiments.load("table1").cases if "nearest" not in case.label} == {1500.0}
     assert cases["α₀ = 2.5"].config(model).alpha == 2.5 and cases["fixed α = 3"].method == "COMEBA-HK fixed threshold"
 
 
