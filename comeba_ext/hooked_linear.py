@@ -131,15 +131,10 @@ class HookedLinear(nn.Module):
         delta = self.delta
         plain = self._plain_base() and not args and not kwargs
         given, mask = self._as_sequences(self._to_delta(x), mask)
-        if self.scope == "nearest":
-            output = self.base_layer.forward(x) if plain else self.base_layer(x, *args, **kwargs)
-            shape = output.shape
-            output = output.reshape(*given.shape[:-1], self.out_features)
-            how = (given, delta, self.projection, self.anchors, mask, self.alpha)
-            return nearest.nearest_hook(output, *how, inplace=plain).reshape(shape)
-        sketch = self.sketch() if self.gate == "sketch" else None
+        compares = self.scope == "nearest"
+        sketch = self.sketch() if self.gate == "sketch" and not compares else None
         decision = (mask, self._statistics(), self.alpha, self.reference_scale, self.scope)
-        if plain and self._decodes(x):
+        if plain and not compares and self._decodes(x):
             output, after = ops.decode_hook(given, self.weight, self.bias, delta, sketch, *decision)
             output = output.reshape(*x.shape[:-1], self.out_features)
         else:
@@ -148,7 +143,10 @@ class HookedLinear(nn.Module):
             if len(shape) != 3:
                 output = output.reshape(*given.shape[:-1], self.out_features)
             # A base layer that is more than a product may hand out, or keep, what it returned.
-            if sketch is None:
+            if compares:
+                how = (given, delta, self.projection, self.anchors, mask, self.alpha)
+                output, after = nearest.nearest_hook(output, *how, inplace=plain), None
+            elif sketch is None:
                 output, after = ops.exact_hook(output, F.linear(given, delta), *decision, inplace=plain)
             else:
                 output, after = ops.gated_hook(output, given, delta, sketch, *decision, inplace=plain)

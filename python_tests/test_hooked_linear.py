@@ -567,6 +567,21 @@ def test_what_the_base_layer_handed_out_is_not_changed(gate):
 # ---- on a GPU ---------------------------------------------------------------------------------------------------
 
 
+def captured(layer, x):
+    """A CUDA graph of ``layer(x)`` and its output, after a call in which any synchronisation is an error."""
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = layer(x)
+    return graph, replayed
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("tokens", [1, 8, 64, 300])
 @pytest.mark.parametrize("gate", ["exact", "sketch"])
@@ -580,16 +595,7 @@ def test_cuda_graph_replays_without_synchronising(gate, dtype, tokens):
     x = random(1, tokens, 256, seed=3).to("cuda", dtype)
     layer.alpha.copy_(layer.scores(x).median() * 0.999)
     expected = layer(x)  # compiles, warms up
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        layer(x)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = layer(x)
+    graph, replayed = captured(layer, x)
     x.copy_(x.flip(1) * 0.9)
     graph.replay()
     assert not torch.equal(replayed, expected)

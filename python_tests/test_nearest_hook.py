@@ -20,6 +20,7 @@ from test_editor import (
     snapshot,
     some_requests,
 )
+from test_hooked_linear import captured
 from test_methods import LAYERS, NAMES, given, make_method
 from test_sketch import scopes
 from torch import nn
@@ -471,16 +472,7 @@ def test_cuda_graph_replays_without_synchronising(dtype):
     x = torch.cat((keys[:4], random(4, 256, seed=4))).to("cuda", dtype)[None]
     expected = layer(x)
     assert (expected != layer.base_layer(x)).any(-1).tolist() == [[True] * 4 + [False] * 4]
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        layer(x)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = layer(x)
+    graph, replayed = captured(layer, x)
     x.copy_(x.flip(1))
     graph.replay()
     assert torch.allclose(replayed, layer(x), rtol=1e-2, atol=1e-2) and not torch.allclose(replayed, expected)
