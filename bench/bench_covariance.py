@@ -17,12 +17,10 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import os
 import time
-from pathlib import Path
 
 import torch
-from common import finish, target
+from common import DATA, finish, target
 
 from comeba_ext import EditConfig, Editor, testbed
 from comeba_ext.corpus import UNIT_TOKENS, Unfinished, Units
@@ -30,7 +28,6 @@ from comeba_ext.covariance import _accumulator, collect_covariance
 from comeba_ext.editing.encoding import micro_batches, pad, pad_id
 from comeba_ext.partial_forward import run_until
 
-DATA = Path(os.environ.get("COMEBA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 CONTEXT = 512
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import plain_procedure
 import torch
-from common import finish, target
+from common import DATA, finish, target
 from plain_procedure import PlainEditor, target_value
 
 from comeba_ext import EditConfig, Editor, evaluate, testbed
@@ -29,7 +28,6 @@ from comeba_ext.editing.request import as_requests
 from comeba_ext.editing.target_values import optimise_target_values
 from comeba_ext.storage import identity
 
-DATA = Path(os.environ.get("COMEBA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 STEPS = 20
 
 

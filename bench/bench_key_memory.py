@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from common import finish, target
 
+from comeba_ext.editing.budget import free_memory
 from comeba_ext.editing.factor_form import FactorForm
 from comeba_ext.editing.inverse_form import _most_pending
 from comeba_ext.editing.key_memory import KeyMemory
@@ -68,14 +69,10 @@ def main() -> None:
 def unfit(d: int, layers: int, device: str) -> str | None:
     """Why a shape is left out, if it is."""
     need = (layers + 3) * 8 * d * d  # every layer's memory, the matrix, and what a solve or a fold copies
-    if device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-        if d > 6400:
-            seconds = 0.7 * d**3 / 5e10
-            return f"linalg.solve alone takes about {seconds:.0f} s a call on a CPU, the inverse to start with several times that"
+    free = free_memory(torch.device(device))
+    if device == "cpu" and d > 6400:
+        seconds = 0.7 * d**3 / 5e10
+        return f"linalg.solve alone takes about {seconds:.0f} s a call on a CPU, the inverse to start with several times that"
     return f"needs {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free" if need > 0.9 * free else None
 
 

@@ -6,11 +6,14 @@ import json
 import os
 import platform
 import sys
+from pathlib import Path
 
 import torch
 import transformers
 
 import comeba_ext
+
+DATA = Path(os.environ.get("COMEBA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 def machine() -> dict:
