@@ -153,6 +153,53 @@ def test_no_keys_and_no_covariance():
     assert layer.known_keys() == 0 and not layer.anchors.any()
 
 
+WIDE = 300  # wider than a projection has rows: its first 64 give a bound
+
+
+def loop_scores(tokens, keys, projection) -> np.ndarray:
+    """``(tokens,)``: means of two cosines, weighted by rows, at most ``ABOVE`` the largest first one; at least 0."""
+    first, rest = projection[: ops.COARSE].numpy(), projection[ops.COARSE :].numpy()
+    cosine = lambda part, a, b: (part @ a) @ (part @ b) / np.linalg.norm(part @ a) / np.linalg.norm(part @ b)  # noqa: E731
+    found = []
+    for token in tokens.double().numpy():
+        pairs = [(cosine(first, token, key), cosine(rest, token, key)) for key in keys.double().numpy()]
+        whole = max((len(first) * a + len(rest) * b) / len(projection) for a, b in pairs)
+        found.append(max(min(whole, max(a for a, _ in pairs) + ops.ABOVE), 0))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0])
+def test_scores_are_bounded_by_the_coarse_ones(noise):
+    layer = make_layer(keys=20, d_in=WIDE)
+    x, keys = inputs(layer, seq=30, noise=noise), random(20, WIDE, seed=3)
+    scores, expected = layer.scores(x).flatten(), loop_scores(x.flatten(0, 1), keys, layer.projection)
+    np.testing.assert_allclose(scores, expected, atol=1e-12)
+    cosines = loop_cosines(x.flatten(0, 1), keys, covariance_of(WIDE)).max(1)
+    deviation = 2 * (1 - cosines**2) / math.sqrt(256)  # of the largest of twenty
+    assert (np.abs(expected - cosines) < 3 * deviation + 0.02).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [-1.0, 0.0, 0.15, 0.25, 0.5, 0.7, 0.99])
+@torch.no_grad()
+def test_two_looks_decide_as_the_scores_do(alpha, dtype, monkeypatch):
+    """Tokens from unlike to like a key; the second look is for few of them."""
+    layer = make_layer(keys=20, alpha=alpha, d_in=WIDE, dtype=dtype)
+    x = torch.cat([inputs(layer, seq=20, seed=n, noise=noise) for n, noise in enumerate((0.1, 0.5, 1.0, 2.0))], 1)
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    mask[0, :5], mask[1, -5:], x[0, :5] = False, False, math.nan
+    scores = layer.scores(x)
+    sure = (scores - alpha).abs() > (0.05 if dtype == torch.bfloat16 else 1e-4)  # rounding aside
+    looked = []
+    real = ops.nearest_scores
+    monkeypatch.setattr(ops, "nearest_scores", lambda x, *rest: looked.append(len(x)) or real(x, *rest))
+    changed = (layer(x, mask=mask) != layer.base_layer(x)).any(-1) & mask
+    expected = (scores >= alpha) & mask
+    assert torch.equal(changed[sure], expected[sure]) and sure.float().mean() > 0.6
+    assert expected.sum() > 0
+    assert sum(looked) == 150 if alpha <= 0 else expected.sum() <= sum(looked) <= (150 if alpha < 0.5 else 120)
+
+
 # -- keys -----------------------------------------------------------------------------------------------------------
 
 
@@ -458,6 +505,18 @@ def test_what_the_base_layer_handed_out_is_not_changed():
     x = inputs(layer)
     output = layer(x)
     assert torch.equal(seen[0], F.linear(x, layer.weight, layer.bias)) and not torch.equal(seen[0], output)
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_a_gpu_decides_like_a_cpu():
+    layer = make_layer(keys=20, d_in=WIDE, dtype=torch.float32)
+    x = torch.cat([inputs(layer, seq=20, seed=n, noise=noise) for n, noise in enumerate((0.1, 0.5, 1.0, 2.0))], 1)
+    expected, score = layer(x), layer.scores(x)
+    sure = (score - 0.5).abs() > 1e-3
+    found = layer.cuda()(x.cuda()).cpu()
+    assert torch.allclose(found[sure], expected[sure], rtol=1e-3, atol=1e-3)
+    assert torch.allclose(layer.scores(x.cuda()).cpu(), score, atol=1e-4)
 
 
 @pytest.mark.cuda

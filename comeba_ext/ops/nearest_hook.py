@@ -9,13 +9,17 @@ is the cosine in the metric of ``C0⁻¹``, in which corpus keys have no preferr
 
 ``d_in`` is large and so is the number of keys. Both shrink under one projection ``P = S L⁻¹`` on a few random orthonormal
 directions (Johnson–Lindenstrauss): the error of a cosine ``c`` has a standard deviation of about ``(1 − c²)/√rows``, so close
-keys stay close. A score costs ``rows·(d_in + keys)`` multiplications a token where the layer costs ``d_in·d_out``; only tokens
-in scope pay for their edit. Like the reference score it needs no other token: prefill, decode, padding and batch do not matter.
+keys stay close. Most tokens are like no key at all, which a few rows show already: a *coarse* cosine from the first of them
+bounds the score, and only where that bound reaches the threshold is the cosine under all rows computed. A score costs
+``COARSE·(d_in + keys)`` multiplications a token, and that much again times four where it may matter, where the layer costs
+``d_in·d_out``; only tokens in scope pay for their edit. Like the reference score it needs no other token: prefill, decode, padding and batch do not matter.
 Similarity to stored keys decides scope in GRACE (arXiv 2211.11031) too, by Euclidean distance and for whole outputs; here it
 gates the least-squares edit.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch.nn import functional as F
@@ -25,7 +29,9 @@ from comeba_ext.ops.hooked_linear import _add_in_scope_, _dispatched, _needs_gra
 # As measured (bench/bench_nearest.py, 1,000 facts, the worst of four blocks): of other subjects' prompts 3.8 % come above
 # 0.7, as against 3.3 % with all 1,408 directions; 6.5 % with 128 rows, 7.3 % with 64, 10 % with 48.
 ROWS = 256
-SAME = 0.95  # cosine (18°) above which a key stands for another; thresholds lie near 0.7 (46°)
+COARSE = 64
+ABOVE = 0.2  # three standard deviations of a coarse cosine at 0.7, where thresholds lie; ten at an edited key's 0.9
+SAME = 0.95  # cosine (18°) above which a key stands for another; a threshold is near 46°
 _CHUNK = 4096  # keys compared at a time: bounds the table of similarities, (tokens, keys)
 _SEED = 0xC0EBA
 
@@ -54,10 +60,24 @@ def projection_of(covariance: torch.Tensor, rows: int = ROWS) -> torch.Tensor:
 
 
 def directions(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    """Unit vectors ``P x / ‖P x‖``, ``(..., rows)``, for ``x (..., d_in)``; zero stays zero."""
+    """Unit vectors along ``P x``, ``(..., rows)``, for ``x (..., d_in)``; zero stays zero.
+
+    The coarse rows and the others are normalised apart and have the same share of every vector, so that an inner product
+    of two is the mean of two cosines, weighted by rows, and the first entries alone are an estimate of it.
+    """
     projected = F.linear(x, projection)
-    wide = torch.promote_types(projected.dtype, torch.float32)  # in float16 normalize would divide zero by zero
-    return F.normalize(projected.to(wide), dim=-1).to(projected.dtype)
+    wide = projected.to(torch.promote_types(projected.dtype, torch.float32))  # in float16 normalize divides zero by zero
+    unit = torch.empty_like(wide)
+    for part in slice(_coarse_rows(projection)), slice(_coarse_rows(projection), None):
+        size = unit[..., part].shape[-1]
+        unit[..., part] = F.normalize(wide[..., part], dim=-1) * math.sqrt(size / max(len(projection), 1))
+    return unit.to(projected.dtype)
+
+
+def _coarse_rows(projection: torch.Tensor) -> int:
+    """How many rows a first look takes: all where they are few, or every dimension's own."""
+    rows, width = projection.shape
+    return COARSE if COARSE < rows < width else rows
 
 
 def new_among(unit: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
@@ -83,7 +103,7 @@ def new_among(unit: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 
 
 def nearest_scores(x: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-    """Every token's largest cosine with an edited key, in float32 or better.
+    """Every token's largest cosine with an edited key, at most ``ABOVE`` its largest coarse one; in float32 or better.
 
     Args:
         x: ``(..., d_in)``.
@@ -93,11 +113,22 @@ def nearest_scores(x: torch.Tensor, projection: torch.Tensor, anchors: torch.Ten
     Returns:
         ``(...)``, at least 0.
     """
-    return _largest(directions(x, projection), anchors)
+    return _scores(directions(x, projection), _coarse_rows(projection), anchors)
+
+
+def _scores(unit: torch.Tensor, coarse: int, anchors: torch.Tensor) -> torch.Tensor:
+    score = _largest(unit, anchors)
+    return score if coarse == unit.shape[-1] else score.minimum(_bound(unit[..., :coarse], anchors))
+
+
+def _bound(unit: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """What the score is at most, from the coarse entries of :func:`directions`."""
+    coarse, rows = unit.shape[-1], anchors.shape[-1]
+    return _largest(unit, anchors[:, :coarse]) * (rows / coarse) + ABOVE
 
 
 def _largest(unit: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-    """The largest cosine of each unit vector with an anchor, at least 0."""
+    """The largest inner product of each vector with an anchor, at least 0."""
     best = unit.new_zeros(unit.shape[:-1], dtype=torch.promote_types(unit.dtype, torch.float32))
     for chunk in anchors.split(_CHUNK) if len(anchors) else ():
         best = best.maximum(F.linear(unit, chunk).amax(-1).to(best.dtype))
@@ -139,8 +170,17 @@ def nearest_hook_ref(output, x, delta, projection, anchors, mask, alpha):
 
 
 def _scope(x, projection, anchors, mask, alpha) -> torch.Tensor:
-    unit = directions(x, projection)
-    return in_scope(_largest(unit, anchors), alpha, mask, unit.dtype)  # of less precision than x under autocast
+    coarse, rows = _coarse_rows(projection), len(projection)
+    if x.device.type != "cpu" or coarse == rows:
+        unit = directions(x, projection)
+        return in_scope(_scores(unit, coarse, anchors), alpha, mask, unit.dtype)  # of less precision than x under autocast
+    # All rows only where the coarse ones leave it open: the same decisions, as the score never exceeds the bound.
+    unit = directions(x, projection[:coarse]) * math.sqrt(coarse / rows)
+    scope = in_scope(_bound(unit, anchors), alpha, mask, unit.dtype)
+    which = scope.nonzero(as_tuple=True)
+    if len(which[0]):
+        scope[which] = in_scope(nearest_scores(x[which], projection, anchors), alpha, None, unit.dtype)
+    return scope
 
 
 def _nearest_hook_(output, x, delta, projection, anchors, mask, alpha) -> None:
