@@ -52,6 +52,33 @@ def frozen(model: nn.Module):
             parameter.requires_grad_(True)
 
 
+class Seen(dict):
+    """What :func:`watched` has seen last: ``before``, ``after``, ``x``, ``y``."""
+
+    def hidden(self) -> dict[str, torch.Tensor]:
+        """All of it as tensors."""
+        return {name: hidden_of(value) for name, value in self.items()}
+
+
+@contextmanager
+def watched(block: nn.Module, projection: nn.Module):
+    """Inside, every run leaves its hidden states ``before`` the block, the block's output ``after`` it, and the input
+    ``x`` and output ``y`` of its projection in a :class:`Seen`."""
+    seen = Seen()
+    hidden = lambda args, kwargs: args[0] if args else kwargs["hidden_states"]  # noqa: E731  Some families pass it by name.
+    handles = [
+        block.register_forward_pre_hook(lambda m, args, kw: seen.__setitem__("before", hidden(args, kw)), with_kwargs=True),
+        block.register_forward_hook(lambda m, args, out: seen.__setitem__("after", out)),
+        projection.register_forward_pre_hook(lambda m, args: seen.__setitem__("x", args[0])),
+        projection.register_forward_hook(lambda m, args, out: seen.__setitem__("y", out)),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def run_until(
     decoder: nn.Module,

@@ -33,12 +33,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from comeba_ext.architectures import FAMILIES, Architecture
+from comeba_ext.editing.block_trace import BlockTrace
 from comeba_ext.editing.contexts import Contexts, can_share, own_inputs
 from comeba_ext.editing.encoding import dense_batches
 from comeba_ext.editing.rows import Row
@@ -58,6 +60,7 @@ class Upper:
         value_layer: index of the last block below.
         pad_token: id to pad with.
         max_tokens: padded tokens in one pass.
+        trace: records what rows and contexts show at one of the blocks below, if given.
     """
 
     model: nn.Module
@@ -65,6 +68,7 @@ class Upper:
     value_layer: int
     pad_token: int
     max_tokens: int
+    trace: BlockTrace | None = None
 
     def __post_init__(self) -> None:
         self.decoder = self.model.get_submodule(self.architecture.decoder)
@@ -87,7 +91,7 @@ class Upper:
         if self.whole or not contexts.length or not can_share(self.model):
             return
         past = Past({}, 0)
-        with torch.no_grad(), self.only_states():
+        with torch.no_grad(), self.only_states(), self.recorded(BlockTrace.contexts, dict(zip(contexts.place, contexts.ids))):
             self.decoder(**contexts.inputs, past_key_values=past, use_cache=True)
         self.contexts, self.context_states = contexts, past.new
 
@@ -95,6 +99,10 @@ class Upper:
         """Inside, runs serve their keys and values, to which the last block's MLP adds nothing: it does not run."""
         nowhere = torch.zeros(0, dtype=torch.long, device=self.device)
         return contextlib.nullcontext() if self.last_mlp is None else only_at(self.last_mlp, (nowhere, nowhere))
+
+    def recorded(self, what: Callable, *args):
+        """Inside, ``what`` of the trace, if there is one."""
+        return contextlib.nullcontext() if self.trace is None else what(self.trace, *args)
 
     def caches(self, rows: list[Row]) -> bool:
         """Whether this model can run the end of a row from cached keys and values; see the table above."""
@@ -218,7 +226,8 @@ class Continuation:
         inputs = own_inputs(rows, [len(row.ids) for row in rows], shared, length, upper.pad_token, upper.device)
         block = upper.blocks[upper.value_layer]
         cache = {"past_key_values": Past(states, length)} if length else {}
-        run_until(upper.decoder, block, inputs | cache, {}, lambda output: caught.__setitem__("output", output))
+        with upper.recorded(BlockTrace.rows, rows, shared):
+            run_until(upper.decoder, block, inputs | cache, {}, lambda output: caught.__setitem__("output", output))
         self.form = with_hidden(caught["output"], None)
         hidden = hidden_of(caught["output"])
         real = inputs["attention_mask"][:, length:].bool().to(hidden.device)

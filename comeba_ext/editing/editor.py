@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from comeba_ext import distributed, hooked_linear, saved_edits
 from comeba_ext.architectures import Architecture, context_length
 from comeba_ext.covariance import Covariance, collect_covariance
+from comeba_ext.editing.block_trace import BlockTrace
 from comeba_ext.editing.budget import token_budget
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.encoding import pad_id
@@ -178,10 +179,13 @@ class Editor:
         self, batch: list[EditRequest], target_values: torch.Tensor | None, on_progress: Callable[[int, float], None]
     ) -> EditReport:
         phases = Phases(self._device)
-        found = None
+        found = trace = None
         with phases("values"):
             if target_values is None:
-                found = self._optimise(batch, on_progress)
+                if distributed.world_size() == 1:  # else this process runs only its own requests
+                    first = self.architecture.block(self.model, self.config.layers[0])
+                    trace = BlockTrace(first, next(iter(self.layers.values())), self.max_tokens)
+                found = self._optimise(batch, on_progress, trace)
                 values = found.values
             else:
                 values = self._check_values(target_values, len(batch))
@@ -193,7 +197,7 @@ class Editor:
                     for name in self.layers:
                         self._exchange(name, remove=replaced, add=[])
                     self._set_keys(without(self.ledger.live(), replaced))
-            keys, responses = self._write(batch, values, phases)
+            keys, responses = self._write(batch, values, phases, trace)
             report = EditReport(
                 step=self.step + 1,
                 request_ids=[request.request_id for request in batch],
@@ -430,7 +434,9 @@ class Editor:
             raise RequestError("target_values have NaN or infinite entries")
         return values.to(self._device)
 
-    def _optimise(self, batch: list[EditRequest], on_progress: Callable[[int, float], None]) -> TargetValues:
+    def _optimise(
+        self, batch: list[EditRequest], on_progress: Callable[[int, float], None], trace: BlockTrace | None = None
+    ) -> TargetValues:
         """Target values of the batch. Of several processes each finds every n-th request's, and all return all of them."""
         rank, world = distributed.rank(), distributed.world_size()
         if world > 1:
@@ -443,7 +449,7 @@ class Editor:
                 return None
             with evaluating(self.model):
                 found = optimise_target_values(
-                    self.model, self.tokenizer, self.architecture, self.config, own, self.prefixes, on_progress
+                    self.model, self.tokenizer, self.architecture, self.config, own, self.prefixes, on_progress, trace
                 )
             return found if world == 1 else dataclasses.replace(found, values=found.values.cpu())
 
@@ -457,7 +463,7 @@ class Editor:
             [share.steps[k] for share, k in rows],
         )
 
-    def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases):
+    def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases, trace: BlockTrace | None = None):
         """Step 2 and 3 of DESIGN §3: per layer keys, residual, update, threshold. Returns keys and responses."""
         rows = prompt_rows(self.tokenizer, batch, self.prefixes)
         keys: dict[str, torch.Tensor] = {}
@@ -467,7 +473,7 @@ class Editor:
         reader = KeyReader(
             self._decoder, list(self.model.get_submodule(self.architecture.blocks)), self.config.layers,
             list(self.layers.values()), rows, whole=self.config.scope == "zscore", pad_token=pad_id(self.tokenizer),
-            max_tokens=self.max_tokens, device=self._device,
+            max_tokens=self.max_tokens, device=self._device, trace=trace,
         )  # fmt: skip
         with evaluating(self.model):
             for number, (name, layer) in enumerate(self.layers.items()):

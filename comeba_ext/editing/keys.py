@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from comeba_ext.editing.block_trace import NAMES, BlockTrace
 from comeba_ext.editing.contexts import Contexts, own_inputs
 from comeba_ext.editing.encoding import dense_batches
 from comeba_ext.editing.rows import Row
-from comeba_ext.partial_forward import hidden_of, resumed, run_until, with_hidden
+from comeba_ext.partial_forward import hidden_of, resumed, run_until, watched, with_hidden
 from comeba_ext.past import Past
 
 
@@ -33,10 +34,11 @@ class LayerReading:
 
 @dataclass
 class _Batch:
-    """Rows that run together, and what the block that was read last left behind.
+    """Rows that run together, and what an edited block left behind.
 
     Attributes:
         shared: number of tokens that run elsewhere, with a context they share.
+        seen: which edited block it was, as an index of ``layers``; −1: none yet.
         before: hidden states before that block.
         after: hidden states after it, as it was then; ``x`` and ``y``: its projection's input and output.
     """
@@ -44,6 +46,7 @@ class _Batch:
     rows: list[Row]
     inputs: dict[str, torch.Tensor]
     shared: list[int]
+    seen: int = -1
     before: torch.Tensor | None = None
     after: torch.Tensor | None = None
     x: torch.Tensor | None = None
@@ -53,11 +56,11 @@ class _Batch:
 class KeyReader:
     """Reads each edited layer of a batch once, in increasing order, between the edits of two layers.
 
-    No block whose layer was read runs again. After its layer is edited, the block's output is what it was plus what the
-    layer's own output has changed by, because an MLP's output is added to the hidden state. Where a norm follows the
-    layer (Gemma 2 and 3, OLMo 2; found out by a trial), the block runs again from its kept input. Rows with a context
-    prefix serve keys only, so they run to the last layer's input; rows with the empty prefix go on to the value layer.
-    What rows with a prefix begin with runs once for all of them (:class:`Contexts`).
+    No block whose layer was read, or whose states a trace holds, runs again. After its layer is edited, the block's output
+    is what it was plus what the layer's own output has changed by, because an MLP's output is added to the hidden state.
+    Where a norm follows the layer (Gemma 2 and 3, OLMo 2; found out by a trial), the block runs again from its kept input.
+    Rows with a context prefix serve keys only, so they run to the last layer's input; rows with the empty prefix go on to
+    the value layer. What rows with a prefix begin with runs once for all of them (:class:`Contexts`).
 
     Args:
         decoder: receives token ids and mask.
@@ -67,6 +70,7 @@ class KeyReader:
         rows: :func:`rows.prompt_rows` of the batch.
         whole: run rows from end to end, where the scope of a token may depend on all others (zscore); otherwise rows
             with a prefix end at the subject's last token and share their contexts.
+        trace: a recording of the first edited block that holds these rows; what it holds is not run again.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class KeyReader:
         pad_token: int,
         max_tokens: int,
         device: torch.device,
+        trace: BlockTrace | None = None,
     ):
         self.decoder, self.blocks, self.layers, self.projections = decoder, blocks, layers, projections
         self.count = max(row.request for row in rows) + 1
@@ -99,19 +104,35 @@ class KeyReader:
                 length = contexts.length if any(counts) else 0
                 inputs = own_inputs(part, [ends[n] for n in group], counts, length, pad_token, device)
                 self.batches.append(_Batch(part, inputs, counts))
-        self.shared = _Batch([], contexts.inputs, []) if contexts.length else None
+                self._recall(trace, self.batches[-1], part, counts, [ends[n] for n in group])
+        self.shared = None
+        if contexts.length:
+            self.shared = _Batch([], contexts.inputs, [])
+            if not all(batch.seen == 0 for batch in self.batches):
+                trace = None  # some rows start from the first block, and need the keys and values of all
+            some = [next(row for row in behind if row.prefix == prefix) for prefix in contexts.place]
+            self._recall(trace, self.shared, some, [0] * len(some), [len(ids) for ids in contexts.ids])
+
+    def _recall(self, trace: BlockTrace | None, batch: _Batch, rows: list[Row], first: list[int], ends: list[int]) -> None:
+        """Take from the trace what this batch would show at the first edited block."""
+        states = trace.padded(rows, first, ends) if trace is not None else None
+        if states is not None:
+            batch.seen, self.form = 0, trace.form
+            for name in NAMES:
+                setattr(batch, name, states[name])
 
     def read(self, number: int) -> LayerReading:
         """Keys of the layer ``layers[number]``, and hidden states of the model as it is now; once for each number."""
         keys, hidden, prompts = None, None, []
         each = torch.zeros(self.count)
-        states = None
+        context = None
         for batch in self.batches:
-            if any(batch.shared) and states is None:
-                past = Past({}, 0)
-                self._run(self.shared, number, past)
-                states = past.new
-            past = Past(self.contexts.past(states, batch.rows), self.contexts.length) if any(batch.shared) else None
+            past = None
+            if any(batch.shared) and batch.seen != number:
+                if context is None:
+                    context = Past({}, 0)
+                    self._run(self.shared, number, context)
+                past = Past(self.contexts.past(context.new, batch.rows), self.contexts.length)
             x, output = self._run(batch, number, past)
             requests = torch.tensor([row.request for row in batch.rows])
             index = torch.arange(len(batch.rows), device=x.device)
@@ -131,59 +152,85 @@ class KeyReader:
 
     def _run(self, batch: _Batch, number: int, past: Past | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layer's input ``(rows, seq, d_in)``, and for rows with the empty prefix the value layer's output."""
-        plain = any(row.plain for row in batch.rows)
-        projection, block, caught = self.projections[number], self.blocks[self.layers[number]], {}
         final = number + 1 == len(self.layers)
-        taps = {projection: lambda x: caught.__setitem__("x", x), block: lambda h: caught.__setitem__("before", h)}
+        output = None
+        if batch.seen < number:
+            output = self._read(batch, number, past)
+        elif any(row.plain for row in batch.rows):
+            output = self._go_on(batch, number)
+        x = batch.x
+        if final:
+            batch.before = batch.after = batch.x = batch.y = None
+        return x, output
+
+    def _read(self, batch: _Batch, number: int, past: Past | None) -> torch.Tensor | None:
+        """Run a batch through the block of this layer, with an empty prefix to the value layer, whose output is returned."""
+        plain, final = any(row.plain for row in batch.rows), number + 1 == len(self.layers)
+        projection, block, output = self.projections[number], self.blocks[self.layers[number]], None
         inputs = batch.inputs if past is None else batch.inputs | {"past_key_values": past}
-        note = lambda name: lambda module, args, out: caught.__setitem__(name, out)  # noqa: E731
-        with contextlib.ExitStack() as stack:
-            done, hidden = self._start(batch, number)
-            if hidden is not None:
-                stack.enter_context(resumed(self.blocks, done, lambda: hidden, self.form))
-            if not final:
-                for name, module in (("y", projection), ("after", block)):
-                    stack.callback(module.register_forward_hook(note(name)).remove)
+        start, _ = self._start(batch)
+        with watched(block, projection) as seen, start:
             if final and not plain:
-                run_until(self.decoder, projection, inputs, taps, before=True)
+                run_until(self.decoder, projection, inputs, {}, before=True)
             else:
-                last = self.blocks[self.layers[-1]] if plain else block
-                run_until(self.decoder, last, inputs, taps, lambda out: caught.__setitem__("out", out))
-                self.form = with_hidden(caught["out"], None)
-        x = caught["x"].reshape(*batch.inputs["input_ids"].shape, -1)  # OPT flattens tokens before the MLP
-        batch.before = batch.after = batch.x = batch.y = None
-        if not final:
-            batch.before, batch.after, batch.x, batch.y = caught["before"], hidden_of(caught["after"]), x, caught["y"]
-            if self.adds is None:
-                self.adds = self._adds(batch, number)
-        return x, hidden_of(caught["out"]) if plain else None
+                output = self._output(self.blocks[self.layers[-1]] if plain else block, inputs)
+        batch.seen = number
+        for name, value in seen.hidden().items():
+            setattr(batch, name, value)
+        batch.x = batch.x.reshape(*batch.inputs["input_ids"].shape, -1)  # OPT flattens tokens before the MLP
+        if self.adds is None and not final:
+            self.adds = self._adds(batch, number)
+        return output if plain else None
+
+    def _go_on(self, batch: _Batch, number: int) -> torch.Tensor:
+        """Run a batch from the block of this layer, which the trace shows, to the value layer and return its output."""
+        if self.adds is None:
+            self.adds = self._adds(batch, number)
+        start, known = self._start(batch)
+        if self.adds and number + 1 == len(self.layers):
+            return known
+        with start:
+            return self._output(self.blocks[self.layers[-1]], batch.inputs)
+
+    def _output(self, block: nn.Module, inputs: dict) -> torch.Tensor:
+        """The hidden states after a block."""
+        found = []
+        run_until(self.decoder, block, inputs, {}, found.append)
+        self.form = with_hidden(found[0], None)
+        return hidden_of(found[0])
 
     @torch.no_grad()
-    def _start(self, batch: _Batch, number: int) -> tuple[int, torch.Tensor | None]:
-        """The last block whose output is known, and that output for the model as it is now; ``None``: from the start."""
-        if number == 0:
-            return -1, None
-        read = self.layers[number - 1]
-        if not self.adds:
-            return read - 1, batch.before if read else None
-        mask = batch.inputs["attention_mask"][:, -batch.x.shape[1] :].bool()
-        now = self.projections[number - 1](batch.x, mask=mask)
-        return read, batch.after + (now - batch.y.reshape(now.shape)).to(batch.after)
+    def _start(self, batch: _Batch):
+        """A context in which runs start behind what is known of a batch, and the hidden states that they start from, for the
+        model as it is now."""
+        if batch.seen < 0:
+            return contextlib.nullcontext(), None
+        done = self.layers[batch.seen]
+        if self.adds:
+            mask = batch.inputs["attention_mask"][:, -batch.x.shape[1] :].bool()
+            now = self.projections[batch.seen](batch.x, mask=mask)
+            hidden = batch.after + (now - batch.y.reshape(now.shape)).to(batch.after)
+        elif done:
+            done, hidden = done - 1, batch.before
+        else:
+            return contextlib.nullcontext(), None
+        return resumed(self.blocks, done, lambda: hidden, self.form), hidden
 
     def _adds(self, batch: _Batch, number: int) -> bool:
         """Whether block ``layers[number]`` without its projection's output gives what that output is added to: a trial
         on one row."""
         row = lambda value: value[:1] if isinstance(value, torch.Tensor) else value  # noqa: E731
         inputs = {name: row(value) for name, value in batch.inputs.items()}
-        index, caught = self.layers[number], {}
+        index = self.layers[number]
         silent = self.projections[number].register_forward_hook(lambda module, args, out: torch.zeros_like(out))
         before = row(batch.before)
         start = resumed(self.blocks, index - 1, lambda: before, self.form) if index else contextlib.nullcontext()
         try:
             with start:
-                run_until(self.decoder, self.blocks[index], inputs, {}, lambda out: caught.__setitem__("out", out))
+                output = self._output(self.blocks[index], inputs)
         finally:
             silent.remove()
-        after = row(batch.after)
-        sum_ = hidden_of(caught["out"]) + batch.y.reshape(*batch.after.shape[:2], -1)[:1]
+        real = inputs["attention_mask"][:, -output.shape[1] :].bool().to(output.device)
+        after = row(batch.after)[real]
+        sum_ = (output + batch.y.reshape(*batch.after.shape[:2], -1)[:1])[real]
         return bool((sum_ - after).norm() <= torch.finfo(after.dtype).eps ** 0.5 * after.norm())

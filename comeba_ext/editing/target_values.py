@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from comeba_ext.architectures import Architecture, context_length
+from comeba_ext.editing.block_trace import BlockTrace
 from comeba_ext.editing.budget import token_budget
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.continuation import Continuation, Upper
@@ -55,12 +56,14 @@ def optimise_target_values(
     requests: list,
     prefixes: list[str],
     on_progress: Callable[[int, float], None] = lambda done, loss: None,
+    trace: BlockTrace | None = None,
 ) -> TargetValues:
     """Target values of a batch against the model as it stands (validated hooks active).
 
     Args:
         prefixes: from :func:`prefixes.sample_prefixes`, the empty one first.
         on_progress: called after every step with the number of requests that are done and the mean loss of those begun.
+        trace: records what the rows show at an edited block, for :class:`keys.KeyReader`.
 
     Raises:
         RequestError: a row is longer than the model's context, or an optimisation ended in NaN.
@@ -69,7 +72,8 @@ def optimise_target_values(
     essence = essence_rows(tokenizer, requests)
     check_length(rows + essence, requests, context_length(model))
     by_request = [[row for row in rows if row.request == n] + [essence[n]] for n in range(len(requests))]
-    upper = Upper(model, architecture, config.value_layer, pad_id(tokenizer), token_budget(model, config.max_tokens))
+    budget = token_budget(model, config.max_tokens)
+    upper = Upper(model, architecture, config.value_layer, pad_id(tokenizer), budget, trace)
     results: list[tuple[torch.Tensor, float, int] | None] = [None] * len(requests)
     done, losses = 0, 0.0
     products = getattr(torch, config.compute_dtype) if config.compute_dtype else None

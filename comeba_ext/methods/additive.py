@@ -31,9 +31,9 @@ class Additive(WithoutHooks):
         """
         raise NotImplementedError
 
-    def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases):
+    def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases, trace=None):
         self._batch_directions: dict[str, torch.Tensor] = {}
-        _, residuals = super()._write(batch, values, phases)
+        _, residuals = super()._write(batch, values, phases, trace)
         return self._batch_directions, residuals
 
     def _add(self, name: str, keys: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

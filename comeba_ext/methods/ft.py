@@ -75,11 +75,11 @@ class FT(WithoutHooks):
     def _check_values(self, values, count: int):
         raise RequestError(f"{self.method} has no target values")
 
-    def _optimise(self, batch: list[EditRequest], on_progress) -> TargetValues:
+    def _optimise(self, batch: list[EditRequest], on_progress, trace=None) -> TargetValues:
         self._trained = TargetValues(torch.zeros(len(batch), 0))  # losses and steps follow when it has been trained
         return self._trained
 
-    def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases):
+    def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases, trace=None):
         ((name, layer),) = self.layers.items()
         with phases("update"), evaluating(self.model), frozen(self.model):
             losses, steps = self._train(layer, self._delta[name], target_rows(self.tokenizer, batch, [""]))

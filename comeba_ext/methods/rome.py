@@ -29,7 +29,7 @@ class ROME(Additive):
     def __init__(self, model: nn.Module, tokenizer, config: EditConfig | None = None):
         super().__init__(model, tokenizer, only_layer(config or self.default_config(model), self.method))
 
-    def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases):
+    def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases, trace=None):
         parts = [super(ROME, self)._write([r], values[n : n + 1], phases) for n, r in enumerate(batch)]
         return tuple({name: torch.cat([part[i][name] for part in parts]) for name in self.layers} for i in (0, 1))
 
