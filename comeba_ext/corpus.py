@@ -16,13 +16,12 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator
 
-import torch
-
 from comeba_ext.editing.encoding import dense_batches
 from comeba_ext.errors import CovarianceError
 
 POOL_TOKENS = 131072
 UNIT_TOKENS = 4096  # padded
+LAUNCH = 64  # of which starting a unit is worth
 
 
 @dataclasses.dataclass
@@ -62,8 +61,8 @@ class Units:
     def __iter__(self) -> Iterator[tuple[int, list[list[int]]]]:
         for rows in self._pools():
             lengths = [len(row) for row in rows]
-            # Units must not depend on the device, so one is named whatever the model's.
-            for group in dense_batches(lengths, UNIT_TOKENS, torch.device("cpu")):
+            # Units must depend on the texts only.
+            for group in dense_batches(lengths, UNIT_TOKENS, LAUNCH):
                 number, unit = self.read, [rows[n] for n in group]
                 for row in unit:
                     self._hash.update(array("q", row).tobytes())

@@ -5,6 +5,7 @@ import torch
 
 from comeba_ext import EditConfig, Editor
 from comeba_ext.editing import budget
+from comeba_ext.editing.encoding import dense_batches
 
 
 def test_a_given_number_stands(tiny_model):
@@ -43,3 +44,31 @@ def test_an_editor_asks_anew_at_every_step(tiny_model, tokenizer, monkeypatch):
         monkeypatch.setattr(budget, "free_memory", lambda device, free=free: free)
         assert editor.max_tokens == free // (2 * budget.token_bytes(model))
     editor.close()
+
+
+def test_what_starting_a_pass_is_worth(tiny_model):
+    """As many tokens as their multiplications fill the time with: fewer, the larger the blocks."""
+    blocks = [torch.nn.Linear(100, 50, bias=False), torch.nn.Linear(50, 100, bias=False)]
+    cpu, expected = torch.device("cpu"), (budget.PASS + 2 * budget.BLOCK) * budget.RATE["cpu"]
+    assert budget.launch_tokens(blocks, cpu) == round(expected / 10_000)
+    assert budget.launch_tokens(blocks, cpu, spared=blocks[1]) == round(expected / 5000)
+    assert budget.launch_tokens(blocks, torch.device("cuda")) > budget.launch_tokens(blocks, cpu)
+    assert budget.launch_tokens([], cpu) > 10**6
+
+
+@pytest.mark.parametrize("launch", [0, 1, 5, 30, 1000])
+def test_groups_cost_least(launch):
+    """Against every way to cut the sorted lengths."""
+    generator = torch.Generator().manual_seed(0)
+    for count in (0, 1, 2, 7, 9):
+        lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
+        cost = lambda groups: sum(launch + len(g) * max(g) for g in groups)  # noqa: E731
+        ordered, best = sorted(lengths), 0 if not count else 10**9
+        for cuts in range(1 << max(count - 1, 0)):
+            ends = [n + 1 for n in range(count - 1) if cuts >> n & 1] + [count]
+            best = min(best, cost([ordered[a:b] for a, b in zip([0, *ends], ends) if count]))
+        groups = dense_batches(lengths, 10**6, launch)
+        assert sorted(n for group in groups for n in group) == list(range(count))
+        assert cost([[lengths[n] for n in group] for group in groups]) == best
+        for group in dense_batches(lengths, 20, launch):
+            assert len(group) == 1 or len(group) * max(lengths[n] for n in group) <= 20

@@ -1,4 +1,4 @@
-"""How many tokens go through a model at once, from the memory that is free.
+"""How many tokens go through a model at once: from the memory that is free, and from what starting a pass costs.
 
 Peak memory above the model's own is bounded by this number: the graph of one pass, and keys and values of one group of
 requests. The estimate is an upper bound, every block with all its activations kept for the backward pass; what target
@@ -17,6 +17,10 @@ SHARE = 0.5  # of the free memory; the rest is for weights being converted, logi
 LEAST = 256
 MOST = {"cpu": 4096}  # where larger products stop being faster
 MOST_ELSEWHERE = 65_536
+# Seconds that a pass takes whatever its size, and every block in it, and multiplications per second. Orders of magnitude:
+# measured on two CPU cores, guessed for accelerators.
+PASS, BLOCK, RATE = 3e-3, 0.8e-3, {"cpu": 5e10}
+RATE_ELSEWHERE = 3e13
 
 
 def token_budget(model: nn.Module, given: int | None = None) -> int:
@@ -33,6 +37,19 @@ def token_budget(model: nn.Module, given: int | None = None) -> int:
     if not memory:
         return min(4096, most)
     return max(LEAST, min(most, int(SHARE * min(memory) / token_bytes(model))))
+
+
+def launch_tokens(blocks: list[nn.Module], device: torch.device, spared: nn.Module | None = None) -> int:
+    """How many tokens' products take as long as starting a pass through some blocks: what splitting a batch costs.
+
+    Args:
+        blocks: what a pass runs through.
+        spared: the part of one that hardly a token runs through.
+    """
+    weights = sum(p.numel() for block in blocks for p in block.parameters())
+    weights -= sum(p.numel() for p in spared.parameters()) if spared is not None else 0
+    seconds = PASS + BLOCK * len(blocks)
+    return round(seconds * RATE.get(device.type, RATE_ELSEWHERE) / max(weights, 1))
 
 
 def token_bytes(model: nn.Module) -> int:

@@ -41,6 +41,7 @@ from torch import nn
 
 from comeba_ext.architectures import FAMILIES, Architecture
 from comeba_ext.editing.block_trace import BlockTrace
+from comeba_ext.editing.budget import launch_tokens
 from comeba_ext.editing.contexts import Contexts, can_share, own_inputs
 from comeba_ext.editing.encoding import dense_batches
 from comeba_ext.editing.rows import Row
@@ -80,6 +81,7 @@ class Upper:
         mlp = self.architecture.projection.rpartition(".")[0]
         known = self.model.config.model_type in FAMILIES and mlp and len(self.blocks) > self.value_layer + 1
         self.last_mlp = self.blocks[-1].get_submodule(mlp) if known else None
+        self.launch = launch_tokens(self.blocks[self.value_layer + 1 :], self.device, self.last_mlp)
         self.whole = True  # run every token at every step
         self.contexts: Contexts | None = None
         self.context_states: States = {}
@@ -145,7 +147,7 @@ class Continuation:
         self.upper, device = upper, upper.device
         shared = [0] * len(rows) if upper.contexts is None else upper.contexts.counts(rows)
         own = [len(row.ids) - count for row, count in zip(rows, shared, strict=True)]
-        chunks = dense_batches(own, upper.max_tokens, device)
+        chunks = dense_batches(own, upper.max_tokens, launch_tokens(upper.blocks[: upper.value_layer + 1], device))
         self.rows = [rows[n] for chunk in chunks for n in chunk]
         starts = [0 if upper.whole else row.subject_last for row in self.rows]
         self.starts = torch.tensor(starts, device=device)

@@ -144,13 +144,12 @@ def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def dense_batches(lengths: list[int], max_tokens: int, device: torch.device) -> list[list[int]]:
+def dense_batches(lengths: list[int], max_tokens: int, launch: int) -> list[list[int]]:
     """Indices grouped by length so that padding and the number of groups together cost least.
 
-    A group costs its padded tokens plus a constant for being launched, which is worth fewer tokens on a CPU. Groups
-    hold at most ``max_tokens`` padded tokens, or one longer row. Every index appears exactly once.
+    A group costs its padded tokens plus ``launch`` (:func:`budget.launch_tokens`). Groups hold at most ``max_tokens``
+    padded tokens, or one longer row. Every index appears exactly once.
     """
-    launch = 64 if device.type == "cpu" else 256
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     ends = [n + 1 for n, index in enumerate(order) if n + 1 == len(order) or lengths[order[n + 1]] != lengths[index]]
     best: dict[int, tuple[int, int]] = {0: (0, 0)}  # end of a group -> least cost up to it, start of that group

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from comeba_ext.editing.block_trace import NAMES, BlockTrace
+from comeba_ext.editing.budget import launch_tokens
 from comeba_ext.editing.contexts import Contexts, own_inputs
 from comeba_ext.editing.encoding import dense_batches
 from comeba_ext.editing.rows import Row
@@ -95,11 +96,12 @@ class KeyReader:
         behind = [row for row in rows if not row.plain]
         contexts = Contexts([] if whole else behind, pad_token, device)
         self.contexts = contexts
+        launch = launch_tokens(blocks[layers[0] : layers[0] + 1], device)
         for chosen in ([row for row in rows if row.plain], behind):
             ends = [len(row.ids) if row.plain or whole else row.end for row in chosen]
             shared = contexts.counts(chosen)
             own = [end - count for end, count in zip(ends, shared, strict=True)]
-            for group in dense_batches(own, max_tokens, device) if chosen else []:
+            for group in dense_batches(own, max_tokens, launch) if chosen else []:
                 part, counts = [chosen[n] for n in group], [shared[n] for n in group]
                 length = contexts.length if any(counts) else 0
                 inputs = own_inputs(part, [ends[n] for n in group], counts, length, pad_token, device)

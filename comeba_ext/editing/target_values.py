@@ -125,7 +125,7 @@ class _Objective:
         self.config = config
         owned = [(n, row) for n, rows in enumerate(by_request) for row in rows]
         lengths = [row.end - (0 if upper.whole else row.subject_last) for _, row in owned]
-        groups = dense_batches(lengths, upper.max_tokens, upper.device)
+        groups = dense_batches(lengths, upper.max_tokens, upper.launch)
         self.parts = [_Part(upper, config, [owned[i] for i in group], by_request) for group in groups]
         states = {n: h for part in self.parts for n, h in part.plain_states()}
         self.h = torch.stack([states[n] for n in range(len(by_request))])
