@@ -1,4 +1,4 @@
-"""The command line: ``comeba demo | edit | eval | covariance | generate | experiment | doctor``.
+"""The command line: ``comeba demo | edit | eval | ability | covariance | generate | experiment | doctor``.
 
 Every command takes ``--json`` and then prints exactly one JSON object on stdout. Exit codes: 0 done; 1 the input was
 unusable (one clear message, or ``{"error": ...}``); 2 wrong usage; 3 ``doctor`` found something missing; 130 interrupted.
@@ -10,6 +10,7 @@ one prints and saves.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import platform
 import sys
@@ -42,7 +43,7 @@ METRICS = ("reliability", "generality", "locality")
 def demo(
     edits: Annotated[int, typer.Option(min=1, help="number of facts to change")] = 200,
     batch_size: Annotated[int, typer.Option(min=1)] = 10,
-    scope: Annotated[Optional[str], typer.Option(help="zscore or reference (default: the model's own)")] = None,
+    scope: Annotated[Optional[str], typer.Option(help="zscore, reference or nearest (default: the model's own)")] = None,
     out: Annotated[Optional[Path], typer.Option(help="also save the edits to this folder")] = None,
     as_json: Json = False,
 ) -> None:
@@ -192,6 +193,48 @@ def evaluate_(
         counts = {"read": read.read, "used": len(used), "skipped": skipped}
         _say_counts(report, counts)
         report.result = {**metrics.to_dict(), "records": counts, "edits_folder": str(edits) if edits else None}
+
+
+@app.command()
+def ability(
+    model: Model,
+    edits: Edits = None,
+    texts: Annotated[Optional[Path], typer.Option(help="plain texts, as for covariance: perplexity")] = None,
+    tasks: Annotated[Optional[str], typer.Option(help="lm-evaluation-harness tasks, e.g. hellaswag,arc_easy")] = None,
+    task_folder: Annotated[Optional[Path], typer.Option(help="folder of the harness's task files of your own")] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="at most so many texts, and examples a task")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """What a model can do beside its edits, without and with them: perplexity, lm-evaluation-harness."""
+    from comeba_ext.data import read_texts
+    from comeba_ext.evaluation import harness, perplexity
+    from comeba_ext.hooked_linear import disabled
+
+    with _reporting(as_json) as report:
+        names = [task for task in (tasks or "").split(",") if task]
+        if texts is None and not names:
+            raise ComebaError("nothing to measure: give --texts, --tasks, or both")
+        chosen = None if texts is None else list(itertools.islice(read_texts(texts), limit))
+        net, tokenizer = _load(model, device, dtype, edits)
+
+        def measured() -> dict:
+            found = {} if chosen is None else {"perplexity": perplexity(net, tokenizer, chosen)}
+            if names:
+                # It writes to stdout.
+                with contextlib.redirect_stdout(sys.stderr):
+                    found["tasks"] = harness(net, tokenizer, names, task_folder, limit=limit)
+            return found
+
+        with disabled(net):
+            columns = {"unedited": measured()}
+        if edits is not None:
+            columns["edited"] = measured()
+        flat = {name: _flat(found) for name, found in columns.items()}
+        report.table(("", *columns), [(row, *(f"{own[row]:.4g}" for own in flat.values())) for row in flat["unedited"]])
+        counts = {"read": len(chosen or ()), "used": len(chosen or ()), "skipped": []}
+        report.result = {**columns, "records": counts, "edits_folder": str(edits) if edits else None}
 
 
 @app.command()
@@ -391,6 +434,15 @@ def _reporting(as_json: bool, parallel: bool = False):
         print(json.dumps({"version": __version__, **report.result}))
     if report.code:
         raise typer.Exit(report.code)
+
+
+def _flat(found: dict) -> dict[str, float]:
+    """Perplexity and every metric of every task, one name each."""
+    rows = {name: value for name, value in found.items() if name != "tasks"}
+    for task, metrics in found.get("tasks", {}).items():
+        rows |= {f"{task} {name.partition(',')[0]}": value for name, value in metrics.items()
+                 if "," in name and isinstance(value, (int, float))}  # fmt: skip
+    return rows
 
 
 def _fail(as_json: bool, message: str, code: int, who: str = "") -> None:

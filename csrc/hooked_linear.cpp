@@ -34,6 +34,12 @@ Tensor rows_of(const Tensor& tensor, int64_t width) {
   return reinterpret_cast<uintptr_t>(rows.data_ptr()) % 16 == 0 ? rows : rows.clone();
 }
 
+// The width of rows that kernels load in chunks of 16 bytes.
+int64_t loaded_width(const Tensor& x) {
+  const int64_t chunk = 16 / x.element_size();
+  return (x.size(-1) + chunk - 1) / chunk * chunk;
+}
+
 int int_of(int64_t value) {
   TORCH_CHECK(value < (int64_t{1} << 31), "comeba: a dimension of ", value, " is too large");
   return static_cast<int>(value);
@@ -103,6 +109,18 @@ void check_3d(const Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.dim() == 3, "comeba: ", name, " must be (batch, seq, width), got ", tensor.sizes());
 }
 
+// What output += x · deltaᵀ asks of its operands.
+void check_edit(const Tensor& output, const Tensor& x, const Tensor& delta) {
+  check_3d(x, "x");
+  check_3d(output, "output");
+  TORCH_CHECK(delta.dim() == 2 && delta.size(1) == x.size(2) && delta.size(0) == output.size(2) &&
+                  output.size(0) == x.size(0) && output.size(1) == x.size(1),
+              "comeba: output ", output.sizes(), ", x ", x.sizes(), " and delta ", delta.sizes(), " do not fit");
+  TORCH_CHECK(x.scalar_type() == delta.scalar_type(), "comeba: x is ", x.scalar_type(), " but delta is ",
+              delta.scalar_type());
+  for (const Tensor& tensor : {x, delta}) check_same_device(output, tensor, "x or delta");
+}
+
 Tensor exact_hook_op(Tensor output, const Tensor& edit, const OptionalTensor& mask, const OptionalTensor& statistics,
                      const Tensor& alpha, const Tensor& scale, c10::string_view score) {
   check_3d(edit, "edit");
@@ -123,24 +141,19 @@ Tensor exact_hook_op(Tensor output, const Tensor& edit, const OptionalTensor& ma
 
 Tensor gated_hook_op(Tensor output, const Tensor& x, const Tensor& delta, const Tensor& sketch, const OptionalTensor& mask,
                      const OptionalTensor& statistics, const Tensor& alpha, const Tensor& scale, c10::string_view score) {
-  check_3d(x, "x");
-  check_3d(output, "output");
-  TORCH_CHECK(delta.dim() == 2 && delta.size(1) == x.size(2) && delta.size(0) == output.size(2) &&
-                  output.size(0) == x.size(0) && output.size(1) == x.size(1),
-              "comeba: output ", output.sizes(), ", x ", x.sizes(), " and delta ", delta.sizes(), " do not fit");
+  check_edit(output, x, delta);
   TORCH_CHECK(sketch.dim() == 2 && sketch.size(1) == x.size(2), "comeba: sketch must be (m, ", x.size(2), "), got ",
               sketch.sizes());
-  TORCH_CHECK(x.scalar_type() == delta.scalar_type() && x.scalar_type() == sketch.scalar_type(),
-              "comeba: x, delta and sketch must have one dtype, got ", x.scalar_type(), ", ", delta.scalar_type(), " and ",
+  TORCH_CHECK(x.scalar_type() == sketch.scalar_type(), "comeba: x is ", x.scalar_type(), " but sketch is ",
               sketch.scalar_type());
-  for (const Tensor& tensor : {x, delta, sketch}) check_same_device(output, tensor, "x, delta or sketch");
+  check_same_device(output, sketch, "sketch");
   const DeviceGuard guard(output);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const DType type = type_of(x, "x"), output_type = type_of(output, "output");
   DecisionTensors d(output, x.size(0), x.size(1), mask, statistics, alpha, scale, score, type);
   if (d.empty()) return d.after;
   const Tensor response = at::linear(x, sketch).contiguous(), out = dense(output);
-  const int64_t chunk = 16 / x.element_size(), width = (x.size(2) + chunk - 1) / chunk * chunk;
+  const int64_t width = loaded_width(x);
   const Tensor rows = rows_of(x, width), matrix = rows_of(delta, width);
   const Tensor workspace = workspace_of(output, gated_hook_workspace(d.decision.batch * d.decision.seq, d.decision.batch));
   check_launch(gated_hook(output_type, out.data_ptr(), type, rows.const_data_ptr(), matrix.const_data_ptr(),
@@ -148,6 +161,25 @@ Tensor gated_hook_op(Tensor output, const Tensor& x, const Tensor& delta, const 
                           workspace.data_ptr(), current_stream(output)));
   if (!out.is_same(output)) output.copy_(out);
   return d.after;
+}
+
+void add_edits_op(Tensor output, const Tensor& x, const Tensor& delta, const Tensor& scope) {
+  check_edit(output, x, delta);
+  TORCH_CHECK(scope.dim() == 2 && scope.size(0) == x.size(0) && scope.size(1) == x.size(1), "comeba: scope must be (",
+              x.size(0), ", ", x.size(1), "), got ", scope.sizes());
+  check_same_device(output, scope, "scope");
+  const DeviceGuard guard(output);
+  const DType type = type_of(x, "x"), output_type = type_of(output, "output");
+  if (output.numel() == 0) return;
+  const Tensor which = scope.to(at::kBool).contiguous(), out = dense(output);
+  const int64_t width = loaded_width(x);
+  const Tensor rows = rows_of(x, width), matrix = rows_of(delta, width);
+  const int tokens = int_of(x.size(0) * x.size(1));
+  const Tensor workspace = workspace_of(output, add_edits_workspace(tokens));
+  check_launch(add_edits(output_type, out.data_ptr(), type, rows.const_data_ptr(), matrix.const_data_ptr(),
+                         which.const_data_ptr<bool>(), tokens, int_of(width), int_of(delta.size(0)), workspace.data_ptr(),
+                         current_stream(output)));
+  if (!out.is_same(output)) output.copy_(out);
 }
 
 std::tuple<Tensor, Tensor> decode_hook_op(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
@@ -172,13 +204,13 @@ std::tuple<Tensor, Tensor> decode_hook_op(const Tensor& x, const Tensor& weight,
   const Tensor output = at::empty({x.size(0), x.size(1), weight.size(0)}, x.options());
   DecisionTensors d(x, x.size(0), x.size(1), mask, statistics, alpha, scale, score, type);
   if (d.empty() || output.numel() == 0) return {output, d.after};
-  const int64_t chunk = 16 / x.element_size(), width = (x.size(2) + chunk - 1) / chunk * chunk;
+  const int64_t width = loaded_width(x);
   const Tensor rows = rows_of(x, width), base = rows_of(weight, width), matrix = rows_of(delta, width);
   const Tensor deciding = sketch.has_value() ? rows_of(*sketch, width) : Tensor();
   const Tensor added = bias.has_value() ? bias->contiguous() : Tensor();
   const int d_out = int_of(weight.size(0)), sketch_rows = sketch.has_value() ? int_of(sketch->size(0)) : 0;
   const int tokens = d.decision.batch * d.decision.seq;
-  const Tensor workspace = workspace_of(x, decode_hook_workspace(tokens, d.decision.batch, d_out, sketch_rows, type));
+  const Tensor workspace = workspace_of(x, decode_hook_workspace(tokens, d_out, sketch_rows, type));
   check_launch(decode_hook(type, output.data_ptr(), rows.const_data_ptr(), base.const_data_ptr(),
                            added.defined() ? added.const_data_ptr() : nullptr, matrix.const_data_ptr(),
                            deciding.defined() ? deciding.const_data_ptr() : nullptr, int_of(width), d_out, sketch_rows,
@@ -191,6 +223,7 @@ std::tuple<Tensor, Tensor> decode_hook_op(const Tensor& x, const Tensor& weight,
 TORCH_LIBRARY_IMPL(comeba, COMEBA_DISPATCH_KEY, m) {
   m.impl("exact_hook_", &exact_hook_op);
   m.impl("gated_hook_", &gated_hook_op);
+  m.impl("add_edits_", &add_edits_op);
   m.impl("decode_hook", &decode_hook_op);
 }
 

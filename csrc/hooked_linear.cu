@@ -89,6 +89,14 @@ cudaError_t launch_scope(const T* response, int width, Decision d, const ScopeLa
                 width, d, layout.progress, action);
 }
 
+template <typename Out, typename T>
+cudaError_t launch_add_edits(Out* output, const T* x, const T* delta, const ScopeLayout& layout, int d_in, int d_out,
+                             cudaStream_t stream) {
+  const int tiles = (d_out + 15) / 16, resident = 2 * multiprocessors();
+  return launch(add_edits_kernel<Out, T>, dim3(tiles < resident ? tiles : resident), dim3(kThreads), 0, stream, output, x,
+                delta, static_cast<const int*>(layout.listed), static_cast<const unsigned*>(layout.count), d_in, d_out);
+}
+
 template <typename T, int NT>
 cudaError_t launch_decode(T* output, const T* x, const T* weight, const T* bias, const T* delta, const T* sketch, int d_in,
                           int d_out, int sketch_rows, Decision d, const DecodeLayout& layout, cudaStream_t stream) {
@@ -109,7 +117,8 @@ cudaError_t launch_decode(T* output, const T* x, const T* weight, const T* bias,
 
 size_t exact_hook_workspace(int tokens, int batch) { return scope_layout(nullptr, tokens, batch).bytes; }
 size_t gated_hook_workspace(int tokens, int batch) { return scope_layout(nullptr, tokens, batch).bytes; }
-size_t decode_hook_workspace(int tokens, int batch, int d_out, int sketch_rows, DType type) {
+size_t add_edits_workspace(int tokens) { return scope_layout(nullptr, tokens, 0).bytes; }
+size_t decode_hook_workspace(int tokens, int d_out, int sketch_rows, DType type) {
   return decode_layout(nullptr, tokens, d_out, sketch_rows, type == DType::f32 ? 4 : 2).bytes;
 }
 
@@ -138,10 +147,28 @@ const char* gated_hook(DType output_type, void* output, DType type, const void* 
       const Collect action{layout.listed, layout.count};
       const cudaError_t error = launch_scope(static_cast<const T*>(response), sketch_rows, d, layout, action, stream);
       if (error != cudaSuccess) return reason(error);
-      const int tiles = (d_out + 15) / 16, resident = 2 * multiprocessors();
-      return reason(launch(add_edits_kernel<Out, T>, dim3(tiles < resident ? tiles : resident), dim3(kThreads), 0, stream,
-                           static_cast<Out*>(output), static_cast<const T*>(x), static_cast<const T*>(delta),
-                           static_cast<const int*>(layout.listed), static_cast<const unsigned*>(layout.count), d_in, d_out));
+      return reason(launch_add_edits(static_cast<Out*>(output), static_cast<const T*>(x), static_cast<const T*>(delta),
+                                     layout, d_in, d_out, stream));
+    });
+  });
+}
+
+const char* add_edits(DType output_type, void* output, DType type, const void* x, const void* delta, const bool* scope,
+                      int tokens, int d_in, int d_out, void* workspace, void* stream_) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  const ScopeLayout layout = scope_layout(workspace, tokens, 0);
+  cudaError_t error = cudaMemsetAsync(workspace, 0, layout.zeroed, stream);
+  if (error != cudaSuccess) return reason(error);
+  const int blocks = (tokens + kThreads - 1) / kThreads, resident = multiprocessors();
+  error = launch(list_kernel, dim3(blocks < resident ? blocks : resident), dim3(kThreads), 0, stream, scope, tokens,
+                 layout.listed, layout.count);
+  if (error != cudaSuccess) return reason(error);
+  return with_type(output_type, [&](auto out_tag) {
+    return with_type(type, [&](auto tag) {
+      using Out = decltype(out_tag);
+      using T = decltype(tag);
+      return reason(launch_add_edits(static_cast<Out*>(output), static_cast<const T*>(x), static_cast<const T*>(delta),
+                                     layout, d_in, d_out, stream));
     });
   });
 }

@@ -285,7 +285,13 @@ __device__ void own_tokens(int (&own)[NT], const int* listed, int first, int cou
   }
 }
 
-// -- the gated hook's products: only the tokens on the list ------------------------------------------------------------
+// -- products of the tokens on a list only ----------------------------------------------------------------------------
+
+// A scope decided elsewhere as a list.
+__global__ void __launch_bounds__(kThreads) list_kernel(const bool* scope, int tokens, int* listed, unsigned* count) {
+  for (int token = blockIdx.x * kThreads + threadIdx.x; token < tokens; token += gridDim.x * kThreads)
+    if (scope[token]) listed[atomicAdd(count, 1u)] = token;
+}
 
 template <typename Out, typename T, int NT>
 __device__ void add_edits(Out* output, const T* x, const T* delta, const int* listed, int first, int count, int d_in,

@@ -49,9 +49,9 @@ def test_an_editor_asks_anew_at_every_step(tiny_model, tokenizer, monkeypatch):
 def test_what_starting_a_pass_is_worth(tiny_model):
     """As many tokens as their multiplications fill the time with: fewer, the larger the blocks."""
     blocks = [torch.nn.Linear(100, 50, bias=False), torch.nn.Linear(50, 100, bias=False)]
-    cpu, expected = torch.device("cpu"), (budget.PASS + 2 * budget.BLOCK) * budget.RATE["cpu"]
-    assert budget.launch_tokens(blocks, cpu) == round(expected / 10_000)
-    assert budget.launch_tokens(blocks, cpu, spared=blocks[1]) == round(expected / 5000)
+    cpu, operations = torch.device("cpu"), (0.003 + 2 * 0.0008) * 5e10
+    assert budget.launch_tokens(blocks, cpu) == 64 + round(operations / 10_000)
+    assert budget.launch_tokens(blocks, cpu, spared=blocks[1]) == 64 + round(operations / 5000)
     assert budget.launch_tokens(blocks, torch.device("cuda")) > budget.launch_tokens(blocks, cpu)
     assert budget.launch_tokens([], cpu) > 10**6
 

@@ -1,13 +1,17 @@
 """CounterFact's probabilities, fluency, perplexity: against hand-computed examples and literal loops."""
 
+import json
 import math
+import sys
 
 import pytest
 import torch
+import yaml
+from test_cli import output
 from test_editor import small_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from comeba_ext import EditRequest
+from comeba_ext import Editor, EditRequest
 from comeba_ext.errors import ComebaError, RequestError
 from comeba_ext.evaluation import counterfact_scores, fluency, harness, next_tokens, ngram_entropy, perplexity
 
@@ -114,8 +118,71 @@ def test_clear_errors(tiny_model, tokenizer):
     model = small_model(tiny_model)
     with pytest.raises(RequestError, match="context"):
         counterfact_scores(model, tokenizer, [EditRequest("Lima " * 200 + "{} is", "Peru", "x", "y")])
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        with pytest.raises(ComebaError, match="pip install lm_eval"):
-            harness(model, tokenizer, ["lambada"])
+
+
+def test_without_the_harness(tiny_model, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ComebaError, match=r"pip install 'comeba_ext\[harness\]'"):
+        harness(small_model(tiny_model), tokenizer, ["lambada"])
+
+
+def own_task(folder, rows, name="own_facts"):
+    """A multiple-choice task of the harness over local records: the new object or the old one."""
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = {
+        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "doc_to_target": 0,
+        "doc_to_choice": "{{[new, old]}}", "target_delimiter": " ",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (folder / "task.yaml").write_text(yaml.safe_dump(text))
+    return name
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@torch.no_grad()
+def preferred(model, tokenizer, row) -> bool:
+    """Whether the new object is likelier behind the prompt, from one pass a text."""
+    found = []
+    for answer in (row["new"], row["old"]):
+        start = len(tokenizer(row["prompt"])["input_ids"])
+        ids = tokenizer(f"{row['prompt']} {answer}")["input_ids"]
+        log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        found.append(sum(log_p[n - 1, ids[n]].item() for n in range(start, len(ids))))
+    return found[0] > found[1]
+
+
+def test_the_harness_measures_the_edited_model(tmp_path, offline):
+    from comeba_ext.testbed import facts, load, texts
+
+    model, tokenizer = load()
+    editor = Editor(model, tokenizer)
+    editor.collect_covariance(texts(), tokens=20_000, progress=False)
+    chosen = facts()[:12]
+    rows = [{"prompt": r.text, "new": r.target_new, "old": r.ground_truth} for r in chosen]
+    name = own_task(tmp_path / "task", rows)
+    measured = lambda: harness(model, tokenizer, [name], tmp_path / "task")[name]["acc,none"]  # noqa: E731
+    oracle = lambda: sum(preferred(model, tokenizer, row) for row in rows) / len(rows)  # noqa: E731
+    assert measured() == oracle() < 0.2
+    editor.edit(chosen[:6])
+    assert measured() == pytest.approx(oracle()) and 0.4 < oracle() < 0.7
+    with editor.disabled():
+        assert measured() == oracle() < 0.2
+    with pytest.raises(ComebaError, match="no task 'nothing'"):
+        harness(model, tokenizer, [name, "nothing"], tmp_path / "task")
+    editor.save_pretrained(tmp_path / "edits", inference_only=True)
+    (tmp_path / "texts.txt").write_text("The capital of Peru is Lima.\n")
+    found = output("ability", "testbed", "--edits", str(tmp_path / "edits"), "--tasks", name, "--task-folder",
+                   str(tmp_path / "task"), "--texts", str(tmp_path / "texts.txt"))  # fmt: skip
+    assert found["edited"]["tasks"][name]["acc,none"] == pytest.approx(oracle())
+    assert found["unedited"]["tasks"][name]["acc,none"] < 0.2
+    with editor.disabled():
+        assert found["unedited"]["perplexity"] == pytest.approx(perplexity(model, tokenizer, ["The capital of Peru is Lima."]))

@@ -140,6 +140,23 @@ def test_gated_hook(shape, dtype, score, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 150, 24, 40), (0, 4, 8, 6), (2, 0, 8, 6)])
+def test_add_edits(shape, dtype, device):
+    case = Case(shape, dtype, "reference", device)
+    output = F.linear(case.x, case.weight, case.bias)
+    base, scope = output.clone(), case.scope.to(device)
+    torch.ops.comeba.add_edits_(output, case.x, case.delta, scope)
+    case.check(output, None)
+    assert torch.equal(output[~scope], base[~scope])
+    for all_in in (False, True):
+        case.scope = torch.full_like(case.scope, all_in)
+        output = base.clone()
+        torch.ops.comeba.add_edits_(output, case.x, case.delta, torch.full_like(scope, all_in))
+        case.check(output, None)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("score", ["zscore", "reference"])
 @pytest.mark.parametrize("masked, history", [(False, False), (True, False), (False, True)])
 def test_without_mask_or_history(score, device, masked, history):
@@ -205,6 +222,9 @@ def test_strides(device):
         after = torch.ops.comeba.gated_hook_(output, view(case.x), matrices[2], matrices[3], *case.decision)
         case.check(output, after)
         output = skewed(F.linear(case.x, case.weight, case.bias))
+        torch.ops.comeba.add_edits_(output, view(case.x), matrices[2], skewed(case.scope.to(device)))
+        case.check(output, after)
+        output = skewed(F.linear(case.x, case.weight, case.bias))
         case.sketch, kept = None, case.sketch
         exact = Case((2, 7, 40, 33), torch.float32, "zscore", device)
         after = torch.ops.comeba.exact_hook_(output, view(F.linear(case.x, case.delta)), *exact.decision)
@@ -226,7 +246,10 @@ def test_an_edit_of_another_dtype(device):
     output = F.linear(case.x, case.weight, case.bias).bfloat16()
     base, edit = output.clone(), F.linear(case.x, case.delta)
     torch.ops.comeba.exact_hook_(output, edit, *case.decision)
-    assert torch.equal(output, torch.where(case.scope.to(device)[..., None], base + edit.bfloat16(), base))
+    expected = torch.where(case.scope.to(device)[..., None], base + edit.bfloat16(), base)
+    assert torch.equal(output, expected)
+    torch.ops.comeba.add_edits_(base, case.x, case.delta, case.scope.to(device))
+    assert torch.allclose(base, expected, rtol=2**-7)  # the sums' order differs
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -236,6 +259,7 @@ def test_opcheck(score, device):
     output = F.linear(case.x, case.weight, case.bias)
     torch.library.opcheck(torch.ops.comeba.exact_hook_, (output, F.linear(case.x, case.delta), *case.decision))
     torch.library.opcheck(torch.ops.comeba.gated_hook_, (output, case.x, case.delta, case.sketch, *case.decision))
+    torch.library.opcheck(torch.ops.comeba.add_edits_, (output, case.x, case.delta, case.scope.to(device)))
     for sketch in (None, case.sketch):
         arguments = (case.x, case.weight, case.bias, case.delta, sketch, *case.decision)
         torch.library.opcheck(torch.ops.comeba.decode_hook, arguments)

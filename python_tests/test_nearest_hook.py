@@ -153,7 +153,7 @@ def test_no_keys_and_no_covariance():
     assert layer.known_keys() == 0 and not layer.anchors.any()
 
 
-WIDE = 300  # wider than a projection has rows: its first 64 give a bound
+WIDE = 300  # wider than a projection has rows: the first of them give a bound
 
 
 def loop_scores(tokens, keys, projection) -> np.ndarray:
@@ -523,12 +523,12 @@ def test_a_gpu_decides_like_a_cpu():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @torch.no_grad()
 def test_cuda_graph_replays_without_synchronising(dtype):
-    layer = HookedLinear(nn.Linear(256, 320, dtype=dtype, device="cuda"), "nearest", 0.5)
-    layer.delta.copy_(random(320, 256, seed=2) / 16)
-    layer.set_covariance(covariance_of(256).cuda())
-    keys = random(100, 256, seed=3)
+    layer = HookedLinear(nn.Linear(512, 320, dtype=dtype, device="cuda"), "nearest", 0.5)
+    layer.delta.copy_(random(320, 512, seed=2) / 16)
+    layer.set_covariance(covariance_of(512).cuda())
+    keys = random(100, 512, seed=3)
     layer.set_keys(keys.cuda())
-    x = torch.cat((keys[:4], random(4, 256, seed=4))).to("cuda", dtype)[None]
+    x = torch.cat((keys[:4], random(4, 512, seed=4))).to("cuda", dtype)[None]
     expected = layer(x)
     assert (expected != layer.base_layer(x)).any(-1).tolist() == [[True] * 4 + [False] * 4]
     graph, replayed = captured(layer, x)

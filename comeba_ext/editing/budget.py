@@ -17,10 +17,10 @@ SHARE = 0.5  # of the free memory; the rest is for weights being converted, logi
 LEAST = 256
 MOST = {"cpu": 4096}  # where larger products stop being faster
 MOST_ELSEWHERE = 65_536
-# Seconds that a pass takes whatever its size, and every block in it, and multiplications per second. Orders of magnitude:
-# measured on two CPU cores, guessed for accelerators.
-PASS, BLOCK, RATE = 3e-3, 0.8e-3, {"cpu": 5e10}
-RATE_ELSEWHERE = 3e13
+# What a pass takes whatever its size: reading the weights, as long as the products of so many tokens; and seconds, for it
+# and for every block, in which so many multiplications could be done. Measured on two CPU cores, guessed for accelerators.
+READ, RATE, PASS, BLOCK = {"cpu": 64}, {"cpu": 5e10}, 3e-3, 0.8e-3
+READ_ELSEWHERE, RATE_ELSEWHERE = 256, 3e13
 
 
 def token_budget(model: nn.Module, given: int | None = None) -> int:
@@ -48,8 +48,8 @@ def launch_tokens(blocks: list[nn.Module], device: torch.device, spared: nn.Modu
     """
     weights = sum(p.numel() for block in blocks for p in block.parameters())
     weights -= sum(p.numel() for p in spared.parameters()) if spared is not None else 0
-    seconds = PASS + BLOCK * len(blocks)
-    return round(seconds * RATE.get(device.type, RATE_ELSEWHERE) / max(weights, 1))
+    operations = (PASS + BLOCK * len(blocks)) * RATE.get(device.type, RATE_ELSEWHERE)
+    return READ.get(device.type, READ_ELSEWHERE) + round(operations / max(weights, 1))
 
 
 def token_bytes(model: nn.Module) -> int:

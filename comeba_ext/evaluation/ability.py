@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -38,25 +39,34 @@ def next_tokens(model: torch.nn.Module, tokenizer, texts: Iterable[str], *, max_
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
 
 
-def harness(model: torch.nn.Module, tokenizer, tasks: list[str], **options) -> dict:
+def harness(model: torch.nn.Module, tokenizer, tasks: list[str], folder: str | Path | None = None, **options) -> dict:
     """Results of EleutherAI's lm-evaluation-harness on the model as it stands, edits included.
 
     Args:
         tasks: the harness's task names; it loads their data itself.
+        folder: of task files of one's own (YAML), whose tasks may be named too.
         options: passed to ``lm_eval.simple_evaluate`` (``limit``, ``num_fewshot``, ``batch_size`` …).
 
+    Returns:
+        task to its metrics, e.g. ``{"hellaswag": {"acc,none": 0.4, "acc_stderr,none": 0.005, …}}``.
+
     Raises:
-        ComebaError: the harness is not installed.
+        ComebaError: the harness is not installed, or knows no such task.
     """
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError:
-        raise ComebaError("lm-evaluation-harness is not installed: pip install lm_eval") from None
-    batch_size = options.pop("batch_size", 1)
+        raise ComebaError("lm-evaluation-harness is not installed: pip install 'comeba_ext[harness]'") from None
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise ComebaError(f"lm-evaluation-harness has no task {', '.join(map(repr, unknown))}; see 'lm_eval --tasks list'")
+    batch_size = options.pop("batch_size", 8)
     with evaluating(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        return lm_eval.simple_evaluate(model=wrapped, tasks=tasks, **options)["results"]
+        return lm_eval.simple_evaluate(model=wrapped, tasks=tasks, task_manager=manager, **options)["results"]
 
 
 def _passes(model, tokenizer, texts: Iterable[str], max_tokens: int):

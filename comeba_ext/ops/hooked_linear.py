@@ -92,6 +92,20 @@ def gated_hook(
     return output, after if score == "zscore" else None
 
 
+def add_edits_(output: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, scope: torch.Tensor) -> None:
+    """Add ``x @ deltaᵀ`` to ``output`` for the tokens in scope, computed for those only; in place, without a graph.
+
+    Args:
+        output: ``(batch, seq, d_out)``.
+        x: ``(batch, seq, d_in)``.
+        delta: ``(d_out, d_in)``.
+        scope: ``(batch, seq)`` bool.
+    """
+    # One dtype for the kernel; under autocast a product takes what it is given.
+    operator = torch.ops.comeba.add_edits_ if _dispatched(output) and x.dtype == delta.dtype else _add_edits_
+    operator(output, x, delta, scope)
+
+
 def decode_hook(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -270,8 +284,12 @@ def _exact_hook_(output, edit, mask, statistics, alpha, reference_scale, score):
 
 def _gated_hook_(output, x, delta, sketch, mask, statistics, alpha, reference_scale, score):
     scope, after = _decide(F.linear(x, sketch), mask, statistics, alpha, reference_scale, score)
-    _add_in_scope_(output, scope, lambda rows: F.linear(x.flatten(0, 1)[rows], delta), lambda: F.linear(x, delta))
+    _add_edits_(output, x, delta, scope)
     return after
+
+
+def _add_edits_(output, x, delta, scope):
+    _add_in_scope_(output, scope, lambda rows: F.linear(x.flatten(0, 1)[rows], delta), lambda: F.linear(x, delta))
 
 
 def _decode_hook(x, weight, bias, delta, sketch, *decision):
@@ -319,6 +337,7 @@ torch.library.define("comeba::exact_hook_", f"(Tensor(a!) output, Tensor edit, {
 torch.library.define(
     "comeba::gated_hook_", f"(Tensor(a!) output, Tensor x, Tensor delta, Tensor sketch, {_DECISION}) -> Tensor"
 )
+torch.library.define("comeba::add_edits_", "(Tensor(a!) output, Tensor x, Tensor delta, Tensor scope) -> ()")
 torch.library.define(
     "comeba::decode_hook",
     f"(Tensor x, Tensor weight, Tensor? bias, Tensor delta, Tensor? sketch, {_DECISION}) -> (Tensor, Tensor)",
@@ -335,6 +354,9 @@ def _(output, x, *matrices_and_decision):
     return _statistics(x, _gated_hook_(output, x, *matrices_and_decision))
 
 
+torch.library.impl("comeba::add_edits_", "CompositeExplicitAutograd")(_add_edits_)
+
+
 @torch.library.impl("comeba::decode_hook", "CompositeExplicitAutograd")
 def _(x, *matrices_and_decision):
     output, after = _decode_hook(x, *matrices_and_decision)
@@ -349,6 +371,11 @@ def _(output, edit, mask, statistics, alpha, reference_scale, score):
 @torch.library.register_fake("comeba::gated_hook_")
 def _(output, x, delta, sketch, mask, statistics, alpha, reference_scale, score):
     return _fake_statistics(x, score)
+
+
+@torch.library.register_fake("comeba::add_edits_")
+def _(output, x, delta, scope):
+    return None
 
 
 @torch.library.register_fake("comeba::decode_hook")

@@ -11,8 +11,10 @@ is the cosine in the metric of ``C0⁻¹``, in which corpus keys have no preferr
 directions (Johnson–Lindenstrauss): the error of a cosine ``c`` has a standard deviation of about ``(1 − c²)/√rows``, so close
 keys stay close. Most tokens are like no key at all, which a few rows show already: a *coarse* cosine from the first of them
 bounds the score, and only where that bound reaches the threshold is the cosine under all rows computed. A score costs
-``COARSE·(d_in + keys)`` multiplications a token, and that much again times four where it may matter, where the layer costs
-``d_in·d_out``; only tokens in scope pay for their edit. Like the reference score it needs no other token: prefill, decode, padding and batch do not matter.
+``COARSE·(d_in + keys)`` multiplications a token, ``ROWS·(d_in + keys)`` more where it may matter, where the layer costs
+``d_in·d_out``; only tokens in scope pay for their edit. (On an accelerator the second look is taken at every token: to choose
+would mean waiting for the device.) Like the reference score it needs no other token: prefill, decode, padding and batch do
+not matter.
 Similarity to stored keys decides scope in GRACE (arXiv 2211.11031) too, by Euclidean distance and for whole outputs; here it
 gates the least-squares edit.
 """
@@ -24,13 +26,15 @@ import math
 import torch
 from torch.nn import functional as F
 
-from comeba_ext.ops.hooked_linear import _add_in_scope_, _dispatched, _needs_grad, in_scope, swap
+from comeba_ext.ops.hooked_linear import _dispatched, _needs_grad, add_edits_, in_scope, swap
 
 # As measured (bench/bench_nearest.py, 1,000 facts, the worst of four blocks): of other subjects' prompts 3.8 % come above
 # 0.7, as against 3.3 % with all 1,408 directions; 6.5 % with 128 rows, 7.3 % with 64, 10 % with 48.
 ROWS = 256
-COARSE = 64
-ABOVE = 0.2  # three standard deviations of a coarse cosine at 0.7, where thresholds lie; ten at an edited key's 0.9
+# A coarse cosine of 0.68, where thresholds lie, has a standard deviation of 0.055; ABOVE is three of them. Fewer rows let
+# half of all tokens through once there are 1,000 keys: the largest of so many coarse cosines is 0.4 with 64 rows, 0.33 with 96.
+COARSE = 96
+ABOVE = 0.17
 SAME = 0.95  # cosine (18°) above which a key stands for another; a threshold is near 46°
 _CHUNK = 4096  # keys compared at a time: bounds the table of similarities, (tokens, keys)
 _SEED = 0xC0EBA
@@ -184,8 +188,7 @@ def _scope(x, projection, anchors, mask, alpha) -> torch.Tensor:
 
 
 def _nearest_hook_(output, x, delta, projection, anchors, mask, alpha) -> None:
-    scope = _scope(x, projection, anchors, mask, alpha)
-    _add_in_scope_(output, scope, lambda rows: F.linear(x.flatten(0, 1)[rows], delta), lambda: F.linear(x, delta))
+    add_edits_(output, x, delta, _scope(x, projection, anchors, mask, alpha))
 
 
 torch.library.define(
