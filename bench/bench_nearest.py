@@ -25,7 +25,7 @@ from torch import nn
 from comeba_ext import Editor, HookedLinear, testbed
 from comeba_ext.editing.encoding import pad_id
 from comeba_ext.editing.rows import batch_inputs, prompt_rows
-from comeba_ext.ops.nearest_hook import ROWS, directions, projection_of
+from comeba_ext.ops.nearest_hook import ROWS, directions, nearest_scores, projection_of
 
 SIZES = (48, 64, 128, 256, 512)
 KEYS = (100, 1_000, 10_000)
@@ -59,8 +59,7 @@ class Inputs:
         """Every text's highest score, ``(texts,)`` float32."""
         best = torch.zeros(self.count)
         for x, owner in zip(self.x[name].split(8192), self.owner.split(8192), strict=True):
-            scores = (directions(x.to(projection.dtype), projection) @ anchors.mT).amax(-1).float()
-            best.scatter_reduce_(0, owner, scores, "amax")
+            best.scatter_reduce_(0, owner, nearest_scores(x.to(projection.dtype), projection, anchors).float(), "amax")
         return best
 
 

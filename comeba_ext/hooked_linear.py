@@ -185,6 +185,13 @@ class HookedLinear(nn.Module):
         response = F.linear(x, self.scored_matrix())
         return ops.scores(response, mask, self._statistics(), self.reference_scale, self.scope)[0]
 
+    def peak_scores(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The highest score of every row's real tokens, ``(batch,)``, for ``x (batch, seq, d_in)`` and its bool mask."""
+        mask = mask.to(x.device)
+        if self.scope == "nearest":
+            return nearest.peak_scores(self._to_delta(x), mask, self.projection, self.anchors)
+        return self.scores(x, mask).masked_fill(~mask, -torch.inf).amax(-1)
+
     def set_covariance(self, covariance: torch.Tensor) -> None:
         """The metric in which the nearest score compares, from ``C0 (d_in, d_in)``; forgets all keys.
 
@@ -207,7 +214,7 @@ class HookedLinear(nn.Module):
         """More keys, ``(n, d_in)``. Left out are zero keys, which have no direction, and those that another one stands for
         (:func:`ops.nearest_hook.new_among`).
 
-        ``anchors`` grows by an eighth or more at a time, so that its shape seldom changes; a CUDA graph captured by hand
+        ``anchors`` grows by 64 or more, a thirtieth or so, at a time, so that its shape seldom changes; a CUDA graph captured by hand
         must be captured again.
 
         Raises:
@@ -229,7 +236,7 @@ class HookedLinear(nn.Module):
         unit = unit[nearest.new_among(unit, self.anchors[:known])]
         count = known + len(unit)
         if count > len(self.anchors):
-            step = max(64, 1 << max(count.bit_length() - 3, 0))
+            step = max(64, 1 << max(count.bit_length() - 5, 0))
             grown = unit.new_zeros(-(-count // step) * step, len(self.projection))
             grown[:known] = self.anchors[:known]
             self.anchors = grown

@@ -179,6 +179,20 @@ def test_scores_are_bounded_by_the_coarse_ones(noise):
     assert (np.abs(expected - cosines) < 3 * deviation + 0.02).all()
 
 
+@pytest.mark.parametrize("width", [D_IN, WIDE])
+@pytest.mark.parametrize("keys", [0, 20])
+@torch.no_grad()
+def test_peaks_are_the_rows_highest_scores(width, keys):
+    layer = make_layer(keys=keys, d_in=width)
+    for n, noise in enumerate((0.1, 1.0, 2.0, 4.0)):
+        x = inputs(layer, batch=6, seq=20, seed=n, noise=noise) if keys else random(6, 20, width)
+        x[0, 1::2] = x[0, 0]  # ties
+        mask = torch.ones(6, 20, dtype=torch.bool)
+        mask[1, :12], mask[2, 1:], x[1, :12] = False, False, math.nan
+        expected = [layer.scores(x[b : b + 1])[0][mask[b]].max().item() for b in range(6)]
+        assert layer.peak_scores(x, mask).tolist() == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("alpha", [-1.0, 0.0, 0.15, 0.25, 0.5, 0.7, 0.99])
 @torch.no_grad()
@@ -191,8 +205,8 @@ def test_two_looks_decide_as_the_scores_do(alpha, dtype, monkeypatch):
     scores = layer.scores(x)
     sure = (scores - alpha).abs() > (0.05 if dtype == torch.bfloat16 else 1e-4)  # rounding aside
     looked = []
-    real = ops.nearest_scores
-    monkeypatch.setattr(ops, "nearest_scores", lambda x, *rest: looked.append(len(x)) or real(x, *rest))
+    real = ops._second_look
+    monkeypatch.setattr(ops, "_second_look", lambda *args: looked.append(len(args[-1][0])) or real(*args))
     changed = (layer(x, mask=mask) != layer.base_layer(x)).any(-1) & mask
     expected = (scores >= alpha) & mask
     assert torch.equal(changed[sure], expected[sure]) and sure.float().mean() > 0.6

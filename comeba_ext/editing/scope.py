@@ -12,8 +12,7 @@ def peak_scores(layer: HookedLinear, reading: LayerReading) -> torch.Tensor:
     """Every request's highest score over the tokens of its prompt, ``(u,)`` float64."""
     peaks: dict[int, torch.Tensor] = {}
     for requests, x, mask in reading.prompts:
-        scores = layer.scores(x, mask).masked_fill(~mask.to(x.device), -torch.inf).amax(-1)
-        peaks |= dict(zip(requests, scores, strict=True))
+        peaks |= dict(zip(requests, layer.peak_scores(x, mask), strict=True))
     return torch.stack([peaks[n] for n in range(len(peaks))]).double()
 
 

@@ -117,18 +117,47 @@ def nearest_scores(x: torch.Tensor, projection: torch.Tensor, anchors: torch.Ten
     Returns:
         ``(...)``, at least 0.
     """
-    return _scores(directions(x, projection), _coarse_rows(projection), anchors)
-
-
-def _scores(unit: torch.Tensor, coarse: int, anchors: torch.Tensor) -> torch.Tensor:
+    unit, coarse = directions(x, projection), _coarse_rows(projection)
     score = _largest(unit, anchors)
-    return score if coarse == unit.shape[-1] else score.minimum(_bound(unit[..., :coarse], anchors))
+    return score if coarse == len(projection) else score.minimum(_bound(unit[..., :coarse], anchors))
+
+
+def peak_scores(x: torch.Tensor, mask: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """The highest of :func:`nearest_scores` over the real tokens of every row, ``(batch,)``.
+
+    Args:
+        x: ``(batch, seq, d_in)``.
+        mask: ``(batch, seq)`` bool, one real token a row or more.
+    """
+    bound = _first_look(x, projection, anchors)
+    if bound is None:
+        return nearest_scores(x, projection, anchors).masked_fill(~mask, -torch.inf).amax(-1)
+    bound = bound.masked_fill(~mask, -torch.inf)
+    # The token with the highest bound first; then only those whose bound its score does not reach.
+    first = (torch.arange(len(x)), bound.argmax(-1))
+    best = _second_look(x, projection, anchors, bound, first)
+    bound[first] = -torch.inf
+    others = (bound > best[:, None]).nonzero(as_tuple=True)
+    return best.scatter_reduce(0, others[0], _second_look(x, projection, anchors, bound, others), "amax")
 
 
 def _bound(unit: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """What the score is at most, from the coarse entries of :func:`directions`."""
     coarse, rows = unit.shape[-1], anchors.shape[-1]
     return _largest(unit, anchors[:, :coarse]) * (rows / coarse) + ABOVE
+
+
+def _first_look(x: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor | None:
+    """Every token's bound, in the dtype of its score, where a second look at some tokens is cheaper than one at all."""
+    coarse, rows = _coarse_rows(projection), len(projection)
+    if x.device.type != "cpu" or coarse == rows:
+        return None
+    return _bound(directions(x, projection[:coarse]) * math.sqrt(coarse / rows), anchors)
+
+
+def _second_look(x, projection, anchors, bound, which: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The scores of the tokens ``x[which]``, whose bounds are known."""
+    return _largest(directions(x[which], projection), anchors).minimum(bound[which])
 
 
 def _largest(unit: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
@@ -174,16 +203,15 @@ def nearest_hook_ref(output, x, delta, projection, anchors, mask, alpha):
 
 
 def _scope(x, projection, anchors, mask, alpha) -> torch.Tensor:
-    coarse, rows = _coarse_rows(projection), len(projection)
-    if x.device.type != "cpu" or coarse == rows:
-        unit = directions(x, projection)
-        return in_scope(_scores(unit, coarse, anchors), alpha, mask, unit.dtype)  # of less precision than x under autocast
-    # All rows only where the coarse ones leave it open: the same decisions, as the score never exceeds the bound.
-    unit = directions(x, projection[:coarse]) * math.sqrt(coarse / rows)
-    scope = in_scope(_bound(unit, anchors), alpha, mask, unit.dtype)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype  # of what products give
+    bound = _first_look(x, projection, anchors)
+    if bound is None:
+        return in_scope(nearest_scores(x, projection, anchors), alpha, mask, dtype)
+    scope = in_scope(bound, alpha, mask, dtype)
     which = scope.nonzero(as_tuple=True)
     if len(which[0]):
-        scope[which] = in_scope(nearest_scores(x[which], projection, anchors), alpha, None, unit.dtype)
+        scope[which] = in_scope(_second_look(x, projection, anchors, bound, which), alpha, None, dtype)
     return scope
 
 
