@@ -241,7 +241,7 @@ def test_one_key_stands_for_all_that_are_near():
 
 
 def test_keys_accumulate_over_every_capacity():
-    layer, keys = make_layer(0), random(700, D_IN, seed=4)
+    layer, keys = make_layer(0), random(700, D_IN, seed=4) @ torch.linalg.cholesky(covariance_of(D_IN)).T
     sizes, count = set(), 0
     for size in (1, 62, 1, 1, 100, 0, 400, 135):
         layer.add_keys(keys[count : count + size])

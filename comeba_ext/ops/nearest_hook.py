@@ -35,7 +35,7 @@ ROWS = 256
 # half of all tokens through once there are 1,000 keys: the largest of so many coarse cosines is 0.4 with 64 rows, 0.33 with 96.
 COARSE = 96
 ABOVE = 0.17
-SAME = 0.95  # cosine (18°) above which a key stands for another; a threshold is near 46°
+SAME = 0.92  # cosine (23°) above which a key stands for another: half of the angle that thresholds lie near
 _CHUNK = 4096  # keys compared at a time: bounds the table of similarities, (tokens, keys)
 _SEED = 0xC0EBA
 
