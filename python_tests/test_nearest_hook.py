@@ -470,7 +470,7 @@ def test_state_dict_into_a_fresh_layer():
         model, container = nn.Sequential(layer), nn.Sequential(other)
         container.load_state_dict(model.state_dict())
         same(layer, other)
-        other.add_keys(random(200, D_IN, seed=8))
+        other.add_keys(random(200, D_IN, seed=8) @ torch.linalg.cholesky(covariance_of(D_IN)).T)
         assert layer.known_keys() == 70 and other.known_keys() == 270
     bare = HookedLinear(nn.Linear(D_IN, D_OUT).double(), "nearest")
     make_layer().load_state_dict(bare.state_dict())
