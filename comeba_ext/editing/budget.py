@@ -18,7 +18,7 @@ LEAST = 256
 MOST = {"cpu": 4096}  # where larger products stop being faster
 MOST_ELSEWHERE = 65_536
 # What a pass takes whatever its size: reading the weights, as long as the products of so many tokens; and seconds, for it
-# and for every block, in which so many multiplications could be done. Measured on two CPU cores, guessed for accelerators.
+# and for every block, in which so many multiplications could be done. Tuned on two CPU cores, guessed for accelerators.
 READ, RATE, PASS, BLOCK = {"cpu": 64}, {"cpu": 5e10}, 3e-3, 0.8e-3
 READ_ELSEWHERE, RATE_ELSEWHERE = 256, 3e13
 

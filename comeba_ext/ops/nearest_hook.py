@@ -31,8 +31,8 @@ from comeba_ext.ops.hooked_linear import _dispatched, _needs_grad, add_edits_, i
 # As measured (bench/bench_nearest.py, 1,000 facts, the worst of four blocks): of other subjects' prompts 3.8 % come above
 # 0.7, as against 3.3 % with all 1,408 directions; 6.5 % with 128 rows, 7.3 % with 64, 10 % with 48.
 ROWS = 256
-# A coarse cosine of 0.68, where thresholds lie, has a standard deviation of 0.055; ABOVE is three of them. Fewer rows let
-# half of all tokens through once there are 1,000 keys: the largest of so many coarse cosines is 0.4 with 64 rows, 0.33 with 96.
+# A coarse cosine of 0.68, where thresholds lie, has a standard deviation of 0.055; ABOVE is three of them. With 1,000 unrelated
+# keys the largest coarse cosine is expected 3.2 standard deviations above 0: at 0.33, out of the way; with 64 rows at 0.4.
 COARSE = 96
 ABOVE = 0.17
 SAME = 0.92  # cosine (23°) above which a key stands for another: half of the angle that thresholds lie near
