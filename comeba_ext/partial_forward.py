@@ -52,6 +52,11 @@ def frozen(model: nn.Module):
             parameter.requires_grad_(True)
 
 
+def _input(args: tuple, kwargs: dict) -> torch.Tensor:
+    """What a module was called with; some families hand a block its hidden states by name."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 class Seen(dict):
     """What :func:`watched` has seen last: ``before``, ``after``, ``x``, ``y``."""
 
@@ -65,9 +70,8 @@ def watched(block: nn.Module, projection: nn.Module):
     """Inside, every run leaves its hidden states ``before`` the block, the block's output ``after`` it, and the input
     ``x`` and output ``y`` of its projection in a :class:`Seen`."""
     seen = Seen()
-    hidden = lambda args, kwargs: args[0] if args else kwargs["hidden_states"]  # noqa: E731  Some families pass it by name.
     handles = [
-        block.register_forward_pre_hook(lambda m, args, kw: seen.__setitem__("before", hidden(args, kw)), with_kwargs=True),
+        block.register_forward_pre_hook(lambda m, args, kw: seen.__setitem__("before", _input(args, kw)), with_kwargs=True),
         block.register_forward_hook(lambda m, args, out: seen.__setitem__("after", out)),
         projection.register_forward_pre_hook(lambda m, args: seen.__setitem__("x", args[0])),
         projection.register_forward_hook(lambda m, args, out: seen.__setitem__("y", out)),
@@ -98,8 +102,7 @@ def run_until(
     """
 
     def on_input(tap):
-        # Some families hand a block its hidden states by name.
-        return lambda module, args, kwargs: tap(args[0] if args else kwargs["hidden_states"])
+        return lambda module, args, kwargs: tap(_input(args, kwargs))
 
     def on_last(module, args, result):
         if output is not None:

@@ -53,9 +53,10 @@ class BlockTrace:
         """Inside, one run of ``rows`` (:class:`rows.Row`) without their first ``shared`` tokens is recorded."""
         with self._recorded() as states:
             yield
-        for n, (row, first) in enumerate(zip(rows, shared, strict=True)):
-            if states and row.prefix >= 0:
-                self._runs[row.request, row.prefix] = _Run(row.ids, first, n, states)
+        if states:
+            for n, (row, first) in enumerate(zip(rows, shared, strict=True)):
+                if row.prefix >= 0:
+                    self._runs[row.request, row.prefix] = _Run(row.ids, first, n, states)
 
     @contextmanager
     def contexts(self, ids: dict[int, list[int]]):
@@ -63,9 +64,8 @@ class BlockTrace:
         run's order."""
         with self._recorded() as states:
             yield
-        for n, (prefix, own) in enumerate(ids.items()):
-            if states:
-                self._contexts[prefix] = _Run(own, 0, n, states)
+        if states:
+            self._contexts |= {prefix: _Run(own, 0, n, states) for n, (prefix, own) in enumerate(ids.items())}
 
     @contextmanager
     def _recorded(self):

@@ -81,7 +81,8 @@ class Upper:
         mlp = self.architecture.projection.rpartition(".")[0]
         known = self.model.config.model_type in FAMILIES and mlp and len(self.blocks) > self.value_layer + 1
         self.last_mlp = self.blocks[-1].get_submodule(mlp) if known else None
-        self.launch = launch_tokens(self.blocks[self.value_layer + 1 :], self.device, self.last_mlp)
+        below, above = self.blocks[: self.value_layer + 1], self.blocks[self.value_layer + 1 :]
+        self.launch_below, self.launch = launch_tokens(below, self.device), launch_tokens(above, self.device, self.last_mlp)
         self.whole = True  # run every token at every step
         self.contexts: Contexts | None = None
         self.context_states: States = {}
@@ -147,7 +148,7 @@ class Continuation:
         self.upper, device = upper, upper.device
         shared = [0] * len(rows) if upper.contexts is None else upper.contexts.counts(rows)
         own = [len(row.ids) - count for row, count in zip(rows, shared, strict=True)]
-        chunks = dense_batches(own, upper.max_tokens, launch_tokens(upper.blocks[: upper.value_layer + 1], device))
+        chunks = dense_batches(own, upper.max_tokens, upper.launch_below)
         self.rows = [rows[n] for chunk in chunks for n in chunk]
         starts = [0 if upper.whole else row.subject_last for row in self.rows]
         self.starts = torch.tensor(starts, device=device)
