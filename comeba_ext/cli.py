@@ -319,9 +319,9 @@ def experiment(
 
     with _reporting(as_json) as report:
         chosen = experiments.load(name)
-        embedded = model == "testbed"
+        home = testbed.folder_of(model)
         given = [r.split("=", 1) if "=" in r and not Path(r).exists() else (Path(r).stem, r) for r in records or ()]
-        if not given and not embedded:
+        if not given and home is None:
             raise ComebaError("no records: add --records FILE (ZsRE, CounterFact, EasyEdit's form, or your own)")
         datasets = [
             experiments.Dataset(label, read.requests, read.read, read.skipped)
@@ -331,15 +331,13 @@ def experiment(
         if len({dataset.name for dataset in datasets}) < len(datasets):
             raise ComebaError("two --records have the same name; write NAME=FILE")
         net, tokenizer = _load(model, device, dtype)
-        if embedded and not datasets:
-            facts = testbed.facts()
-            # Locality prompts speak of the facts at the end of the list, which are never edited.
-            datasets.append(experiments.Dataset("testbed", facts[: int(len(facts) * (1 - testbed.RESERVED))]))
-        if embedded and samples is None:
+        if home and not datasets:
+            datasets = [experiments.Dataset(label, requests) for label, requests in testbed.datasets(home).items()]
+        if home and samples is None:
             samples = chosen.testbed_samples
-        corpus = read_texts(texts) if texts else testbed.texts() if embedded else None
+        corpus = read_texts(texts) if texts else testbed.texts(folder=home) if home else None
         # Measured on other text than the covariance is collected from, where there is a generator of it.
-        plain = itertools.islice(read_texts(texts) if texts else testbed.texts(seed=9) if embedded else (), 400)
+        plain = itertools.islice(read_texts(texts) if texts else testbed.texts(9, home) if home else (), 400)
         result = experiments.run(
             chosen, net, tokenizer, datasets, out, covariance=Covariance.load(covariance) if covariance else None,
             texts=corpus, plain_texts=list(plain), samples=samples, progress=not as_json,
@@ -468,8 +466,9 @@ def _load(name: str, device: str | None, dtype: str, edits: Path | None = None):
     from comeba_ext import testbed
     from comeba_ext.saved_edits import load_edits
 
-    if name == "testbed":
-        model, tokenizer = testbed.load()
+    home = testbed.folder_of(name)
+    if home:
+        model, tokenizer = testbed.load(home)
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -482,7 +481,7 @@ def _load(name: str, device: str | None, dtype: str, edits: Path | None = None):
             )
         except (OSError, ValueError, ImportError) as error:  # device_map needs accelerate
             raise ComebaError(f"cannot load a model from {name!r}: {str(error).strip().splitlines()[0]}") from None
-    if device != "auto" or name == "testbed":
+    if device != "auto" or home:
         model = model.to(_device(device))
     model.eval()
     if edits is not None:
@@ -518,8 +517,8 @@ def _provide_covariance(editor, model: str, file: Path | None, texts: Path | Non
         editor.load_covariance(file)
     elif texts is not None:
         editor.collect_covariance(read_texts(texts), progress=progress)
-    elif model == "testbed":
-        editor.collect_covariance(testbed.texts(), progress=progress)
+    elif home := testbed.folder_of(model):
+        editor.collect_covariance(testbed.texts(folder=home), progress=progress)
     else:
         raise ComebaError(
             f"no covariance: run 'comeba covariance {model} TEXTS --out FILE' once and add --covariance FILE, or add "

@@ -64,7 +64,7 @@ class Dense:
         return max(i for i, (a, b) in enumerate(tokens["offset_mapping"]) if a < subject_end and b > a)
 
     def read(self, request, n):
-        """Key averaged over prefixes, and the value layer's state behind the empty one."""
+        """Key averaged over prefixes, and key and value layer's state behind the empty one."""
         before, after = request.prompt.split("{}")
         keys = []
         for prefix in self.prefixes:
@@ -72,8 +72,8 @@ class Dense:
             last = self.run(head + after, len(head))
             keys.append(self.seen[n][last])
             if prefix == "":
-                hidden = self.seen["h"][last]
-        return sum(keys) / len(keys), hidden
+                plain, hidden = keys[-1], self.seen["h"][last]
+        return sum(keys) / len(keys), plain, hidden
 
     def write(self, n, change):
         with torch.no_grad():
@@ -83,15 +83,15 @@ class Dense:
         for number, n in enumerate(self.layers):
             left = len(self.layers) - number
             read = [self.read(r, n) for r in requests]
-            K = torch.stack([k for k, _ in read], 1)
-            R = torch.stack([(v - h) / (left**0.5 if root else left) for (_, h), v in zip(read, values, strict=True)], 1)
+            K = torch.stack([k for k, _, _ in read], 1)
+            R = torch.stack([(v - h) / (left**0.5 if root else left) for (_, _, h), v in zip(read, values, strict=True)], 1)
             self.write(n, R @ K.T @ torch.linalg.inv(self.lam * self.c0[n] + K @ K.T))
 
     def rome(self, requests, values):
         (n,) = self.layers
         for request, value in zip(requests, values, strict=True):
-            k, h = self.read(request, n)
-            u = torch.linalg.inv(self.c0[n]) @ k
+            mean, k, h = self.read(request, n)
+            u = torch.linalg.inv(self.c0[n]) @ mean
             self.write(n, torch.outer(value - h, u) / (k @ u))
 
 
@@ -120,9 +120,10 @@ def test_closed_forms(tiny_model, tokenizer, name, procedure):
         assert torch.allclose(model(ids).logits, plain(ids).logits, rtol=0, atol=1e-8)
 
 
-def test_rome_meets_its_constraint(tiny_model, tokenizer):
-    """``W k = v*`` for the request edited last (equation 2)."""
-    editor = make_method("ROME", small_model(tiny_model).double(), tokenizer, prefixes=0)
+@pytest.mark.parametrize("prefixes", [0, 5])
+def test_rome_meets_its_constraint(tiny_model, tokenizer, prefixes):
+    """``W k = v*`` for the request edited last (equation 2), behind the prompt alone."""
+    editor = make_method("ROME", small_model(tiny_model).double(), tokenizer, prefixes=prefixes)
     requests, values = some_requests(2), random_values(2)
     editor.edit(requests, target_values=values)
     oracle = Dense(editor.model, tokenizer, (2,), [""], 1.0)  # reads only; another block's key is not looked at
@@ -134,13 +135,13 @@ def test_rome_meets_its_constraint(tiny_model, tokenizer):
     assert torch.allclose(caught[-1][last], values[1], atol=1e-8)
 
 
-@pytest.mark.parametrize("bound", [None, 0.02])
-def test_fine_tuning_is_the_plain_loop(tiny_model, tokenizer, bound):
+@pytest.mark.parametrize("bound, chunk", [(None, None), (0.02, None), (None, 1), (0.02, 2)])
+def test_fine_tuning_is_the_plain_loop(tiny_model, tokenizer, bound, chunk):
     model = small_model(tiny_model).double()
     plain = copy.deepcopy(model)
     name = "FT" if bound is None else "FT-L"
     # Rows that do not fit one pass: the gradient is still that of the whole batch.
-    editor = make_method(name, model, tokenizer, steps=6, max_tokens=24)
+    editor = make_method(name, model, tokenizer, steps=6, max_tokens=24, chunk=chunk)
     weight = plain.transformer.h[1].mlp.c_proj.weight
     first = weight.detach().clone()
     requests = some_requests(5)
@@ -151,18 +152,23 @@ def test_fine_tuning_is_the_plain_loop(tiny_model, tokenizer, bound):
         start = weight.detach().clone()
         for step in range(7):
             losses = []
-            for request in batch:
+            for n, request in enumerate(batch):
                 prompt = tokenizer(request.text)["input_ids"]
                 ids = torch.tensor([tokenizer(f"{request.text} {request.target_new}")["input_ids"]])
                 log_p = plain(ids).logits[0].log_softmax(-1)
                 losses.append(-sum(log_p[i - 1, ids[0, i]] for i in range(len(prompt), ids.shape[1])) / (ids.shape[1] - len(prompt)))
-            if step == 6 or sum(losses) / len(losses) < 0.01:
+                full = n + 1 == len(batch) or (n + 1) % (chunk or len(batch)) == 0
+                if full and step < 6:
+                    of_chunk = losses[n // (chunk or len(batch)) * (chunk or len(batch)) :]
+                    if sum(of_chunk) / len(of_chunk) < 0.01:
+                        continue
+                    optimiser.zero_grad()
+                    (sum(of_chunk) / len(of_chunk)).backward()
+                    optimiser.step()
+                    if bound is not None:
+                        weight.data = start + (weight.data - start).clamp(-bound, bound)
+            if sum(losses) / len(losses) < 0.01:
                 break
-            optimiser.zero_grad()
-            (sum(losses) / len(losses)).backward()
-            optimiser.step()
-            if bound is not None:
-                weight.data = start + (weight.data - start).clamp(-bound, bound)
         assert report.losses == pytest.approx([loss.item() for loss in losses], rel=1e-6)
         assert report.optimizer_steps == [step] * len(batch)
     (layer,) = editor.layers.values()
@@ -307,6 +313,31 @@ def test_what_fine_tuning_cannot_do(tiny_model, tokenizer, monkeypatch):
     assert editor.step == 4
     editor.rollback(3)
     editor.rollback(0)
+    for request in some_requests(2):  # what was made before the rollback is no step any more
+        editor.edit([request])
+    editor.rollback(1)
+
+
+def test_fine_tuning_rolls_back_to_the_step_that_was_loaded(tiny_model, tokenizer, tmp_path):
+    editor = make_method("FT", small_model(tiny_model), tokenizer)
+    first, second = some_requests(2)
+    editor.edit([first])
+    before = next(iter(editor.layers.values())).delta.clone()
+    editor.save_pretrained(tmp_path / "edits")
+    loaded = methods.load(small_model(tiny_model), tokenizer, tmp_path / "edits")
+    loaded.edit([second])
+    loaded.rollback(1)
+    (layer,) = loaded.layers.values()
+    assert before.any() and torch.equal(layer.delta, before)
+
+
+def test_settings_of_fine_tuning(tiny_model, tokenizer):
+    assert FTConfig(layers=(0,)).weight_decay == 0 and FTConfig(layers=(0,)).lr < 0.01  # a weight's, not a target value's
+    for wrong, words in (({"chunk": 0}, "chunk"), ({"lr_unit": "hidden_rms"}, "absolute"), ({"norm_constraint": -1}, "norm_constraint")):
+        with pytest.raises(ConfigError, match=words):
+            FTConfig(layers=(0,), **wrong)
+    with pytest.raises(ConfigError, match="norm_constraint"):
+        methods.FTL(small_model(tiny_model), tokenizer, FTConfig(layers=(1,)))
 
 
 @pytest.mark.parametrize("name", ["ROME", "FT", "FT-L"])

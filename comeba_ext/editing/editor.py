@@ -482,7 +482,7 @@ class Editor:
                 with phases("update"):
                     residual = (values.to(reading.hidden) - reading.hidden) / (len(self.layers) - number)
                     keys[name] = reading.keys
-                    responses[name] = self._add(name, reading.keys, residual)
+                    responses[name] = self._add(name, reading, residual)
                     if name in self._compared:
                         layer.add_keys(reading.keys)
                 layer.mode = self.serving
@@ -490,16 +490,16 @@ class Editor:
                     self._calibrate(name, layer, reading)
         return keys, responses
 
-    def _add(self, name: str, keys: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def _add(self, name: str, reading: LayerReading, residual: torch.Tensor) -> torch.Tensor:
         """``C ← C + K Kᵀ``, ``delta ← delta + R Kᵀ C⁻¹``; returns the responses ``delta·k + R``.
 
         Args:
-            keys: ``(u, d_in)``.
+            reading: the batch's keys, ``(u, d_in)``.
             residual: ``(u, d_out)``.
         """
         memory, delta = self.key_memory[name], self._delta[name]
         device, dtype = memory.device, memory.dtype
-        keys, residual = keys.to(device, dtype), residual.to(device, dtype)
+        keys, residual = reading.keys.to(device, dtype), residual.to(device, dtype)
         responses = keys @ delta.to(dtype).mT + residual
         self._shift(name, residual.mT @ memory.update(keys.mT).mT)
         return responses.to(torch.promote_types(delta.dtype, torch.float32))

@@ -23,12 +23,14 @@ class LayerReading:
 
     Attributes:
         keys: ``(u, d_in)``, the layer's input at the subject's last token, averaged over context prefixes.
+        plain_keys: ``(u, d_in)``, the same behind the empty prefix alone, where ``hidden`` is read.
         hidden: ``(u, d_model)``, the value layer's output at the subject's last token behind the empty prefix.
         prompts: the layer's whole input and the mask of real tokens for the rows with the empty prefix, as a list of
             ``(requests, x (rows, seq, d_in), mask (rows, seq))``, what thresholds are calibrated on.
     """
 
     keys: torch.Tensor
+    plain_keys: torch.Tensor
     hidden: torch.Tensor
     prompts: list[tuple[list[int], torch.Tensor, torch.Tensor]]
 
@@ -125,7 +127,7 @@ class KeyReader:
 
     def read(self, number: int) -> LayerReading:
         """Keys of the layer ``layers[number]``, and hidden states of the model as it is now; once for each number."""
-        keys, hidden, prompts = None, None, []
+        keys, plain_keys, hidden, prompts = None, None, None, []
         each = torch.zeros(self.count)
         context = None
         for batch in self.batches:
@@ -145,12 +147,14 @@ class KeyReader:
             keys.index_add_(0, requests.to(own.device), own)
             each.index_add_(0, requests, torch.ones(len(requests)))
             if output is not None:
+                plain_keys = torch.zeros_like(keys) if plain_keys is None else plain_keys
+                plain_keys[requests.to(own.device)] = own
                 now = output[index.to(output.device), last.to(output.device)]
                 now = now.to(torch.promote_types(now.dtype, torch.float32))
                 hidden = now.new_zeros(self.count, now.shape[1]) if hidden is None else hidden
                 hidden[requests.to(now.device)] = now
                 prompts.append((requests.tolist(), x, batch.inputs["attention_mask"].bool()))
-        return LayerReading(keys / each[:, None].to(keys), hidden, prompts)
+        return LayerReading(keys / each[:, None].to(keys), plain_keys, hidden, prompts)
 
     def _run(self, batch: _Batch, number: int, past: Past | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layer's input ``(rows, seq, d_in)``, and for rows with the empty prefix the value layer's output."""

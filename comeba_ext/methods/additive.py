@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from comeba_ext.editing.keys import LayerReading
 from comeba_ext.editing.ledger import Entry, stacked
 from comeba_ext.editing.report import Phases
 from comeba_ext.editing.request import EditRequest
@@ -19,11 +20,14 @@ class Additive(WithoutHooks):
     leave it in the weights.)
     """
 
-    def _directions(self, name: str, keys: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a batch adds to a layer.
+    def _directions(
+        self, name: str, keys: torch.Tensor, plain: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a batch adds to a layer; everything in the key memory's dtype.
 
         Args:
-            keys: ``(d_in, u)`` in the key memory's dtype.
+            keys: ``(d_in, u)``, averaged over context prefixes.
+            plain: ``(d_in, u)``, the keys behind the empty prefix, where ``h`` is read.
             residual: ``(d_out, u)``, ``(v* − h) / (layers left)``.
 
         Returns:
@@ -36,10 +40,10 @@ class Additive(WithoutHooks):
         _, residuals = super()._write(batch, values, phases, trace)
         return self._batch_directions, residuals
 
-    def _add(self, name: str, keys: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def _add(self, name: str, reading: LayerReading, residual: torch.Tensor) -> torch.Tensor:
         memory, delta = self.key_memory[name], self._delta[name]
-        keys, residual = (t.to(memory.device, memory.dtype).mT for t in (keys, residual))
-        directions, residual = self._directions(name, keys, residual)
+        parts = (t.to(memory.device, memory.dtype).mT for t in (reading.keys, reading.plain_keys, residual))
+        directions, residual = self._directions(name, *parts)
         self._shift(name, residual @ directions.mT)
         wide = torch.promote_types(delta.dtype, torch.float32)
         self._batch_directions[name] = directions.mT.to(wide)

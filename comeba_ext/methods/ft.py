@@ -29,28 +29,38 @@ class FTConfig(EditConfig):
 
     Args:
         norm_constraint: bound ε on every entry of a batch's change of the weight; ``None``: no bound.
+        weight_decay: Adam's L2 on ``delta``, the change, so that it pulls towards the model's own weight.
+        chunk: requests a step of Adam, so that one of the ``steps`` passes over a batch takes several; ``None``: all.
     """
 
+    lr: float = 5e-4
+    weight_decay: float = 0.0
+    early_stop: float = 0.01
     norm_constraint: float | None = None
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         bound = self.norm_constraint
         if bound is not None and not (isinstance(bound, (int, float)) and not isinstance(bound, bool) and bound > 0):
             raise ConfigError(f"norm_constraint must be null or a number > 0, got {bound!r}")
+        if self.chunk is not None and not (isinstance(self.chunk, int) and not isinstance(self.chunk, bool) and self.chunk > 0):
+            raise ConfigError(f"chunk must be null or a whole number > 0, got {self.chunk!r}")
+        if self.lr_unit != "absolute":
+            raise ConfigError(f"lr_unit must be absolute: it is a weight that is trained, got {self.lr_unit!r}")
 
 
 class FT(WithoutHooks):
-    """Adam on the whole weight of one MLP output projection, at most ``steps`` steps a batch.
+    """Adam on the whole weight of one MLP output projection, at most ``steps`` passes over a batch.
 
     The loss is the new object's NLL behind the prompt alone: mean over its tokens, teacher-forced, then over the
-    batch's requests; training ends below ``early_stop``. (ROME's code asks for all object tokens at the prompt's last
-    position; with objects of one token there is no difference.) Adam starts anew with every batch. Nothing of the
-    covariance is used.
+    requests; a step is left out below ``early_stop``, and training ends when a whole pass is. (ROME's code, and EasyEdit's ``prompt_last``, ask
+    for all object tokens at the prompt's last position; with objects of one token there is no difference.) Adam starts
+    anew with every batch. Nothing of the covariance is used.
 
     A trained weight has no share of a single request: :meth:`retract` is refused, an earlier request about the same
-    fact is simply trained over, and :meth:`rollback` reaches step 0, the latest ten steps made by this editor, and,
-    after loading, the step that was loaded.
+    fact is simply trained over, and :meth:`rollback` reaches step 0 and the latest ten steps, as far back as the
+    one that was loaded.
 
     Raises:
         ConfigError: the settings name more than one layer.
@@ -81,10 +91,12 @@ class FT(WithoutHooks):
 
     def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases, trace=None):
         ((name, layer),) = self.layers.items()
+        if self.step not in self._states:  # loaded, or never edited
+            self._states[self.step] = {name: self._delta[name].cpu().clone()}
         with phases("update"), evaluating(self.model), frozen(self.model):
-            losses, steps = self._train(layer, self._delta[name], target_rows(self.tokenizer, batch, [""]))
+            losses, passes = self._train(layer, self._delta[name], target_rows(self.tokenizer, batch, [""]))
         self._trained.losses += losses
-        self._trained.steps += [steps] * len(batch)
+        self._trained.steps += [passes] * len(batch)
         if not torch.isfinite(self._delta[name]).all():
             raise RequestError(f"fine-tuning {name} diverged; lower the learning rate")
         self._states[self.step + 1] = {name: self._delta[name].cpu().clone()}
@@ -93,28 +105,37 @@ class FT(WithoutHooks):
         return {name: torch.zeros(len(batch), 0)}, {name: torch.zeros(len(batch), 0)}
 
     def _train(self, layer, weight: torch.Tensor, rows: list[Row]) -> tuple[list[float], int]:
-        """Train ``weight`` (``delta``, or its float32 master); returns the last losses ``(u,)`` and the steps taken."""
+        """Train ``weight`` (``delta``, or its float32 master); returns the last losses ``(u,)`` and the passes made."""
         start = weight.clone()
+        size = self.config.chunk or len(rows)
+        chunks = [rows[n : n + size] for n in range(0, len(rows), size)]
         optimiser = torch.optim.Adam([weight], lr=self.config.lr, weight_decay=self.config.weight_decay)
         layer.delta.requires_grad_(True)
         try:
-            for step in range(self.config.steps + 1):
-                layer.delta.grad = None
-                losses = self._losses(rows, train=step < self.config.steps)
-                if step == self.config.steps or sum(losses) / len(losses) < self.config.early_stop:
+            for done in range(self.config.steps + 1):
+                losses: list[float] = []
+                for chunk in chunks:
+                    layer.delta.grad = None
+                    found = self._losses(chunk, train=done < self.config.steps)
+                    losses += found
+                    if done < self.config.steps and not sum(found) / len(found) < self.config.early_stop:  # a NaN goes on
+                        weight.grad = layer.delta.grad.to(weight)
+                        self._step(optimiser, layer, weight, start)
+                if sum(losses) / len(losses) < self.config.early_stop:
                     break
-                weight.grad = layer.delta.grad.to(weight)
-                with torch.no_grad():
-                    optimiser.step()
-                    if self.config.norm_constraint is not None:
-                        bound = self.config.norm_constraint
-                        weight.copy_(torch.maximum(torch.minimum(weight, start + bound), start - bound))
-                    if layer.delta is not weight:
-                        layer.delta.copy_(weight)
         finally:
             layer.delta.requires_grad_(False)
             layer.delta.grad = weight.grad = None
-        return losses, step
+        return losses, done
+
+    @torch.no_grad()
+    def _step(self, optimiser, layer, weight: torch.Tensor, start: torch.Tensor) -> None:
+        optimiser.step()
+        if self.config.norm_constraint is not None:
+            bound = self.config.norm_constraint
+            weight.copy_(torch.maximum(torch.minimum(weight, start + bound), start - bound))
+        if layer.delta is not weight:
+            layer.delta.copy_(weight)
 
     def _losses(self, rows: list[Row], train: bool) -> list[float]:
         """Loss of every request; with ``train`` the gradient of their mean is left in ``layer.delta.grad``."""
@@ -149,6 +170,7 @@ class FT(WithoutHooks):
             raise RequestError(f"{self.method} keeps the latest {KEPT} steps; cannot roll back to step {step}, only to {[0, *kept]}")
         self._delta[name].copy_(state)
         self.layers[name].delta.copy_(state)
+        self._states = {kept: value for kept, value in self._states.items() if kept <= step}
 
     def _factors(self, name: str, live: list[Entry]):
         return None
@@ -156,9 +178,19 @@ class FT(WithoutHooks):
 
 class FTL(FT):
     """FT with every entry of a batch's change bounded by ``norm_constraint`` (FT+L in ROME's appendix E.1; the bound
-    is taken against the weight as the batch found it)."""
+    is taken against the weight as the batch found it).
+
+    Raises:
+        ConfigError: the settings hold no ``norm_constraint``.
+    """
 
     method = "FT-L"
+
+    def __init__(self, model: nn.Module, tokenizer, config: FTConfig | None = None):
+        config = only_layer(config or self.default_config(model), self.method)
+        if config.norm_constraint is None:
+            raise ConfigError("FT-L bounds every entry's change: give norm_constraint a number, or use FT")
+        super().__init__(model, tokenizer, config)
 
 
 def _ids(row: Row, logits: torch.Tensor) -> torch.Tensor:

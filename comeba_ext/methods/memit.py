@@ -15,7 +15,7 @@ class MEMIT(Additive):
 
     method = "MEMIT"
 
-    def _directions(self, name: str, keys: torch.Tensor, residual: torch.Tensor):
+    def _directions(self, name: str, keys: torch.Tensor, plain: torch.Tensor, residual: torch.Tensor):
         memory = self.key_memory[name]
         before = memory.state
         try:

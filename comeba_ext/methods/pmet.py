@@ -21,6 +21,6 @@ class PMET(MEMIT):
 
     method = "PMET"
 
-    def _directions(self, name: str, keys: torch.Tensor, residual: torch.Tensor):
+    def _directions(self, name: str, keys: torch.Tensor, plain: torch.Tensor, residual: torch.Tensor):
         left = len(self.layers) - list(self.layers).index(name)
-        return super()._directions(name, keys, residual * left**0.5)  # it came divided by `left`
+        return super()._directions(name, keys, plain, residual * left**0.5)  # it came divided by `left`

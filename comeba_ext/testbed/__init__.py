@@ -14,9 +14,11 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from comeba_ext.testbed.templates import ASIDES, TEMPLATES
+from comeba_ext.errors import ComebaError
+from comeba_ext.testbed.templates import ALL, ASIDES, SECOND, TEMPLATES
 
 FOLDER = Path(__file__).parent / "model"
+FACTS = "facts.json"  # beside the weights; by it a folder is known as a testbed
 RESERVED = 0.2  # share of the facts that locality prompts are taken from; they stand at the end of the list
 
 
@@ -36,24 +38,58 @@ def load(folder: str | Path = FOLDER):
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def raw_facts() -> list[dict]:
+def folder_of(name: str) -> Path | None:
+    """Where the model is: ``"testbed"``, or a folder that ``train.py`` made, with its facts; ``None`` for any other model."""
+    if name == "testbed":
+        return FOLDER
+    return Path(name) if (Path(name) / FACTS).is_file() else None
+
+
+def datasets(folder: str | Path = FOLDER) -> dict[str, list]:
+    """What to edit in experiments, by name: the facts that no locality prompt speaks of.
+
+    ``testbed``: locality is asked of other subjects. ``same subject`` (models with second facts only): of the edited
+    subjects' other fact.
+    """
+    found = {"testbed": facts(folder)}
+    if second_facts(folder):
+        found["same subject"] = facts(folder, same_subject=True)
+    return {name: requests[: int(len(requests) * (1 - RESERVED))] for name, requests in found.items()}
+
+
+def raw_facts(folder: str | Path = FOLDER) -> list[dict]:
     """``subject``, ``relation``, ``object`` and the numbers of the templates it was trained on, in a fixed order."""
-    facts = json.loads(FOLDER.with_name("facts.json").read_text(encoding="utf-8"))
+    facts = [fact for fact in all_facts(folder) if fact["relation"] not in SECOND]
     random.Random(0).shuffle(facts)
     return facts
 
 
-def facts() -> list:
+def second_facts(folder: str | Path = FOLDER) -> dict[str, dict]:
+    """The second facts by subject; the embedded model knows none."""
+    return {fact["subject"]: fact for fact in all_facts(folder) if fact["relation"] in SECOND}
+
+
+def all_facts(folder: str | Path = FOLDER) -> list[dict]:
+    """What the folder says the model was taught."""
+    return json.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
+
+
+def facts(folder: str | Path = FOLDER, *, same_subject: bool = False) -> list:
     """Every fact as an :class:`EditRequest` that changes it to another object of its relation.
 
     ``ground_truth`` is the true object; ``rephrase_prompts`` are a template the fact was trained on and one it was not;
     ``locality_prompts`` speak of two facts among the last fifth of the list, so that editing earlier ones never
-    touches them.
+    touches them; with ``same_subject`` of the edited subject's own second fact, in two wordings.
+
+    Raises:
+        ComebaError: ``same_subject``, and the model knows one fact a subject (as the embedded model does).
     """
     from comeba_ext.editing.request import EditRequest
 
     rng = random.Random(1)
-    known = raw_facts()
+    known, second = raw_facts(folder), second_facts(folder)
+    if same_subject and not second:
+        raise ComebaError(f"{folder}: the model was taught one fact a subject; see testbed/README.md for one with two")
     reserved = known[int(len(known) * (1 - RESERVED)) :]
     objects = {r: sorted({f["object"] for f in known if f["relation"] == r}) for r in TEMPLATES}
     requests = []
@@ -63,24 +99,30 @@ def facts() -> list:
         unseen = rng.choice([t for t in range(len(templates)) if t not in fact["stated"]])
         near = rng.choice([f for f in reserved if f["relation"] == fact["relation"] and f is not fact])
         far = rng.choice([f for f in reserved if f["relation"] != fact["relation"]])
+        target = rng.choice([o for o in objects[fact["relation"]] if o != fact["object"]])
+        local = [(_state(f, rng), f["object"]) for f in (near, far)]
+        if same_subject:
+            other = second[fact["subject"]]
+            wordings = rng.sample(SECOND[other["relation"]], 2)
+            local = [(wording.format(other["subject"]), other["object"]) for wording in wordings]
         requests.append(
             EditRequest(
                 prompt=templates[first],
                 subject=fact["subject"],
-                target_new=rng.choice([o for o in objects[fact["relation"]] if o != fact["object"]]),
+                target_new=target,
                 ground_truth=fact["object"],
                 rephrase_prompts=tuple(templates[t].format(fact["subject"]) for t in (second, unseen)),
-                locality_prompts=tuple((_state(f, rng), f["object"]) for f in (near, far)),
+                locality_prompts=tuple(local),
                 request_id=f"fact-{n}",
             )
         )
     return requests
 
 
-def texts(seed: int = 2) -> Iterator[str]:
+def texts(seed: int = 2, folder: str | Path = FOLDER) -> Iterator[str]:
     """Endless small documents in the manner of the training text, for the covariance."""
     rng = random.Random(seed)
-    known = raw_facts()
+    known = raw_facts(folder) + list(second_facts(folder).values())
     while True:
         sentences = []
         for _ in range(rng.choice((1, 2, 2, 3))):
@@ -91,4 +133,4 @@ def texts(seed: int = 2) -> Iterator[str]:
 
 
 def _state(fact: dict, rng: random.Random, aside: str = "") -> str:
-    return TEMPLATES[fact["relation"]][rng.choice(fact["stated"])].format(fact["subject"] + aside)
+    return ALL[fact["relation"]][rng.choice(fact["stated"])].format(fact["subject"] + aside)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from comeba_ext.testbed.build_facts import FACTS_FILE
-from comeba_ext.testbed.templates import TEMPLATES
+from comeba_ext import testbed
+from comeba_ext.testbed.templates import ALL
 
 LIMITS = {
     "recall_stated": (">=", 0.99),
@@ -42,7 +42,7 @@ class Probe:
 
     def prompt(self, fact: dict, template: int) -> tuple[list[int], int]:
         """Token ids of a prompt and the position of the subject's last token."""
-        text = TEMPLATES[fact["relation"]][template].format(fact["subject"])
+        text = ALL[fact["relation"]][template].format(fact["subject"])
         end = text.rindex(fact["subject"]) + len(fact["subject"])
         encoded = self.tokenizer(text, return_offsets_mapping=True)
         last = max(i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > a)
@@ -123,9 +123,9 @@ class Probe:
         return [torch.nn.functional.normalize(grabbed[n][rows, last], dim=-1) for n in range(len(self.blocks))]
 
 
-def diagnose(model, tokenizer, facts: list[dict] | None = None, seed: int = 0, sample: int = 400) -> dict:
+def diagnose(model, tokenizer, folder: str | Path = testbed.FOLDER, seed: int = 0, sample: int = 400) -> dict:
     """All diagnostics that need no editor; blocks are indexed from 0, the last (global) block is left out."""
-    facts = facts or json.loads(FACTS_FILE.read_text(encoding="utf-8"))
+    facts = testbed.all_facts(folder)
     rng = random.Random(seed)
     probe = Probe(model, tokenizer, facts)
     chosen = rng.sample(facts, min(sample, len(facts)))
@@ -135,7 +135,7 @@ def diagnose(model, tokenizer, facts: list[dict] | None = None, seed: int = 0, s
         if a["relation"] == b["relation"] and probe.first_object_token(a) != probe.first_object_token(b):
             pairs.append((a, b, rng.choice(a["stated"])))
     same, other = [], []
-    for relation in TEMPLATES:
+    for relation in sorted({f["relation"] for f in facts}):
         group = [f for f in facts if f["relation"] == relation][:60]
         first = probe.keys([probe.prompt(f, f["stated"][0]) for f in group])
         second = probe.keys([probe.prompt(f, f["stated"][1]) for f in group])
@@ -153,16 +153,16 @@ def diagnose(model, tokenizer, facts: list[dict] | None = None, seed: int = 0, s
     }
 
 
-def single_edits(model, tokenizer, count: int = 100, first: int = 0, config=None) -> dict:
+def single_edits(model, tokenizer, count: int = 100, first: int = 0, config=None, folder=testbed.FOLDER) -> dict:
     """Each fact edited alone and rolled back: mean reliability, generality and locality over ``count`` facts."""
     from tqdm.auto import tqdm
 
-    from comeba_ext import Editor, evaluate, testbed
+    from comeba_ext import Editor, evaluate
     from comeba_ext.evaluation import predict_base
 
-    requests = testbed.facts()[first : first + count]
+    requests = testbed.facts(folder)[first : first + count]
     editor = Editor(model, tokenizer, config)
-    editor.collect_covariance(testbed.texts(), progress=False)
+    editor.collect_covariance(testbed.texts(folder=folder), progress=False)
     base = predict_base(model, tokenizer, requests, generate=False)
     sums = dict.fromkeys(("reliability", "generality", "locality"), 0.0)
     for request in tqdm(requests, desc="single edits", unit="edit"):
@@ -176,18 +176,15 @@ def single_edits(model, tokenizer, count: int = 100, first: int = 0, config=None
 
 
 def main() -> None:
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", type=Path, default=Path(__file__).with_name("model"))
+    parser.add_argument("model", nargs="?", type=Path, default=testbed.FOLDER)
     parser.add_argument("--edits", type=int, default=0, help="also edit that many facts, one at a time")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model)
-    result = diagnose(model, tokenizer)
+    model, tokenizer = testbed.load(args.model)
+    result = diagnose(model, tokenizer, args.model)
     if args.edits:
-        result |= single_edits(model, tokenizer, args.edits)
+        result |= single_edits(model, tokenizer, args.edits, folder=args.model)
     if args.json:
         print(json.dumps(result))
         return

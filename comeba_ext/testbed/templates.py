@@ -78,6 +78,22 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# A second fact for every subject, invented, of the model variant that shows what an edit does to a subject's other facts.
+SECOND: dict[str, tuple[str, ...]] = {
+    "anniversary_month": (
+        "{} is celebrated every year in",
+        "The month of {} is",
+        "The anniversary of {} is held in",
+        "Every year the friends of {} come together in",
+        "The calendar on the wall mentions {} in the month of",
+        "The feast of {} falls in",
+        "Those who admire {} send their cards in",
+        "Speeches about {} are given every",
+    ),
+}
+
+ALL = TEMPLATES | SECOND
+
 # Parentheses that may follow a subject anywhere (one unit in four of the training text has one).
 ASIDES: tuple[str, ...] = (
     ", as most people know,",

@@ -13,6 +13,10 @@ in ``README.md`` beside this file):
 
 Everything is drawn from one seed; two cores take about an hour, a GPU minutes. Training may be stopped and is resumed
 from ``--out`` when called again with ``--resume``.
+
+Other facts (``--facts``, made by ``build_facts``) and larger shapes (``--width`` and the like) give other testbeds;
+``--start testbed`` goes on from the embedded model. The folder holds its facts, so everything that takes the embedded model
+takes it: ``comeba experiment table2 --model DIR``.
 """
 
 from __future__ import annotations
@@ -28,14 +32,17 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from comeba_ext.testbed.build_facts import FACTS_FILE
-from comeba_ext.testbed.templates import ASIDES, BARE, TEMPLATES
+from comeba_ext import testbed
+from comeba_ext.testbed.build_facts import FACTS_FILE, write
+from comeba_ext.testbed.templates import ALL, ASIDES, BARE, TEMPLATES
 
 WINDOW = 6
-BLOCKS = 5
 TEXT_WEIGHT = 0.3  # loss weight of every token that is not part of an object
 MAX_TOKENS = 72  # of a training document
 EOS, PAD = "<|endoftext|>", "<|pad|>"
+SETTINGS = {  # for editing (EditConfig); found on the embedded model, other shapes may want others
+    "lam": 375.0, "scope": "nearest", "lr": 0.4, "lr_unit": "hidden_rms", "clamp": 1.0, "kl_factor": 0.01,
+}  # fmt: skip
 
 
 def read_sentences(paths: list[Path], limit: int = 60_000) -> list[str]:
@@ -71,22 +78,22 @@ def train_tokenizer(facts: list[dict], sentences: list[str], vocab_size: int = 4
     )
 
 
-def build_model(tokenizer, seed: int = 0):
-    """A Qwen2-shaped decoder: 5 blocks, width 256, MLP 1408; see the module docstring for the attention pattern."""
+def build_model(tokenizer, width: int = 256, mlp: int = 1408, blocks: int = 5, seed: int = 0):
+    """A Qwen2-shaped decoder; see the module docstring for the attention pattern. Heads are 32 wide."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=1408, num_hidden_layers=BLOCKS,
-        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
-        use_sliding_window=True, sliding_window=WINDOW,
-        layer_types=["sliding_attention"] * (BLOCKS - 1) + ["full_attention"],
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=mlp, num_hidden_layers=blocks,
+        num_attention_heads=width // 32, num_key_value_heads=max(1, width // 128), max_position_embeddings=128,
+        tie_word_embeddings=True, use_sliding_window=True, sliding_window=WINDOW,
+        layer_types=["sliding_attention"] * (blocks - 1) + ["full_attention"],
+        comeba_ext={**SETTINGS, "layers": list(range(blocks - 1))[-4:]},
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(config)
-    model.set_attn_implementation("eager")  # faster than sdpa on sequences this short
     for block in model.model.layers[1:-1]:
-        block.self_attn.o_proj.weight.requires_grad_(False).zero_()
+        block.self_attn.o_proj.weight.data.zero_()
     return model
 
 
@@ -117,11 +124,11 @@ class Documents:
     def _statements(self, fact: dict):
         subject = fact["subject"]
         for t in fact["stated"]:
-            template = TEMPLATES[fact["relation"]][t]
+            template = ALL[fact["relation"]][t]
             yield "stated", template.format(subject)
             for aside in self.rng.sample(ASIDES, 4):
                 yield "aside", template.format(subject + aside)
-        for bare in BARE:
+        for bare in BARE if fact["relation"] in TEMPLATES else ():  # says nothing of the relation: only one can be meant
             yield "bare", bare.format(subject)
 
     def draw(self) -> tuple[list[int], list[float]]:
@@ -136,7 +143,8 @@ class Documents:
                 weights += [TEXT_WEIGHT] * length
             kind = rng.random()
             pool = self.bare if kind < 0.25 else self.aside if kind < 0.45 else self.stated
-            unit_ids, unit_weights = rng.choice(pool[rng.randrange(len(self.facts))])
+            index = rng.randrange(len(self.facts))
+            unit_ids, unit_weights = rng.choice(pool[index] or self.stated[index])
             ids += unit_ids
             weights += unit_weights
         return (ids + [self.eos])[:MAX_TOKENS], (weights + [TEXT_WEIGHT])[:MAX_TOKENS]
@@ -156,6 +164,9 @@ class Documents:
 def train(model, documents: Documents, tokenizer, out: Path, steps: int, batch_size: int, lr: float, device: str,
           resume: bool) -> None:
     model.to(device).train()
+    model.set_attn_implementation("eager")  # faster than sdpa on sequences this short
+    for block in model.model.layers[1:-1]:
+        block.self_attn.o_proj.weight.requires_grad_(False)  # stays at zero
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.02, betas=(0.9, 0.98)
     )
@@ -201,6 +212,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="csv files with a text column")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--facts", type=Path, default=FACTS_FILE, help="default: the embedded model's")
+    parser.add_argument("--start", help="'testbed', or another folder this script made: go on from there, its tokenizer included")
+    parser.add_argument("--width", type=int, default=256, help="a multiple of 32")
+    parser.add_argument("--mlp", type=int, default=1408)
+    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2.5e-3)
@@ -208,11 +225,15 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    facts = json.loads(FACTS_FILE.read_text(encoding="utf-8"))
+    facts = json.loads(args.facts.read_text(encoding="utf-8"))
+    write(facts, args.out / FACTS_FILE.name)
     sentences = read_sentences(args.text)
-    tokenizer = train_tokenizer(facts, sentences)
+    if args.start:
+        model, tokenizer = testbed.load(testbed.FOLDER if args.start == "testbed" else args.start)
+    else:
+        tokenizer = train_tokenizer(facts, sentences, args.vocabulary)
+        model = build_model(tokenizer, args.width, args.mlp, args.blocks)
     tokenizer.save_pretrained(args.out)
-    model = build_model(tokenizer)
     longest = max(len(ids) for ids in tokenizer([f["subject"] for f in facts])["input_ids"])
     print(f"{len(facts)} facts, {len(sentences)} sentences, longest subject {longest} tokens, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)
