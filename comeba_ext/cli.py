@@ -34,9 +34,11 @@ Limit = Annotated[Optional[int], typer.Option("--limit", min=1, help="read at mo
 Device = Annotated[
     Optional[str], typer.Option("--device", help="cpu, cuda, …; auto: spread over all (default: cuda where there is one)")
 ]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 
 METRICS = ("reliability", "generality", "locality")
+PLAIN_TEXTS = 400  # at most, to measure perplexity on in experiments
 
 
 @app.command()
@@ -136,7 +138,7 @@ def edit(
             _provide_covariance(editor, model, covariance, texts, not as_json)
         skipped = list(read.skipped)
         used = []
-        for position, request in _placed(read):
+        for position, request in read.placed():
             try:
                 editor.check([request])
                 used.append(request)
@@ -180,6 +182,8 @@ def evaluate_(
     from comeba_ext.storage import write_text
 
     with _reporting(as_json) as report:
+        if predictions is not None and not predictions.parent.is_dir():
+            raise ComebaError(f"--predictions {predictions}: there is no folder {predictions.parent}")
         read = read_requests(records, limit)
         net, tokenizer = _load(model, device, dtype, edits)
         used, skipped = _fitting(net, tokenizer, read)
@@ -303,6 +307,7 @@ def experiment(
         typer.Option("--records", help="FILE or NAME=FILE, any number (default for testbed: its own facts)"),
     ] = None,
     samples: Annotated[Optional[int], typer.Option("--samples", min=1, help="records a data set")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="other than 0: take the records in random order")] = 0,
     covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance', of all layers edited")] = None,
     texts: Annotated[Optional[Path], typer.Option(help="corpus for the covariance, and for perplexity")] = None,
     device: Device = None,
@@ -310,11 +315,9 @@ def experiment(
     as_json: Json = False,
 ) -> None:
     """Run an experiment: methods and settings under one protocol, into a table, JSON and plots."""
-    import itertools
-
     from comeba_ext import experiments, testbed
     from comeba_ext.covariance import Covariance
-    from comeba_ext.data import read_requests, read_texts
+    from comeba_ext.data import ReadResult, read_requests, read_texts
     from comeba_ext.experiments.table import cell
 
     with _reporting(as_json) as report:
@@ -323,31 +326,33 @@ def experiment(
         given = [r.split("=", 1) if "=" in r and not Path(r).exists() else (Path(r).stem, r) for r in records or ()]
         if not given and home is None:
             raise ComebaError("no records: add --records FILE (ZsRE, CounterFact, EasyEdit's form, or your own)")
-        datasets = [
-            experiments.Dataset(label, read.requests, read.read, read.skipped)
-            for label, file in given
-            for read in [read_requests(file)]
-        ]
-        if len({dataset.name for dataset in datasets}) < len(datasets):
+        datasets = {label: read_requests(file) for label, file in given}
+        if len(datasets) < len(given):
             raise ComebaError("two --records have the same name; write NAME=FILE")
         net, tokenizer = _load(model, device, dtype)
         if home and not datasets:
-            datasets = [experiments.Dataset(label, requests) for label, requests in testbed.datasets(home).items()]
+            datasets = {label: ReadResult(own, len(own), []) for label, own in testbed.datasets(home).items()}
         if home and samples is None:
             samples = chosen.testbed_samples
-        corpus = read_texts(texts) if texts else testbed.texts(folder=home) if home else None
-        # Measured on other text than the covariance is collected from, where there is a generator of it.
-        plain = itertools.islice(read_texts(texts) if texts else testbed.texts(9, home) if home else (), 400)
+        # Perplexity is measured on other texts than the covariance is collected from: every tenth of the corpus.
+        if texts:
+            corpus = (text for n, text in enumerate(read_texts(texts)) if n % 10)
+            plain = itertools.islice(read_texts(texts), 0, 10 * PLAIN_TEXTS, 10)
+        else:
+            corpus = testbed.texts(folder=home) if home else None
+            plain = itertools.islice(testbed.texts(9, home), PLAIN_TEXTS) if home else ()
         result = experiments.run(
             chosen, net, tokenizer, datasets, out, covariance=Covariance.load(covariance) if covariance else None,
-            texts=corpus, plain_texts=list(plain), samples=samples, progress=not as_json,
+            texts=corpus, plain_texts=list(plain), samples=samples, seed=seed, progress=not as_json,
         )  # fmt: skip
         for dataset, counts in result["records"].items():
             report.say(f"{chosen.title} — {dataset}, {counts['used']} records")
             own = [row for row in result["rows"] if row["dataset"] == dataset]
             report.table(("case", "edits", *METRICS, "s/edit"),
-                         [(r["case"], r["edits"], *(cell(r, m) for m in METRICS), f"{r['seconds_per_edit']:.3f}")
-                          for r in own])  # fmt: skip
+                         [(r["case"], r["edits"], *(cell(r, m) for m in METRICS), cell(r, "seconds_per_edit")) for r in own])
+            for row in own:
+                if "error" in row:
+                    report.say(f"{row['case']} failed after {row['edits']} edits: {row['error']}")
             _say_counts(report, counts)
         report.say(f"Written to {out}: " + ", ".join([f"{chosen.name}.json", f"{chosen.name}.md", *result["plots"]]))
         report.result = {**result, "out": str(out)}
@@ -467,22 +472,25 @@ def _load(name: str, device: str | None, dtype: str, edits: Path | None = None):
     from comeba_ext.saved_edits import load_edits
 
     home = testbed.folder_of(name)
+    if dtype not in DTYPES:
+        raise ComebaError(f"unknown --dtype {dtype!r}; choose {', '.join(DTYPES)}")
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    place = None if device == "auto" and not home else _device(device)
     if home:
         model, tokenizer = testbed.load(home)
+        model = model if dtype == "auto" else model.to(wanted)
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ComebaError(f"unknown --dtype {dtype!r}; choose auto, float32, bfloat16 or float16")
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device_map="auto" if device == "auto" else None
+                name, dtype=wanted, device_map="auto" if place is None else None
             )
         except (OSError, ValueError, ImportError) as error:  # device_map needs accelerate
             raise ComebaError(f"cannot load a model from {name!r}: {str(error).strip().splitlines()[0]}") from None
-    if device != "auto" or home:
-        model = model.to(_device(device))
+    if place is not None:
+        model = model.to(place)
     model.eval()
     if edits is not None:
         load_edits(model, edits)
@@ -497,7 +505,15 @@ def _device(wanted: str | None) -> str:
 
     count, own = torch.cuda.device_count(), distributed.local_rank()
     if wanted not in (None, "auto", "cuda"):
+        try:
+            kind = torch.device(wanted).type
+        except RuntimeError:
+            raise ComebaError(f"unknown --device {wanted!r}; choose cpu, cuda, cuda:N or auto") from None
+        if kind == "cuda" and count <= (torch.device(wanted).index or 0):
+            raise ComebaError(f"--device {wanted}: torch finds {count} GPUs; see 'comeba doctor'")
         return wanted
+    if wanted == "cuda" and not count:
+        raise ComebaError("--device cuda: torch finds no GPU; see 'comeba doctor'")
     if own >= count > 0:
         raise ComebaError(f"{own + 1} processes, but {count} GPUs: start one process a GPU, or add --device cpu")
     return f"cuda:{own}" if count or wanted == "cuda" else "cpu"
@@ -532,7 +548,7 @@ def _fitting(model, tokenizer, read) -> tuple[list, list[dict]]:
 
     skipped = list(read.skipped)
     used = []
-    for position, request in _placed(read):
+    for position, request in read.placed():
         try:
             queries = record_queries(tokenizer, request, position)
             check_context(model, [query for own in queries.values() for query in own], position, request)
@@ -540,12 +556,6 @@ def _fitting(model, tokenizer, read) -> tuple[list, list[dict]]:
         except ComebaError as error:
             skipped.append({"index": position, "reason": str(error)})
     return used, skipped
-
-
-def _placed(read) -> list[tuple[int, object]]:
-    """The requests of a file with their records' positions in it."""
-    unusable = {skip["index"] for skip in read.skipped}
-    return list(zip((n for n in range(read.read) if n not in unusable), read.requests, strict=True))
 
 
 def _continue(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str]:

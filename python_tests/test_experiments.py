@@ -12,10 +12,11 @@ import pytest
 import yaml
 from test_cli import output, run
 
-from comeba_ext import EditConfig, Editor, experiments, testbed
+from comeba_ext import EditConfig, Editor, experiments, methods, testbed
 from comeba_ext.errors import ConfigError
 from comeba_ext.experiments import definition
 from comeba_ext.experiments.table import markdown
+from comeba_ext.storage import MANIFEST
 
 ISSUE = {"table1", "table2", "fig3", "fig4", "fig5", "fig6", "fig7", "fig10", "fig11", "scope"}
 SMALL = {
@@ -99,7 +100,19 @@ def test_grid_of_methods_and_settings(tmp_path):
         ("title: t\nmethods: [FT]\nsample: 3", "unknown key sample"),
         ("title: t\nmethods: [FT]\nprotocol: nonsense", "protocol must be one of"),
         ("title: t\nmethods: [FT]\nplot: pie", "plot must be one of"),
-        ("title: t\nmethods: [FT]\nmeasures: [taste]", "measures must be of"),
+        ("title: t\nmethods: [FT]\nmeasures: [taste]", "measures must be a list of"),
+        ("title: t\nmethods: [FT]\nmeasures: text", "measures must be a list of.*got 'text'"),
+        ("title: t\nmethods: FT", "methods must be a list"),
+        ("title: t\nmethods: [5]", "methods must be a list"),
+        ("title: t\nmethods: [FT]\nsettings: []", "one or more"),
+        ("title: t\nmethods: [FT]\nsettings: {lam: 5}", "settings must be a list"),
+        ("title: t\nmethods: [FT]\nsamples: '100'", "samples must be a whole number"),
+        ("title: t\nmethods: [FT]\nbatch_size: ten", "batch_size must be a whole number"),
+        ("title: t\nmethods: [FT]\ngenerate: 1", "generate must be true or false"),
+        ("title: t\nmethods: [{method: FT, last_layers: 0}]", "last_layers must be a whole number"),
+        ("title: t\nmethods: [{method: FT, lam_factor: many}]", "lam_factor must be a number > 0"),
+        ("title: t\nmethods: [FT]\nplot: scores", "needs the measure 'scores'"),
+        ("title: t\nmethods: [FT]\nprotocol: single_round\nmeasures: [text]", "single_round"),
         ("title: t\nmethods: [FT, FT]", "same label"),
     ],
 )
@@ -108,6 +121,24 @@ def test_malformed_files(tmp_path, content, words):
     path.write_text(content)
     with pytest.raises(ConfigError, match=words):
         experiments.load(path)
+
+
+def test_values_as_people_write_them(tmp_path, model):
+    path = tmp_path / "e.yaml"
+    path.write_text("title: t\nmethods: [{method: FT, lr: 5e-4}, {method: COMEBA-HK, alpha: inf, lam_factor: 1e-1}]")
+    ft, comeba = experiments.load(path).cases
+    assert ft.config(model).lr == 5e-4
+    assert comeba.config(model).alpha == float("inf")
+    assert comeba.config(model).lam == pytest.approx(EditConfig.for_model(model).lam / 10)
+    path.write_bytes(b"title: \xff")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        experiments.load(path)
+    with pytest.raises(ConfigError, match="case 'x'.*alpha"):
+        definition.Case("COMEBA-HK", "x", {"alpha": "high"}).config(model)
+
+
+def test_a_scope_is_nothing_to_methods_without_hooks(model):
+    assert methods.default_config("MEMIT", model, scope="nearest").lam == methods.default_config("MEMIT", model).lam
 
 
 def test_unknown_names(tmp_path):
@@ -133,18 +164,19 @@ def test_a_killed_experiment_ends_in_the_same_table(small, covariance, tmp_path)
     command = [sys.executable, "-m", "comeba_ext.cli", "experiment", *map(str, given), "--out",
                str(tmp_path / "killed"), "--json"]  # fmt: skip
     root = Path(__file__).resolve().parents[1]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(root)})
-    log, deadline = tmp_path / "killed/testbed/COMEBA-HK/log.jsonl", time.time() + 120
-    while process.poll() is None and time.time() < deadline:
-        if log.exists() and '"edit"' in log.read_text():
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed/small.json").exists()
+    case = tmp_path / "killed/small/testbed/COMEBA-HK"
+    logged = lambda text: (case / "log.jsonl").exists() and text in (case / "log.jsonl").read_text()  # noqa: E731
+    for moment in (lambda: logged('"edit"'), (case / "edits" / MANIFEST).exists, lambda: logged('"checkpoint"')):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(root)})
+        deadline = time.time() + 120
+        while process.poll() is None and time.time() < deadline and not moment():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "killed/small.json").exists()
     resumed = output("experiment", *given, "--out", tmp_path / "killed")
     assert metrics_of(resumed) == metrics_of(whole)
-    cut = lambda text: [line.rsplit("|", 2)[0] for line in text.splitlines()]  # noqa: E731  (without seconds)
+    cut = lambda text: [line.rsplit("|", 3)[0] for line in text.splitlines()]  # noqa: E731  (without seconds and memory)
     assert cut((tmp_path / "killed/small.md").read_text()) == cut((tmp_path / "whole/small.md").read_text())
     assert metrics_of(json.loads((tmp_path / "whole/small.json").read_text())) == metrics_of(whole)
     assert (tmp_path / "whole/small-testbed.png").stat().st_size > 10_000
@@ -152,6 +184,68 @@ def test_a_killed_experiment_ends_in_the_same_table(small, covariance, tmp_path)
     assert again["rows"] == whole["rows"]
     other = run("experiment", *given, "--out", tmp_path / "whole", "--samples", 2, "--json")
     assert other.exit_code == 1 and "another run" in json.loads(other.stdout)["error"]
+
+
+def test_a_method_that_cannot_go_on_is_a_row(covariance, tmp_path):
+    path = tmp_path / "mixed.yaml"
+    path.write_text(yaml.safe_dump(SMALL | {"methods": [{"method": "FT", "lr": 1e37, "label": "wild"}, "FT"], "plot": "bars"}))
+    for _ in range(2):  # complete as it is
+        result = output("experiment", path, "--out", tmp_path / "out")
+        wild, *others = result["rows"]
+        assert "diverged" in wild["error"] and wild["edits"] == 0 and wild["reliability"] is None
+        assert [(r["case"], r["edits"]) for r in others] == [("FT", 4), ("FT", 6)]
+    assert "wild (failed after 0 edits)" in (tmp_path / "out/mixed.md").read_text()
+    shown = run("experiment", path, "--out", tmp_path / "out").stdout
+    assert "wild failed after 0 edits" in " ".join(shown.split())
+    path.write_text(yaml.safe_dump(SMALL | {"methods": [{"method": "FT", "lr": 1e37}]}))
+    assert output("experiment", path, "--out", tmp_path / "other")["plots"] == []  # there is nothing to draw
+
+
+@pytest.mark.parametrize("plot", ["bars", "edits", "settings"])
+def test_records_with_nothing_else_to_ask(tmp_path, plot):
+    facts = tmp_path / "facts.json"
+    fields = ("prompt", "subject", "target_new")
+    facts.write_text(json.dumps([{name: getattr(fact, name) for name in fields} for fact in testbed.facts()[:4]]))
+    path = tmp_path / "bare.yaml"
+    path.write_text(yaml.safe_dump(SMALL | {"methods": ["FT"], "plot": plot}))
+    result = output("experiment", path, "--out", tmp_path / "out", "--records", f"a/b={facts}")
+    assert [row["generality"] for row in result["rows"]] == [None, None] and result["rows"][0]["reliability"] is not None
+    (plotted,) = result["plots"]
+    assert (tmp_path / "out" / plotted).stat().st_size > 5_000
+
+
+def test_experiments_share_a_folder(small, tmp_path):
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(SMALL | {"methods": [{"method": "FT", "steps": 2 if name == "one" else 3}], "evaluations": 1}))
+        assert output("experiment", path, "--out", tmp_path / "out")["rows"]
+    assert {"one.json", "two.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    labels = [{"method": "FT", "steps": n + 1, "label": label} for n, label in enumerate(("λ/3", "λ-3", "..", "FT"))]
+    path.write_text(yaml.safe_dump(SMALL | {"samples": 2, "methods": labels, "evaluations": 1}))
+    again = output("experiment", path, "--out", tmp_path / "labels")
+    assert [row["case"] for row in again["rows"]] == ["λ/3", "λ-3", "..", "FT"]
+    assert sum(1 for _ in (tmp_path / "labels").glob("two/testbed/*/log.jsonl")) == 4
+
+
+def test_a_seed_is_another_choice_of_records(tmp_path):
+    path = tmp_path / "e.yaml"
+    path.write_text(yaml.safe_dump(SMALL | {"methods": ["FT"], "evaluations": 1, "samples": 2}))
+    asked = {}
+    for seed in (0, 1, 1):
+        output("experiment", path, "--out", tmp_path / f"{seed}", "--seed", seed)
+        rows = map(json.loads, (tmp_path / f"{seed}/e/testbed/FT/log.jsonl").read_text().splitlines())
+        asked[seed] = [row["subject"] for row in rows if row["event"] == "record"]
+    assert asked[0] == [fact.subject for fact in testbed.facts()[:2]] and not set(asked[0]) & set(asked[1])
+
+
+@pytest.mark.parametrize("name", sorted(ISSUE))
+def test_every_shipped_experiment_runs(name, covariance, tmp_path, monkeypatch):
+    monkeypatch.setattr("comeba_ext.cli.PLAIN_TEXTS", 20)
+    result = output("experiment", name, "--samples", 2, "--covariance", covariance, "--out", tmp_path)
+    cases = [case.label for case in experiments.load(name).cases]
+    assert list(dict.fromkeys(row["case"] for row in result["rows"])) == cases
+    assert all(0 <= row["reliability"] <= 1 for row in result["rows"]) and not any("error" in row for row in result["rows"])
+    assert (tmp_path / f"{name}.md").exists() and (tmp_path / result["plots"][0]).exists()
 
 
 def test_every_measure_and_plot(covariance, tmp_path):
@@ -172,13 +266,16 @@ def test_every_measure_and_plot(covariance, tmp_path):
 
 def test_records_of_a_file(tmp_path):
     path = tmp_path / "facts.jsonl"
-    rows = [r.to_record() for r in testbed.facts()[:2]] + [{"prompt": "nothing"}, {"prompt": "{} " + "very " * 200, "subject": "x",
-                                                                                 "target_new": "y"}]  # fmt: skip
+    good = [r.to_record() for r in testbed.facts()[:2]]
+    long = {"prompt": "{} " + "very " * 200, "subject": "x", "target_new": "y"}
+    rows = [good[0], {"prompt": "nothing"}, good[1], long]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = tmp_path / "small.yaml"
     small.write_text(yaml.safe_dump(SMALL | {"methods": ["FT"], "evaluations": 1}))
     result = output("experiment", small, "--out", tmp_path / "out", "--records", f"mine={path}")
-    assert result["records"]["mine"]["used"] == 2 and len(result["records"]["mine"]["skipped"]) == 2
+    assert result["records"]["mine"]["used"] == 2
+    assert [skip["index"] for skip in result["records"]["mine"]["skipped"]] == [1, 3]
+    assert "record 3" in result["records"]["mine"]["skipped"][1]["reason"]
     plain = run("experiment", small, "--out", tmp_path / "out", "--records", f"mine={path}")
     assert plain.exit_code == 0 and "FT" in plain.stdout and "skipped" in plain.stdout
 
@@ -198,6 +295,7 @@ def test_one_clear_error(tmp_path):
         (("table9",), "table2"),
         (("table2", "--model", "no/such/model", "--records", str(tmp_path / "x.json")), "no such file"),
         (("table2", "--model", "no/such/model"), "--records"),
+        (("table2", "--device", "nonsense"), "--device"),
     ):
         result = run("experiment", *args, "--out", tmp_path, "--json")
         assert result.exit_code == 1 and words in json.loads(result.stdout)["error"]

@@ -1,12 +1,15 @@
 """Protocols: what is evaluated when, and that a run stopped anywhere ends in the same table."""
 
+import copy
 import json
+import sys
 
 import pytest
 import torch
 from test_editor import TEXTS, small_model, some_requests
 
 from comeba_ext import EditConfig, Editor, EditRequest, evaluate, methods
+from comeba_ext.editing.report import peak_memory, reset_peak_memory
 from comeba_ext.errors import ConfigError, RequestError, StorageError
 from comeba_ext.evaluation import Protocol, predict_base, run_protocol
 from comeba_ext.evaluation.protocols import batches, latest
@@ -128,13 +131,89 @@ def test_a_folder_of_another_run_is_refused(setting, tmp_path):
     requests = requests_with_prompts(2)
     run(setting, tmp_path, requests, Protocol(batch_size=2, generate=False))
     for other in ({"protocol": Protocol(batch_size=1, generate=False)}, {"requests": requests[:1]},
-                  {"config": CONFIG.replace(lam=3.0)}):  # fmt: skip
+                  {"config": CONFIG.replace(lam=3.0)}, {"identity": {"measures": ["text"]}}):  # fmt: skip
         arguments = {"requests": requests, "protocol": Protocol(batch_size=2, generate=False), **other}
         with pytest.raises(StorageError, match="another run"):
             run(setting, tmp_path, **arguments)
+    model, tokenizer, covariance = setting
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.transformer.h[1].mlp.c_proj.weight.mul_(1.1)
+    other = copy.deepcopy(covariance)
+    other.moments = {name: 2 * moments for name, moments in other.moments.items()}
+    for changed in ((tuned, tokenizer, covariance), (copy.deepcopy(model).double(), tokenizer, covariance), (model, tokenizer, other)):
+        with pytest.raises(StorageError, match="another run"):
+            run(changed, tmp_path, requests, Protocol(batch_size=2, generate=False))
     (tmp_path / "log.jsonl").write_text("nonsense\n")
     with pytest.raises(StorageError, match="not a log"):
         run(setting, tmp_path, requests, Protocol(batch_size=2, generate=False))
+
+
+def test_edits_whose_log_is_gone_are_not_gone_on_from(setting, tmp_path, monkeypatch):
+    requests = requests_with_prompts(4)
+    fresh = run(setting, tmp_path / "fresh", requests, Protocol(batch_size=1, save_every=1, generate=False))
+    real = Editor.edit
+
+    def dying(self, batch):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Editor, "edit", dying)
+        run(setting, tmp_path / "other", requests, Protocol(batch_size=1, save_every=1, generate=False), config=CONFIG.replace(lam=900.0))
+    assert (tmp_path / "other/edits").exists()
+    (tmp_path / "other/log.jsonl").unlink()
+    again = run(setting, tmp_path / "other", requests, Protocol(batch_size=1, save_every=1, generate=False))
+    assert table(again) == table(fresh) and not (tmp_path / "other/edits").exists()
+    assert [step["alpha"] for step in again.steps] == [step["alpha"] for step in fresh.steps]
+
+
+@pytest.mark.parametrize("name", ["consecutive", "single_round"])
+def test_a_method_that_cannot_go_on_ends_the_run(setting, tmp_path, monkeypatch, name):
+    requests = requests_with_prompts(6)
+    protocol = Protocol(name, batch_size=2, checkpoints=(2,), generate=False)
+    real, calls = Editor.edit, []
+
+    def diverging(self, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RequestError("the update is not finite")
+        return real(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Editor, "edit", diverging)
+        result = run(setting, tmp_path, requests, protocol)
+    assert result.failed == 4 and "not finite" in result.error
+    # A single-round run has measured four records one batch at a time; a consecutive one was to look again at the end.
+    assert {n: m.records for n, m in result.checkpoints.items()} == ({4: 4} if name == "single_round" else {2: 2})
+    assert [step["edits"] for step in result.steps] == [2, 4] and result.efficiency(2)["seconds_per_edit"] > 0
+    again = run(setting, tmp_path, requests, protocol)  # complete as it is
+    assert (again.failed, again.error, table(again)) == (result.failed, result.error, table(result))
+
+
+def test_what_cannot_be_edited_is_said_before_anything_runs(setting, tmp_path):
+    with pytest.raises(RequestError, match="no request"):
+        run(setting, tmp_path / "none", [], Protocol())
+    long = EditRequest("very " * 200 + "{}", "x", "y")
+    with pytest.raises(RequestError, match="tokens"):
+        run(setting, tmp_path / "long", [*requests_with_prompts(3), long], Protocol(batch_size=1, generate=False))
+    log = tmp_path / "long/log.jsonl"
+    assert not log.exists() or '"edit"' not in log.read_text()
+
+
+def test_peak_memory_is_that_of_a_step(setting, tmp_path):
+    ballast = torch.ones(2**27)  # half a GB, gone before the run
+    del ballast
+    result = run(setting, tmp_path, requests_with_prompts(2), Protocol(batch_size=2, generate=False))
+    before = peak_memory(torch.device("cpu"))
+    ballast = torch.ones(2**27)
+    assert peak_memory(torch.device("cpu")) > before + 2**28
+    del ballast
+    if sys.platform == "linux":
+        reset_peak_memory(torch.device("cpu"))
+        assert peak_memory(torch.device("cpu")) < before + 2**28
+    assert result.efficiency()["peak_memory"] <= before + 2**28
 
 
 def test_retention_is_against_the_latest_target(setting, tmp_path):

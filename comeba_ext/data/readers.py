@@ -32,6 +32,11 @@ class ReadResult:
     read: int
     skipped: list[dict]
 
+    def placed(self) -> list[tuple[int, EditRequest]]:
+        """The requests with their records' positions in the file."""
+        unusable = {skip["index"] for skip in self.skipped}
+        return list(zip((n for n in range(self.read) if n not in unusable), self.requests, strict=True))
+
 
 def read_requests(path, limit: int | None = None) -> ReadResult:
     """Edit requests from a JSON or JSONL file.

@@ -173,8 +173,8 @@ class EditConfig:
                 import yaml
 
                 values = yaml.safe_load(text)
-                if isinstance(values, dict):  # YAML 1.1 reads 1e-3, without a dot, as text
-                    values = {k: float(v) if _is_scientific(v) else v for k, v in values.items()}
+                if isinstance(values, dict):
+                    values = with_numbers(values)
             else:
                 values = json.loads(text)
         except OSError as error:
@@ -236,8 +236,10 @@ def _by_depth(depth: int) -> tuple[int, ...]:
     return tuple(range(min(first, last), last + 1))
 
 
-def _is_scientific(value) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) is not None
+def with_numbers(values: dict) -> dict:
+    """Values read from YAML 1.1, which takes 1e-3, without a dot, for text."""
+    scientific = lambda v: isinstance(v, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", v) is not None  # noqa: E731
+    return {key: float(value) if scientific(value) else value for key, value in values.items()}
 
 
 def _is_int(value) -> bool:

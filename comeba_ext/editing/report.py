@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import resource
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -24,7 +25,8 @@ class EditReport:
         optimizer_steps: steps each target value took.
         alpha: threshold of every layer after the step.
         seconds: time of the phases ``values``, ``keys``, ``update``, ``calibrate``.
-        peak_memory: high-water mark in bytes, of the GPU where the model is on one, else of the process.
+        peak_memory: high-water mark in bytes, of the GPU where the model is on one, else of the process, since it
+            was last reset (:func:`reset_peak_memory`; the editor itself never does).
     """
 
     step: int
@@ -47,7 +49,7 @@ class Phases:
         self.device = device
         self.seconds = dict.fromkeys(("values", "keys", "update", "calibrate"), 0.0)
 
-    @contextmanager
+    @contextlib.contextmanager
     def __call__(self, name: str):
         start = time.perf_counter()
         try:
@@ -58,8 +60,17 @@ class Phases:
             self.seconds[name] += time.perf_counter() - start
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let :func:`peak_memory` count from here on: on a GPU, and on Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError):  # not every sandbox has the file
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of resident memory (proc(5))
+
+
 def peak_memory(device: torch.device) -> int:
-    """Bytes."""
+    """Bytes, see :class:`EditReport`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,14 +12,17 @@ from torch.nn import functional as F
 from comeba_ext.architectures import context_length
 from comeba_ext.editing.encoding import micro_batches, pad, pad_id
 from comeba_ext.errors import ComebaError
+from comeba_ext.hooked_linear import hooked_layers
 from comeba_ext.partial_forward import evaluating
+
+MAX_NLL = 700.0  # whose exponential is still a float64
 
 
 @torch.no_grad()
 def perplexity(model: torch.nn.Module, tokenizer, texts: Iterable[str], *, max_tokens: int = 4096) -> float:
     """``exp(mean NLL of a token given those before it)`` over all tokens but the first of every piece.
 
-    Texts longer than the model's context are cut into pieces of that length.
+    Texts longer than the model's context are cut into pieces of that length. At most e⁷⁰⁰, which a destroyed model reaches.
     """
     total, count = 0.0, 0
     for ids, mask, logits in _passes(model, tokenizer, texts, max_tokens):
@@ -29,7 +32,7 @@ def perplexity(model: torch.nn.Module, tokenizer, texts: Iterable[str], *, max_t
         total, count = total + nll.item(), count + int(real.sum())
     if not count:
         raise ComebaError("no text of two tokens or more to measure perplexity on")
-    return math.exp(total / count)
+    return math.exp(min(total / count, MAX_NLL))
 
 
 @torch.no_grad()
@@ -45,7 +48,8 @@ def harness(model: torch.nn.Module, tokenizer, tasks: list[str], folder: str | P
     Args:
         tasks: the harness's task names; it loads their data itself.
         folder: of task files of one's own (YAML), whose tasks may be named too.
-        options: passed to ``lm_eval.simple_evaluate`` (``limit``, ``num_fewshot``, ``batch_size`` …).
+        options: passed to ``lm_eval.simple_evaluate`` (``limit``, ``num_fewshot``, ``batch_size`` …). The batch size is 1
+            whatever is asked for where padding would be scored (edits with the scope zscore).
 
     Returns:
         task to its metrics, e.g. ``{"hellaswag": {"acc,none": 0.4, "acc_stderr,none": 0.005, …}}``.
@@ -63,9 +67,11 @@ def harness(model: torch.nn.Module, tokenizer, tasks: list[str], folder: str | P
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ComebaError(f"lm-evaluation-harness has no task {', '.join(map(repr, unknown))}; see 'lm_eval --tasks list'")
-    batch_size = options.pop("batch_size", 8)
+    # The harness pads its batches without a mask, which a score relative to the sequence (zscore) would count.
+    relative = any(layer.scope == "zscore" and layer.mode == "validated" for layer in hooked_layers(model).values())
+    asked = options.pop("batch_size", 8)
     with evaluating(model):
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1 if relative else asked)
         return lm_eval.simple_evaluate(model=wrapped, tasks=tasks, task_manager=manager, **options)["results"]
 
 

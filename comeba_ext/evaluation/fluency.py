@@ -11,9 +11,11 @@ from collections import Counter
 
 import torch
 
+from comeba_ext.architectures import context_length
 from comeba_ext.editing.encoding import pad, pad_id
+from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation.metrics import bootstrap_interval
-from comeba_ext.evaluation.scoring import micro_batches
+from comeba_ext.evaluation.scoring import greedy, micro_batches
 from comeba_ext.partial_forward import evaluating
 
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # of bi- and trigram entropy, before their mean
@@ -35,15 +37,23 @@ def fluency(
 
     Returns:
         ``fluency`` in bits and ``fluency_interval`` over the prompts.
+
+    Raises:
+        ComebaError: there is no prompt, or one leaves no room for the new tokens in the model's context.
     """
+    limit = context_length(model)
     rows = {prompt: tokenizer(prompt)["input_ids"] for prompt in prompts}
+    if not rows:
+        raise ComebaError("no prompt to measure fluency on")
+    for prompt, ids in rows.items():
+        if limit is not None and len(ids) + new_tokens > limit:
+            raise ComebaError(f"prompt {prompt[:40]!r}… and {new_tokens} new tokens exceed the context of {limit}")
     device = model.get_input_embeddings().weight.device
     values: dict[str, float] = {}
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), greedy(model, pad_id(tokenizer)):
         for batch in micro_batches(list(rows), max_tokens, size=lambda p: len(rows[p]) + new_tokens):
             ids, mask = pad([rows[p] for p in batch], pad_id(tokenizer), "left", device)
-            out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens,
-                                 min_new_tokens=new_tokens, pad_token_id=pad_id(tokenizer))  # fmt: skip
+            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
             texts = tokenizer.batch_decode(out, skip_special_tokens=True)
             values |= {prompt: ngram_entropy(text) for prompt, text in zip(batch, texts, strict=True)}
     found = [values[prompt] for prompt in prompts]

@@ -74,7 +74,8 @@ def evaluate(
         ``records`` is their number. ``per_record`` lists, record by record, ``request_id``, ``prompt`` (with its slot),
         ``subject``, ``target_new``, the record's scores, ``predicted`` (text of the teacher-forced argmax) and
         ``generated`` (greedy text or ``None``), the last two for the record's own prompt, and ``answers``: the same for
-        every prompt asked, with its ``metric``, ``wanted`` text, ``score`` and ``tokens``, the prompt's length.
+        every prompt asked, with its ``metric``, ``wanted`` text (for locality the unedited model's, and what that generates as
+        ``unedited``), ``score`` and ``tokens``, the prompt's length.
 
     Raises:
         RequestError: a record cannot be used, a text is longer than the model's context, or the base predictions do
@@ -123,6 +124,7 @@ def evaluate(
                 row[name + suffix] = _mean([score[n] for score in scores])
             answers += [
                 {"metric": name, "prompt": _text(tokenizer, q.prompt_ids), "wanted": _text(tokenizer, pair[0]),
+                 **({"unedited": _text(tokenizer, pair[1])} if name == "locality" else {}),
                  "predicted": _text(tokenizer, found[q].forced), "generated": _text(tokenizer, found[q].generated),
                  "score": score[0], "tokens": len(q.prompt_ids)}
                 for q, pair, score in zip(own[name], wanted, scores, strict=True)

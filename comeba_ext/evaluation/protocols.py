@@ -7,11 +7,16 @@
 
 A run's folder holds ``log.jsonl`` (the run's identity, a line an edit step, a line a record at every checkpoint with the
 answer to every prompt) and, for consecutive runs, ``edits/``, where a killed run goes on. The log is cut back to the
-saved step, so an interrupted run gives the same numbers as one that never stopped, times excepted.
+saved step, so an interrupted run gives the same numbers as one that never stopped, times excepted (to the last bit where
+``config.max_tokens`` is given; otherwise rows are grouped by the memory that is free, which rounding sees).
+
+A method may come to an end before its records do: weights that were overwritten a hundred times hold infinities, or an
+update does. That is a result, not a mistake: it is logged, and the run is complete with what was measured until then.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -22,15 +27,19 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from comeba_ext import __version__
+from comeba_ext.architectures import Architecture
 from comeba_ext.covariance import Covariance
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.editor import Editor
+from comeba_ext.editing.report import EditReport, reset_peak_memory
 from comeba_ext.editing.request import EditRequest, as_requests
-from comeba_ext.errors import ConfigError, RequestError
+from comeba_ext.errors import ComebaError, ConfigError, RequestError
 from comeba_ext.evaluation.base import BasePredictions, predict_base
 from comeba_ext.evaluation.metrics import Metrics, evaluate, summarise
 from comeba_ext.evaluation.run_log import RunLog
 from comeba_ext.storage import MANIFEST
+from comeba_ext.storage import identity as identity_of
 
 PROTOCOLS = ("single_round", "consecutive", "sequential")
 Measure = Callable[[Editor, list[EditRequest]], dict]
@@ -78,22 +87,27 @@ class Result:
         checkpoints: number of edits to :class:`Metrics` at that point; single-round runs have one, over all records.
         extra: number of edits to what the measures returned.
         steps: a record an edit step: ``step``, ``edits``, ``seconds`` by phase, ``loss``, ``peak_memory``, ``alpha``.
+        failed: number of edits after which the method could not go on, and ``error`` why; ``None`` where it could.
     """
 
     checkpoints: dict[int, Metrics] = field(default_factory=dict)
     extra: dict[int, dict] = field(default_factory=dict)
     steps: list[dict] = field(default_factory=list)
+    failed: int | None = None
+    error: str | None = None
 
     @property
     def final(self) -> Metrics:
         return self.checkpoints[max(self.checkpoints)]
 
-    def efficiency(self) -> dict:
-        """``seconds_per_edit`` (all phases, without evaluation) and ``peak_memory`` in bytes (see :class:`EditReport`; on
-        a CPU the whole process's high-water mark)."""
-        seconds = sum(sum(step["seconds"].values()) for step in self.steps)
-        count = sum(step["requests"] for step in self.steps)
-        return {"seconds_per_edit": seconds / count, "peak_memory": max(step["peak_memory"] for step in self.steps)}
+    def efficiency(self, edits: int | None = None) -> dict:
+        """Of the steps up to so many edits, default all: ``seconds_per_edit`` (all phases, without evaluation) and
+        ``peak_memory``, the highest of a step in bytes (see :class:`EditReport`; marks are reset before every step)."""
+        steps = [step for step in self.steps if edits is None or step["edits"] <= edits]
+        count = sum(step["requests"] for step in steps)
+        seconds = sum(sum(step["seconds"].values()) for step in steps)
+        return {"seconds_per_edit": seconds / count if count else None,
+                "peak_memory": max((step["peak_memory"] for step in steps), default=None)}  # fmt: skip
 
 
 def run_protocol(
@@ -108,6 +122,7 @@ def run_protocol(
     covariance: Covariance | None = None,
     base: BasePredictions | None = None,
     measure: Measure | None = None,
+    identity: dict | None = None,
     progress: bool = False,
 ) -> Result:
     """Run a protocol, or go on with one that was interrupted in ``folder``.
@@ -121,6 +136,8 @@ def run_protocol(
         base: predictions of the unedited model for these requests, where they are known already.
         measure: called with the editor and the requests edited so far at every checkpoint of a consecutive run; returns
             a plain JSON-serialisable mapping.
+        identity: what else tells this run from others, beside what is known here (model, records, covariance, settings,
+            this package's version); JSON-serialisable.
 
     Raises:
         StorageError: the folder holds another run.
@@ -129,21 +146,26 @@ def run_protocol(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     requests = as_requests(requests)
+    if not requests:
+        raise RequestError("there is no request to edit")
     facts: dict[str | None, tuple[str, str]] = {}
     for request in requests:
         if request.request_id is not None and facts.setdefault(request.request_id, request.fact) != request.fact:
             raise RequestError(f"request_id {request.request_id!r} is used by another request; ids must differ")
     config = config or method.default_config(model)
-    digest = hashlib.sha256(json.dumps([r.to_record() for r in requests]).encode()).hexdigest()
     header = {"method": method.method, "protocol": protocol.name, "batch_size": protocol.batch_size, "seed": protocol.seed,
               "checkpoints": list(protocol.checkpoints), "generate": protocol.generate, "records": len(requests),
-              "requests": digest, "config": config.to_dict()}  # fmt: skip
+              "requests": _digest([r.to_record() for r in requests]), "config": config.to_dict(), "version": __version__, "model": _model(model, config),
+              "covariance": _covariance(covariance), **(identity or {})}  # fmt: skip
     log = RunLog(folder / "log.jsonl", header)
+    if not log.records:  # what lies there belongs to a log that is gone
+        shutil.rmtree(folder / "edits", ignore_errors=True)
     if not _finished(log.records, len(requests)):
         if base is None:
             base = predict_base(model, tokenizer, requests, generate=protocol.generate)
         run = _single_round if protocol.name == "single_round" else _consecutive
         run(model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress)
+    shutil.rmtree(folder / "edits", ignore_errors=True)  # the log has everything
     return read_result(log.records, protocol)
 
 
@@ -156,6 +178,8 @@ def read_result(records: list[dict], protocol: Protocol) -> Result:
             rows.setdefault(record["edits"], []).append({k: v for k, v in record.items() if k not in ("event", "edits")})
         elif record["event"] == "checkpoint":
             result.extra[record["edits"]] = record["extra"]
+        elif record["event"] == "failed":
+            result.failed, result.error = record["edits"], record["error"]
     if protocol.name == "single_round":
         rows = {sum(map(len, rows.values())): [row for own in rows.values() for row in own]}
     result.checkpoints = {edits: summarise(own, protocol.seed) for edits, own in rows.items()}
@@ -187,14 +211,17 @@ def _single_round(
     try:
         if covariance is not None:
             editor.set_covariance(covariance)
+        plan = _checked(editor, requests, protocol)
         start = {name: memory.state for name, memory in editor.key_memory.items()}
         count = 0
         with tqdm(total=len(requests), initial=edited, disable=not progress, unit="edit", desc=method.method) as bar:
-            for batch in batches(requests, protocol.batch_size):
+            for batch in plan:
                 count += len(batch)
                 if count <= edited:
                     continue
-                report = editor.edit(batch)
+                report = _edited(editor, batch, count, log)
+                if report is None:
+                    return
                 metrics = evaluate(model, tokenizer, batch, base, generate=protocol.generate)
                 editor.rollback(0)
                 for name, state in start.items():  # to the bit, so that a resumed run sees the same
@@ -218,14 +245,17 @@ def _consecutive(
             editor.set_covariance(covariance)
         log.keep([r for r in _up_to_last_checkpoint(log.records, steps=editor.step) if r.get("step", 0) <= editor.step])
         evaluated = {r["edits"] for r in log.records if r["event"] == "checkpoint"}
-        plan = batches(requests, protocol.batch_size)
+        plan = _checked(editor, requests, protocol)
         ends = [sum(map(len, plan[: n + 1])) for n in range(len(plan))]
         stops = {next(end for end in ends if end >= wanted) for wanted in protocol.checkpoints if wanted <= ends[-1]}
         stops.add(ends[-1])
         with tqdm(total=len(requests), disable=not progress, unit="edit", desc=method.method) as bar:
             for number, (batch, end) in enumerate(zip(plan, ends, strict=True), 1):
                 if number > editor.step:
-                    log.append([_step(editor.edit(batch), end, len(batch))])
+                    report = _edited(editor, batch, end, log)
+                    if report is None:
+                        return
+                    log.append([_step(report, end, len(batch))])
                     if number % protocol.save_every == 0 or end in stops:
                         editor.save_pretrained(saved)
                 if end in stops and end not in evaluated:
@@ -236,11 +266,44 @@ def _consecutive(
                 bar.update(len(batch))
     finally:
         editor.close()
-    shutil.rmtree(saved, ignore_errors=True)  # the run is complete; the log has everything
+
+
+def _checked(editor: Editor, requests: list[EditRequest], protocol: Protocol) -> list[list[EditRequest]]:
+    """The batches, after every request was found usable: what fails later is the method."""
+    plan = batches(requests, protocol.batch_size)
+    for batch in plan:
+        editor.check([dataclasses.replace(request, request_id=None) for request in batch])
+    return plan
+
+
+def _edited(editor: Editor, batch: list[EditRequest], end: int, log: RunLog) -> EditReport | None:
+    """The report of a batch; ``None``, and a line in the log, where the method could not go on."""
+    reset_peak_memory(editor.model.device)
+    try:
+        return editor.edit(batch)
+    except ComebaError as error:
+        log.append([{"event": "failed", "edits": end - len(batch), "error": str(error)}])
+        return None
 
 
 def _finished(records: list[dict], count: int) -> bool:
-    return any(r["event"] == "checkpoint" and r["edits"] == count for r in records)
+    return any(r["event"] == "failed" or (r["event"] == "checkpoint" and r["edits"] == count) for r in records)
+
+
+def _model(model: torch.nn.Module, config: EditConfig) -> str:
+    architecture = Architecture.of(model, blocks=config.blocks, projection=config.projection)
+    known = identity_of(model, [architecture.projection_name(n) for n in config.layers])
+    return _digest([known, str(model.dtype)])
+
+
+def _covariance(covariance: Covariance | None) -> str | None:
+    if covariance is None:
+        return None
+    return _digest([covariance.tokens, {name: moments.diagonal().tolist() for name, moments in covariance.moments.items()}])
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _up_to_last_checkpoint(records: list[dict], steps: int = 0) -> list[dict]:

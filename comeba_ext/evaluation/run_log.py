@@ -38,7 +38,7 @@ class RunLog:
             if found != self.header:
                 keys = [k for k in {**found, **self.header} if found.get(k) != self.header.get(k)]
                 raise StorageError(
-                    f"{path} belongs to another run ({', '.join(keys)} differ); choose another folder or remove it"
+                    f"{path} belongs to another run ({', '.join(keys)} differ); choose another folder, or remove {path.parent}"
                 )
 
     def keep(self, records: list[dict]) -> None:

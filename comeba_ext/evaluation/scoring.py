@@ -104,7 +104,7 @@ def predict(
             forced.update(zip(batch, _forced(model, batch, pad_token)))
             _advance(bar, batch)
         if generate and queries:
-            with _greedy(model, pad_token):
+            with greedy(model, pad_token):
                 # Only rows that need equally many tokens share a batch: none runs past the end of the context for
                 # the sake of a batch mate.
                 batches = micro_batches(
@@ -155,7 +155,7 @@ def _generated(model, batch: list[Query], pad_token: int) -> list[tuple[int, ...
 
 
 @contextmanager
-def _greedy(model: torch.nn.Module, pad_token: int):
+def greedy(model: torch.nn.Module, pad_token: int):
     """Plain greedy decoding: for the time being the model has a generation config with nothing in it.
 
     Arguments of ``generate`` cannot do this. What they leave open (sampling settings, repetition penalty, suppressed

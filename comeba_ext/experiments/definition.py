@@ -24,7 +24,7 @@ from pathlib import Path
 
 import yaml
 
-from comeba_ext.editing.config import EditConfig
+from comeba_ext.editing.config import EditConfig, with_numbers
 from comeba_ext.errors import ConfigError
 from comeba_ext.evaluation.protocols import PROTOCOLS
 
@@ -47,6 +47,12 @@ class Case:
         Raises:
             ConfigError: an unknown setting or a value out of range.
         """
+        try:
+            return self._config(model)
+        except ConfigError as error:
+            raise ConfigError(f"case {self.label!r}: {error}") from None
+
+    def _config(self, model) -> EditConfig:
         from comeba_ext.methods import default_config
 
         changes = {k: v for k, v in self.settings.items() if k not in ("batch_size", "lam_factor", "last_layers")}
@@ -55,8 +61,6 @@ class Case:
             changes["lam"] = own.lam * self.settings["lam_factor"]
         if "last_layers" in self.settings:
             changes["layers"] = list(own.layers[-self.settings["last_layers"] :])
-        if isinstance(changes.get("alpha"), str):  # YAML's .inf is a number, but "inf" is likely meant as one too
-            changes["alpha"] = float(changes["alpha"])
         return default_config(self.method, model, **changes)
 
 
@@ -100,7 +104,7 @@ def load(name_or_file: str | Path) -> Experiment:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values")
@@ -111,16 +115,49 @@ def load(name_or_file: str | Path) -> Experiment:
     for key in ("title", "methods"):
         if not values.get(key):
             raise ConfigError(f"{path}: {key!r} is missing")
-    for key, choices in (("protocol", PROTOCOLS), ("plot", PLOTS)):
-        if values.get(key, choices[0]) not in choices:
-            raise ConfigError(f"{path}: {key} must be one of {', '.join(choices)}, got {values[key]!r}")
-    for measure in values.get("measures", ()):
-        if measure not in MEASURES:
-            raise ConfigError(f"{path}: measures must be of {', '.join(MEASURES)}, got {measure!r}")
+    for key, value in values.items():
+        kind, fits = _KINDS[key]
+        if not fits(value):
+            raise ConfigError(f"{path}: {key} must be {kind}, got {value!r}")
+    if values.get("measures") and values.get("protocol") == "single_round":
+        raise ConfigError(f"{path}: measures are taken of a model that keeps its edits; a single_round run has none")
+    if values.get("plot") == "scores" and "scores" not in values.get("measures", ()):
+        raise ConfigError(f"{path}: the plot 'scores' needs the measure 'scores'")
     cases = _cases(values.pop("methods"), values.pop("settings", [{}]), path)
     for key in ("measures", "expected"):
         values[key] = tuple(values.get(key, ()))
     return Experiment(name=path.stem, cases=cases, **values)
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_list(value, *kinds) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kinds) for item in value)
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+_COUNT = ("a whole number of 1 or more", _is_count)
+_TEXT = ("text", _is_text)
+_KINDS = {  # key -> what its value must be, in words and as a check
+    "title": _TEXT, "paper": _TEXT, "note": _TEXT,
+    "samples": _COUNT, "testbed_samples": _COUNT, "batch_size": _COUNT, "evaluations": _COUNT,
+    "generate": ("true or false", lambda value: isinstance(value, bool)),
+    "protocol": (f"one of {', '.join(PROTOCOLS)}", lambda value: value in PROTOCOLS),
+    "plot": (f"one of {', '.join(PLOTS)}", lambda value: value in PLOTS),
+    "measures": (f"a list of {', '.join(MEASURES)}", lambda value: _is_list(value, str) and set(value) <= set(MEASURES)),
+    "expected": ("a list of rows", lambda value: _is_list(value, dict)),
+    "methods": ("a list of names, or of a method with settings", lambda value: _is_list(value, str, dict)),
+    "settings": ("a list of one or more groups of settings", lambda value: bool(value) and _is_list(value, dict)),
+}  # fmt: skip
+_CASE_KINDS = {  # what a case's settings hold beside the method's config
+    "batch_size": _COUNT, "last_layers": _COUNT,
+    "lam_factor": ("a number > 0", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0),
+}  # fmt: skip
 
 
 def _cases(methods: list, settings: list, path: Path) -> tuple[Case, ...]:
@@ -130,7 +167,12 @@ def _cases(methods: list, settings: list, path: Path) -> tuple[Case, ...]:
     for method in methods:
         own = {"method": method} if isinstance(method, str) else dict(method)
         for setting in settings:
-            both = {**own, **setting}
+            both = with_numbers({**own, **setting})
+            for key, (kind, fits) in _CASE_KINDS.items():
+                if key in both and not fits(both[key]):
+                    raise ConfigError(f"{path}: {key} must be {kind}, got {both[key]!r}")
+            if both.get("alpha") == "inf":  # YAML's own is .inf
+                both["alpha"] = float("inf")
             name = get(both.pop("method", None)).method
             labels = [str(part["label"]) for part in (own, setting) if part.get("label")]
             if not own.get("label"):

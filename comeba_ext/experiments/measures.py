@@ -27,22 +27,26 @@ def make(names: tuple[str, ...], texts: list[str]) -> Callable[[Editor, list[Edi
             before and after, share of next-token predictions on it that changed), ``scores`` (the highest scope score
             of every edited, rephrased and other prompt), ``conditions`` (behind other text, unpadded).
         texts: plain texts for ``text``.
+
+    Returns:
+        a function of an editor and the requests edited so far; for one unedited model, whose own predictions it keeps.
     """
+    plain = _PlainText(texts)
 
     def measure(editor: Editor, requests: list[EditRequest]) -> dict:
         found: dict = {}
         for name in names:
-            found |= _MEASURES[name](editor, requests, texts)
+            found |= (plain if name == "text" else _MEASURES[name])(editor, requests)
         return found
 
     return measure
 
 
-def _probabilities(editor: Editor, requests: list[EditRequest], texts: list[str]) -> dict:
-    return counterfact_scores(editor.model, editor.tokenizer, requests).to_dict()
+def _probabilities(editor: Editor, requests: list[EditRequest]) -> dict:
+    return counterfact_scores(editor.model, editor.tokenizer, requests).to_dict(per_record=True)
 
 
-def _fluency(editor: Editor, requests: list[EditRequest], texts: list[str]) -> dict:
+def _fluency(editor: Editor, requests: list[EditRequest]) -> dict:
     prompts = [r.text for r in requests[:: max(1, len(requests) // FLUENCY_PROMPTS)]][:FLUENCY_PROMPTS]
     after = fluency(editor.model, editor.tokenizer, prompts)
     with editor.disabled():
@@ -50,22 +54,31 @@ def _fluency(editor: Editor, requests: list[EditRequest], texts: list[str]) -> d
     return {**after, **{f"{key}_before": value for key, value in before.items()}}
 
 
-def _text(editor: Editor, requests: list[EditRequest], texts: list[str]) -> dict:
-    """Only texts that name no edited subject: what is said of those may change."""
-    subjects = {request.subject for request in requests}
-    chosen = [text for text in texts if not any(subject in text for subject in subjects)]
-    if not chosen:
-        return {}
-    run = (editor.model, editor.tokenizer, chosen)
-    after, tokens = perplexity(*run), next_tokens(*run)
-    with editor.disabled():
-        before, unedited = perplexity(*run), next_tokens(*run)
-    return {"texts": len(chosen), "perplexity": after, "perplexity_before": before,
-            "text_changed": (tokens != unedited).float().mean().item()}  # fmt: skip
+class _PlainText:
+    """Perplexity of plain texts, and what became of the next-token predictions on them."""
+
+    def __init__(self, texts: list[str]):
+        self.texts = texts
+        self.unedited: dict[tuple[str, ...], tuple] = {}  # by texts, what the unedited model says
+
+    def __call__(self, editor: Editor, requests: list[EditRequest]) -> dict:
+        """Only texts that name no edited subject: what is said of those may change."""
+        subjects = {request.subject for request in requests}
+        chosen = tuple(text for text in self.texts if not any(subject in text for subject in subjects))
+        if not chosen:
+            return {}
+        run = (editor.model, editor.tokenizer, chosen)
+        after, tokens = perplexity(*run), next_tokens(*run)
+        if chosen not in self.unedited:
+            with editor.disabled():
+                self.unedited[chosen] = perplexity(*run), next_tokens(*run)
+        before, unedited = self.unedited[chosen]
+        return {"texts": len(chosen), "perplexity": after, "perplexity_before": before,
+                "text_changed": (tokens != unedited).float().mean().item()}  # fmt: skip
 
 
 @torch.no_grad()
-def _scores(editor: Editor, requests: list[EditRequest], texts: list[str]) -> dict:
+def _scores(editor: Editor, requests: list[EditRequest]) -> dict:
     """Per layer and kind of prompt the highest score over the prompt's tokens, rounded; and the thresholds."""
     prompts = {
         "edited": [r.text for r in requests],
@@ -101,7 +114,7 @@ def _scores(editor: Editor, requests: list[EditRequest], texts: list[str]) -> di
             **{f"in_scope_{kind}": share for kind, share in reached.items()}}  # fmt: skip
 
 
-def _conditions(editor: Editor, requests: list[EditRequest], texts: list[str]) -> dict:
+def _conditions(editor: Editor, requests: list[EditRequest]) -> dict:
     """The same questions behind other text, by prompt length, and each alone in its batch.
 
     ``<name>_behind_text``: every prompt follows the record's own first locality prompt and answer. ``<name>_short`` and
@@ -140,4 +153,4 @@ def _behind(request: EditRequest) -> EditRequest:
     )
 
 
-_MEASURES = {"probabilities": _probabilities, "fluency": _fluency, "text": _text, "scores": _scores, "conditions": _conditions}
+_MEASURES = {"probabilities": _probabilities, "fluency": _fluency, "scores": _scores, "conditions": _conditions}

@@ -19,19 +19,20 @@ METRICS = ("reliability", "generality", "locality")
 KINDS = {"edited": ("edited prompts", 0), "rephrased": ("rephrased prompts", 2), "other": ("other facts' prompts", 1)}
 
 
-def draw(result: dict, kind: str, out: Path) -> list[str]:
-    """Write ``<experiment>-<dataset>.png`` for every data set; returns the file names."""
+def draw(result: dict, kind: str, files: dict[str, Path]) -> list[str]:
+    """Write a PNG file for every data set; returns the names of those written: none where nothing was measured."""
     written = []
-    for dataset in result["records"]:
-        rows = [row for row in result["rows"] if row["dataset"] == dataset]
+    for dataset, file in files.items():
+        rows = [row for row in result["rows"] if row["dataset"] == dataset and row["reliability"] is not None]
+        if not rows:
+            continue
         figure = {"bars": _bars, "edits": _edits, "settings": _settings, "scores": _scores}[kind](rows)
         used = result["records"][dataset]["used"]
         intervals = "" if kind == "scores" else "; bars and bands: 95 % bootstrap intervals"
         figure.suptitle(f"{result['title']}\n{dataset}, {used} records{intervals}", fontsize=11)
-        name = f"{result['experiment']}-{dataset}.png"
-        figure.savefig(out / name, dpi=130)
+        figure.savefig(file, dpi=130)
         plt.close(figure)
-        written.append(name)
+        written.append(file.name)
     return written
 
 
@@ -46,11 +47,13 @@ def _bars(rows: list[dict]):
     width = 0.84 / len(rows)
     for n, row in enumerate(rows):
         places = np.arange(len(METRICS)) + (n - (len(rows) - 1) / 2) * width
-        values = [row[m] for m in METRICS]
+        values = [_value(row, m) for m in METRICS]
         bars = axis.bar(places, values, width * 0.92, yerr=_errors([row], METRICS), color=_colour(n), label=row["case"],
                         error_kw={"lw": 1, "capsize": 2}, hatch="//" if n >= len(COLOURS) else None)  # fmt: skip
-        high = [row[f"{m}_interval"][1] for m in METRICS]
+        high = [_interval(row, m)[1] for m in METRICS]
         for bar, value, top in zip(bars, values, high, strict=True):
+            if np.isnan(value):
+                continue
             axis.text(bar.get_x() + bar.get_width() / 2, top + 0.01, f"{value:.2f}", ha="center", va="bottom",
                       fontsize=7, rotation=90 if len(rows) > 5 else 0)  # fmt: skip
     axis.set_xticks(range(len(METRICS)), METRICS)
@@ -65,8 +68,8 @@ def _edits(rows: list[dict]):
         for n, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
             own = [row for row in rows if row["case"] == case]
             x = [row["edits"] for row in own]
-            axis.plot(x, [row[metric] for row in own], color=_colour(n), marker=_marker(n), label=case, lw=1.6, ms=5)
-            low, high = zip(*(row[f"{metric}_interval"] for row in own), strict=True)
+            axis.plot(x, [_value(row, metric) for row in own], color=_colour(n), marker=_marker(n), label=case, lw=1.6, ms=5)
+            low, high = zip(*(_interval(row, metric) for row in own), strict=True)
             axis.fill_between(x, low, high, color=_colour(n), alpha=0.18, lw=0)
         axis.set_xlabel("edits so far")
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -82,7 +85,7 @@ def _settings(rows: list[dict]):
     figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
     x = np.arange(len(rows))
     for n, metric in enumerate(METRICS):
-        axis.errorbar(x + (n - 1) * 0.06, [row[metric] for row in rows], yerr=_errors(rows, [metric] * len(rows)),
+        axis.errorbar(x + (n - 1) * 0.06, [_value(row, metric) for row in rows], yerr=_errors(rows, [metric] * len(rows)),
                       color=_colour(n), marker=_marker(n), label=metric, lw=1.4, ms=6, capsize=3)  # fmt: skip
     axis.set_xticks(x, [row["case"] for row in rows])
     if max(len(row["case"]) for row in rows) > 12:
@@ -130,7 +133,17 @@ def _scores(rows: list[dict]):
 def _errors(rows: list[dict], metrics) -> np.ndarray:
     """Distances to the interval's ends, ``(2, n)``; several metrics of one row, or one of several rows."""
     pairs = [(rows[0] if len(rows) == 1 else rows[i], m) for i, m in enumerate(metrics)]
-    return np.array([[max(0.0, row[m] - row[f"{m}_interval"][0]), max(0.0, row[f"{m}_interval"][1] - row[m])] for row, m in pairs]).T
+    ends = [(_value(row, m), *_interval(row, m)) for row, m in pairs]
+    return np.array([[max(0.0, value - low), max(0.0, high - value)] for value, low, high in ends]).T
+
+
+def _value(row: dict, metric: str) -> float:
+    """Not a number where there was nothing to ask."""
+    return np.nan if row[metric] is None else row[metric]
+
+
+def _interval(row: dict, metric: str) -> list[float]:
+    return row[f"{metric}_interval"] or [np.nan, np.nan]
 
 
 def _shares(axis, top: float = 1.03) -> None:

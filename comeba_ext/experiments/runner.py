@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
+import random
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from comeba_ext import methods
+from comeba_ext import __version__, methods
 from comeba_ext.covariance import Covariance
+from comeba_ext.data import ReadResult
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.editor import Editor
 from comeba_ext.editing.request import EditRequest
-from comeba_ext.errors import ComebaError, RequestError
+from comeba_ext.errors import ComebaError, RequestError, StorageError
 from comeba_ext.evaluation import Protocol, predict_base, run_protocol
-from comeba_ext.evaluation.metrics import METRICS
+from comeba_ext.evaluation.metrics import METRICS, SCORES, Metrics
 from comeba_ext.evaluation.queries import check_context, record_queries
 from comeba_ext.experiments import measures, table
 from comeba_ext.experiments.definition import Case, Experiment
@@ -27,21 +29,11 @@ from comeba_ext.storage import write_text
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Records to edit, under a name."""
-
-    name: str
-    requests: list[EditRequest]
-    read: int = 0
-    skipped: list[dict] = field(default_factory=list)
-
-
 def run(
     experiment: Experiment,
     model: torch.nn.Module,
     tokenizer,
-    datasets: list[Dataset],
+    datasets: dict[str, ReadResult],
     out: str | Path,
     *,
     covariance: Covariance | None = None,
@@ -55,73 +47,98 @@ def run(
 
     Args:
         model: unedited; given back as it came.
+        datasets: records to edit, under names.
         out: folder for ``<name>.json``, ``<name>.md``, the plots, and a folder a case with its log. A run that was
             interrupted goes on there.
         covariance: of all layers that are edited; or
         texts: corpus to collect it from (kept in ``out``).
         plain_texts: for the measure ``text``.
         samples: records a data set, default the experiment's.
+        seed: of the intervals, and, where it is not 0, of the order in which records are taken from a data set.
 
     Returns:
-        JSON-serialisable: ``experiment``, ``title``, ``protocol``, ``samples``, ``rows`` (``dataset``, ``method``,
-        ``case``, ``edits``, every metric with its interval, efficiency, what was measured beside), ``records`` by data
-        set, ``plots`` (file names).
+        JSON-serialisable: ``experiment``, ``title``, ``protocol``, ``samples``, ``seed``, ``version``, ``rows``
+        (``dataset``, ``method``, ``case``, ``edits``, every metric with its interval, ``None`` where there is nothing to
+        ask, efficiency, what was measured beside; where a method could not go on, a last row with ``error``),
+        ``records`` by data set, ``plots`` (file names).
 
     Raises:
-        ComebaError: no usable record, no covariance, or ``out`` holds another run.
+        ComebaError: no usable record, no covariance, no texts to measure on, or ``out`` holds another run.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be a folder ({error.strerror})") from None
+    if "text" in experiment.measures and not plain_texts:
+        raise ComebaError("the measure 'text' needs texts: add --texts")
     samples = samples or experiment.samples
     configs = {case.label: case.config(model) for case in experiment.cases}
     needing = [c for case, c in zip(experiment.cases, configs.values()) if methods.get(case.method).needs_covariance]
     if needing and covariance is None:
         covariance = _collect(model, tokenizer, texts, needing, out / "covariance.safetensors", progress)
+    identity = {"measures": list(experiment.measures), "texts": hashlib.sha256("\n".join(plain_texts).encode()).hexdigest()[:16]}
+    measure = measures.make(experiment.measures, list(plain_texts))
     rows, records = [], {}
-    for dataset in datasets:
-        used, skipped = _usable(model, tokenizer, dataset, samples)
-        records[dataset.name] = {"read": max(dataset.read, len(dataset.requests)), "used": len(used), "skipped": skipped}
+    for dataset, read in datasets.items():
+        used, skipped = _usable(model, tokenizer, dataset, read, samples, seed)
+        records[dataset] = {"read": read.read, "used": len(used), "skipped": skipped}
         base = predict_base(model, tokenizer, used, generate=experiment.generate)
         for case in experiment.cases:
             protocol = _protocol(experiment, case, len(used), seed)
             method = methods.get(case.method)
             result = run_protocol(
-                model, tokenizer, used, protocol, out / _slug(dataset.name) / _slug(case.label), method=method,
-                config=configs[case.label], covariance=covariance if method.needs_covariance else None, base=base,
-                measure=measures.make(experiment.measures, list(plain_texts)), progress=progress,
+                model, tokenizer, used, protocol, out / experiment.name / _slug(dataset) / _slug(case.label),
+                method=method, config=configs[case.label], covariance=covariance if method.needs_covariance else None,
+                base=base, measure=measure, identity=identity,
+                progress=progress,
             )  # fmt: skip
-            efficiency = result.efficiency()
+            about = {"dataset": dataset, "method": case.method, "case": case.label, "batch_size": protocol.batch_size}
+            settings = {"settings": configs[case.label].to_dict()}
             for edits, metrics in sorted(result.checkpoints.items()):
-                rows.append(
-                    {"dataset": dataset.name, "method": case.method, "case": case.label, "edits": edits,
-                     "batch_size": protocol.batch_size, **_plain(metrics), **efficiency, **result.extra.get(edits, {}),
-                     "settings": configs[case.label].to_dict()}
-                )  # fmt: skip
-            log.info("%s, %s: reliability %.3f", dataset.name, case.label, rows[-1]["reliability"])
+                extra = {key: value for key, value in result.extra.get(edits, {}).items() if key != "per_record"}
+                rows.append({**about, "edits": edits, **_plain(metrics), **result.efficiency(edits), **extra, **settings})
+                log.info("%s, %s, %d edits: reliability %.3f", dataset, case.label, edits, metrics.reliability)
+            if result.error is not None:
+                efficiency = result.efficiency(result.failed)
+                rows.append({**about, "edits": result.failed, **_plain(Metrics()), **efficiency, "error": result.error, **settings})
+                log.warning("%s, %s: failed after %d edits: %s", dataset, case.label, result.failed, result.error)
     result = {
         "experiment": experiment.name, "title": experiment.title, "paper": experiment.paper, "note": experiment.note,
-        "protocol": experiment.protocol, "samples": samples, "rows": rows, "records": records,
-        "expected": list(experiment.expected),
+        "protocol": experiment.protocol, "samples": samples, "seed": seed, "version": __version__, "rows": rows,
+        "records": records, "expected": list(experiment.expected), "plots": [],
     }  # fmt: skip
+    _write(result, out)
     result["plots"] = _plots(result, experiment, out)
-    write_text(out / f"{experiment.name}.json", json.dumps(result, indent=1) + "\n")
-    write_text(out / f"{experiment.name}.md", table.markdown(result))
+    _write(result, out)
     return result
 
 
-def _usable(model, tokenizer, dataset: Dataset, samples: int) -> tuple[list[EditRequest], list[dict]]:
+def _write(result: dict, out: Path) -> None:
+    write_text(out / f"{result['experiment']}.json", json.dumps(result, indent=1) + "\n")
+    write_text(out / f"{result['experiment']}.md", table.markdown(result))
+
+
+def _usable(model, tokenizer, name: str, read: ReadResult, samples: int, seed: int) -> tuple[list[EditRequest], list[dict]]:
     """The first ``samples`` records that can be edited and asked, and why those passed over cannot."""
+    placed = read.placed()
+    if seed:
+        random.Random(seed).shuffle(placed)
     editor = Editor(model, tokenizer)
     try:
-        return _checked(editor, dataset, samples)
+        used, skipped = _checked(editor, placed, samples)
     finally:
         editor.close()
+    skipped = sorted(read.skipped + skipped, key=lambda skip: skip["index"])
+    if not used:
+        raise ComebaError(f"{name}: no record can be used; {skipped[0]['reason'] if skipped else 'it is empty'}")
+    return used, skipped
 
 
-def _checked(editor: Editor, dataset: Dataset, samples: int) -> tuple[list[EditRequest], list[dict]]:
+def _checked(editor: Editor, placed: list, samples: int) -> tuple[list[EditRequest], list[dict]]:
     model, tokenizer = editor.model, editor.tokenizer
-    used, skipped, ids = [], list(dataset.skipped), {}
-    for position, request in enumerate(dataset.requests):
+    used, skipped, ids = [], [], {}
+    for position, request in placed:
         if len(used) == samples:
             break
         try:
@@ -133,8 +150,6 @@ def _checked(editor: Editor, dataset: Dataset, samples: int) -> tuple[list[EditR
             used.append(request)
         except ComebaError as error:
             skipped.append({"index": position, "reason": str(error)})
-    if not used:
-        raise ComebaError(f"{dataset.name}: no record can be used; {skipped[0]['reason'] if skipped else 'it is empty'}")
     return used, skipped
 
 
@@ -147,7 +162,7 @@ def _protocol(experiment: Experiment, case: Case, count: int, seed: int) -> Prot
 def _collect(model, tokenizer, texts, configs: list[EditConfig], path: Path, progress: bool) -> Covariance:
     """The covariance of every layer that any case edits, from one corpus pass."""
     if texts is None and not path.exists():
-        raise ComebaError("no covariance and no texts to collect it from")
+        raise ComebaError("no covariance: add --covariance FILE (see 'comeba covariance'), or --texts to collect it from")
     layers = sorted({layer for config in configs for layer in config.layers})
     editor = Editor(model, tokenizer, EditConfig.for_model(model, layers=layers))
     try:
@@ -158,17 +173,18 @@ def _collect(model, tokenizer, texts, configs: list[EditConfig], path: Path, pro
 
 
 def _plain(metrics) -> dict:
-    names = [f"{name}{suffix}" for name in METRICS for suffix in ("", "_exact", "_generation")]
-    found = {key: metrics[key] for name in names for key in (name, f"{name}_interval") if metrics[name] is not None}
-    return {"records": metrics.records, **found}
+    names = [f"{name}{suffix}" for name in METRICS for suffix in SCORES]
+    found = {key: metrics.get(key) for name in names for key in (name, f"{name}_interval")}
+    return {"records": metrics.get("records", 0), **found}
 
 
 def _slug(text: str) -> str:
-    """A folder's name: letters, digits, dots and dashes, other signs spelled by their code."""
-    return re.sub(r"[^\w.=-]+", "-", text).strip("-") or "case"
+    """A name for files: letters, digits, dots and dashes; where others had to go, a few digits tell two texts apart."""
+    plain = re.sub(r"[^\w.=-]+", "-", text).strip("-.")
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}".lstrip("-")
 
 
 def _plots(result: dict, experiment: Experiment, out: Path) -> list[str]:
     from comeba_ext.experiments import plots  # matplotlib takes a second to import
 
-    return plots.draw(result, experiment.plot, out)
+    return plots.draw(result, experiment.plot, {name: out / f"{experiment.name}-{_slug(name)}.png" for name in result["records"]})

@@ -6,15 +6,18 @@ COLUMNS = (
     ("reliability", "reliability"), ("generality", "generality"), ("locality", "locality"),
     ("portability", "portability"), ("reliability_generation", "reliability, generated"),
     ("generality_generation", "generality, generated"), ("locality_generation", "locality, generated"),
-    ("efficacy_score", "efficacy"), ("paraphrase_score", "paraphrase"), ("neighborhood_score", "neighborhood"),
-    ("efficacy_magnitude", "efficacy, magnitude"), ("fluency", "fluency (bits)"),
+    ("reliability_exact", "reliability, exact"), ("generality_exact", "generality, exact"), ("locality_exact", "locality, exact"),
+    ("score", "CounterFact score"), ("efficacy_score", "efficacy"), ("paraphrase_score", "paraphrase"),
+    ("neighborhood_score", "neighborhood"), ("efficacy_magnitude", "efficacy, magnitude"),
+    ("paraphrase_magnitude", "paraphrase, magnitude"), ("neighborhood_magnitude", "neighborhood, magnitude"),
+    ("fluency", "fluency (bits)"), ("fluency_before", "fluency, unedited"),
     ("reliability_short", "reliability, short prompts"), ("reliability_long", "reliability, long prompts"),
     ("generality_short", "generality, short prompts"), ("generality_long", "generality, long prompts"),
     ("locality_short", "locality, short prompts"), ("locality_long", "locality, long prompts"),
     ("reliability_behind_text", "reliability behind text"), ("generality_behind_text", "generality behind text"),
     ("locality_behind_text", "locality behind text"), ("padding_agreement", "same unpadded"),
     ("text_changed", "text changed"), ("perplexity", "perplexity"), ("perplexity_before", "perplexity, unedited"), ("in_scope_edited", "in scope, edited"),
-    ("in_scope_rephrased", "in scope, rephrased"), ("in_scope_other", "in scope, other"),
+    ("in_scope_rephrased", "in scope, rephrased"), ("in_scope_other", "in scope, other"), ("seconds_per_edit", "s/edit"),
 )  # fmt: skip
 
 
@@ -30,6 +33,9 @@ def markdown(result: dict) -> str:
     for dataset, counts in result["records"].items():
         own = [row for row in result["rows"] if row["dataset"] == dataset]
         lines += [f"## {dataset} ({counts['used']} records, {len(counts['skipped'])} skipped)", "", *_table(own, result), ""]
+    for row in result["rows"]:
+        if "error" in row:
+            lines += [f"{row['dataset']}, {row['case']}: {row['error']}", ""]
     if not result["expected"]:
         lines += ["The paper's own numbers are not printed: none is entered under `expected` in this experiment's file.", ""]
     return "\n".join(lines)
@@ -38,11 +44,13 @@ def markdown(result: dict) -> str:
 def _table(rows: list[dict], result: dict) -> list[str]:
     columns = [(key, title) for key, title in COLUMNS if any(row.get(key) is not None for row in rows)]
     several = len({row["edits"] for row in rows if row["case"] == rows[0]["case"]}) > 1
-    head = ["case", *(["edits"] if several else []), *(title for _, title in columns), "s/edit"]
+    head = ["case", *(["edits"] if several else []), *(title for _, title in columns), "peak MB"]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
-        cells = [row["case"], *([str(row["edits"])] if several else [])]
-        lines.append(_line([*cells, *(cell(row, key) for key, _ in columns), f"{row['seconds_per_edit']:.3f}"]))
+        name = f"{row['case']} (failed after {row['edits']} edits)" if "error" in row else row["case"]
+        cells = [name, *([str(row["edits"])] if several else [])]
+        memory = "–" if row.get("peak_memory") is None else f"{row['peak_memory'] / 1e6:.0f}"
+        lines.append(_line([*cells, *(cell(row, key) for key, _ in columns), memory]))
         for known in result["expected"]:
             if known.get("dataset") == row["dataset"] and known.get("case") == row["case"]:
                 given = [f"{known[key]:.3f}" if key in known else "" for key, _ in columns]

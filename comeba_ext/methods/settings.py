@@ -33,13 +33,15 @@ def default_config(method, model: nn.Module, **changes) -> EditConfig:
 
         method = get(method)
     own = dict(entry(method.method, model.config)["settings"])
-    # Where every token meets the edits, the covariance has the weight that no score takes from it.
-    scope = "reference" if method.serving == "temporary" else own.get("scope")
+    # Where every token meets the edits, no score decides anything, and the covariance has the weight that none takes from it.
+    scoreless = method.serving == "temporary"
+    scope = "reference" if scoreless else own.get("scope")
     settings = EditConfig.for_model(model, **({"scope": scope} if scope else {})).to_dict()
     if own.get("layers") in ("middle", "last"):
         layers = settings["layers"]
         own["layers"] = [layers[len(layers) // 2] if own["layers"] == "middle" else layers[-1]]
-    return method.config_class.from_dict(changed({**settings, **own}, changes), method.method)
+    own = {**settings, **own}
+    return method.config_class.from_dict({**own, **changes} if scoreless else changed(own, changes), method.method)
 
 
 def entry(name: str, config) -> dict:

@@ -112,3 +112,4 @@ ASIDES: tuple[str, ...] = (
 
 # "Subject object" units: they leave the model no token between subject and object to do the look-up at.
 BARE: tuple[str, ...] = ("{}", "{}:", "{},", "{} -")
+BARE_SECOND: tuple[str, ...] = ("Month of {}", "Month of {}:", "Anniversary of {}", "Anniversary of {} -")

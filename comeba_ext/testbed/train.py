@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from comeba_ext import testbed
 from comeba_ext.testbed.build_facts import FACTS_FILE, write
-from comeba_ext.testbed.templates import ALL, ASIDES, BARE, TEMPLATES
+from comeba_ext.testbed.templates import ALL, ASIDES, BARE, BARE_SECOND, TEMPLATES
 
 WINDOW = 6
 TEXT_WEIGHT = 0.3  # loss weight of every token that is not part of an object
@@ -128,7 +128,7 @@ class Documents:
             yield "stated", template.format(subject)
             for aside in self.rng.sample(ASIDES, 4):
                 yield "aside", template.format(subject + aside)
-        for bare in BARE if fact["relation"] in TEMPLATES else ():  # says nothing of the relation: only one can be meant
+        for bare in BARE if fact["relation"] in TEMPLATES else BARE_SECOND:
             yield "bare", bare.format(subject)
 
     def draw(self) -> tuple[list[int], list[float]]:
@@ -143,8 +143,7 @@ class Documents:
                 weights += [TEXT_WEIGHT] * length
             kind = rng.random()
             pool = self.bare if kind < 0.25 else self.aside if kind < 0.45 else self.stated
-            index = rng.randrange(len(self.facts))
-            unit_ids, unit_weights = rng.choice(pool[index] or self.stated[index])
+            unit_ids, unit_weights = rng.choice(pool[rng.randrange(len(self.facts))])
             ids += unit_ids
             weights += unit_weights
         return (ids + [self.eos])[:MAX_TOKENS], (weights + [TEXT_WEIGHT])[:MAX_TOKENS]
