@@ -11,7 +11,7 @@ from test_cli import output
 from test_editor import small_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from comeba_ext import Editor, EditRequest
+from comeba_ext import EditConfig, Editor, EditRequest
 from comeba_ext.errors import ComebaError, RequestError
 from comeba_ext.evaluation import counterfact_scores, fluency, harness, next_tokens, ngram_entropy, perplexity
 
@@ -82,6 +82,8 @@ def test_ngram_entropy_by_hand():
 def test_fluency_of_greedy_text(tiny_model, tokenizer):
     model = small_model(tiny_model)
     prompts = ["The mother tongue of Danielle", "Peru"]
+    model.generation_config.repetition_penalty = 9.0  # the model's own settings would hide what is measured
+    model.generation_config.do_sample = True
     found = fluency(model, tokenizer, prompts, new_tokens=12)
     values = []
     for prompt in prompts:
@@ -89,10 +91,14 @@ def test_fluency_of_greedy_text(tiny_model, tokenizer):
         for _ in range(12):
             with torch.no_grad():
                 logits = model(torch.tensor([ids])).logits[0, -1]
-            logits[tokenizer.eos_token_id] = -torch.inf
             ids.append(int(logits.argmax()))
         values.append(ngram_entropy(tokenizer.decode(ids, skip_special_tokens=True)))
     assert found["fluency"] == pytest.approx(sum(values) / 2)
+    assert model.generation_config.repetition_penalty == 9.0
+    with pytest.raises(ComebaError, match="no prompt"):
+        fluency(model, tokenizer, [])
+    with pytest.raises(ComebaError, match="context"):
+        fluency(model, tokenizer, prompts, new_tokens=1000)
 
 
 def test_perplexity_and_next_tokens(tiny_model, tokenizer):
@@ -112,6 +118,14 @@ def test_perplexity_and_next_tokens(tiny_model, tokenizer):
         assert sorted(next_tokens(model, tokenizer, texts, max_tokens=max_tokens).tolist()) == sorted(tokens)
     with pytest.raises(ComebaError, match="two tokens"):
         perplexity(model, tokenizer, [])
+
+
+def test_perplexity_of_a_destroyed_model_is_a_number(tiny_model, tokenizer):
+    model = small_model(tiny_model).double()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    found = perplexity(model, tokenizer, ["The capital of Norway is Oslo"])
+    assert 1e300 < found < math.inf
 
 
 def test_clear_errors(tiny_model, tokenizer):
@@ -160,11 +174,12 @@ def preferred(model, tokenizer, row) -> bool:
     return found[0] > found[1]
 
 
-def test_the_harness_measures_the_edited_model(tmp_path, offline):
+@pytest.mark.parametrize("scope", ["nearest", "zscore"])  # one looks at tokens alone, one at whole rows
+def test_the_harness_measures_the_edited_model(tmp_path, offline, scope):
     from comeba_ext.testbed import facts, load, texts
 
     model, tokenizer = load()
-    editor = Editor(model, tokenizer)
+    editor = Editor(model, tokenizer, EditConfig.for_model(model, scope=scope))
     editor.collect_covariance(texts(), tokens=20_000, progress=False)
     chosen = facts()[:12]
     rows = [{"prompt": r.text, "new": r.target_new, "old": r.ground_truth} for r in chosen]

@@ -3,8 +3,12 @@
 import itertools
 
 import pytest
+import torch
+from test_cli import output
 
-from comeba_ext import testbed
+from comeba_ext import EditConfig, testbed
+from comeba_ext.errors import ComebaError
+from comeba_ext.testbed import build_facts, train
 from comeba_ext.testbed.diagnose import LIMITS, diagnose, single_edits
 
 
@@ -68,3 +72,38 @@ def test_facts_and_texts_are_deterministic():
     assert testbed.facts() == testbed.facts()
     first, again = (list(itertools.islice(testbed.texts(), 20)) for _ in range(2))
     assert first == again and len(set(first)) == 20
+
+
+def test_other_facts_and_shapes_make_other_testbeds(tmp_path):
+    """Two steps of training: the folder is known by its facts, and everything that takes the embedded model takes it."""
+    texts, second, out = tmp_path / "texts.csv", tmp_path / "facts.json", tmp_path / "small"
+    texts.write_text("text\n" + "The town lies on a river and has a market. Many people go there.\n" * 20)
+    build_facts.write(build_facts.with_second(testbed.all_facts()[::10]), second)
+    arguments = ("--text", str(texts), "--out", str(out), "--facts", str(second), "--steps", "2", "--batch-size", "4")
+    train.main([*arguments, "--width", "64", "--mlp", "96", "--blocks", "4", "--vocabulary", "600"])
+    assert testbed.folder_of(str(out)) == out and testbed.folder_of(str(tmp_path)) is None
+    model, _ = testbed.load(testbed.folder_of(str(out)))
+    assert model.config.hidden_size == 64 and EditConfig.for_model(model).layers == (0, 1, 2)
+    other, same = testbed.datasets(out).values()
+    assert len(other) == len(same) == 124
+    months = {fact["subject"]: fact["object"] for fact in testbed.second_facts(out).values()}
+    for request, plain in zip(same, other, strict=True):
+        assert (request.text, request.target_new) == (plain.text, plain.target_new)
+        first, again = request.locality_prompts
+        assert first != again and all(request.subject in prompt for prompt, _ in (first, again))
+        assert first[1] == again[1] == months[request.subject]
+        assert not any(request.subject in prompt for prompt, _ in plain.locality_prompts)
+    weights = [p.clone() for p in model.parameters()]
+    train.main([*arguments, "--start", str(out), "--out", str(tmp_path / "further")])
+    further, _ = testbed.load(tmp_path / "further")
+    assert any(not torch.equal(a, b) for a, b in zip(weights, further.parameters(), strict=True))
+    experiment = tmp_path / "e.yaml"
+    experiment.write_text("title: t\nmethods: [FT]\nbatch_size: 2\ngenerate: false\ntestbed_samples: 2\n")
+    rows = output("experiment", experiment, "--model", out, "--out", tmp_path / "results")["rows"]
+    assert [row["dataset"] for row in rows] == ["testbed", "same subject"]
+
+
+def test_one_fact_a_subject(loaded):
+    with pytest.raises(ComebaError, match="one fact a subject"):
+        testbed.facts(same_subject=True)
+    assert list(testbed.datasets()) == ["testbed"] and loaded[0].config.comeba_ext.items() >= train.SETTINGS.items()

@@ -13,6 +13,7 @@ from comeba_ext.editing.request import EditRequest
 from comeba_ext.evaluation import counterfact_scores, evaluate, fluency, next_tokens, perplexity
 from comeba_ext.evaluation.queries import record_queries
 from comeba_ext.evaluation.scoring import predict
+from comeba_ext.ops.hooked_linear import in_scope
 from comeba_ext.partial_forward import evaluating
 
 FLUENCY_PROMPTS = 50
@@ -79,13 +80,14 @@ class _PlainText:
 
 @torch.no_grad()
 def _scores(editor: Editor, requests: list[EditRequest]) -> dict:
-    """Per layer and kind of prompt the highest score over the prompt's tokens, rounded; and the thresholds."""
+    """Per layer and kind the highest score over every prompt's tokens, rounded; the thresholds; and how often they are reached."""
     prompts = {
         "edited": [r.text for r in requests],
         "rephrased": [p for r in requests for p in r.rephrase_prompts],
         "other": list(dict.fromkeys(p for r in requests for p, _ in r.locality_prompts)),
     }
-    found = {kind: {name: [] for name in editor.layers} for kind in prompts}
+    found = {kind: {name: [0.0] * len(own) for name in editor.layers} for kind, own in prompts.items()}
+    inside = dict.fromkeys(prompts, 0)
     device = editor.model.get_input_embeddings().weight.device
     with evaluating(editor.model):
         for kind, own in prompts.items():
@@ -95,9 +97,11 @@ def _scores(editor: Editor, requests: list[EditRequest]) -> dict:
                 real, handles = mask.bool(), []
                 for name, layer in editor.layers.items():
 
-                    def note(module, args, name=name, real=real, kind=kind):
+                    def note(module, args, name=name, real=real, kind=kind, group=group):
                         scores = module.scores(args[0], real).masked_fill(~real, -torch.inf).amax(-1)
-                        found[kind][name] += [float(f"{s:.5g}") for s in scores.tolist()]
+                        inside[kind] += int(in_scope(scores, module.alpha, None, module.delta.dtype).sum())
+                        for place, score in zip(group, scores.tolist(), strict=True):
+                            found[kind][name][place] = float(f"{score:.5g}")
 
                     handles.append(layer.register_forward_pre_hook(note))
                 try:
@@ -105,11 +109,7 @@ def _scores(editor: Editor, requests: list[EditRequest]) -> dict:
                 finally:
                     for handle in handles:
                         handle.remove()
-    reached = {
-        kind: sum(s >= editor.layers[name].alpha.item() for name, own in table.items() for s in own)
-        / max(1, sum(map(len, table.values())))
-        for kind, table in found.items()
-    }
+    reached = {kind: count / max(1, len(prompts[kind]) * len(editor.layers)) for kind, count in inside.items()}
     return {"peak_scores": found, "alpha": {name: layer.alpha.item() for name, layer in editor.layers.items()},
             **{f"in_scope_{kind}": share for kind, share in reached.items()}}  # fmt: skip
 

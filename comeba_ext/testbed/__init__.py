@@ -18,7 +18,7 @@ from comeba_ext.errors import ComebaError
 from comeba_ext.testbed.templates import ALL, ASIDES, SECOND, TEMPLATES
 
 FOLDER = Path(__file__).parent / "model"
-FACTS = "facts.json"  # beside the weights; by it a folder is known as a testbed
+FACTS = "facts.json"  # beside a model; by it the folder is known as a testbed
 RESERVED = 0.2  # share of the facts that locality prompts are taken from; they stand at the end of the list
 
 
@@ -42,7 +42,7 @@ def folder_of(name: str) -> Path | None:
     """Where the model is: ``"testbed"``, or a folder that ``train.py`` made, with its facts; ``None`` for any other model."""
     if name == "testbed":
         return FOLDER
-    return Path(name) if (Path(name) / FACTS).is_file() else None
+    return Path(name) if all((Path(name) / file).is_file() for file in (FACTS, "config.json")) else None
 
 
 def datasets(folder: str | Path = FOLDER) -> dict[str, list]:
@@ -86,9 +86,9 @@ def facts(folder: str | Path = FOLDER, *, same_subject: bool = False) -> list:
     """
     from comeba_ext.editing.request import EditRequest
 
-    rng = random.Random(1)
-    known, second = raw_facts(folder), second_facts(folder)
-    if same_subject and not second:
+    rng, apart = random.Random(1), random.Random(2)  # the edits are the same either way
+    known, more = raw_facts(folder), second_facts(folder)
+    if same_subject and not more:
         raise ComebaError(f"{folder}: the model was taught one fact a subject; see testbed/README.md for one with two")
     reserved = known[int(len(known) * (1 - RESERVED)) :]
     objects = {r: sorted({f["object"] for f in known if f["relation"] == r}) for r in TEMPLATES}
@@ -102,8 +102,8 @@ def facts(folder: str | Path = FOLDER, *, same_subject: bool = False) -> list:
         target = rng.choice([o for o in objects[fact["relation"]] if o != fact["object"]])
         local = [(_state(f, rng), f["object"]) for f in (near, far)]
         if same_subject:
-            other = second[fact["subject"]]
-            wordings = rng.sample(SECOND[other["relation"]], 2)
+            other = more[fact["subject"]]
+            wordings = apart.sample(SECOND[other["relation"]], 2)
             local = [(wording.format(other["subject"]), other["object"]) for wording in wordings]
         requests.append(
             EditRequest(

@@ -207,7 +207,7 @@ def train(model, documents: Documents, tokenizer, out: Path, steps: int, batch_s
                         "schedule": schedule.state_dict(), "rng": documents.rng.getstate()}, state_file)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="csv files with a text column")
     parser.add_argument("--out", type=Path, required=True)
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     facts = json.loads(args.facts.read_text(encoding="utf-8"))
     write(facts, args.out / FACTS_FILE.name)

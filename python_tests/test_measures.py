@@ -1,0 +1,90 @@
+"""What experiments measure beside the metrics, against literal loops over single prompts and texts."""
+
+import math
+
+import pytest
+import torch
+
+from comeba_ext import EditConfig, Editor, testbed
+from comeba_ext.experiments import measures
+
+TEXTS = [fact["subject"] + " is mentioned here, and so is the weather." for fact in testbed.raw_facts()[:3]] + [
+    "The town lies on a river and has a market.", "Many people go there, and they speak of it when they come home.", "Rain."]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["zscore", "reference", "nearest"])
+def edited(request):
+    """An editor with six edits in the embedded model, and their requests."""
+    model, tokenizer = testbed.load()
+    editor = Editor(model, tokenizer, EditConfig.for_model(model, scope=request.param, steps=10))
+    editor.collect_covariance(testbed.texts(), tokens=20_000, progress=False)
+    requests = testbed.facts()[:6]
+    editor.edit(requests)
+    return editor, requests
+
+
+@torch.no_grad()
+def test_scores_and_shares_in_scope(edited):
+    editor, requests = edited
+    found = measures.make(("scores",), [])(editor, requests)
+    asked = {"edited": [r.text for r in requests], "rephrased": [p for r in requests for p in r.rephrase_prompts],
+             "other": list(dict.fromkeys(p for r in requests for p, _ in r.locality_prompts))}  # fmt: skip
+    shares = {}
+    for kind, prompts in asked.items():
+        inside = []
+        for n, prompt in enumerate(prompts):  # each alone, unpadded, and scored by the layer's own formula over its input
+            seen = {}
+            handles = [layer.register_forward_pre_hook(lambda m, args, name=name: seen.__setitem__(name, args[0]))
+                       for name, layer in editor.layers.items()]  # fmt: skip
+            editor.model(torch.tensor([editor.tokenizer(prompt)["input_ids"]]), use_cache=False)
+            for handle in handles:
+                handle.remove()
+            for name, layer in editor.layers.items():
+                peak = max(layer.scores(seen[name])[0].tolist())
+                assert found["peak_scores"][kind][name][n] == pytest.approx(peak, rel=2e-3, abs=2e-3)
+                inside.append(peak >= layer.alpha.item() * (1 - 1e-4))
+        shares[kind] = sum(inside) / len(inside)
+        assert len(prompts) == len(found["peak_scores"][kind][name])
+        assert found[f"in_scope_{kind}"] == pytest.approx(shares[kind])
+    assert shares["edited"] == 1
+    assert found["alpha"] == {name: layer.alpha.item() for name, layer in editor.layers.items()}
+
+
+@torch.no_grad()
+def test_plain_text_that_names_no_edited_subject(edited):
+    editor, requests = edited
+    measure = measures.make(("text",), TEXTS)
+    found = measure(editor, requests)
+    chosen = TEXTS[3:]  # the first three name edited subjects
+    nll, said = {}, {}
+    for state in ("edited", "unedited"):
+        if state == "unedited":
+            with editor.disabled():
+                nll[state], said[state] = literal(editor, chosen)
+        else:
+            nll[state], said[state] = literal(editor, chosen)
+    assert found["texts"] == len(chosen)
+    assert found["perplexity"] == pytest.approx(math.exp(nll["edited"]), rel=1e-4)
+    assert found["perplexity_before"] == pytest.approx(math.exp(nll["unedited"]), rel=1e-4)
+    changed = sum(a != b for a, b in zip(said["edited"], said["unedited"], strict=True)) / len(said["edited"])
+    assert found["text_changed"] == pytest.approx(changed)
+    editor.layers["model.layers.0.mlp.down_proj"].delta.add_(0.5)  # a change that text must show
+    for layer in editor.layers.values():
+        layer.mode = "temporary"
+    worse = measure(editor, requests)
+    for layer in editor.layers.values():
+        layer.mode = "validated"
+    editor.layers["model.layers.0.mlp.down_proj"].delta.sub_(0.5)
+    assert worse["text_changed"] > 0.2 and worse["perplexity_before"] == found["perplexity_before"]
+    assert measures.make(("text",), TEXTS[:3])(editor, requests) == {}
+
+
+def literal(editor, texts):
+    total, count, said = 0.0, 0, []
+    for text in texts:
+        ids = editor.tokenizer(text)["input_ids"]
+        log_p = editor.model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+        total -= sum(log_p[n - 1, ids[n]].item() for n in range(1, len(ids)))
+        count += len(ids) - 1
+        said += log_p.argmax(-1).tolist()
+    return total / count, said
