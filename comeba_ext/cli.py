@@ -581,11 +581,10 @@ def _continue(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str
 
 
 def _metric_row(metrics, name: str) -> tuple[str, ...]:
-    cells = []
-    for suffix in ("", "_exact", "_generation"):
-        value, interval = metrics.get(name + suffix), metrics.get(f"{name}{suffix}_interval")
-        cells.append("–" if value is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]")
-    return (name, *cells)
+    from comeba_ext.evaluation.metrics import SCORES
+    from comeba_ext.experiments.table import cell
+
+    return (name, *(cell(metrics, name + suffix) for suffix in SCORES))
 
 
 def _say_counts(report: _Report, counts: dict) -> None:

@@ -34,7 +34,7 @@ def test_scores_and_shares_in_scope(edited):
         inside = []
         for n, prompt in enumerate(prompts):  # each alone, unpadded, and scored by the layer's own formula over its input
             seen = {}
-            handles = [layer.register_forward_pre_hook(lambda m, args, name=name: seen.__setitem__(name, args[0]))
+            handles = [layer.register_forward_pre_hook(lambda m, args, name=name, seen=seen: seen.__setitem__(name, args[0]))
                        for name, layer in editor.layers.items()]  # fmt: skip
             editor.model(torch.tensor([editor.tokenizer(prompt)["input_ids"]]), use_cache=False)
             for handle in handles:

@@ -10,9 +10,10 @@ from test_editor import TEXTS, small_model, some_requests
 
 from comeba_ext import EditConfig, Editor, EditRequest, evaluate, methods
 from comeba_ext.editing.report import peak_memory, reset_peak_memory
+from comeba_ext.editing.request import consecutive_batches
 from comeba_ext.errors import ConfigError, RequestError, StorageError
 from comeba_ext.evaluation import Protocol, predict_base, run_protocol
-from comeba_ext.evaluation.protocols import batches, latest
+from comeba_ext.evaluation.protocols import latest
 from comeba_ext.evaluation.run_log import RunLog
 
 CONFIG = EditConfig(layers=(1, 2), lam=20.0, prefixes=1, prefix_length=4, steps=4, lr=0.1, clamp=2.0)
@@ -220,7 +221,7 @@ def test_retention_is_against_the_latest_target(setting, tmp_path):
     first, second, third = requests_with_prompts(3)
     changed = EditRequest(first.prompt, first.subject, "Warsaw", request_id="r0")
     requests = [first, second, changed, third]
-    assert [len(b) for b in batches([first, changed, second], 3)] == [1, 2]
+    assert [len(b) for b in consecutive_batches([first, changed, second], 3)] == [1, 2]
     assert latest(requests) == [changed, second, third]
     result = run(setting, tmp_path, requests, Protocol("sequential", batch_size=7, generate=False))
     assert [s["requests"] for s in result.steps] == [1, 1, 1, 1]

@@ -24,7 +24,7 @@ from comeba_ext.editing.keys import KeyReader, LayerReading
 from comeba_ext.editing.ledger import Entry, Ledger, stacked, without
 from comeba_ext.editing.prefixes import sample_prefixes
 from comeba_ext.editing.report import EditReport, Phases, peak_memory
-from comeba_ext.editing.request import EditRequest, as_requests
+from comeba_ext.editing.request import EditRequest, as_requests, consecutive_batches
 from comeba_ext.editing.rows import check_length, essence_rows, prompt_rows, target_rows
 from comeba_ext.editing.scope import peak_scores, reference_scale
 from comeba_ext.editing.target_values import TargetValues, optimise_target_values
@@ -235,11 +235,7 @@ class Editor:
         for request in checked:
             if facts.setdefault(request.request_id, request.fact) != request.fact:
                 raise RequestError(f"request_id {request.request_id!r} is used by another request; ids must differ")
-        batches: list[list[EditRequest]] = [[]]
-        for request in checked:
-            if len(batches[-1]) == batch_size or any(request.fact == other.fact for other in batches[-1]):
-                batches.append([])
-            batches[-1].append(request)
+        batches = consecutive_batches(checked, batch_size) or [[]]  # no request is refused as an empty batch is
         for number, batch in enumerate(batches):
             try:
                 self._validate(batch)

@@ -130,6 +130,16 @@ def as_requests(records: Iterable[EditRequest | Mapping]) -> list[EditRequest]:
     return [EditRequest.from_record(record, index) for index, record in enumerate(records)]
 
 
+def consecutive_batches(requests: list[EditRequest], size: int) -> list[list[EditRequest]]:
+    """Batches in order; one ends early before a fact it already holds, whose later request thereby supersedes the earlier."""
+    found: list[list[EditRequest]] = []
+    for request in requests:
+        if not found or len(found[-1]) == size or any(request.fact == other.fact for other in found[-1]):
+            found.append([])
+        found[-1].append(request)
+    return found
+
+
 def _from_flat(record: Mapping) -> dict:
     """This package's own form, and EasyEdit's."""
     fields = {f.name: record[f.name] for f in dataclasses.fields(EditRequest) if record.get(f.name) is not None}

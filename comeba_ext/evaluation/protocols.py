@@ -33,7 +33,7 @@ from comeba_ext.covariance import Covariance
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.editor import Editor
 from comeba_ext.editing.report import EditReport, reset_peak_memory
-from comeba_ext.editing.request import EditRequest, as_requests
+from comeba_ext.editing.request import EditRequest, as_requests, consecutive_batches
 from comeba_ext.errors import ComebaError, ConfigError, RequestError
 from comeba_ext.evaluation.base import BasePredictions, predict_base
 from comeba_ext.evaluation.metrics import Metrics, evaluate, summarise
@@ -186,16 +186,6 @@ def read_result(records: list[dict], protocol: Protocol) -> Result:
     return result
 
 
-def batches(requests: list[EditRequest], size: int) -> list[list[EditRequest]]:
-    """Consecutive batches; one ends early before a fact it already holds, as in :meth:`Editor.edit_all`."""
-    found: list[list[EditRequest]] = []
-    for request in requests:
-        if not found or len(found[-1]) == size or any(request.fact == other.fact for other in found[-1]):
-            found.append([])
-        found[-1].append(request)
-    return found
-
-
 def latest(requests: list[EditRequest]) -> list[EditRequest]:
     """One request a fact: the last."""
     return list({request.fact: request for request in requests}.values())
@@ -270,7 +260,7 @@ def _consecutive(
 
 def _checked(editor: Editor, requests: list[EditRequest], protocol: Protocol) -> list[list[EditRequest]]:
     """The batches, after every request was found usable: what fails later is the method."""
-    plan = batches(requests, protocol.batch_size)
+    plan = consecutive_batches(requests, protocol.batch_size)
     for batch in plan:
         editor.check([dataclasses.replace(request, request_id=None) for request in batch])
     return plan

@@ -80,15 +80,19 @@ class Probe:
             right += sum(guess[r, s - 1 : s - 1 + len(t)].tolist() == t for r, (s, t) in enumerate(spans))
         return right / len(facts)
 
-    def patching(self, pairs: list[tuple[dict, dict, int]], where: str) -> list[float]:
-        """Share of prompts that flip to the donor's object, per patched block; ``where``: last or final token."""
+    def patching(self, pairs: list[tuple[dict, dict, int]], where: str, blocks: slice = slice(-1)) -> list[torch.Tensor]:
+        """Which prompts flip to the donor's object, ``(pairs,)`` bool per patched block; ``where``: last or final token.
+
+        Args:
+            pairs: receiver, donor, and the number of the template that both are asked with.
+        """
         receivers = [self.prompt(receiver, template) for receiver, _, template in pairs]
         donors = [self.prompt(donor, template) for _, donor, template in pairs]
         place = lambda prompts: torch.tensor([last if where == "last" else len(ids) - 1 for ids, last in prompts])  # noqa: E731
         here, there, rows = place(receivers), place(donors), torch.arange(len(pairs))
         wanted = torch.tensor([self.first_object_token(donor) for _, donor, _ in pairs])
-        shares = []
-        for block in self.blocks[:-1]:
+        flips = []
+        for block in self.blocks[blocks]:
             grabbed = {}
 
             def grab(_, __, output, grabbed=grabbed):
@@ -106,8 +110,8 @@ class Probe:
                     logits = self.model(**inputs, use_cache=False).logits
                 handle.remove()
             answers = logits[rows, inputs["attention_mask"].sum(1) - 1].argmax(-1)
-            shares.append((answers == wanted).float().mean().item())
-        return shares
+            flips.append(answers == wanted)
+        return flips
 
     def keys(self, prompts: list[tuple[list[int], int]]) -> list[torch.Tensor]:
         """Unit keys per block, ``(len(prompts), d_in)``: MLP output projection's input at the subject's last token."""
@@ -143,11 +147,12 @@ def diagnose(model, tokenizer, folder: str | Path = testbed.FOLDER, seed: int = 
         n = len(group)
         other.append([((a @ a.T).sum().item() - n) / (n * (n - 1)) for a in first])
     blocks = range(len(probe.blocks) - 1)
+    share = lambda flips: [own.float().mean().item() for own in flips]  # noqa: E731
     return {
         "recall_stated": probe.recall(chosen, False, rng),
         "recall_held_out": probe.recall(chosen, True, rng),
-        "patch_last_subject_token": probe.patching(pairs, "last"),
-        "patch_final_token": probe.patching(pairs, "final"),
+        "patch_last_subject_token": share(probe.patching(pairs, "last")),
+        "patch_final_token": share(probe.patching(pairs, "final")),
         "key_cosine_same_subject": [sum(r[b] for r in same) / len(same) for b in blocks],
         "key_cosine_other_subject": [sum(r[b] for r in other) / len(other) for b in blocks],
     }
