@@ -10,6 +10,8 @@ The edits are those of :func:`comeba_ext.testbed.facts`; every locality prompt a
 wording in which the model reads it off the subject's last token, where edits are made: patching that token's state with
 another subject's changes the answer to the other's (causal tracing, as in ``comeba_ext.testbed.diagnose``). Where the answer
 comes from other tokens, an edit cannot touch it, and asking would only flatter. Records without such a wording are left out.
+(``results/experiments/second_facts.*``: 30 % of the wordings of 600 facts. That model was trained for 1,600 steps without, then
+800 with the bare units of second facts; patching found nearly the same share before.)
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def run(
         out: folder for ``<name>.json``, ``<name>.md``, the plots, and a folder a case with its log. A run that was
             interrupted goes on there.
         covariance: of all layers that are edited; or
-        texts: corpus to collect it from (kept in ``out``).
+        texts: corpus to collect it from (kept in ``out``, where the next experiment finds it).
         plain_texts: for the measure ``text``.
         samples: records a data set, default the experiment's.
         seed: of the intervals, and, where it is not 0, of the order in which records are taken from a data set.
