@@ -58,7 +58,7 @@ def _bars(rows: list[dict]):
                       fontsize=7, rotation=90 if len(rows) > 5 else 0)  # fmt: skip
     axis.set_xticks(range(len(METRICS)), METRICS)
     _shares(axis, 1.1)
-    axis.legend(ncols=min(4, len(rows)), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), frameon=False)
+    axis.legend(ncols=_legend_columns(row["case"] for row in rows), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), frameon=False)
     return figure
 
 
@@ -76,7 +76,8 @@ def _edits(rows: list[dict]):
         axis.set_title(metric, fontsize=10)
         _shares(axis)
         axis.label_outer()
-    figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside lower center", fontsize=9, frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=_legend_columns(labels), loc="outside lower center", fontsize=9, frameon=False)
     return figure
 
 
@@ -128,6 +129,12 @@ def _scores(rows: list[dict]):
         line[0].set_ylabel("share of prompts", fontsize=8)
     figure.legend(*axes[0][0].get_legend_handles_labels(), ncols=3, loc="outside lower center", fontsize=9, frameon=False)
     return figure
+
+
+def _legend_columns(labels) -> int:
+    """At most four, and as many as fit side by side below a plot ten inches wide."""
+    labels = list(labels)
+    return max(1, min(4, len(labels), 130 // (max(map(len, labels)) + 8)))
 
 
 def _errors(rows: list[dict], metrics) -> np.ndarray:
