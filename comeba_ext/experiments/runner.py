@@ -19,7 +19,7 @@ from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.editor import Editor
 from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import ComebaError, RequestError, StorageError
-from comeba_ext.evaluation import Protocol, predict_base, run_protocol
+from comeba_ext.evaluation import Protocol, Result, predict_base, run_protocol
 from comeba_ext.evaluation.metrics import METRICS, SCORES, Metrics
 from comeba_ext.evaluation.queries import check_context, record_queries
 from comeba_ext.experiments import measures, table
@@ -90,18 +90,14 @@ def run(
             result = run_protocol(
                 model, tokenizer, used, protocol, out / experiment.name / _slug(dataset) / _slug(case.label),
                 method=method, config=configs[case.label], covariance=covariance if method.needs_covariance else None,
-                base=base, measure=measure, identity=identity,
-                progress=progress,
+                base=base, measure=measure, identity=identity, progress=progress,
             )  # fmt: skip
-            about = {"dataset": dataset, "method": case.method, "case": case.label, "batch_size": protocol.batch_size}
-            settings = {"settings": configs[case.label].to_dict()}
-            for edits, metrics in sorted(result.checkpoints.items()):
-                extra = {key: value for key, value in result.extra.get(edits, {}).items() if key != "per_record"}
-                rows.append({**about, "edits": edits, **_plain(metrics), **result.efficiency(edits), **extra, **settings})
-                log.info("%s, %s, %d edits: reliability %.3f", dataset, case.label, edits, metrics.reliability)
-            if result.error is not None:
-                efficiency = result.efficiency(result.failed)
-                rows.append({**about, "edits": result.failed, **_plain(Metrics()), **efficiency, "error": result.error, **settings})
+            about = {"dataset": dataset, "method": case.method, "case": case.label, "batch_size": protocol.batch_size,
+                     "settings": configs[case.label].to_dict()}  # fmt: skip
+            rows += [{**about, **row} for row in _rows(result)]
+            if result.error is None:
+                log.info("%s, %s: reliability %.3f", dataset, case.label, rows[-1]["reliability"])
+            else:
                 log.warning("%s, %s: failed after %d edits: %s", dataset, case.label, result.failed, result.error)
     result = {
         "experiment": experiment.name, "title": experiment.title, "paper": experiment.paper, "note": experiment.note,
@@ -170,6 +166,17 @@ def _collect(model, tokenizer, texts, configs: list[EditConfig], path: Path, pro
     finally:
         editor.close()
     return editor.covariance
+
+
+def _rows(result: Result) -> list[dict]:
+    """What a case measured: a row a checkpoint, and where the method could not go on a last one that says why."""
+    rows = []
+    for edits, metrics in sorted(result.checkpoints.items()):
+        extra = {key: value for key, value in result.extra.get(edits, {}).items() if key != "per_record"}
+        rows.append({"edits": edits, **_plain(metrics), **result.efficiency(edits), **extra})
+    if result.error is not None:
+        rows.append({"edits": result.failed, **_plain(Metrics()), **result.efficiency(result.failed), "error": result.error})
+    return rows
 
 
 def _plain(metrics) -> dict:
