@@ -35,8 +35,9 @@ def records(folder: Path, count: int, seed: int = 0) -> tuple[list, float]:
     asked = []  # (request, pair)
     for request in requests:
         own = second[request.subject]
+        donors = [f for f in second.values() if f["object"] != own["object"]]
         for template in range(len(SECOND[own["relation"]])):
-            donor = rng.choice([f for f in second.values() if f["object"] != own["object"]])
+            donor = rng.choice(donors)
             asked.append((request, (own, donor, template)))
     reached: dict[str, list] = {}
     for start in range(0, len(asked), 256):

@@ -35,7 +35,7 @@ Device = Annotated[
     Optional[str], typer.Option("--device", help="cpu, cuda, …; auto: spread over all (default: cuda where there is one)")
 ]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
+Dtype = Annotated[str, typer.Option("--dtype", help=", ".join(DTYPES))]
 
 METRICS = ("reliability", "generality", "locality")
 PLAIN_TEXTS = 400  # at most, to measure perplexity on in experiments
@@ -506,10 +506,10 @@ def _device(wanted: str | None) -> str:
     count, own = torch.cuda.device_count(), distributed.local_rank()
     if wanted not in (None, "auto", "cuda"):
         try:
-            kind = torch.device(wanted).type
+            place = torch.device(wanted)
         except RuntimeError:
             raise ComebaError(f"unknown --device {wanted!r}; choose cpu, cuda, cuda:N or auto") from None
-        if kind == "cuda" and count <= (torch.device(wanted).index or 0):
+        if place.type == "cuda" and count <= (place.index or 0):
             raise ComebaError(f"--device {wanted}: torch finds {count} GPUs; see 'comeba doctor'")
         return wanted
     if wanted == "cuda" and not count:

@@ -80,7 +80,7 @@ class EditConfig:
 
     def __post_init__(self) -> None:
         layers = self.layers
-        if not isinstance(layers, (list, tuple)) or not layers or not all(_is_int(x) and x >= 0 for x in layers):
+        if not isinstance(layers, (list, tuple)) or not layers or not all(is_int(x) and x >= 0 for x in layers):
             raise ConfigError(f"layers must be a non-empty list of block numbers, got {layers!r}")
         if list(layers) != sorted(set(layers)):
             raise ConfigError(f"layers must increase, got {list(layers)}")
@@ -98,7 +98,7 @@ class EditConfig:
                 continue
             positive = name in ("lam", "lr", "clamp")
             whole = name in ("steps", "prefixes", "prefix_length", "max_tokens", "seed")
-            if not (_is_int(value) if whole else _is_number(value)) or value < low or (positive and value <= 0):
+            if not (is_int(value) if whole else _is_number(value)) or value < low or (positive and value <= 0):
                 kind = "a whole number" if whole else "a finite number"
                 raise ConfigError(f"{name} must be {kind} {'>' if positive else '>='} {low}, got {value!r}")
         if self.alpha_margin is not None and not (_is_number(self.alpha_margin) and 0 < self.alpha_margin <= 1):
@@ -242,7 +242,7 @@ def with_numbers(values: dict) -> dict:
     return {key: float(value) if scientific(value) else value for key, value in values.items()}
 
 
-def _is_int(value) -> bool:
+def is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

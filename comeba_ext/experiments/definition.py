@@ -24,7 +24,7 @@ from pathlib import Path
 
 import yaml
 
-from comeba_ext.editing.config import EditConfig, with_numbers
+from comeba_ext.editing.config import EditConfig, is_int, with_numbers
 from comeba_ext.errors import ConfigError
 from comeba_ext.evaluation.protocols import PROTOCOLS
 
@@ -130,7 +130,7 @@ def load(name_or_file: str | Path) -> Experiment:
 
 
 def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return is_int(value) and value > 0
 
 
 def _is_list(value, *kinds) -> bool:

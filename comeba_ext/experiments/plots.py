@@ -58,7 +58,8 @@ def _bars(rows: list[dict]):
                       fontsize=7, rotation=90 if len(rows) > 5 else 0)  # fmt: skip
     axis.set_xticks(range(len(METRICS)), METRICS)
     _shares(axis, 1.1)
-    axis.legend(ncols=_legend_columns(row["case"] for row in rows), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), frameon=False)
+    columns = _legend_columns([row["case"] for row in rows])
+    axis.legend(ncols=columns, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), frameon=False)
     return figure
 
 
@@ -131,9 +132,8 @@ def _scores(rows: list[dict]):
     return figure
 
 
-def _legend_columns(labels) -> int:
+def _legend_columns(labels: list[str]) -> int:
     """At most four, and as many as fit side by side below a plot ten inches wide."""
-    labels = list(labels)
     return max(1, min(4, len(labels), 130 // (max(map(len, labels)) + 8)))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from comeba_ext.editing.config import EditConfig
+from comeba_ext.editing.config import EditConfig, is_int
 from comeba_ext.editing.encoding import micro_batches, pad_id
 from comeba_ext.editing.ledger import Entry
 from comeba_ext.editing.report import Phases
@@ -44,7 +44,7 @@ class FTConfig(EditConfig):
         bound = self.norm_constraint
         if bound is not None and not (isinstance(bound, (int, float)) and not isinstance(bound, bool) and bound > 0):
             raise ConfigError(f"norm_constraint must be null or a number > 0, got {bound!r}")
-        if self.chunk is not None and not (isinstance(self.chunk, int) and not isinstance(self.chunk, bool) and self.chunk > 0):
+        if self.chunk is not None and not (is_int(self.chunk) and self.chunk > 0):
             raise ConfigError(f"chunk must be null or a whole number > 0, got {self.chunk!r}")
         if self.lr_unit != "absolute":
             raise ConfigError(f"lr_unit must be absolute: it is a weight that is trained, got {self.lr_unit!r}")
@@ -54,9 +54,9 @@ class FT(WithoutHooks):
     """Adam on the whole weight of one MLP output projection, at most ``steps`` passes over a batch.
 
     The loss is the new object's NLL behind the prompt alone: mean over its tokens, teacher-forced, then over the
-    requests; a step is left out below ``early_stop``, and training ends when a whole pass is. (ROME's code, and EasyEdit's ``prompt_last``, ask
-    for all object tokens at the prompt's last position; with objects of one token there is no difference.) Adam starts
-    anew with every batch. Nothing of the covariance is used.
+    requests; a step is left out below ``early_stop``, and training ends when a whole pass is. (ROME's code, and EasyEdit's
+    ``prompt_last``, ask for all object tokens at the prompt's last position; with objects of one token there is no
+    difference.) Adam starts anew with every batch. Nothing of the covariance is used.
 
     A trained weight has no share of a single request: :meth:`retract` is refused, an earlier request about the same
     fact is simply trained over, and :meth:`rollback` reaches step 0 and the latest ten steps, as far back as the
@@ -91,7 +91,7 @@ class FT(WithoutHooks):
 
     def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases, trace=None):
         ((name, layer),) = self.layers.items()
-        if self.step not in self._states:  # loaded, or never edited
+        if self.step and self.step not in self._states:  # loaded; step 0 needs no copy
             self._states[self.step] = {name: self._delta[name].cpu().clone()}
         with phases("update"), evaluating(self.model), frozen(self.model):
             losses, passes = self._train(layer, self._delta[name], target_rows(self.tokenizer, batch, [""]))

@@ -17,9 +17,10 @@ import random
 from collections import Counter
 from pathlib import Path
 
+from comeba_ext import testbed
 from comeba_ext.testbed.templates import SECOND, TEMPLATES
 
-FACTS_FILE = Path(__file__).with_name("model") / "facts.json"
+FACTS_FILE = testbed.FOLDER / testbed.FACTS
 STATED = 5  # templates a fact is trained on; the other three stay held out
 MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
           "December")  # fmt: skip
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--per-object", type=int, default=40)
     args = parser.parse_args()
     if args.second:
-        path, facts = args.second, with_second(json.loads(FACTS_FILE.read_text(encoding="utf-8")))
+        path, facts = args.second, with_second(testbed.all_facts())
     else:
         path, facts = FACTS_FILE, choose(args.relations, args.per_relation, args.per_object)
     write(facts, path)

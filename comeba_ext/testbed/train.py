@@ -225,10 +225,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     facts = json.loads(args.facts.read_text(encoding="utf-8"))
-    write(facts, args.out / FACTS_FILE.name)
+    write(facts, args.out / testbed.FACTS)
     sentences = read_sentences(args.text)
     if args.start:
-        model, tokenizer = testbed.load(testbed.FOLDER if args.start == "testbed" else args.start)
+        model, tokenizer = testbed.load(testbed.folder_of(args.start) or args.start)
     else:
         tokenizer = train_tokenizer(facts, sentences, args.vocabulary)
         model = build_model(tokenizer, args.width, args.mlp, args.blocks)
