@@ -35,7 +35,9 @@ def target_value(model, tokenizer, config, request, prefixes, logits_twice: bool
         ``(v* (d_model,), final loss, optimiser steps)``.
     """
     architecture = Architecture.of(model, config.blocks, config.projection)
-    block = architecture.block(model, config.value_layer)
+    site = architecture.block(model, config.value_layer)
+    if "post_feedforward_layernorm" in dict(site.named_children()):  # Gemma 2 and 3, OLMo 2: δ before the norm
+        site = model.get_submodule(architecture.projection_name(config.value_layer))
     decoder, head = model.get_submodule(architecture.decoder), architecture.head(model)
     rows = [*target_rows(tokenizer, [request], prefixes), *essence_rows(tokenizer, [request])]
     inputs = batch_inputs(rows, pad_id(tokenizer), model.get_input_embeddings().weight.device)
@@ -58,7 +60,7 @@ def target_value(model, tokenizer, config, request, prefixes, logits_twice: bool
         return with_hidden(output, hidden)
 
     handles = [
-        block.register_forward_hook(add_delta),
+        site.register_forward_hook(add_delta),
         decoder.register_forward_hook(lambda module, args, output: seen.__setitem__("out", output[0])),
     ]
     trained = {p: p.requires_grad for p in model.parameters()}
@@ -110,7 +112,7 @@ class PlainEditor:
         names = [self.architecture.projection_name(n) for n in config.layers]
         self.layers = hooked_linear.install(model, names, self.architecture.decoder, config.scope, config.alpha)
         self.c0 = {name: covariance[name].double() for name in names}
-        self.memory = {name: config.lam * c0 for name, c0 in self.c0.items()}
+        self.memory = {name: config.lam_of(len(c0)) * c0 for name, c0 in self.c0.items()}
         if config.scope == "nearest":
             for name, layer in self.layers.items():
                 layer.set_covariance(self.c0[name])

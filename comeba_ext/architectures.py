@@ -31,6 +31,9 @@ FAMILIES: dict[str, tuple[str, str, str, str]] = {
     },
 }  # fmt: skip
 
+# A norm between the MLP's output and the hidden state it is added to, inside a block (Gemma 2/3, OLMo 2, EXAONE 4; GLM 4).
+AFTER_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -79,6 +82,8 @@ class Architecture:
         else:
             found = _inspect(model, blocks, projection)
         found._check(model)
+        if projection is not None:
+            _refuse_attention(model_type, projection)
         return found
 
     def _check(self, model: nn.Module) -> None:
@@ -107,6 +112,11 @@ class Architecture:
         """Full name of block ``index``'s MLP output projection."""
         return f"{self.blocks}.{index}.{self.projection}"
 
+    def after_norm(self, model: nn.Module, index: int) -> nn.Module | None:
+        """The norm through which block ``index``'s MLP output reaches the hidden state; ``None`` where it is added as it is."""
+        block = self.block(model, index)
+        return next((getattr(block, name) for name in AFTER_NORMS if isinstance(getattr(block, name, None), nn.Module)), None)
+
     def head(self, model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         """The function from the decoder's output ``(..., d_model)`` to logits ``(..., vocab)``.
 
@@ -123,6 +133,14 @@ class Architecture:
             return out if cap is None else torch.tanh(out / cap) * cap
 
         return logits
+
+
+def _refuse_attention(model_type: str, projection: str) -> None:
+    """Keys and values are the MLP's: what attention writes is read by the same block's MLP, so an edit there is no sum."""
+    known = FAMILIES[model_type][2] if model_type in FAMILIES else None
+    if (known is not None and projection != known) or (known is None and "attn" in projection.lower().replace("attention", "attn")):
+        wanted = f"{model_type}'s is {known!r}" if known else "such as 'mlp.down_proj'"
+        raise ArchitectureError(f"projection={projection!r} is not the MLP's output projection, which is what is edited; {wanted}")
 
 
 def _width(model: nn.Module) -> int:

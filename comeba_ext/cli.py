@@ -1,4 +1,4 @@
-"""The command line: ``comeba demo | edit | eval | ability | covariance | generate | experiment | doctor``.
+"""The command line: ``comeba demo | edit | eval | ability | covariance | tune | generate | experiment | doctor``.
 
 Every command takes ``--json`` and then prints exactly one JSON object on stdout. Exit codes: 0 done; 1 the input was
 unusable (one clear message, or ``{"error": ...}``); 2 wrong usage; 3 ``doctor`` found something missing; 130 interrupted.
@@ -21,7 +21,7 @@ from typing import Annotated, Optional
 import typer
 
 from comeba_ext import __version__
-from comeba_ext.errors import ComebaError
+from comeba_ext.errors import ComebaError, ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Correct facts in a Hugging Face language model without retraining it.")  # fmt: skip
@@ -29,7 +29,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 Model = Annotated[str, typer.Argument(help="local model folder, hub name, or 'testbed' for the embedded model")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Edits = Annotated[Optional[Path], typer.Option("--edits", help="folder of saved edits to put onto the model")]
-Config = Annotated[Optional[Path], typer.Option("--config", help="EditConfig as JSON or YAML")]
+Config = Annotated[
+    Optional[Path], typer.Option("--config", help="settings as JSON or YAML, those that differ from the model's defaults")
+]
+Scope = Annotated[Optional[str], typer.Option("--scope", help="nearest, reference or zscore (the paper's)")]
 Limit = Annotated[Optional[int], typer.Option("--limit", min=1, help="read at most this many records")]
 Device = Annotated[
     Optional[str], typer.Option("--device", help="cpu, cuda, …; auto: spread over all (default: cuda where there is one)")
@@ -108,9 +111,16 @@ def demo(
 @app.command()
 def edit(
     model: Model,
-    records: Annotated[Path, typer.Argument(help="JSON or JSONL: ZsRE, CounterFact, EasyEdit or own records")],
-    out: Annotated[Path, typer.Option("--out", help="folder for the edits")],
+    records: Annotated[
+        Optional[Path], typer.Argument(help="JSON or JSONL: CounterFact, ZsRE, QAEdit, EasyEdit or own records")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="folder for the edits")] = ...,
+    prompt: Annotated[Optional[str], typer.Option(help="instead of a file, one edit: a text with {} for the subject")] = None,
+    subject: Annotated[Optional[str], typer.Option(help="with --prompt")] = None,
+    target: Annotated[Optional[str], typer.Option(help="with --prompt: what the model is to say behind it")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 10,
+    method: Annotated[str, typer.Option(help="COMEBA-HK, MEMIT, ROME, FT …")] = "COMEBA-HK",
+    scope: Scope = None,
     config: Config = None,
     covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance'")] = None,
     texts: Annotated[Optional[Path], typer.Option(help="corpus to collect the covariance from instead")] = None,
@@ -122,20 +132,21 @@ def edit(
     as_json: Json = False,
 ) -> None:
     """Edit a model with the records of a file, in consecutive batches, and save the edits."""
-    from comeba_ext.data import read_requests
-    from comeba_ext.editing.editor import Editor
+    from comeba_ext import methods
     from comeba_ext.storage import MANIFEST
 
     with _reporting(as_json, parallel=True) as report:
-        read = read_requests(records, limit)
+        read = _requests(records, limit, prompt, subject, target)
+        kind = methods.get(method)
         if (out / MANIFEST).exists() and not resume:
             raise ComebaError(f"{out} holds edits already; add --resume to go on with them, or choose another --out")
         net, tokenizer = _load(model, device, dtype)
         if resume and (out / MANIFEST).exists():
-            editor = Editor.from_pretrained(net, tokenizer, out)
+            editor = methods.load(net, tokenizer, out)
         else:
-            editor = Editor(net, tokenizer, _config(net, config))
-            _provide_covariance(editor, model, covariance, texts, not as_json)
+            editor = kind(net, tokenizer, _config(net, config, kind, scope))
+            if kind.needs_covariance:
+                _provide_covariance(editor, model, covariance, texts, not as_json)
         skipped = list(read.skipped)
         used = []
         for position, request in read.placed():
@@ -144,7 +155,7 @@ def edit(
                 used.append(request)
             except ComebaError as error:
                 skipped.append({"index": position, "reason": str(error)})
-        earlier = sum(len(e["request_ids"]) for e in editor.log if e["event"] == "edit")
+        earlier = sum(len(e["request_ids"]) + len(e["declined"]) for e in editor.log if e["event"] == "edit")
         todo = used[earlier:]
         steps = []
         if todo:
@@ -158,10 +169,20 @@ def edit(
                     editor.save_pretrained(out)
         counts = {"read": read.read, "used": len(used), "skipped": skipped}
         seconds = sum(sum(s["seconds"].values()) for s in steps)
+        answered, declined = sum(sum(s["answered"]) for s in steps), [d for s in steps for d in s["declined"]]
         report.say(f"{len(todo)} edits in {len(steps)} batches, {seconds:.1f} s; saved to {out}.")
+        if todo:
+            report.say(f"{answered} of {len(todo)} are answered behind their prompts right after their batch.")
+            _say_settings(report, editor, steps)
+        for entry in declined:
+            report.say(f"! declined {entry['request_id']} ({entry['prompt']!r}): {entry['reason']}")
         _say_counts(report, counts)
-        report.result = {"records": counts, "edits": len(todo), "earlier_edits": earlier, "steps": steps,
-                         "seconds": seconds, "out": str(out), "config": editor.config.to_dict()}  # fmt: skip
+        if todo and not answered:
+            report.say("! None of the edits took: these settings do not edit this model. 'comeba tune' finds some that do.")
+            report.code = 1
+        report.result = {"records": counts, "edits": len(todo), "answered": answered, "declined": declined,
+                         "earlier_edits": earlier, "steps": steps, "seconds": seconds, "out": str(out),
+                         "config": editor.config.to_dict()}  # fmt: skip
 
 
 @app.command(name="eval")
@@ -268,6 +289,63 @@ def covariance(
                    f"saved to {out}.")  # fmt: skip
         report.result = {"tokens": found.tokens, "layers": list(found.moments), "seconds": seconds, "out": str(out),
                          "records": {"read": found.texts, "used": found.texts, "skipped": []}}  # fmt: skip
+
+
+@app.command()
+def tune(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="folder for config.yaml, tune.json, tune.png and the covariance; an unfinished search goes on there")],
+    texts: Annotated[Optional[Path], typer.Option("--texts", help="corpus for the covariance")] = None,
+    covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance' of all layers that are tried")] = None,
+    records: Annotated[Optional[Path], typer.Option("--records", help="edits to try (default: shipped facts)")] = None,
+    edits: Annotated[int, typer.Option("--edits", min=2, help="trial edits a setting")] = 20,
+    scope: Scope = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Find settings that edit a model: layers, learning rate, weight of the covariance."""
+    import yaml
+
+    from comeba_ext import testbed
+    from comeba_ext.covariance import Covariance
+    from comeba_ext.data import read_requests, read_texts
+    from comeba_ext.storage import write_text
+    from comeba_ext.tuning import tune as search
+
+    with _reporting(as_json) as report:
+        net, tokenizer = _load(model, device, dtype)
+        home = testbed.folder_of(model)
+        if texts is None and covariance is None and not home:
+            raise ComebaError("no corpus: add --texts TEXTS (plain text such as Wikipedia articles), or --covariance FILE")
+        corpus = read_texts(texts) if texts else testbed.texts(folder=home) if home else None
+        read = read_requests(records) if records else None
+        _make_folder(out)
+        report.say(f"{model}: {_size(net)}")
+        report.table_head("trial", "layers", "lr", "ratio", "reliability", "written", "generality", "locality", "loss", "s/edit")
+        count = itertools.count(1)
+
+        def show(trial) -> None:
+            span, own = trial.settings["layers"], trial.settings
+            report.table_row(str(next(count)), f"{span[0]}-{span[-1]}", f"{own.get('lr', 'default')}", f"{own.get('leverage_ratio', 'default')}",
+                             *(f"{value:.3f}" for value in (trial.reliability, trial.written, trial.generality, trial.locality, trial.loss, trial.seconds)))  # fmt: skip
+
+        found = search(net, tokenizer, corpus, records=read.requests if read else None, scope=scope, folder=out, edits=edits,
+                       covariance=Covariance.load(covariance) if covariance else None, progress=not as_json, on_trial=show)  # fmt: skip
+        write_text(out / "config.yaml", yaml.safe_dump(found.best, sort_keys=False))
+        write_text(out / "tune.json", json.dumps(found.to_dict(), indent=1) + "\n")
+        from comeba_ext.tuning.plot import draw
+
+        draw(found, out / "tune.png")
+        if found.patching:
+            top = max(range(len(found.patching)), key=found.patching.__getitem__)
+            report.say(f"The model answers {found.known} of {found.facts} facts; the subject's last token decides up to "
+                       f"{max(found.patching):.2f} of them (block {top}).")  # fmt: skip
+        report.say(f"Best: {found.best}")
+        report.say(f"{found.seconds:.0f} s. Written to {out}: config.yaml (for --config), tune.json, tune.png.")
+        counts = {"read": read.read, "used": len(read.requests), "skipped": read.skipped} if read else \
+            {"read": found.facts, "used": found.facts, "skipped": []}  # fmt: skip
+        report.result = {**found.to_dict(), "records": counts, "out": str(out)}
 
 
 @app.command()
@@ -469,29 +547,16 @@ def _load(name: str, device: str | None, dtype: str, edits: Path | None = None):
     import torch
 
     from comeba_ext import testbed
+    from comeba_ext.loading import load_model
     from comeba_ext.saved_edits import load_edits
 
-    home = testbed.folder_of(name)
     if dtype not in DTYPES:
         raise ComebaError(f"unknown --dtype {dtype!r}; choose {', '.join(DTYPES)}")
+    place = None if device == "auto" and not testbed.folder_of(name) else _device(device)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    place = None if device == "auto" and not home else _device(device)
-    if home:
-        model, tokenizer = testbed.load(home)
-        model = model if dtype == "auto" else model.to(wanted)
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=wanted, device_map="auto" if place is None else None
-            )
-        except (OSError, ValueError, ImportError) as error:  # device_map needs accelerate
-            raise ComebaError(f"cannot load a model from {name!r}: {str(error).strip().splitlines()[0]}") from None
+    model, tokenizer = load_model(name, wanted, "auto" if place is None else None)
     if place is not None:
         model = model.to(place)
-    model.eval()
     if edits is not None:
         load_edits(model, edits)
     return model, tokenizer
@@ -519,10 +584,59 @@ def _device(wanted: str | None) -> str:
     return f"cuda:{own}" if count or wanted == "cuda" else "cpu"
 
 
-def _config(model, path: Path | None):
-    from comeba_ext.editing.config import EditConfig
+def _config(model, path: Path | None, method=None, scope: str | None = None):
+    """Settings of a method (default COMEBA-HK): the model's defaults, what the file changes, the scope asked for."""
+    from comeba_ext.editing.config import read_settings
+    from comeba_ext.editing.editor import Editor
+    from comeba_ext.methods import default_config
 
-    return EditConfig.from_file(path) if path else EditConfig.for_model(model)
+    changes = read_settings(path) if path else {}
+    try:
+        return default_config(method or Editor, model, **{**changes, **({"scope": scope} if scope else {})})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if path else str(error)) from None
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ComebaError(f"{folder}: cannot be a folder ({error.strerror})") from None
+
+
+def _requests(records: Path | None, limit: int | None, prompt: str | None, subject: str | None, target: str | None):
+    """The records of a file, or the one edit that options name."""
+    from comeba_ext.data import ReadResult, read_requests
+    from comeba_ext.editing.request import EditRequest
+
+    given = {"--prompt": prompt, "--subject": subject, "--target": target}
+    missing = [name for name, value in given.items() if value is None]
+    if (records is None) == (len(missing) == len(given)):
+        raise ComebaError("give a file of records, or one edit with --prompt, --subject and --target")
+    if records is not None:
+        return read_requests(records, limit)
+    if missing:
+        raise ComebaError(f"{' and '.join(missing)} is missing: one edit is --prompt 'The capital of {{}} is' --subject … --target …")
+    return ReadResult([EditRequest(prompt, subject, target)], 1, [])
+
+
+def _say_settings(report: _Report, editor, steps: list[dict]) -> None:
+    """What λ means for these keys, where that was measured."""
+    shares = [share for step in steps for share in step["share"].values()]
+    if shares:
+        leverage = [value for step in steps for value in step["leverage"].values()]
+        report.say(f"Blocks {list(editor.config.layers)}: keys of median leverage {_median(leverage):.0f} "
+                   f"realise {_median(shares):.2f} of their residual alone (λ {editor.config.lam_of(_inputs(editor)):.0f}).")  # fmt: skip
+
+
+def _median(values: list[float]) -> float:
+    from statistics import median
+
+    return median(values)
+
+
+def _inputs(editor) -> int:
+    return next(iter(editor.layers.values())).in_features
 
 
 def _provide_covariance(editor, model: str, file: Path | None, texts: Path | None, progress: bool) -> None:

@@ -27,6 +27,7 @@ from comeba_ext.architectures import context_length
 from comeba_ext.corpus import UNIT_TOKENS, Unfinished, Units
 from comeba_ext.editing.encoding import micro_batches, pad, pad_id
 from comeba_ext.errors import CovarianceError, StorageError
+from comeba_ext.key_sample import Draw, KeySample
 from comeba_ext.partial_forward import evaluating, run_until
 from comeba_ext.storage import check_identity, identity, read_tensors, write_tensors
 
@@ -46,6 +47,7 @@ class Covariance:
         texts: number of corpus texts consumed, where a larger collection goes on.
         tokens_wanted: when the collection is complete.
         unfinished: what an unfinished one holds so far; its moments have the lower block triangle only.
+        sample: keys of single tokens, for scores that compare keys (:mod:`key_sample`); may be empty.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class Covariance:
         texts: int,
         tokens_wanted: int,
         unfinished: Unfinished | None = None,
+        sample: KeySample | None = None,
     ):
         self.moments, self.tokens, self.model = moments, tokens, model
         self.texts, self.tokens_wanted, self.unfinished = texts, tokens_wanted, unfinished
+        self.sample = KeySample() if sample is None else sample
 
     def __getitem__(self, layer: str) -> torch.Tensor:
         """``C0`` of a layer: the mean of ``k kᵀ``, ``(d_in, d_in)`` float64."""
@@ -69,7 +73,7 @@ class Covariance:
         state = self.unfinished and dataclasses.asdict(self.unfinished) | {"units": sorted(self.unfinished.units)}
         meta = {"kind": "covariance", "model": self.model, "tokens": self.tokens, "texts": self.texts,
                 "tokens_wanted": self.tokens_wanted, "unfinished": state}  # fmt: skip
-        write_tensors(path, self.moments, meta)
+        write_tensors(path, self.moments | self.sample.tensors(), meta)
 
     @classmethod
     def load(cls, path: str | Path) -> Covariance:
@@ -81,7 +85,10 @@ class Covariance:
         if state is None and meta["tokens"] < meta["tokens_wanted"]:
             raise StorageError(f"{path} is the unfinished covariance of an earlier version; delete it and collect again")
         state = state and Unfinished(**state | {"units": set(state["units"])})
-        return cls(moments, meta["tokens"], meta["model"], meta["texts"], meta["tokens_wanted"], state)
+        sample = KeySample.from_tensors(moments)
+        if not len(sample):
+            raise StorageError(f"{path} is the covariance of an earlier version, without a sample of keys; collect it again")
+        return cls(moments, meta["tokens"], meta["model"], meta["texts"], meta["tokens_wanted"], state, sample)
 
     def check(self, model: nn.Module, layers: dict[str, int]) -> None:
         """Refuse a covariance that does not fit.
@@ -177,6 +184,7 @@ def collect_covariance(
         device = model.get_input_embeddings().weight.device
         device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate moves what it is given
         checkpoint = path if rank == 0 else path and _part(path, rank, world)
+        draw = Draw(list(layers), wanted)
 
         def work() -> tuple[int, str]:
             saved, todo = time.monotonic(), 0
@@ -186,23 +194,26 @@ def collect_covariance(
                     if number not in where.units:
                         todo += 1
                         if (todo - 1) % world == rank:
-                            _add(own, rows, layers, decoder, device, pad_id(tokenizer), max_tokens)
+                            _add(own, draw, number, rows, layers, decoder, device, pad_id(tokenizer), max_tokens)
                             own.unfinished.units.add(number)
                     bar.update(sum(map(len, rows)))
                     # Not before the texts have turned out to be those of the checkpoint.
                     if checkpoint and units.read >= where.read and time.monotonic() - saved >= save_seconds:
                         own.unfinished.read, own.unfinished.digest = units.read, units.digest
+                        own.sample = draw.taken(own.sample)
                         own.save(checkpoint)
                         saved = time.monotonic()
             return units.read, units.digest
 
         if len(set(distributed.together(work))) > 1:
             raise CovarianceError("the processes were given different texts; all must read the same in the same order")
-        own.unfinished, own.texts = None, units.texts
+        own.unfinished, own.texts, own.sample = None, units.texts, draw.taken(own.sample)
     counts = distributed.together(lambda: (own.tokens, own.texts))
     own.tokens, own.texts = sum(tokens for tokens, _ in counts), counts[0][1]
     if own.tokens == 0:
         raise CovarianceError("the corpus holds no text to collect a covariance from")
+    if world > 1:
+        own.sample = KeySample().extended(distributed.together(lambda: own.sample))
     for name in own.moments:
         own.moments[name] = _mirrored(distributed.sum_over_processes(own.moments[name]))
     if own.tokens < wanted:
@@ -226,25 +237,32 @@ def _where(found: Covariance | None) -> Unfinished:
     return found.unfinished or Unfinished(found.texts, found.tokens)
 
 
-def _add(own: Covariance, rows: list, layers: dict, decoder: nn.Module, device, pad_token: int, max_tokens: int) -> None:
-    """Add a unit's keys to the moments of every layer."""
+def _add(
+    own: Covariance, draw: Draw, number: int, rows: list, layers: dict, decoder: nn.Module, device, pad_token: int, max_tokens: int
+) -> None:
+    """Add a unit's keys to the moments of every layer, and some to the sample."""
+    places = draw.places(rows, number)
     for group in micro_batches([len(row) for row in rows], max_tokens):
-        batch = [rows[n] for n in group]
+        batch, drawn = [rows[n] for n in group], [places[n] for n in group]
         ids, mask = pad(batch, pad_token, device=device)
         width = ids.shape[1]
         real = None  # places of real tokens, known here so that a GPU need not be asked
         if any(len(row) < width for row in batch):
             real = torch.cat([torch.arange(n * width, n * width + len(row)) for n, row in enumerate(batch)])
-        taps = {layer: _accumulator(own.moments, name, real) for name, layer in layers.items()}
+        index = torch.tensor([n * width + p for n, own_places in enumerate(drawn) for p in own_places], dtype=torch.long)
+        taps = {layer: _accumulator(own.moments, name, real, draw, index) for name, layer in layers.items()}
         run_until(decoder, list(layers.values())[-1], {"input_ids": ids, "attention_mask": mask}, taps, before=True)
+        draw.add(batch, drawn, number)
     own.tokens += sum(map(len, rows))
 
 
-def _accumulator(moments: dict[str, torch.Tensor], name: str, real: torch.Tensor | None):
-    """A tap that adds ``Σ k kᵀ`` of the real tokens, lower block triangle; float32 products, float64 sums."""
+def _accumulator(moments: dict[str, torch.Tensor], name: str, real: torch.Tensor | None, draw: Draw, index: torch.Tensor):
+    """A tap that adds ``Σ k kᵀ`` of the real tokens, lower block triangle, in float32 products and float64 sums, and draws
+    the keys at ``index``."""
 
     def add(x: torch.Tensor) -> None:
         keys = x.reshape(-1, x.shape[-1])
+        draw.tap(name, keys, index)
         if real is not None:
             keys = keys[real.to(x.device)]
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
@@ -321,5 +339,6 @@ def _merge(whole: Covariance, part: Covariance, file: Path) -> None:
     for name in whole.moments:
         whole.moments[name] += part.moments[name]
     whole.tokens += part.tokens
+    whole.sample = whole.sample.extended([part.sample])
     a.units |= b.units
     a.read, a.digest = max((a.read, a.digest), (b.read, b.digest))

@@ -47,6 +47,7 @@ class HookedLinear(nn.Module):
         reference_scale: scalar buffer, ``tr(delta·C0·deltaᵀ)``.
         projection: ``(rows, d_in)`` buffer, with nearest only: what inputs and keys are compared under.
         anchors: ``(keys, rows)`` buffer, with nearest only: the edited keys' directions, filled up with rows of zeros.
+        thresholds: ``(keys,)`` float32 buffer, with nearest only: each anchor's own, where it lies above ``alpha``.
         mode: one of ``MODES``.
 
     Raises:
@@ -93,6 +94,7 @@ class HookedLinear(nn.Module):
         if scope == "nearest":
             self.register_buffer("projection", torch.zeros(0, self.in_features, dtype=dtype, device=device))
             self.register_buffer("anchors", torch.zeros(0, 0, dtype=dtype, device=device))
+            self.register_buffer("thresholds", torch.zeros(0, dtype=torch.float32, device=device))
         self._sketch, self._sketched = None, None  # the sketch, and the version of delta it was made from
 
     @property
@@ -144,7 +146,7 @@ class HookedLinear(nn.Module):
                 output = output.reshape(*given.shape[:-1], self.out_features)
             # A base layer that is more than a product may hand out, or keep, what it returned.
             if compares:
-                how = (given, delta, self.projection, self.anchors, mask, self.alpha)
+                how = (given, delta, self.projection, self.anchors, self._excess(), mask, self.alpha)
                 output, after = nearest.nearest_hook(output, *how, inplace=plain), None
             elif sketch is None:
                 output, after = ops.exact_hook(output, F.linear(given, delta), *decision, inplace=plain)
@@ -181,7 +183,7 @@ class HookedLinear(nn.Module):
         """Score of every token, ``(batch, seq)``, for ``x`` of ``(batch, seq, d_in)`` with its mask."""
         x, mask = self._as_sequences(self._to_delta(x), mask)
         if self.scope == "nearest":
-            return nearest.nearest_scores(x, self.projection, self.anchors)
+            return nearest.nearest_scores(x, self.projection, self.anchors, self._excess())
         response = F.linear(x, self.scored_matrix())
         return ops.scores(response, mask, self._statistics(), self.reference_scale, self.scope)[0]
 
@@ -189,7 +191,7 @@ class HookedLinear(nn.Module):
         """The highest score of every row's real tokens, ``(batch,)``, for ``x (batch, seq, d_in)`` and its bool mask."""
         mask = mask.to(x.device)
         if self.scope == "nearest":
-            return nearest.peak_scores(self._to_delta(x), mask, self.projection, self.anchors)
+            return nearest.peak_scores(self._to_delta(x), mask, self.projection, self.anchors, self._excess())
         return self.scores(x, mask).masked_fill(~mask, -torch.inf).amax(-1)
 
     def set_covariance(self, covariance: torch.Tensor) -> None:
@@ -207,40 +209,72 @@ class HookedLinear(nn.Module):
 
     def set_keys(self, keys: torch.Tensor) -> None:
         """The edited keys, ``(n, d_in)``, that the nearest score compares with, in place of those known."""
-        self.anchors = self.delta.new_zeros(0, len(self.projection))
+        self.set_anchors(self.delta.new_zeros(0, len(self.projection)))
         self.add_keys(keys)
 
     def add_keys(self, keys: torch.Tensor) -> None:
-        """More keys, ``(n, d_in)``. Left out are zero keys, which have no direction, and those that another one stands for
-        (:func:`ops.nearest_hook.new_among`).
-
-        ``anchors`` grows by 64 or more, a thirtieth or so, at a time, so that its shape seldom changes; a CUDA graph captured by hand
-        must be captured again.
+        """More keys, ``(n, d_in)``, whose threshold is ``alpha``; zero keys, which have no direction, are left out.
 
         Raises:
             ComebaError: there is no covariance to compare in.
         """
         if len(keys) and not len(self.projection):
             raise ComebaError("no metric to compare keys in yet; call set_covariance(C0) first")
-        # As many digits as a key comes with: in half precision its norm may overflow.
-        wide = torch.promote_types(self.delta.dtype, torch.float32)
-        with torch.inference_mode(False), torch.no_grad():
-            unit = nearest.directions(keys.to(self.delta.device, wide), self.projection.to(wide))
-            unit = unit[unit.any(-1)].to(self.anchors)
-            for part in unit.split(1024):
-                self._add_anchors(part)
+        unit = self.directions(keys)
+        self.add_anchors(unit[unit.any(-1)])
 
-    def _add_anchors(self, unit: torch.Tensor) -> None:
+    @torch.no_grad()
+    def directions(self, x: torch.Tensor) -> torch.Tensor:
+        """Unit vectors that the nearest score compares, ``(..., rows)`` in float32 or better, for inputs ``(..., d_in)``."""
+        wide = torch.promote_types(self.delta.dtype, torch.float32)  # in half precision a key's norm may overflow
+        return nearest.directions(x.to(self.delta.device, wide), self.projection.to(wide))
+
+    def set_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None) -> None:
+        """Anchors, as :meth:`add_anchors` takes them, in place of those known."""
+        with torch.inference_mode(False):
+            self.anchors = self.delta.new_zeros(0, len(self.projection))
+            self.thresholds = self.alpha.new_zeros(0, dtype=torch.float32)
+        self.add_anchors(unit, thresholds)
+
+    def add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None) -> None:
+        """More directions to compare with.
+
+        One that a known one stands for (:func:`ops.nearest_hook.stands_for`) adds nothing but its threshold, where that is
+        lower. ``anchors`` grows by 64 or more, a thirtieth or so, at a time, so that its shape seldom changes; a CUDA graph
+        captured by hand must be captured again.
+
+        Args:
+            unit: ``(n, rows)``, of :meth:`directions`.
+            thresholds: ``(n,)``, each one's own; it counts where it lies above ``alpha``. Default: none above.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            if thresholds is None:
+                thresholds = torch.full((len(unit),), -math.inf)
+            unit, thresholds = unit.to(self.anchors), thresholds.to(self.thresholds)
+            for part, own in zip(unit.split(1024), thresholds.split(1024), strict=True):
+                self._add_anchors(part, own)
+
+    def _add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor) -> None:
         """More directions, ``(n, rows)``, in the dtype of ``anchors``."""
         known = self.known_keys()
-        unit = unit[nearest.new_among(unit, self.anchors[:known])]
-        count = known + len(unit)
+        stands = nearest.stands_for(unit, self.anchors[:known])
+        new = stands == torch.arange(known, known + len(unit))
+        place = known + new.cumsum(0) - 1  # of the new ones, among the anchors
+        stands = torch.where(stands < known, stands, place[(stands - known).clamp(min=0)])
+        count = known + int(new.sum())
         if count > len(self.anchors):
             step = max(64, 1 << max(count.bit_length() - 5, 0))
-            grown = unit.new_zeros(-(-count // step) * step, len(self.projection))
-            grown[:known] = self.anchors[:known]
-            self.anchors = grown
-        self.anchors[known:count] = unit
+            size = -(-count // step) * step
+            grown, own = unit.new_zeros(size, len(self.projection)), thresholds.new_zeros(size)
+            grown[:known], own[:known] = self.anchors[:known], self.thresholds[:known]
+            self.anchors, self.thresholds = grown, own
+        self.anchors[known:count] = unit[new.to(unit.device)]
+        self.thresholds[known:count] = math.inf
+        self.thresholds.scatter_reduce_(0, stands.to(unit.device), thresholds, "amin")
+
+    def _excess(self) -> torch.Tensor:
+        """What every anchor's threshold lies above α, ``(keys,)``."""
+        return (self.thresholds - self.alpha).clamp(min=0)
 
     def known_keys(self) -> int:
         """Number of directions that the nearest score compares with: those in the first rows of ``anchors``."""
@@ -253,6 +287,7 @@ class HookedLinear(nn.Module):
         if given and projection.shape[1:] == (self.in_features,) and anchors.shape[1:] == projection.shape[:1]:
             self.projection = self.projection.new_zeros(projection.shape)
             self.anchors = self.anchors.new_zeros(anchors.shape)
+            self.thresholds = self.thresholds.new_zeros(anchors.shape[:1])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _to_delta(self, x: torch.Tensor) -> torch.Tensor:
@@ -291,8 +326,8 @@ class HookedLinear(nn.Module):
         return x.reshape(-1, length, x.shape[-1]), None
 
     def _apply(self, fn, recurse: bool = True):
-        """``model.half()`` and the like move the threshold and the scale but leave them in float64."""
-        exact = {name: getattr(self, name) for name in ("alpha", "reference_scale")}
+        """``model.half()`` and the like move thresholds and the scale but leave them as precise as they are."""
+        exact = {name: getattr(self, name) for name in ("alpha", "reference_scale", "thresholds") if hasattr(self, name)}
         super()._apply(fn, recurse)
         for name, before in exact.items():
             after = getattr(self, name)

@@ -25,6 +25,7 @@ from comeba_ext.editing.key_memory import KeyMemory
 from comeba_ext.editing.ledger import Entry, stacked
 from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import StorageError
+from comeba_ext.key_sample import KeySample
 from comeba_ext.storage import check_identity, identity, read_file, read_manifest, write_folder
 
 
@@ -139,6 +140,8 @@ def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
             _restore_keys(layer, adapter, name)
     editor.key_memory = {name: m.to(editor.layers[name].delta.device) for name, m in memory.items()}
     editor.covariance = covariance
+    if covariance is not None:
+        editor._measure_background()
     for entry in entries:
         editor.ledger.add(entry)
     for entry, removed in zip(entries, removals, strict=True):
@@ -171,17 +174,21 @@ def _adapter(editor, live: list[Entry]) -> dict[str, torch.Tensor]:
         tensors[f"{name}.alpha"] = layer.alpha
         tensors[f"{name}.reference_scale"] = layer.reference_scale
         if layer.scope == "nearest":
-            tensors[f"{name}.projection"], tensors[f"{name}.anchors"] = layer.projection, layer.anchors[: layer.known_keys()]
+            known = layer.known_keys()
+            tensors[f"{name}.projection"], tensors[f"{name}.anchors"] = layer.projection, layer.anchors[:known]
+            tensors[f"{name}.thresholds"] = layer.thresholds[:known]
     return tensors
 
 
 def _restore_keys(layer: hooked_linear.HookedLinear, tensors: dict[str, torch.Tensor], name: str) -> None:
     if layer.scope == "nearest":
-        projection, anchors = tensors[f"{name}.projection"], tensors[f"{name}.anchors"]
-        if projection.shape[1:] != (layer.in_features,) or anchors.shape[1:] != projection.shape[:1]:
-            raise ValueError(f"projection {tuple(projection.shape)} and anchors {tuple(anchors.shape)} do not fit {name}")
+        projection, anchors, thresholds = (tensors[f"{name}.{what}"] for what in ("projection", "anchors", "thresholds"))
+        if projection.shape[1:] != (layer.in_features,) or anchors.shape[1:] != projection.shape[:1] or thresholds.shape != anchors.shape[:1]:
+            shapes = ", ".join(str(tuple(part.shape)) for part in (projection, anchors, thresholds))
+            raise ValueError(f"projection, anchors and thresholds {shapes} do not fit {name}")
         # Copied, because where a file's tensors begin decides how BLAS sums them: aligned, equal bits follow.
         layer.projection, layer.anchors = (part.to(layer.delta, copy=True) for part in (projection, anchors))
+        layer.thresholds = thresholds.to(layer.thresholds, copy=True)
 
 
 def _delta(tensors: dict[str, torch.Tensor], name: str, folder) -> torch.Tensor:
@@ -205,6 +212,13 @@ def _state(editor) -> dict[str, torch.Tensor]:
             tensors[f"{name}.moment"] = editor.covariance.moments[name]
         if editor.ledger.entries:
             tensors[f"{name}.keys"], tensors[f"{name}.responses"] = stacked(editor.ledger.entries, name)
+            marks = [entry.anchors.get(name) for entry in editor.ledger.entries]
+            if any(own is not None for own in marks):
+                tensors[f"{name}.directions"] = torch.cat([own[0] for own in marks])
+                tensors[f"{name}.direction_thresholds"] = torch.cat([own[1] for own in marks])
+                tensors[f"{name}.direction_counts"] = torch.tensor([len(own[1]) for own in marks])
+    if editor.covariance is not None:
+        tensors |= editor.covariance.sample.tensors()
     return tensors
 
 
@@ -219,16 +233,26 @@ def _covariance(manifest: dict, state: dict[str, torch.Tensor]) -> Covariance | 
     if tokens is None:
         return None
     moments = {name: state[f"{name}.moment"] for name in manifest["layers"]}
-    return Covariance(moments, tokens, manifest["model"], 0, tokens)
+    sample = KeySample.from_tensors(dict(state))
+    return Covariance(moments, tokens, manifest["model"], 0, tokens, sample=sample)
 
 
 def _entries(manifest: dict, state: dict[str, torch.Tensor]) -> list[Entry]:
     entries = []
+    marks = {name: _marks(state, name) for name in manifest["layers"] if f"{name}.directions" in state}
     for n, saved in enumerate(manifest["ledger"]):
         keys = {name: state[f"{name}.keys"][:, n].clone() for name in manifest["layers"]}
         responses = {name: state[f"{name}.responses"][:, n].clone() for name in manifest["layers"]}
-        entries.append(Entry(EditRequest.from_record(saved["request"]), saved["step"], keys, responses))
+        anchors = {name: own[n] for name, own in marks.items()}
+        entries.append(Entry(EditRequest.from_record(saved["request"]), saved["step"], keys, responses, anchors=anchors))
     return entries
+
+
+def _marks(state: dict[str, torch.Tensor], name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Every entry's anchors in a layer."""
+    counts = state[f"{name}.direction_counts"].tolist()
+    parts = (state[f"{name}.{what}"].split(counts) for what in ("directions", "direction_thresholds"))
+    return [(unit.clone(), thresholds.clone()) for unit, thresholds in zip(*parts, strict=True)]
 
 
 def _finite(alphas: list[dict[str, float]]) -> list[dict[str, float | None]]:

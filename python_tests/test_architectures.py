@@ -210,14 +210,23 @@ def test_peft_is_looked_through():
     [
         ("GPT2", GPT | {"n_layer": 48}, (13, 14, 15, 16, 17), 0.75),
         ("GPTJ", GPT | {"n_layer": 28, "rotary_dim": 4}, (3, 4, 5, 6, 7, 8), 0.75),
-        ("Llama", LLAMA | {"num_hidden_layers": 32}, (4, 5, 6, 7, 8), 4.0),
-        ("Mistral", LLAMA | {"num_hidden_layers": 32}, (4, 5, 6, 7, 8), 4.0),
+        ("Llama", LLAMA | {"num_hidden_layers": 32, "hidden_size": 4096}, (4, 5, 6, 7, 8), 4.0),
+        ("Mistral", LLAMA | {"num_hidden_layers": 32, "hidden_size": 4096}, (4, 5, 6, 7, 8), 4.0),
     ],
 )
-def test_published_settings(stem, config, layers, clamp):
-    found = EditConfig.for_model(build(stem, config, device="meta"))
-    assert (found.layers, found.clamp, found.lam) == (layers, clamp, 15_000.0)
+@pytest.mark.parametrize("scope", ["zscore", "reference", "nearest"])
+def test_published_settings(stem, config, layers, clamp, scope):
+    """A published λ is for scores of the response; with nearest it follows from the ratio."""
+    found = EditConfig.for_model(build(stem, config, device="meta"), scope=scope)
+    assert (found.layers, found.clamp, found.lam) == (layers, clamp, None if scope == "nearest" else 15_000.0)
     assert (found.lr, found.lr_unit, found.steps) == (0.5, "absolute", 25)
+    assert EditConfig.for_model(build(stem, config, device="meta"), scope=scope, leverage_ratio=2.0).lam is None
+
+
+@pytest.mark.parametrize("depth, layers", [(30, (4, 5, 6, 7, 8)), (18, (2, 3, 4)), (12, (2, 3))])
+def test_other_models_get_settings_without_a_scale(depth, layers):
+    found = EditConfig.for_model(build("Llama", LLAMA | {"num_hidden_layers": depth}, device="meta"))
+    assert (found.layers, found.lam, found.lr_unit, found.scope) == (layers, None, "hidden_rms", "nearest")
 
 
 @pytest.mark.parametrize("stem, key", [("GPT2", "n_layer"), ("GPTJ", "n_layer"), ("Llama", "num_hidden_layers")])

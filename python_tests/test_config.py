@@ -29,7 +29,7 @@ def test_json_is_json(tmp_path):
     config = EditConfig(layers=(1,))
     config.save(tmp_path / "x.json")
     assert json.loads((tmp_path / "x.json").read_text())["layers"] == [1]
-    assert config.replace(lam=2.0).lam == 2.0 and config.lam == 15_000.0
+    assert config.replace(lam=2.0).lam == 2.0 and config.lam is None
     with pytest.raises(ConfigError, match="lam"):
         config.replace(lam=-1.0)
 
@@ -58,8 +58,10 @@ def test_all_unknown_keys_are_named():
 
 
 BAD = [("layers", bad) for bad in ([], (), None, 3, "4", [1.0], [True], [-1], [2, 1], [1, 1], ["1"])]
-BAD += [(name, bad) for name in ("lam", "lr", "clamp") for bad in (0, -1, math.nan, math.inf, "1", None, True)]
+BAD += [(name, bad) for name in ("lam", "lr", "clamp") for bad in (0, -1, math.nan, math.inf, "1", None, True) if (name, bad) != ("lam", None)]
 BAD += [(name, bad) for name in ("kl_factor", "weight_decay", "early_stop") for bad in (-0.1, math.nan, "a", None)]
+BAD += [("leverage_ratio", bad) for bad in (0, -1, math.nan, "1", True)] + [("alpha_floor", bad) for bad in (-0.1, None, "a")]
+BAD += [("lead_steps", bad) for bad in (-1, 0.5, "3", True)]
 BAD += [(name, bad) for name in ("steps", "prefix_length", "max_tokens") for bad in (0, -1, 1.5, "3", True)]
 BAD += [(name, None) for name in ("steps", "prefix_length")]
 BAD += [(name, bad) for name in ("prefixes", "seed") for bad in (-1, 0.5, "3", None)]
@@ -77,6 +79,28 @@ def test_values_out_of_range(name, value):
 @pytest.mark.parametrize("alpha", [None, 0, 2.2, -1.0, math.inf, -math.inf])
 def test_any_number_is_a_threshold(alpha):
     assert EditConfig(layers=(1,), alpha=alpha).alpha == alpha
+
+
+@pytest.mark.parametrize("scope, ratio", [("zscore", 1.0), ("reference", 1.0), ("nearest", 4.0)])
+def test_lambda_follows_from_the_ratio(scope, ratio):
+    assert EditConfig(layers=(1,), scope=scope).lam_of(1536) == 1536 / ratio
+    assert EditConfig(layers=(1,), scope=scope, leverage_ratio=8.0).lam_of(1536) == 192
+    assert EditConfig(layers=(1,), scope=scope, leverage_ratio=8.0, lam=7.0).lam_of(1536) == 7
+
+
+def test_a_file_may_hold_just_what_differs(tmp_path):
+    from comeba_ext import testbed
+
+    model = testbed.load()[0]
+    (tmp_path / "x.yaml").write_text("scope: zscore\nsteps: 9\n")
+    found = EditConfig.from_file(tmp_path / "x.yaml", model)
+    assert found == EditConfig.for_model(model, scope="zscore", steps=9)
+    assert found.layers == EditConfig.for_model(model).layers and found.lam is None  # the model's own is for its own score
+    with pytest.raises(ConfigError, match="layers"):
+        EditConfig.from_file(tmp_path / "x.yaml")
+    (tmp_path / "x.yaml").write_text("stps: 9\n")
+    with pytest.raises(ConfigError, match=r"x\.yaml.*'stps'.*'steps'"):
+        EditConfig.from_file(tmp_path / "x.yaml", model)
 
 
 def test_value_layer_is_the_last():

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from comeba_ext import EditConfig, Editor, EditRequest
 from comeba_ext.errors import ComebaError, RequestError
-from comeba_ext.evaluation import counterfact_scores, fluency, harness, next_tokens, ngram_entropy, perplexity
+from comeba_ext.evaluation import counterfact_scores, fluency, harness, ngram_entropy, perplexity, read_text
 
 RECORDS = [
     EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English", "French",
@@ -115,7 +115,7 @@ def test_perplexity_and_next_tokens(tiny_model, tokenizer):
             tokens += log_p.argmax(-1).tolist()
     for max_tokens in (1, 4096):
         assert perplexity(model, tokenizer, texts, max_tokens=max_tokens) == pytest.approx(math.exp(total / count), rel=1e-5)
-        assert sorted(next_tokens(model, tokenizer, texts, max_tokens=max_tokens).tolist()) == sorted(tokens)
+        assert sorted(read_text(model, tokenizer, texts, max_tokens=max_tokens).next_tokens.tolist()) == sorted(tokens)
     with pytest.raises(ComebaError, match="two tokens"):
         perplexity(model, tokenizer, [])
 

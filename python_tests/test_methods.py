@@ -364,15 +364,6 @@ def test_every_method_has_defaults_for_every_model(tiny_model, tokenizer, name):
         methods.get(name).config_class.from_dict({"layers": [0], **{k: v for k, v in found["settings"].items() if k != "layers"}})
 
 
-def test_paper_settings_are_the_editors_own():
-    from comeba_ext.editing.config import _published
-
-    for kind, depth in (("gpt2", 48), ("gptj", 28)):
-        found = entry("COMEBA-HK", type("Config", (), {"model_type": kind, "num_hidden_layers": depth}))["settings"]
-        config = EditConfig.from_dict(_published(kind, depth))
-        assert list(config.layers) == found["layers"] and config.lam == found["lam"] and config.scope == found["scope"]
-
-
 def test_names():
     assert methods.get("comeba-hk") is Editor and methods.get("ft-l") is methods.FTL and methods.get("FTL") is methods.FTL
     with pytest.raises(ConfigError, match="COMEBA without hooks"):

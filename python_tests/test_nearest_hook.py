@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from comeba_ext import EditConfig, Editor, EditRequest, load_edits, methods
 from comeba_ext.errors import ComebaError, CovarianceError, StorageError
 from comeba_ext.hooked_linear import HookedLinear
+from comeba_ext.key_sample import KeySample
 from comeba_ext.ops import nearest_hook as ops
 from comeba_ext.saved_edits import save
 
@@ -259,6 +260,44 @@ def test_keys_accumulate_over_every_capacity():
     np.testing.assert_allclose(layer.scores(x)[0], loop_cosines(x[0], keys[:2], covariance_of(D_IN)).max(1).clip(0), atol=1e-12)
 
 
+@pytest.mark.parametrize("width", [D_IN, WIDE])
+@torch.no_grad()
+def test_every_anchor_has_its_own_threshold(width):
+    """In scope where any key is as close as it asks for, and never where a key is not as close as α."""
+    layer = make_layer(0, alpha=0.3, d_in=width)
+    keys, own = random(6, width, seed=3), torch.tensor([0.9, 0.1, 0.5, 0.35, 0.99, 0.3])
+    layer.add_anchors(layer.directions(keys), own)
+    x = torch.cat([random(1, 40, width, seed=1), keys[None].repeat(1, 5, 1) + 0.6 * random(1, 30, width, seed=2)], 1)
+    cosines = (layer.directions(x) @ layer.directions(keys).T)[0]
+    needed = own.clamp(min=0.3)
+    expected = (cosines >= needed).any(-1)
+    sure = ((cosines - needed).abs() > 1e-6).all(-1)
+    changed = (layer(x) != layer.base_layer(x)).any(-1)[0]
+    if width == D_IN:  # all rows are looked at once: no bound from the first of them
+        assert torch.equal(changed[sure], expected[sure])
+    assert not (changed & ~expected & sure).any() and 5 < changed.sum() < 60
+    assert torch.equal(changed, (layer.scores(x)[0] >= layer.alpha))
+    scores = (cosines - (own - 0.3).clamp(min=0)).amax(-1).clamp(min=0)
+    if width == D_IN:
+        torch.testing.assert_close(layer.scores(x)[0], scores)
+    mask = torch.ones(1, 70, dtype=torch.bool)
+    assert layer.peak_scores(x, mask).item() == pytest.approx(layer.scores(x).max().item())
+
+
+@torch.no_grad()
+def test_who_stands_for_another_asks_for_as_little():
+    layer = make_layer(0)
+    unit = layer.directions(random(3, D_IN, seed=3))
+    layer.add_anchors(unit, torch.tensor([0.8, 0.7, 0.6]))
+    layer.add_anchors(unit[[1, 0, 1]], torch.tensor([0.65, 0.9, 0.5]))
+    assert layer.known_keys() == 3 and layer.thresholds[:3].tolist() == pytest.approx([0.8, 0.5, 0.6])
+    fresh = make_layer(0)
+    fresh.add_anchors(unit[[0, 1, 2, 1, 0, 1]], torch.tensor([0.8, 0.7, 0.6, 0.65, 0.9, 0.5]))
+    assert torch.equal(fresh.thresholds, layer.thresholds) and torch.allclose(fresh.anchors, layer.anchors)
+    fresh.half()
+    assert fresh.thresholds.dtype == torch.float32 and torch.equal(fresh.thresholds, layer.thresholds)
+
+
 def test_a_zero_key_takes_no_other_keys_place():
     layer, keys = make_layer(0), random(4, D_IN, seed=4)
     layer.add_keys(torch.stack((keys[0], torch.zeros(D_IN, dtype=torch.float64), keys[1])))
@@ -393,7 +432,8 @@ def test_operator_agrees_with_its_reference(inplace):
     x = inputs(layer)
     mask = torch.ones(2, 8, dtype=torch.bool)
     mask[0, :2] = False
-    arguments = (x, layer.delta, layer.projection, layer.anchors, mask, layer.alpha)
+    layer.thresholds[1:3] = torch.tensor([0.95, 0.2])  # one above α, one below it
+    arguments = (x, layer.delta, layer.projection, layer.anchors, layer._excess(), mask, layer.alpha)
     output = layer.base_layer(x)
     kept, expected = output.clone(), ops.nearest_hook_ref(output, *arguments)
     by_operator = output.clone()
@@ -464,7 +504,7 @@ def same(a, b):
 def test_state_dict_into_a_fresh_layer():
     layer = make_layer(70, alpha=0.6)
     state = layer.state_dict()
-    own = {"delta", "alpha", "reference_scale", "projection", "anchors"}
+    own = {"delta", "alpha", "reference_scale", "projection", "anchors", "thresholds"}
     assert set(state) == own | {"base_layer.weight", "base_layer.bias"}
     for other in (HookedLinear(nn.Linear(D_IN, D_OUT).double(), "nearest"), make_layer(3), make_layer(300)):
         model, container = nn.Sequential(layer), nn.Sequential(other)
@@ -554,8 +594,11 @@ def test_cuda_graph_replays_without_synchronising(dtype):
 # -- editing --------------------------------------------------------------------------------------------------------
 
 
-def edited(tiny_model, tokenizer, family="gpt2", batches=3, **changes):
+def edited(tiny_model, tokenizer, family="gpt2", batches=3, background=True, **changes):
     editor = make_editor(small_model(tiny_model, family), tokenizer, scope="nearest", **changes)
+    if not background:  # in 48 dimensions any text comes close
+        editor.covariance.sample = KeySample()
+        editor.set_covariance(editor.covariance)
     requests = some_requests(4 * batches)
     for n in range(batches):
         editor.edit(requests[4 * n : 4 * n + 4], target_values=random_values(4, seed=n))
@@ -652,7 +695,7 @@ def in_scope(editor, tokenizer, **run):
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
 def test_padding_mates_and_cached_decoding(tiny_model, tokenizer, family):
     """Every way to run a text takes the same decisions for its tokens as running it alone in one pass."""
-    editor, requests = edited(tiny_model, tokenizer, family)
+    editor, requests = edited(tiny_model, tokenizer, family, background=False, alpha_floor=0.4)
     texts = [requests[0].text + " Paris and Lima", "People say that " + requests[5].text, requests[9].text, TEXTS[0]]
     rows = [tokenizer(text)["input_ids"] for text in texts]
     alone = [in_scope(editor, tokenizer, input_ids=torch.tensor([row]))[0][:, 0] for row in rows]
@@ -695,9 +738,11 @@ def test_what_a_folder_for_inference_holds(tiny_model, tokenizer, tmp_path):
     saved = storage.read_file(tmp_path, storage.read_manifest(tmp_path), "adapter")
     for name, layer in editor.layers.items():
         assert len(layer.anchors) == 64 and saved[f"{name}.anchors"].shape == (layer.known_keys(), 48)
-        assert 4 < layer.known_keys() <= 8
+        assert 4 < layer.known_keys() <= 16  # two a request
         assert saved[f"{name}.projection"].shape == (48, 48)
-    for part, change in (("anchors", lambda t: t[:, 1:]), ("projection", lambda t: t[:, 1:]), ("anchors", None)):
+        assert saved[f"{name}.thresholds"].shape == (layer.known_keys(),)
+    for part, change in (("anchors", lambda t: t[:, 1:]), ("projection", lambda t: t[:, 1:]), ("anchors", None), ("thresholds", lambda t: t[1:]),
+                         ("thresholds", None)):  # fmt: skip
         damaged = {name: t.clone() for name, t in saved.items()}
         for name in editor.layers:
             if change is None:

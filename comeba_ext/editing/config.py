@@ -16,10 +16,10 @@ from comeba_ext.hooked_linear import GATES, SCOPES
 
 OPTIMIZERS = ("adam", "polyak")
 LR_UNITS = ("absolute", "hidden_rms")
-MARGINS = {"zscore": 1.0, "reference": 0.25, "nearest": 0.75}
-# What is published of λ is for edits that any token may meet. With nearest hardly a token does that was not edited, so
-# the covariance of all others needs less weight and the edits get more (docs/findings.md).
-LAM_SHARES = {"zscore": 1.0, "reference": 1.0, "nearest": 0.25}
+MARGINS = {"zscore": 1.0, "reference": 0.25, "nearest": 0.6}
+# d_in/λ, see EditConfig.leverage_ratio. Where any token may meet the edits, the covariance of all others needs the more
+# weight. Good values of λ on models of 7M to 270M parameters (docs/findings.md).
+RATIOS = {"zscore": 1.0, "reference": 1.0, "nearest": 4.0}
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,18 @@ class EditConfig:
 
     Args:
         layers: edited blocks, increasing; the last one is the value layer.
-        lam: λ, weight of the covariance against edited keys in ``C = λ·C0 + Σ k kᵀ``.
+        lam: λ, weight of the covariance against edited keys in ``C = λ·C0 + Σ k kᵀ``; ``None``: from ``leverage_ratio``.
+        leverage_ratio: λ without a scale. With its leverage ``ℓ = kᵀ C0⁻¹ k`` one key realises the share ``ℓ/(λ + ℓ)`` of its
+            residual, and an average corpus key has ``ℓ = d_in``; so ``λ = d_in / leverage_ratio`` in every layer, and such a
+            key realises ``r/(1 + r)``. (Subjects' keys have 1.2 to 2.8 times that leverage.) ``None``: 1, and with nearest 4.
         scope: score that decides scope, ``"zscore"``, ``"reference"`` or ``"nearest"`` (:class:`HookedLinear`).
         gate: what the score is computed from, ``"exact"`` or ``"sketch"`` (:class:`HookedLinear`).
         alpha: threshold before any edit; ``None`` for the score's own start (2.2, infinity, 1).
         alpha_margin: share of the lowest score of a batch's prompts that α is lowered to; below 1 leaves room for other
             wordings, which respond a little less than the prompt that was edited. ``None``: 1 for zscore (the paper),
-            0.25 for reference and 0.75 for nearest, whose scores of other subjects lie far lower
-            (``bench/bench_scope.py``, ``bench/bench_nearest.py``).
+            0.25 for reference. With nearest, where every anchor has a threshold of its own, of the lowest score behind the
+            context prefixes; 0.6.
+        alpha_floor: with nearest, what no anchor's threshold falls below (:mod:`comeba_ext.editing.anchors`).
         steps: loss evaluations per target value at most; the optimiser steps between them.
         lr: learning rate for target values.
         lr_unit: ``"absolute"``, or ``"hidden_rms"``: ``lr`` times the root mean square of the request's hidden state.
@@ -43,6 +47,8 @@ class EditConfig:
         weight_decay: weight of ‖δ‖/‖h‖².
         clamp: bound on ‖δ‖ in units of ‖h‖.
         early_stop: a request whose loss falls below it is done.
+        lead_steps: a request is also done so many steps after the new object leads in all its rows, if it still does; ``None``:
+            never.
         optimizer: of target values: ``"adam"`` (the paper's) or ``"polyak"`` (steps from the loss alone, ``lr`` unused).
         compute_dtype: ``"bfloat16"`` to optimise target values with matrix products in that precision above the value
             layer, with δ, loss and optimiser in float32; ``None`` for the model's own.
@@ -57,11 +63,13 @@ class EditConfig:
     """
 
     layers: tuple[int, ...]
-    lam: float = 15_000.0
-    scope: str = "zscore"
+    lam: float | None = None
+    leverage_ratio: float | None = None
+    scope: str = "nearest"
     gate: str = "exact"
     alpha: float | None = None
     alpha_margin: float | None = None
+    alpha_floor: float = 0.55
     steps: int = 25
     lr: float = 0.5
     lr_unit: str = "absolute"
@@ -69,6 +77,7 @@ class EditConfig:
     weight_decay: float = 0.5
     clamp: float = 0.75
     early_stop: float = 0.05
+    lead_steps: int | None = None
     optimizer: str = "adam"
     compute_dtype: str | None = None
     prefixes: int = 5
@@ -90,14 +99,14 @@ class EditConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.compute_dtype not in (None, "bfloat16"):
             raise ConfigError(f"compute_dtype must be bfloat16 or null, got {self.compute_dtype!r}")
-        bounds = {"lam": 0, "lr": 0, "clamp": 0, "steps": 1, "kl_factor": 0, "weight_decay": 0, "early_stop": 0,
-                  "prefixes": 0, "prefix_length": 1, "max_tokens": 1, "seed": 0}  # fmt: skip
+        bounds = {"lam": 0, "leverage_ratio": 0, "alpha_floor": 0, "lr": 0, "clamp": 0, "steps": 1, "kl_factor": 0, "weight_decay": 0, "early_stop": 0,
+                  "lead_steps": 0, "prefixes": 0, "prefix_length": 1, "max_tokens": 1, "seed": 0}  # fmt: skip
         for name, low in bounds.items():
             value = getattr(self, name)
-            if name == "max_tokens" and value is None:
+            if name in ("max_tokens", "lead_steps", "lam", "leverage_ratio") and value is None:
                 continue
-            positive = name in ("lam", "lr", "clamp")
-            whole = name in ("steps", "prefixes", "prefix_length", "max_tokens", "seed")
+            positive = name in ("lam", "leverage_ratio", "lr", "clamp")
+            whole = name in ("steps", "lead_steps", "prefixes", "prefix_length", "max_tokens", "seed")
             if not (is_int(value) if whole else _is_number(value)) or value < low or (positive and value <= 0):
                 kind = "a whole number" if whole else "a finite number"
                 raise ConfigError(f"{name} must be {kind} {'>' if positive else '>='} {low}, got {value!r}")
@@ -115,6 +124,15 @@ class EditConfig:
         return MARGINS[self.scope] if self.alpha_margin is None else self.alpha_margin
 
     @property
+    def ratio(self) -> float:
+        """``leverage_ratio``, or the score's own."""
+        return RATIOS[self.scope] if self.leverage_ratio is None else self.leverage_ratio
+
+    def lam_of(self, d_in: int) -> float:
+        """λ of a layer with ``d_in`` inputs."""
+        return d_in / self.ratio if self.lam is None else self.lam
+
+    @property
     def value_layer(self) -> int:
         """The block after which target values live: the last edited one."""
         return self.layers[-1]
@@ -123,10 +141,11 @@ class EditConfig:
     def for_model(cls, model, **changes) -> EditConfig:
         """Settings for a model's architecture; keyword arguments replace single values.
 
-        In order: what the model's own ``config.json`` says under ``"comeba_ext"``; the paper's values (GPT2-XL, GPT-J);
-        EasyEdit's MEMIT values by family and depth.
-
-        Another ``scope`` without a ``lam`` takes its own share of λ (a quarter with nearest).
+        In order: what the model's own ``config.json`` says under ``"comeba_ext"``; published values where there are some
+        for just this model (GPT2-XL and GPT-J: the paper; Llama 2/3, Mistral and Qwen of 7B and more: EasyEdit's for
+        MEMIT); elsewhere settings without a scale, which follow from the model's depth, widths and hidden states. A
+        published λ is for scores of the response, where any token may meet the edits; with nearest λ follows from
+        ``leverage_ratio``. ``comeba tune`` finds better ones for one model.
 
         Raises:
             ArchitectureError: the model's parts cannot be found.
@@ -135,8 +154,11 @@ class EditConfig:
         values = getattr(model.config, "comeba_ext", None)
         if values is None:
             names = {k: changes.get(k) for k in ("blocks", "projection")}
-            depth = Architecture.of(model, **names).num_blocks(model)
-            values = _published(model.config.model_type, depth)
+            architecture = Architecture.of(model, **names)
+            depth = architecture.num_blocks(model)
+            values = _settings(model.config.get_text_config(), depth)
+            if architecture.after_norm(model, depth - 1) is not None:
+                values |= {"layers": values["layers"][-1:], **AFTER_NORM}
         return cls.from_dict(changed(values, changes))
 
     @classmethod
@@ -160,28 +182,23 @@ class EditConfig:
             raise ConfigError(f"{where}: {error}") from None
 
     @classmethod
-    def from_file(cls, path: str | Path) -> EditConfig:
+    def from_file(cls, path: str | Path, model=None) -> EditConfig:
         """Read JSON or YAML (by the file's ending).
+
+        Args:
+            model: what the file leaves out is as in :meth:`for_model`; without one the file must name ``layers``, and all
+                else is as in this class.
 
         Raises:
             ConfigError: the file is missing or malformed, or has unknown keys or values out of range.
         """
-        path = Path(path)
+        values = read_settings(path)
+        if model is None:
+            return cls.from_dict(values, str(path))
         try:
-            text = path.read_text(encoding="utf-8")
-            if path.suffix in (".yaml", ".yml"):
-                import yaml
-
-                values = yaml.safe_load(text)
-                if isinstance(values, dict):
-                    values = with_numbers(values)
-            else:
-                values = json.loads(text)
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror or error}") from None
-        except Exception as error:  # a parser's error of either library
-            raise ConfigError(f"{path}: not valid {path.suffix or 'JSON'}: {error}") from None
-        return cls.from_dict(values, str(path))
+            return cls.for_model(model, **values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict:
         return {**dataclasses.asdict(self), "layers": list(self.layers)}
@@ -202,31 +219,67 @@ class EditConfig:
         return dataclasses.replace(self, **changes)
 
 
-def changed(values: dict, changes: dict) -> dict:
-    """Settings with changes; λ follows the scope where only that is changed."""
-    values = {"scope": EditConfig.scope, "lam": EditConfig.lam, **values}
-    if "scope" in changes and "lam" not in changes:
-        share = [LAM_SHARES.get(str(scope), 1.0) for scope in (values["scope"], changes["scope"])]
-        values["lam"] *= share[1] / share[0]
-    return {**values, **changes}
+def read_settings(path: str | Path) -> dict:
+    """The keys and values of a JSON or YAML file; which keys there may be is checked where they are used.
 
-
-def _published(model_type: str, depth: int) -> dict:
-    """Published values by family and depth; elsewhere scale-free ones.
-
-    GPT2-XL and GPT-J: the paper, section 4.1 and appendix. Others: the MEMIT settings EasyEdit ships per model, which
-    are written for some 30 blocks; shallower models take the same share of their depth.
+    Raises:
+        ConfigError: the file is missing or malformed.
     """
-    if model_type == "gpt2" and depth == 48:
-        return {"layers": (13, 14, 15, 16, 17), "lam": 15_000.0}
-    if model_type == "gptj":
-        layers = tuple(range(3, 9)) if depth >= 12 else _by_depth(depth)
-        return {"layers": layers, "lam": 15_000.0}
-    gpt_style = model_type in ("gpt2", "gpt_neo", "gpt_neox", "opt", "phi")
-    values = {"layers": tuple(range(4, 9)) if depth >= 24 else _by_depth(depth), "clamp": 0.75 if gpt_style else 4.0}
-    if depth < 24:  # nothing is published for small models, whose hidden norms differ a hundredfold
-        values |= {"lr": 0.1, "lr_unit": "hidden_rms"}
-    return values
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            values = yaml.safe_load(text)
+        else:
+            values = json.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # a parser's error of either library
+        raise ConfigError(f"{path}: not valid {path.suffix or 'JSON'}: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path}: expected keys and values")
+    return with_numbers(values)
+
+
+def changed(values: dict, changes: dict) -> dict:
+    """Settings with changes; another scope without a λ of its own takes what is published for it, or its own ratio."""
+    values = dict(values)
+    published = values.pop("published_lam", None)
+    before = values.get("scope", EditConfig.scope)
+    scope = changes.get("scope", before)
+    if scope != before:
+        values.pop("lam", None)
+    both = {**values, **changes}
+    if published is not None and scope != "nearest" and both.get("lam") is None and both.get("leverage_ratio") is None:
+        both["lam"] = published
+    return both
+
+
+# model_type -> (blocks, hidden size at least) of the models that EasyEdit ships MEMIT settings for
+_EASYEDIT = {"llama": (32, 4096), "mistral": (32, 4096), "qwen2": (28, 3584), "qwen3": (36, 4096)}
+
+
+def _settings(config, depth: int) -> dict:
+    """Published values where there are some, elsewhere scale-free ones; ``published_lam`` for scores of the response.
+
+    GPT2-XL and GPT-J: the paper, section 4.1 and appendix. Others: the MEMIT settings that EasyEdit ships.
+    """
+    kind = config.model_type
+    if kind == "gpt2" and depth == 48:
+        return {"layers": (13, 14, 15, 16, 17), "published_lam": 15_000.0}
+    if kind == "gptj" and depth == 28:
+        return {"layers": tuple(range(3, 9)), "published_lam": 15_000.0}
+    known = _EASYEDIT.get(kind)
+    if known and depth >= known[0] and config.hidden_size >= known[1]:
+        return {"layers": tuple(range(4, 9)), "clamp": 4.0, "published_lam": 15_000.0}
+    return {"layers": _by_depth(depth), **SCALE_FREE}
+
+
+# One layer has to realise all of a residual; what it is added to is small before a norm.
+AFTER_NORM = {"leverage_ratio": 32.0, "lr": 1.0, "weight_decay": 0.05}
+SCALE_FREE = {"lr": 0.1, "lr_unit": "hidden_rms", "clamp": 4.0}  # hidden norms of models differ a hundredfold
 
 
 def _by_depth(depth: int) -> tuple[int, ...]:

@@ -12,6 +12,10 @@ Rows differ in where that is. Their pasts are aligned to the right and what foll
     row 1       ·  ·  The  mother         Marie  is      ·
     row 2       I  think  that  Mrs       Curie  speaks  the
 
+Where a norm lies between the value layer's MLP and the hidden state (Gemma 2 and 3, OLMo 2), δ is added before it, to the
+projection's output y: what the block adds is bounded there, whatever y is, and a hidden state outside that bound could be
+found but not written. The hidden state changes by ``norm(y + δ) − norm(y)``.
+
 The attention mask covers both sides, positions are given explicitly. This needs nothing of a family beyond
 Transformers' cache and mask interface, and agrees with whole rows for:
 
@@ -45,7 +49,7 @@ from comeba_ext.editing.budget import launch_tokens
 from comeba_ext.editing.contexts import Contexts, can_share, own_inputs
 from comeba_ext.editing.encoding import dense_batches
 from comeba_ext.editing.rows import Row
-from comeba_ext.partial_forward import hidden_of, only_at, resumed, run_until, with_hidden
+from comeba_ext.partial_forward import hidden_of, only_at, resumed, run_until, watched, with_hidden
 from comeba_ext.past import Past, States, right_aligned
 
 log = logging.getLogger(__name__)
@@ -75,6 +79,8 @@ class Upper:
         self.decoder = self.model.get_submodule(self.architecture.decoder)
         self.blocks = list(self.model.get_submodule(self.architecture.blocks))
         self.head = self.architecture.head(self.model)
+        self.norm = self.architecture.after_norm(self.model, self.value_layer)
+        self.projection = self.model.get_submodule(self.architecture.projection_name(self.value_layer))
         self.device = self.model.get_input_embeddings().weight.device
         # Above the value layer nothing but the last block's MLP is read position by position. Parts of families in the
         # table are known; OPT's MLP has no module of its own.
@@ -139,7 +145,8 @@ class Continuation:
 
     Attributes:
         rows: the rows, in the order in which they are kept.
-        h: ``(rows, d_model)``, the value layer's output at the subject's last token.
+        h: ``(rows, d_model)``, what δ is added to at the subject's last token: the value layer's output, or its projection's
+            where a norm follows that.
         starts: ``(rows,)``, the first token that is run at every step.
         at: ``(rows,)``, the column of the subject's last token among those.
     """
@@ -154,17 +161,18 @@ class Continuation:
         self.starts = torch.tensor(starts, device=device)
         self.at = torch.tensor([row.subject_last for row in self.rows], device=device) - self.starts
         past, width = max(starts), max(row.end - start for row, start in zip(self.rows, starts, strict=True))
-        base, states = [], []
+        base, states, outputs = [], [], []
         for part in torch.arange(len(rows), device=device).split([len(chunk) for chunk in chunks]):
-            below, kept = self._prepare([self.rows[n] for n in part.tolist()], self.starts[part], past, width)
+            below, kept, output = self._prepare([self.rows[n] for n in part.tolist()], self.starts[part], past, width)
             base.append(below)
             states.append(kept)
+            outputs.append(output)
         self.base = torch.cat(base)  # (rows, S, d_model)
         self.past = None
         if past:
             joined = {n: tuple(map(torch.cat, zip(*(s[n] for s in states), strict=True))) for n in states[0]}
             self.past = Past(joined, past)
-        self.h = self.base[self._index(), self.at.to(self.base.device)]
+        self.h = self.base[self._index(), self.at.to(self.base.device)] if upper.norm is None else torch.cat(outputs)
         self.inputs = own_inputs(self.rows, [row.end for row in self.rows], starts, past, upper.pad_token, device)
         # Padding after a row is not masked: no earlier token sees it, and its own softmax must be over something.
         self.inputs["attention_mask"][:, past:] = 1
@@ -182,7 +190,8 @@ class Continuation:
 
         def hidden() -> torch.Tensor:
             spread = torch.zeros_like(self.base)
-            spread[self._index(), self.at.to(spread.device)] = shift.to(spread)
+            moved = shift if upper.norm is None else upper.norm(self.h + shift.to(self.h)) - upper.norm(self.h)
+            spread[self._index(), self.at.to(spread.device)] = moved.to(spread)
             return self.base + spread
 
         upper = self.upper
@@ -215,12 +224,15 @@ class Continuation:
         return torch.arange(len(self.rows), device=self.base.device)
 
     @torch.no_grad()
-    def _prepare(self, rows: list[Row], starts: torch.Tensor, past: int, width: int) -> tuple[torch.Tensor, States]:
+    def _prepare(
+        self, rows: list[Row], starts: torch.Tensor, past: int, width: int
+    ) -> tuple[torch.Tensor, States, torch.Tensor | None]:
         """One pass over rows up to the value layer, and over the tokens before their starts above it.
 
         Returns:
             hidden states after the value layer from every row's start on, ``(rows, width, d_model)``; keys and values
-            of the tokens before, right-aligned in ``past`` columns.
+            of the tokens before, right-aligned in ``past`` columns; with a norm behind the MLP, the projection's output at
+            the subject's last token, ``(rows, d_model)``.
         """
         upper, caught, contexts = self.upper, {}, self.upper.contexts
         shared = [0] * len(rows) if contexts is None else contexts.counts(rows)
@@ -229,16 +241,20 @@ class Continuation:
         inputs = own_inputs(rows, [len(row.ids) for row in rows], shared, length, upper.pad_token, upper.device)
         block = upper.blocks[upper.value_layer]
         cache = {"past_key_values": Past(states, length)} if length else {}
-        with upper.recorded(BlockTrace.rows, rows, shared):
+        with upper.recorded(BlockTrace.rows, rows, shared), watched(block, upper.projection) as seen:
             run_until(upper.decoder, block, inputs | cache, {}, lambda output: caught.__setitem__("output", output))
         self.form = with_hidden(caught["output"], None)
         hidden = hidden_of(caught["output"])
+        output = None
+        if upper.norm is not None:
+            last = [row.subject_last - count for row, count in zip(rows, shared, strict=True)]
+            output = seen["y"].reshape(hidden.shape)[torch.arange(len(rows)), last]
         real = inputs["attention_mask"][:, length:].bool().to(hidden.device)
         hidden = hidden.masked_fill(~real[..., None], 0)
         first = torch.tensor(shared, device=upper.device)
         base = _columns(hidden, starts - first, width)
         if not past:
-            return base, {}
+            return base, {}, output
         before = max(1, int((starts - first).max()))
         inputs = {name: value[:, :before] for name, value in inputs.items() if name != "attention_mask"} | {
             "attention_mask": inputs["attention_mask"][:, : length + before].clone()
@@ -253,7 +269,7 @@ class Continuation:
             return right_aligned(together, length - first, starts, past)
 
         none = (None, None)
-        return base, {n: tuple(map(whole, states.get(n, none), new)) for n, new in own.new.items()}
+        return base, {n: tuple(map(whole, states.get(n, none), new)) for n, new in own.new.items()}, output
 
 
 def _columns(states: torch.Tensor, starts: torch.Tensor, width: int) -> torch.Tensor:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from comeba_ext import distributed, hooked_linear, saved_edits
 from comeba_ext.architectures import Architecture, context_length
 from comeba_ext.covariance import Covariance, collect_covariance
+from comeba_ext.editing.anchors import Anchors, Background, anchors_of, tells
+from comeba_ext.editing.answers import answered
 from comeba_ext.editing.block_trace import BlockTrace
 from comeba_ext.editing.budget import token_budget
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.encoding import pad_id
 from comeba_ext.editing.key_memory import KeyMemory
-from comeba_ext.editing.keys import KeyReader, LayerReading
+from comeba_ext.editing.keys import KeyReader, LayerReading, plain_keys
 from comeba_ext.editing.ledger import Entry, Ledger, stacked, without
 from comeba_ext.editing.prefixes import sample_prefixes
 from comeba_ext.editing.report import EditReport, Phases, peak_memory
@@ -31,6 +35,8 @@ from comeba_ext.editing.target_values import TargetValues, optimise_target_value
 from comeba_ext.errors import ConfigError, CovarianceError, RequestError
 from comeba_ext.ops.nearest_hook import projection_of
 from comeba_ext.partial_forward import evaluating
+
+log = logging.getLogger(__name__)
 
 
 class Editor:
@@ -43,7 +49,7 @@ class Editor:
 
     Raises:
         ArchitectureError: not a decoder-only language model, its parts cannot be found, or it is hooked already.
-        ConfigError: edited blocks that the model does not have.
+        ConfigError: edited blocks that the model does not have, or several where a norm follows every MLP.
 
     Attributes:
         layers: hooked layers by name, in increasing order.
@@ -70,6 +76,11 @@ class Editor:
         depth = self.architecture.num_blocks(model)
         if self.config.value_layer >= depth:
             raise ConfigError(f"layers {list(self.config.layers)}: the model has blocks 0 to {depth - 1}")
+        if len(self.config.layers) > 1 and self.architecture.after_norm(model, self.config.value_layer) is not None:
+            raise ConfigError(
+                f"layers {list(self.config.layers)}: in {model.config.model_type} a norm follows every MLP, so edits of several "
+                "blocks do not add up; give one block"
+            )
         names = [self.architecture.projection_name(index) for index in self.config.layers]
         self.layers = hooked_linear.install(
             model, names, self.architecture.decoder, self.config.scope, self.config.alpha, self.config.gate
@@ -84,6 +95,8 @@ class Editor:
         self._alphas: list[dict[str, float]] = [self._alpha()]  # after every step, from step 0
         self._prefixes: list[str] | None = None
         self._next_id = 0
+        self._batch_anchors: dict[str, Anchors] = {}  # of the batch that is being edited
+        self._backgrounds: dict[str, Background] = {}  # of the layers whose scores compare keys
         # delta in the precision sums are kept in: the buffer itself, or a float32 master of a half-precision one.
         self._delta = {
             name: layer.delta if layer.delta.dtype.itemsize >= 4 else layer.delta.float()
@@ -141,7 +154,7 @@ class Editor:
         for name, layer in self.layers.items():
             moment = covariance[name].to(layer.delta.device)
             try:
-                memory[name] = KeyMemory(self.config.lam * moment)
+                memory[name] = KeyMemory(self.config.lam_of(layer.in_features) * moment)
                 if name in self._compared:
                     projections[name] = projection_of(moment)
             except (CovarianceError, torch.linalg.LinAlgError) as error:
@@ -149,6 +162,18 @@ class Editor:
         self.key_memory, self.covariance = memory, covariance
         for name, projection in projections.items():
             self.layers[name].set_projection(projection)
+        self._measure_background()
+
+    def _measure_background(self) -> None:
+        """What the layers' scores look like on ordinary text, once projections and covariance are there."""
+        self._backgrounds = {}
+        for name, layer in self._compared.items():
+            moment, sample = self.covariance[name].to(layer.delta.device), self.covariance.sample
+            projection = layer.projection.to(moment)
+            # E‖P k‖² over the corpus stands for E ℓ = d_in.
+            scale = layer.in_features / ((projection @ moment) * projection).sum().item()
+            keys = sample.keys[name] if len(sample) else torch.zeros(0, layer.in_features)
+            self._backgrounds[name] = Background(layer.directions(keys), sample, scale)
 
     # -- editing ------------------------------------------------------------------------------------------------
 
@@ -179,6 +204,14 @@ class Editor:
         self, batch: list[EditRequest], target_values: torch.Tensor | None, on_progress: Callable[[int, float], None]
     ) -> EditReport:
         phases = Phases(self._device)
+        with phases("check"):
+            kept, declined = self._decline(batch)
+        if declined:
+            batch = [batch[n] for n in kept]
+            if target_values is not None:
+                target_values = self._check_values(target_values, len(kept) + len(declined))[kept]
+        if not batch:
+            return self._close_step(EditReport(self.step + 1, [], declined, alpha=self._alpha(), seconds=phases.seconds), [], [])
         found = trace = None
         with phases("values"):
             if target_values is None:
@@ -197,20 +230,37 @@ class Editor:
                     for name in self.layers:
                         self._exchange(name, remove=replaced, add=[])
                     self._set_keys(without(self.ledger.live(), replaced))
-            keys, responses = self._write(batch, values, phases, trace)
+            written = self._write(batch, values, phases, trace)
+            with phases("check"):
+                took = self._answered(batch)
+            marks = self._batch_anchors
+            leverage = {name: own.leverage.median().item() for name, own in marks.items()}
             report = EditReport(
                 step=self.step + 1,
                 request_ids=[request.request_id for request in batch],
+                declined=declined,
+                answered=took,
                 superseded=[entry.request.request_id for entry in replaced],
                 losses=found.losses if found else [],
                 optimizer_steps=found.steps if found else [],
                 alpha=self._alpha(),
+                leverage=leverage,
+                share={n: own / (self.config.lam_of(self.layers[n].in_features) + own) for n, own in leverage.items()},
                 seconds=phases.seconds,
                 peak_memory=peak_memory(self._device),
             )
-            own = lambda table, n: {name: rows[n].cpu() for name, rows in table.items()}  # noqa: E731
-            entries = [Entry(r, report.step, own(keys, n), own(responses, n)) for n, r in enumerate(batch)]
-            record = {"event": "edit", **report.to_dict(), "requests": [r.to_record() for r in batch]}
+            entries = []
+            for n, request in enumerate(batch):
+                keys, responses = ({name: rows[n].cpu() for name, rows in table.items()} for table in written)
+                own = {name: tuple(part.cpu() for part in all_.of(n)) for name, all_ in marks.items()}
+                entries.append(Entry(request, report.step, keys, responses, anchors=own))
+            return self._close_step(report, batch, entries, replaced)
+
+    def _close_step(
+        self, report: EditReport, batch: list[EditRequest], entries: list[Entry], replaced: list[Entry] = ()
+    ) -> EditReport:
+        """Note what a step did."""
+        record = {"event": "edit", **report.to_dict(), "requests": [r.to_record() for r in batch]}
         self.step += 1
         for entry in replaced:
             self.ledger.remove(entry, self.step)
@@ -219,6 +269,35 @@ class Editor:
         self._alphas.append(dict(report.alpha))
         self.log.append(record)
         return report
+
+    def _decline(self, batch: list[EditRequest]) -> tuple[list[int], list[dict]]:
+        """Which requests can be edited, and why the others cannot: a key that ordinary tokens share opens the gate for them,
+        and the value layer is where the answer is made up."""
+        everything = list(range(len(batch)))
+        if not self._backgrounds:
+            return everything, []
+        name, layer = list(self.layers.items())[-1]
+        rows = prompt_rows(self.tokenizer, batch, [""])
+        with evaluating(self.model):
+            keys = plain_keys(self._decoder, layer, rows, pad_id(self.tokenizer), self.max_tokens, self._device)
+        told = tells(layer.directions(keys)[:, None], self._backgrounds[name], self._subjects(batch))[:, 0].tolist()
+        reason = ("the model keeps the same state for most texts where this prompt's subject ends (near the beginning of a "
+                  "text), so an edit there would answer all of them; begin the prompt with other words")  # fmt: skip
+        declined = [{"request_id": batch[n].request_id, "prompt": batch[n].text, "reason": reason} for n in everything if not told[n]]
+        for entry in declined:
+            log.warning("declined %s (%r): %s", entry["request_id"], entry["prompt"], entry["reason"])
+        return [n for n in everything if told[n]], declined
+
+    def _subjects(self, batch: list[EditRequest]) -> list[list[list[int]]]:
+        """Token ids of every request's subject, at the beginning of a text and behind other words."""
+        forms = [form for request in batch for form in (request.subject, f" {request.subject}")]
+        ids = self.tokenizer(forms, add_special_tokens=False)["input_ids"]
+        return [ids[n : n + 2] for n in range(0, len(ids), 2)]
+
+    def _answered(self, batch: list[EditRequest]) -> list[bool]:
+        rows = target_rows(self.tokenizer, batch, [""])
+        with evaluating(self.model):
+            return answered(self.model, rows, pad_id(self.tokenizer), self.max_tokens)
 
     def edit_all(
         self, requests: Iterable[EditRequest | Mapping], batch_size: int = 10, *, progress: bool = True
@@ -464,27 +543,49 @@ class Editor:
         rows = prompt_rows(self.tokenizer, batch, self.prefixes)
         keys: dict[str, torch.Tensor] = {}
         responses: dict[str, torch.Tensor] = {}
+        subjects = self._subjects(batch) if self._compared else []
         for layer in self.layers.values():
             layer.mode = "temporary"
         reader = KeyReader(
             self._decoder, list(self.model.get_submodule(self.architecture.blocks)), self.config.layers,
             list(self.layers.values()), rows, whole=self.config.scope == "zscore", pad_token=pad_id(self.tokenizer),
-            max_tokens=self.max_tokens, device=self._device, trace=trace,
+            max_tokens=self.max_tokens, device=self._device, trace=trace, apart=bool(self._compared),
         )  # fmt: skip
         with evaluating(self.model):
             for number, (name, layer) in enumerate(self.layers.items()):
                 with phases("keys"):
                     reading = reader.read(number)
+                with phases("calibrate"):
+                    if name in self._compared:
+                        self._batch_anchors[name] = self._anchors(name, layer, reading, subjects)
                 with phases("update"):
-                    residual = (values.to(reading.hidden) - reading.hidden) / (len(self.layers) - number)
+                    residual = (values.to(reading.hidden) - self._valued(layer, reading)) / (len(self.layers) - number)
                     keys[name] = reading.keys
                     responses[name] = self._add(name, reading, residual)
-                    if name in self._compared:
-                        layer.add_keys(reading.keys)
                 layer.mode = self.serving
                 with phases("calibrate"):
+                    if name in self._compared:
+                        layer.add_anchors(self._batch_anchors[name].unit, self._batch_anchors[name].thresholds)
                     self._calibrate(name, layer, reading)
         return keys, responses
+
+    def _valued(self, layer: hooked_linear.HookedLinear, reading: LayerReading) -> torch.Tensor:
+        """What target values are compared with, ``(u, d_model)``: the hidden state after the value layer, or, where a norm
+        lies before that, the projection's output."""
+        if self.architecture.after_norm(self.model, self.config.value_layer) is None:
+            return reading.hidden
+        return layer(reading.plain_keys.to(layer.delta)[:, None])[:, 0].to(reading.hidden)
+
+    def _anchors(self, name: str, layer: hooked_linear.HookedLinear, reading: LayerReading, subjects: list) -> Anchors:
+        """A batch's anchors in a layer. Keys that tell nothing are taken out of the mean, in ``reading`` too."""
+        background, each = self._backgrounds[name], reading.each
+        units = layer.directions(each)
+        told = tells(units, background, subjects)
+        told |= ~told.any(-1, keepdim=True)
+        reading.keys = (each * told[..., None]).sum(1) / told.sum(1, keepdim=True)
+        leverage = background.scale * F.linear(reading.plain_keys.to(each), layer.projection.to(each)).square().sum(-1)
+        return anchors_of(units, layer.directions(reading.keys), leverage, background, subjects,
+                          self.config.alpha_floor, self.config.margin)  # fmt: skip
 
     def _add(self, name: str, reading: LayerReading, residual: torch.Tensor) -> torch.Tensor:
         """``C ← C + K Kᵀ``, ``delta ← delta + R Kᵀ C⁻¹``; returns the responses ``delta·k + R``.
@@ -557,8 +658,9 @@ class Editor:
     def _set_keys(self, live: list[Entry]) -> None:
         """Compare with the keys of these entries."""
         for name, layer in self._compared.items():
-            keys = [entry.keys[name] for entry in live]
-            layer.set_keys(torch.stack(keys) if keys else torch.zeros(0, layer.in_features))
+            own = [entry.anchors[name] for entry in live]
+            unit = torch.cat([directions for directions, _ in own]) if own else torch.zeros(0, len(layer.projection))
+            layer.set_anchors(unit, torch.cat([thresholds for _, thresholds in own]) if own else None)
 
     def _rescale(self, name: str) -> None:
         """Keep ``tr(delta·C0·deltaᵀ)`` in step with delta, where the score needs it.
@@ -574,7 +676,12 @@ class Editor:
             layer.reference_scale.copy_(scale)
 
     def _calibrate(self, name: str, layer: hooked_linear.HookedLinear, reading: LayerReading) -> None:
-        """``α ← min(α, margin · min over requests of max over tokens of the score)``."""
+        """``α ← min(α, margin · min over requests of max over tokens of the score)``; with nearest the lowest anchor's."""
+        if name in self._compared:
+            own = self._batch_anchors[name].thresholds
+            if len(own):
+                layer.alpha.fill_(min(layer.alpha.item(), own.min().item()))
+            return
         self._rescale(name)
         lowest = peak_scores(layer, reading).min().item()
         if not math.isfinite(lowest):
@@ -588,7 +695,7 @@ class Editor:
             name: (self._delta[name].clone(), layer.alpha.clone(), layer.reference_scale.clone())
             for name, layer in self.layers.items()
         }
-        anchors = {name: layer.anchors.clone() for name, layer in self._compared.items()}
+        anchors = {name: (layer.anchors.clone(), layer.thresholds.clone()) for name, layer in self._compared.items()}
         memories = {name: memory.state for name, memory in self.key_memory.items()}
         try:
             yield
@@ -600,7 +707,7 @@ class Editor:
                 layer.alpha.copy_(alpha)
                 layer.reference_scale.copy_(scale)
             for name, known in anchors.items():
-                self.layers[name].anchors = known
+                self.layers[name].anchors, self.layers[name].thresholds = known
             for name, state in memories.items():
                 self.key_memory[name].state = state
             raise

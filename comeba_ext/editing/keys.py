@@ -11,7 +11,7 @@ from torch import nn
 from comeba_ext.editing.block_trace import NAMES, BlockTrace
 from comeba_ext.editing.budget import launch_tokens
 from comeba_ext.editing.contexts import Contexts, own_inputs
-from comeba_ext.editing.encoding import dense_batches
+from comeba_ext.editing.encoding import dense_batches, micro_batches, pad
 from comeba_ext.editing.rows import Row
 from comeba_ext.partial_forward import hidden_of, resumed, run_until, watched, with_hidden
 from comeba_ext.past import Past
@@ -25,6 +25,7 @@ class LayerReading:
         keys: ``(u, d_in)``, the layer's input at the subject's last token, averaged over context prefixes.
         plain_keys: ``(u, d_in)``, the same behind the empty prefix alone, where ``hidden`` is read.
         hidden: ``(u, d_model)``, the value layer's output at the subject's last token behind the empty prefix.
+        each: ``(u, prefixes, d_in)``, the keys that ``keys`` is the mean of; ``None`` unless asked for.
         prompts: the layer's whole input and the mask of real tokens for the rows with the empty prefix, as a list of
             ``(requests, x (rows, seq, d_in), mask (rows, seq))``, what thresholds are calibrated on.
     """
@@ -33,6 +34,7 @@ class LayerReading:
     plain_keys: torch.Tensor
     hidden: torch.Tensor
     prompts: list[tuple[list[int], torch.Tensor, torch.Tensor]]
+    each: torch.Tensor | None = None
 
 
 @dataclass
@@ -74,6 +76,7 @@ class KeyReader:
         whole: run rows from end to end, where the scope of a token may depend on all others (zscore); otherwise rows
             with a prefix end at the subject's last token and share their contexts.
         trace: a recording of the first edited block that holds these rows; what it holds is not run again.
+        apart: also read the keys behind every prefix apart.
     """
 
     def __init__(
@@ -89,7 +92,9 @@ class KeyReader:
         max_tokens: int,
         device: torch.device,
         trace: BlockTrace | None = None,
+        apart: bool = False,
     ):
+        self.apart, self.prefixes = apart, max(row.prefix for row in rows) + 1
         self.decoder, self.blocks, self.layers, self.projections = decoder, blocks, layers, projections
         self.count = max(row.request for row in rows) + 1
         self.form = None  # of a block's output; the first batches run whole blocks
@@ -127,8 +132,8 @@ class KeyReader:
 
     def read(self, number: int) -> LayerReading:
         """Keys of the layer ``layers[number]``, and hidden states of the model as it is now; once for each number."""
-        keys, plain_keys, hidden, prompts = None, None, None, []
-        each = torch.zeros(self.count)
+        keys, plain_keys, hidden, each, prompts = None, None, None, None, []
+        counts = torch.zeros(self.count)
         context = None
         for batch in self.batches:
             past = None
@@ -145,7 +150,10 @@ class KeyReader:
             own = x[index, last].to(torch.promote_types(x.dtype, torch.float32))
             keys = own.new_zeros(self.count, own.shape[1]) if keys is None else keys
             keys.index_add_(0, requests.to(own.device), own)
-            each.index_add_(0, requests, torch.ones(len(requests)))
+            counts.index_add_(0, requests, torch.ones(len(requests)))
+            if self.apart:
+                each = own.new_zeros(self.count, self.prefixes, own.shape[1]) if each is None else each
+                each[requests.to(own.device), torch.tensor([row.prefix for row in batch.rows], device=own.device)] = own
             if output is not None:
                 plain_keys = torch.zeros_like(keys) if plain_keys is None else plain_keys
                 plain_keys[requests.to(own.device)] = own
@@ -154,7 +162,7 @@ class KeyReader:
                 hidden = now.new_zeros(self.count, now.shape[1]) if hidden is None else hidden
                 hidden[requests.to(now.device)] = now
                 prompts.append((requests.tolist(), x, batch.inputs["attention_mask"].bool()))
-        return LayerReading(keys / each[:, None].to(keys), plain_keys, hidden, prompts)
+        return LayerReading(keys / counts[:, None].to(keys), plain_keys, hidden, prompts, each)
 
     def _run(self, batch: _Batch, number: int, past: Past | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layer's input ``(rows, seq, d_in)``, and for rows with the empty prefix the value layer's output."""
@@ -240,3 +248,20 @@ class KeyReader:
         after = row(batch.after)[real]
         sum_ = (output + batch.y.reshape(*batch.after.shape[:2], -1)[:1])[real]
         return bool((sum_ - after).norm() <= torch.finfo(after.dtype).eps ** 0.5 * after.norm())
+
+
+@torch.no_grad()
+def plain_keys(decoder: nn.Module, projection: nn.Module, rows: list[Row], pad_token: int, max_tokens: int, device) -> torch.Tensor:
+    """A layer's input at the subject's last token of every row, ``(len(rows), d_in)``, of the model as it stands."""
+    found: dict[int, torch.Tensor] = {}
+    for group in micro_batches([row.subject_last + 1 for row in rows], max_tokens):
+        ids, mask = pad([rows[n].ids[: rows[n].subject_last + 1] for n in group], pad_token, device=device)
+        last = mask.sum(1) - 1
+
+        def note(x: torch.Tensor, group=group, mask=mask, last=last) -> None:
+            x = x.reshape(*mask.shape, -1)  # OPT flattens tokens before the MLP
+            own = x[torch.arange(len(group), device=x.device), last.to(x.device)]
+            found.update(zip(group, own, strict=True))
+
+        run_until(decoder, projection, {"input_ids": ids, "attention_mask": mask}, {projection: note}, before=True)
+    return torch.stack([found[n] for n in range(len(rows))])

@@ -11,7 +11,7 @@ request and layer, on the host.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,6 +26,8 @@ class Entry:
         step: the step that added it.
         removed: the step that superseded or retracted it, ``None`` while live.
         keys, responses: layer name to ``(d_in,)`` and ``(d_out,)``, float32 or better, on the host.
+        anchors: layer name to directions ``(m, rows)`` and thresholds ``(m,)`` (:mod:`anchors`), on the host; empty with
+            scores that do not compare keys.
     """
 
     request: EditRequest
@@ -33,6 +35,7 @@ class Entry:
     keys: dict[str, torch.Tensor]
     responses: dict[str, torch.Tensor]
     removed: int | None = None
+    anchors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 class Ledger:

@@ -15,9 +15,11 @@ class Objective(Protocol):
 
     Attributes:
         h: ``(u, d_model)``, the hidden states that δ is added to.
+        leads: ``(u,)`` bool, whether at the last evaluation every target token was the model's first choice in every row.
     """
 
     h: torch.Tensor
+    leads: torch.Tensor
 
     def evaluate(self, delta: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Losses ``(u,)`` and gradients ``(u, d_model)`` at ``delta (u, d_model)``; of no meaning for closed requests.
@@ -51,12 +53,18 @@ class Path:
         self.losses = torch.full_like(norm[:, 0], torch.inf)
         self.steps = torch.zeros(len(h), dtype=torch.long, device=h.device)
         self.open = torch.ones(len(h), dtype=torch.bool, device=h.device)
+        self.led = torch.zeros(len(h), dtype=torch.long, device=h.device)  # evaluations in a row that the target leads
 
     def evaluate(self, delta: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Losses and gradients at ``delta``; what falls below ``early_stop`` is closed, with its loss noted."""
+        """Losses and gradients at ``delta``; what falls below ``early_stop``, or has led long enough, is closed, with its loss
+        noted."""
         loss, slope = self.objective.evaluate(delta, gradient)
         self.losses = torch.where(self.open, loss, self.losses)
-        done = self.open & (loss < self.config.early_stop)  # NaN stays open, to be reported
+        done = loss < self.config.early_stop  # NaN stays open, to be reported
+        if self.config.lead_steps is not None:
+            self.led = torch.where(self.objective.leads, self.led + 1, 0)
+            done |= (self.led > self.config.lead_steps) & torch.isfinite(loss)
+        done &= self.open
         if done.any():
             self.open &= ~done
             self.objective.close(done)

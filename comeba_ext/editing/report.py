@@ -19,22 +19,30 @@ class EditReport:
 
     Attributes:
         step: number of the step, from 1.
-        request_ids: ids of the batch's requests, in order; what :meth:`Editor.retract` takes.
+        request_ids: ids of the requests that were edited, in order; what :meth:`Editor.retract` takes.
+        declined: ``{"request_id": …, "reason": …}`` of each request that was left out because its key tells nothing.
+        answered: whether the edited model gives each request's object behind its prompt (teacher-forced, every token).
         superseded: ids of earlier requests about the same facts, whose place they took.
         losses: final loss of every target value (empty when target values were given).
         optimizer_steps: steps each target value took.
-        alpha: threshold of every layer after the step.
-        seconds: time of the phases ``values``, ``keys``, ``update``, ``calibrate``.
+        alpha: threshold of every layer after the step (nearest: its lowest anchor's).
+        leverage: median leverage ``kᵀ C0⁻¹ k`` of the batch's keys in every layer, and ``share``: the share ``ℓ/(λ+ℓ)`` of its
+            residual that such a key realises alone (nearest only).
+        seconds: time of the phases ``values``, ``keys``, ``update``, ``calibrate``, ``check``.
         peak_memory: high-water mark in bytes, of the GPU where the model is on one, else of the process, since it
             was last reset (:func:`reset_peak_memory`; the editor itself never does).
     """
 
     step: int
     request_ids: list[str]
+    declined: list[dict] = field(default_factory=list)
+    answered: list[bool] = field(default_factory=list)
     superseded: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     optimizer_steps: list[int] = field(default_factory=list)
     alpha: dict[str, float] = field(default_factory=dict)
+    leverage: dict[str, float] = field(default_factory=dict)
+    share: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
 
@@ -47,7 +55,7 @@ class Phases:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds = dict.fromkeys(("values", "keys", "update", "calibrate"), 0.0)
+        self.seconds = dict.fromkeys(("values", "keys", "update", "calibrate", "check"), 0.0)
 
     @contextlib.contextmanager
     def __call__(self, name: str):

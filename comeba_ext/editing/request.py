@@ -87,7 +87,7 @@ class EditRequest:
         Args:
             record: an ``EditRequest``; a mapping with this class's fields; a record in EasyEdit's form (``prompt``,
                 ``rephrase_prompt``, ``locality_prompt`` …); an original CounterFact record (``requested_rewrite``); a
-                ZsRE record (``src``, ``alt`` …).
+                ZsRE record (``src``, ``alt`` …); a QAEdit record (``target``, ``rephrase``, a list ``locality``).
             index: position in its file or batch, for error messages.
 
         Raises:
@@ -103,6 +103,8 @@ class EditRequest:
                 fields = _from_counterfact(record)
             elif "src" in record and "alt" in record:
                 fields = _from_zsre(record)
+            elif "target" in record and "target_new" not in record:
+                fields = _from_qaedit(record)
             else:
                 fields = _from_flat(record)
         except (KeyError, TypeError, AttributeError) as error:
@@ -191,6 +193,18 @@ def _from_zsre(record: Mapping) -> dict:
         "locality_prompts": _zipped(record.get("loc"), record.get("loc_ans")),
         "portability_prompts": _zipped(portability.get("New Question"), portability.get("New Answer")),
         "request_id": str(record["case_id"]) if record.get("case_id") is not None else None,
+    }
+
+
+def _from_qaedit(record: Mapping) -> dict:
+    """QAEdit (arXiv 2502.11177): natural questions; a " *" at the end of some answers is a mark of their source."""
+    return {
+        "prompt": record["prompt"],
+        "subject": record["subject"],
+        "target_new": record["target"].removesuffix("*"),
+        "rephrase_prompts": _listed(record.get("rephrase")),
+        "locality_prompts": [(pair["loc"], pair.get("loc_ans")) for pair in record.get("locality") or ()],
+        "request_id": str(record["id"]) if record.get("id") is not None else None,
     }
 
 

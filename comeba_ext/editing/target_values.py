@@ -5,7 +5,8 @@ minimises
 
     mean over prefixes of NLL(new object) + kl_factor · KL("{subject} is a") + weight_decay · ‖δ‖/‖h‖²
 
-with ‖δ‖ ≤ clamp · ‖h‖, until the loss falls below ``early_stop``. Requests never meet in this objective, so a batch of
+with ‖δ‖ ≤ clamp · ‖h‖, until the loss falls below ``early_stop``, or ``lead_steps`` after the new object has come to lead
+everywhere (ENCORE, arXiv 2502.01636). Requests never meet in this objective, so a batch of
 them is optimised at once, with the result each would have alone. What δ cannot reach is computed once
 (:mod:`continuation`), logits only where they are read, and a request that is done leaves the batch.
 """
@@ -130,19 +131,24 @@ class _Objective:
         states = {n: h for part in self.parts for n, h in part.plain_states()}
         self.h = torch.stack([states[n] for n in range(len(by_request))])
         self.h = self.h.to(torch.promote_types(self.h.dtype, torch.float32))  # (u, d_model)
+        self.rows = torch.tensor([sum(bool(row.target) for row in rows) for rows in by_request], device=self.h.device)
+        self.leads = torch.zeros(len(by_request), dtype=torch.bool, device=self.h.device)
 
     def evaluate(self, delta: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         square = self.h.norm(dim=-1) ** 2
         size = delta.norm(dim=-1)
         loss = self.config.weight_decay * size / square
         slope = self.config.weight_decay * delta / (size.clamp(min=torch.finfo(size.dtype).tiny) * square)[:, None]
+        leading = torch.zeros_like(self.rows)
         for part in self.parts:  # one graph at a time
             with torch.set_grad_enabled(gradient):
                 own = delta.detach().requires_grad_(gradient)
                 share = part.losses(own)
             loss = loss + share.detach()
+            leading += part.leading
             if gradient:
                 slope = slope + torch.autograd.grad(share.sum(), own)[0]
+        self.leads = leading == self.rows
         return loss, slope if gradient else None
 
     def close(self, requests: torch.Tensor) -> None:
@@ -174,9 +180,14 @@ class _Part:
         logits = logits.to(torch.promote_types(logits.dtype, delta.dtype))
         tokens = len(self.target)
         loss = torch.zeros(len(delta), dtype=logits.dtype, device=delta.device)
+        self.leading = torch.zeros(len(delta), dtype=torch.long, device=delta.device)  # rows in which the target leads
         if tokens:  # mean over a row's target tokens, then over a request's rows
             nll = F.cross_entropy(logits[:tokens], self.target, reduction="none")
             loss = loss.index_add(0, self.loss_owner[:tokens], nll * self.share.to(nll))
+            right = (logits[:tokens].argmax(-1) == self.target).long()
+            rows = torch.ones(len(self.owner), dtype=torch.long, device=delta.device)
+            rows = rows.scatter_reduce(0, self.read[0][:tokens].to(rows.device), right, "amin")
+            self.leading.index_add_(0, self.owner.to(delta.device), rows * self.targeted)
         if tokens < len(logits):
             # KL(now ‖ before) at the subject's last token of the essence row; before: the first evaluation, at δ = 0.
             now = F.log_softmax(logits[tokens:], dim=-1)
@@ -208,6 +219,7 @@ class _Part:
         self.read = (at[:, 0], at[:, 1])
         self.owner = torch.tensor(self.owners, device=device)
         self.loss_owner = self.owner[at[:, 0]]
+        self.targeted = torch.tensor([bool(row.target) for row in rows], device=device).long()
         self.target = torch.tensor([token for row in rows for token in row.target], dtype=torch.long, device=device)
         share = [1 / len(row.target) / self.row_counts[n] for n, row in zip(self.owners, rows, strict=True) for _ in row.target]
         self.share = torch.tensor(share, dtype=torch.float64, device=device)

@@ -1,6 +1,6 @@
 """How well edits took, how far they reach and what they left alone."""
 
-from comeba_ext.evaluation.ability import harness, next_tokens, perplexity
+from comeba_ext.evaluation.ability import Reading, harness, perplexity, read_text
 from comeba_ext.evaluation.base import BasePredictions, predict_base
 from comeba_ext.evaluation.fluency import fluency, ngram_entropy
 from comeba_ext.evaluation.metrics import Metrics, bootstrap_interval, evaluate, summarise
@@ -8,6 +8,6 @@ from comeba_ext.evaluation.probabilities import counterfact_scores
 from comeba_ext.evaluation.protocols import Protocol, Result, run_protocol
 
 __all__ = [
-    "BasePredictions", "Metrics", "Protocol", "Result", "bootstrap_interval", "counterfact_scores", "evaluate", "fluency",
-    "harness", "next_tokens", "ngram_entropy", "perplexity", "predict_base", "run_protocol", "summarise",
+    "BasePredictions", "Metrics", "Protocol", "Reading", "Result", "bootstrap_interval", "counterfact_scores", "evaluate", "fluency",
+    "harness", "ngram_entropy", "perplexity", "predict_base", "read_text", "run_protocol", "summarise",
 ]  # fmt: skip

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from comeba_ext.architectures import context_length
 from comeba_ext.editing.encoding import micro_batches, pad, pad_id
@@ -18,28 +20,70 @@ from comeba_ext.partial_forward import evaluating
 MAX_NLL = 700.0  # whose exponential is still a float64
 
 
-@torch.no_grad()
-def perplexity(model: torch.nn.Module, tokenizer, texts: Iterable[str], *, max_tokens: int = 4096) -> float:
-    """``exp(mean NLL of a token given those before it)`` over all tokens but the first of every piece.
+@dataclass
+class Reading:
+    """What a model says to plain texts.
 
-    Texts longer than the model's context are cut into pieces of that length. At most e⁷⁰⁰, which a destroyed model reaches.
+    Attributes:
+        perplexity: ``exp(mean NLL of a token given those before it)`` over all tokens but the first of every piece; at most
+            e⁷⁰⁰, which a destroyed model reaches.
+        next_tokens: the greedy next token at every position, flat int64 in a fixed order: two models' readings compare.
     """
-    total, count = 0.0, 0
-    for ids, mask, logits in _passes(model, tokenizer, texts, max_tokens):
-        real = mask[:, 1:].bool()
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        nll = F.cross_entropy(logits[:, :-1][real].to(wide), ids[:, 1:][real], reduction="sum")
-        total, count = total + nll.item(), count + int(real.sum())
+
+    perplexity: float
+    next_tokens: torch.Tensor
+
+
+@torch.no_grad()
+def read_text(
+    model: torch.nn.Module,
+    tokenizer,
+    texts: Iterable[str],
+    *,
+    tokens: int | None = None,
+    max_tokens: int = 4096,
+    progress: bool = False,
+) -> Reading:
+    """Run a model over plain texts, once.
+
+    Args:
+        texts: those longer than the model's context are cut into pieces of that length.
+        tokens: read that many at most, whole texts from the first on and the last one cut; default all.
+        max_tokens: padded tokens in one forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        ComebaError: no text has two tokens.
+    """
+    limit = context_length(model) or 512
+    rows, left = [], math.inf if tokens is None else tokens
+    for text in texts:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        ids = ids[: int(min(left, len(ids)))]
+        rows += [ids[i : i + limit] for i in range(0, len(ids), limit)]
+        left -= len(ids)
+        if left <= 0:
+            break
+    device = model.get_input_embeddings().weight.device
+    total, count, found = 0.0, 0, []
+    with evaluating(model), tqdm(total=sum(map(len, rows)), unit="token", desc="text", disable=not progress) as bar:
+        for group in micro_batches([len(row) for row in rows], max_tokens):
+            ids, mask = pad([rows[i] for i in group], pad_id(tokenizer), device=device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            real = mask[:, 1:].bool()
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            nll = F.cross_entropy(logits[:, :-1][real].to(wide), ids[:, 1:][real], reduction="sum")
+            total, count = total + nll.item(), count + int(real.sum())
+            found.append(logits.argmax(-1)[mask.bool()].cpu())
+            bar.update(int(mask.sum()))
     if not count:
         raise ComebaError("no text of two tokens or more to measure perplexity on")
-    return math.exp(min(total / count, MAX_NLL))
+    return Reading(math.exp(min(total / count, MAX_NLL)), torch.cat(found))
 
 
-@torch.no_grad()
-def next_tokens(model: torch.nn.Module, tokenizer, texts: Iterable[str], *, max_tokens: int = 4096) -> torch.Tensor:
-    """The greedy next token at every position of every text, flat int64, in a fixed order: two models' results compare."""
-    found = [logits.argmax(-1)[mask.bool()].cpu() for _, mask, logits in _passes(model, tokenizer, texts, max_tokens)]
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+def perplexity(model: torch.nn.Module, tokenizer, texts: Iterable[str], **options) -> float:
+    """:func:`read_text`'s perplexity."""
+    return read_text(model, tokenizer, texts, **options).perplexity
 
 
 def harness(model: torch.nn.Module, tokenizer, tasks: list[str], folder: str | Path | None = None, **options) -> dict:
@@ -73,15 +117,3 @@ def harness(model: torch.nn.Module, tokenizer, tasks: list[str], folder: str | P
     with evaluating(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1 if relative else asked)
         return lm_eval.simple_evaluate(model=wrapped, tasks=tasks, task_manager=manager, **options)["results"]
-
-
-def _passes(model, tokenizer, texts: Iterable[str], max_tokens: int):
-    """``(ids, mask, logits)`` of batches of texts."""
-    limit = context_length(model) or 512
-    rows = [ids[i : i + limit] for text in texts for ids in [tokenizer(text, verbose=False)["input_ids"]]
-            for i in range(0, len(ids), limit)]  # fmt: skip
-    device = model.get_input_embeddings().weight.device
-    with evaluating(model):
-        for group in micro_batches([len(row) for row in rows], max_tokens):
-            ids, mask = pad([rows[i] for i in group], pad_id(tokenizer), device=device)
-            yield ids, mask, model(input_ids=ids, attention_mask=mask, use_cache=False).logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,7 @@ from comeba_ext.editing.request import as_requests
 from comeba_ext.errors import RequestError
 from comeba_ext.evaluation.queries import check_context, record_queries, where
 from comeba_ext.evaluation.scoring import Prediction, Query, predict
-from comeba_ext.hooked_linear import disabled
+from comeba_ext.hooked_linear import disabled, hooked_layers
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def predict_base(
     """The unedited model's predictions for the locality prompts of ``records``.
 
     Args:
-        model: the unedited model, or an edited one, whose hooked layers are then switched off.
+        model: the unedited model, or an edited one, whose edits are then switched off (:func:`unedited`).
         tokenizer: its tokenizer.
         records: anything :func:`as_requests` accepts.
         max_tokens: padded tokens in one forward pass; give :func:`evaluate` the same, so that both runs form the same
@@ -73,8 +74,42 @@ def predict_base(
     for index, (request, own) in enumerate(zip(requests, queries)):
         check_context(model, own, index, request)
     distinct = list(dict.fromkeys(query for own in queries for query in own))
-    with disabled(model), tqdm(total=len(distinct) * (1 + generate), disable=not progress, desc="base") as bar:
+    with unedited(model), tqdm(total=len(distinct) * (1 + generate), disable=not progress, desc="base") as bar:
         predictions = predict(
             model, distinct, pad_token=pad_id(tokenizer), max_tokens=max_tokens, generate=generate, bar=bar
         )
     return BasePredictions(predictions, generate)
+
+
+def has_edits(model: torch.nn.Module) -> bool:
+    """Whether something in the model can be switched off to leave the unedited one: hooked layers, else PEFT's adapters.
+
+    Raises:
+        RequestError: layers of another kind wrap the model's own, which only their maker can switch off.
+    """
+    if hooked_layers(model) or hasattr(model, "disable_adapter") or getattr(model, "_hf_peft_config_loaded", False):
+        return True
+    foreign = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "base_layer")})
+    if foreign:
+        raise RequestError(
+            f"the model has layers of {', '.join(foreign)}, which cannot be switched off from here, so there is nothing to "
+            "compare locality with; give the unedited model as base"
+        )
+    return False
+
+
+@contextmanager
+def unedited(model: torch.nn.Module):
+    """Inside, the model without its edits: hooked layers off; where there are none, PEFT's adapters."""
+    if hooked_layers(model) or not has_edits(model):
+        with disabled(model):
+            yield
+    elif hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+    else:  # adapters that Transformers itself put in
+        model.disable_adapters()
+        try:
+            yield
+        finally:
+            model.enable_adapters()

@@ -10,10 +10,9 @@ from tqdm import tqdm
 
 from comeba_ext.editing.encoding import pad_id
 from comeba_ext.editing.request import as_requests
-from comeba_ext.evaluation.base import BasePredictions, predict_base
+from comeba_ext.evaluation.base import BasePredictions, has_edits, predict_base
 from comeba_ext.evaluation.queries import METRICS, check_context, record_queries
 from comeba_ext.evaluation.scoring import Prediction, predict
-from comeba_ext.hooked_linear import hooked_layers
 
 SCORES = ("", "_exact", "_generation")  # suffixes of the three ways each metric is scored
 
@@ -59,9 +58,9 @@ def evaluate(
         model: causal language model; left as it was, training flags and generation config included.
         tokenizer: its tokenizer.
         records: anything :func:`as_requests` accepts.
-        base: the unedited model, for locality. ``None``: ``model`` with its hooked layers switched off (a model
-            without any is its own base, locality 1). A module: that model, same tokenizer, its hooked layers, if any,
-            switched off. :class:`BasePredictions`: what :func:`predict_base` computed before.
+        base: the unedited model, for locality. ``None``: ``model`` with its hooked layers switched off, or PEFT's adapters
+            where it has none (a model without either is its own base, locality 1). A module: that model, same
+            tokenizer, likewise switched off. :class:`BasePredictions`: what :func:`predict_base` computed before.
         max_tokens: padded tokens in one forward pass; bounds the memory of the logits.
         generate: compute ``<name>_generation``; otherwise these are ``None``.
         progress: show a progress bar.
@@ -79,7 +78,7 @@ def evaluate(
 
     Raises:
         RequestError: a record cannot be used, a text is longer than the model's context, or the base predictions do
-            not fit the records; nothing was run.
+            not fit the records, or the model has adapters that cannot be switched off and no base is given; nothing was run.
     """
     requests = as_requests(records)
     queries = [record_queries(tokenizer, request, index) for index, request in enumerate(requests)]
@@ -87,7 +86,7 @@ def evaluate(
         check_context(model, [query for name in METRICS for query in own[name]], index, request)
     if isinstance(base, BasePredictions):
         base.check([own["locality"] for own in queries], requests, generate)
-    elif base is not None or hooked_layers(model):
+    elif base is not None or has_edits(model):
         base = predict_base(
             model if base is None else base,
             tokenizer,

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from comeba_ext import __version__
 from comeba_ext.architectures import Architecture
 from comeba_ext.covariance import Covariance
-from comeba_ext.editing.config import EditConfig
+from comeba_ext.editing.config import EditConfig, is_int
 from comeba_ext.editing.editor import Editor
 from comeba_ext.editing.report import EditReport, reset_peak_memory
 from comeba_ext.editing.request import EditRequest, as_requests, consecutive_batches
@@ -75,7 +75,7 @@ class Protocol:
             object.__setattr__(self, "batch_size", 1)
         object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
         for value in (self.batch_size, self.save_every, *self.checkpoints):
-            if not isinstance(value, int) or value < 1:
+            if not is_int(value) or value < 1:
                 raise ConfigError(f"batch_size, save_every and checkpoints must be whole numbers of 1 or more, got {value!r}")
 
 
@@ -311,7 +311,8 @@ def _step(report, edits: int, requests: int) -> dict:
     mean = lambda values: sum(values) / len(values) if values else None  # noqa: E731
     return {"event": "edit", "step": report.step, "edits": edits, "requests": requests, "seconds": report.seconds,
             "loss": mean(report.losses), "optimizer_steps": mean(report.optimizer_steps),
-            "peak_memory": report.peak_memory, "alpha": list(report.alpha.values())}  # fmt: skip
+            "peak_memory": report.peak_memory, "alpha": list(report.alpha.values()),
+            "answered": sum(report.answered), "declined": len(report.declined)}  # fmt: skip
 
 
 def _rows(metrics: Metrics, edits: int) -> list[dict]:

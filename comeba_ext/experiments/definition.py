@@ -58,7 +58,8 @@ class Case:
         changes = {k: v for k, v in self.settings.items() if k not in ("batch_size", "lam_factor", "last_layers")}
         own = default_config(self.method, model, **{k: v for k, v in changes.items() if k == "scope"})
         if "lam_factor" in self.settings:
-            changes["lam"] = own.lam * self.settings["lam_factor"]
+            factor = self.settings["lam_factor"]
+            changes |= {"leverage_ratio": own.ratio / factor} if own.lam is None else {"lam": own.lam * factor}
         if "last_layers" in self.settings:
             changes["layers"] = list(own.layers[-self.settings["last_layers"] :])
         return default_config(self.method, model, **changes)

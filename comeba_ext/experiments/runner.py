@@ -78,7 +78,7 @@ def run(
     if needing and covariance is None:
         covariance = _collect(model, tokenizer, texts, needing, out / "covariance.safetensors", progress)
     identity = {"measures": list(experiment.measures), "texts": hashlib.sha256("\n".join(plain_texts).encode()).hexdigest()[:16]}
-    measure = measures.make(experiment.measures, list(plain_texts))
+    measure = measures.make(experiment.measures, list(plain_texts), progress)
     rows, records = [], {}
     for dataset, read in datasets.items():
         used, skipped = _usable(model, tokenizer, dataset, read, samples, seed)

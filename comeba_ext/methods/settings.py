@@ -35,12 +35,15 @@ def default_config(method, model: nn.Module, **changes) -> EditConfig:
     own = dict(entry(method.method, model.config)["settings"])
     # Where every token meets the edits, no score decides anything, and the covariance has the weight that none takes from it.
     scoreless = method.serving == "temporary"
-    scope = "reference" if scoreless else own.get("scope")
-    settings = EditConfig.for_model(model, **({"scope": scope} if scope else {})).to_dict()
+    scope = "reference" if scoreless else changes.get("scope", own.get("scope"))
+    names = {key: changes[key] for key in ("blocks", "projection") if key in changes}
+    settings = EditConfig.for_model(model, **({"scope": scope} if scope else {}), **names).to_dict()
     if own.get("layers") in ("middle", "last"):
         layers = settings["layers"]
         own["layers"] = [layers[len(layers) // 2] if own["layers"] == "middle" else layers[-1]]
     own = {**settings, **own}
+    if scoreless and {"lam", "leverage_ratio"} & set(changes):  # one takes the place of the other
+        own |= {"lam": None, "leverage_ratio": None}
     return method.config_class.from_dict({**own, **changes} if scoreless else changed(own, changes), method.method)
 
 

@@ -5,12 +5,15 @@ then of full rank and answers everything. The inputs themselves do not: those of
 is the cosine in the metric of ``C0⁻¹``, in which corpus keys have no preferred direction (with ``C0 = L Lᵀ``, whitened keys
 ``L⁻¹k`` are uncorrelated), between a token and the nearest live key:
 
-    s_t = max over edited keys kᵢ of cos(L⁻¹x_t, L⁻¹kᵢ)
+    s_t = max over edited keys kᵢ of cos(L⁻¹x_t, L⁻¹kᵢ) − eᵢ
+
+where eᵢ ≥ 0 is what key ``i`` asks beyond the layer's threshold α: some keys have more look-alikes in ordinary text than
+others, so each has a threshold of its own, ``α + eᵢ`` (:mod:`comeba_ext.editing.anchors`).
 
 ``d_in`` is large and so is the number of keys. Both shrink under one projection ``P = S L⁻¹`` on a few random orthonormal
 directions (Johnson–Lindenstrauss): the error of a cosine ``c`` has a standard deviation of about ``(1 − c²)/√rows``, so close
 keys stay close. Most tokens are like no key at all, which a few rows show already: a *coarse* cosine from the first of them
-bounds the score, and only where that bound reaches the threshold is the cosine under all rows computed. A score costs
+bounds the score, and only where that bound reaches the threshold is the score under all rows computed. A score costs
 ``COARSE·(d_in + keys)`` multiplications a token, ``ROWS·(d_in + keys)`` more where it may matter, where the layer costs
 ``d_in·d_out``; only tokens in scope pay for their edit. (On an accelerator the second look is taken at every token: to choose
 would mean waiting for the device.) Like the reference score it needs no other token: prefill, decode, padding and batch do
@@ -84,8 +87,8 @@ def _coarse_rows(projection: torch.Tensor) -> int:
     return COARSE if COARSE < rows < width else rows
 
 
-def new_among(unit: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Which directions add a neighbourhood: those farther than ``SAME`` from every known one and from one another.
+def stands_for(unit: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Which directions add a neighbourhood, farther than ``SAME`` from every known one and from one another, and which do not.
 
     Several facts about one subject, or one fact in several wordings, have nearly the same key. One of them serves all, so
     that scores cost by the number of subjects and not of edits.
@@ -95,76 +98,89 @@ def new_among(unit: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         known: ``(keys, rows)``.
 
     Returns:
-        ``(n,)`` bool, on the CPU.
+        ``(n,)`` int64 on the CPU: which row of ``known``, or of ``unit`` counted on from there, stands for each direction;
+        a direction that adds a neighbourhood stands for itself.
     """
+    count = len(known)
+    own = torch.arange(count, count + len(unit))
     if not len(unit):
-        return torch.zeros(0, dtype=torch.bool)
-    covered = (F.linear(unit, known).amax(-1) > SAME).cpu() if len(known) else torch.zeros(len(unit), dtype=torch.bool)
+        return own
+    if count:
+        most = F.linear(unit, known).max(-1)
+        own = torch.where(most.values.cpu() > SAME, most.indices.cpu(), own)
     near = (F.linear(unit, unit) > SAME).cpu()
     for n in range(len(unit)):
-        covered[n] |= bool((near[n, :n] & ~covered[:n]).any())
-    return ~covered
+        earlier = (near[n, :n] & (own[:n] == torch.arange(count, count + n))).nonzero()
+        if own[n] == count + n and len(earlier):
+            own[n] = count + earlier[0, 0]
+    return own
 
 
-def nearest_scores(x: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-    """Every token's largest cosine with an edited key, at most ``ABOVE`` its largest coarse one; in float32 or better.
+def nearest_scores(
+    x: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor, excess: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Every token's largest cosine with an edited key, less that key's excess; at most ``ABOVE`` the same of the coarse ones.
 
     Args:
         x: ``(..., d_in)``.
         projection: ``(rows, d_in)``, see :func:`projection_of`.
         anchors: ``(keys, rows)``, :func:`directions` of the edited keys; rows of zeros stand for no key.
+        excess: ``(keys,)``, what each key's own threshold lies above α; ``None``: nothing.
 
     Returns:
-        ``(...)``, at least 0.
+        ``(...)``, at least 0, in float32 or better.
     """
     unit, coarse = directions(x, projection), _coarse_rows(projection)
-    score = _largest(unit, anchors)
-    return score if coarse == len(projection) else score.minimum(_bound(unit[..., :coarse], anchors))
+    score = _largest(unit, anchors, excess)
+    return score if coarse == len(projection) else score.minimum(_bound(unit[..., :coarse], anchors, excess))
 
 
-def peak_scores(x: torch.Tensor, mask: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+def peak_scores(
+    x: torch.Tensor, mask: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor, excess: torch.Tensor | None = None
+) -> torch.Tensor:
     """The highest of :func:`nearest_scores` over the real tokens of every row, ``(batch,)``.
 
     Args:
         x: ``(batch, seq, d_in)``.
         mask: ``(batch, seq)`` bool, one real token a row or more.
     """
-    bound = _first_look(x, projection, anchors)
+    bound = _first_look(x, projection, anchors, excess)
     if bound is None:
-        return nearest_scores(x, projection, anchors).masked_fill(~mask, -torch.inf).amax(-1)
+        return nearest_scores(x, projection, anchors, excess).masked_fill(~mask, -torch.inf).amax(-1)
     bound = bound.masked_fill(~mask, -torch.inf)
     # The token with the highest bound first; then only those whose bound its score does not reach.
     first = (torch.arange(len(x)), bound.argmax(-1))
-    best = _second_look(x, projection, anchors, bound, first)
+    best = _second_look(x, projection, anchors, excess, bound, first)
     bound[first] = -torch.inf
     others = (bound > best[:, None]).nonzero(as_tuple=True)
-    return best.scatter_reduce(0, others[0], _second_look(x, projection, anchors, bound, others), "amax")
+    return best.scatter_reduce(0, others[0], _second_look(x, projection, anchors, excess, bound, others), "amax")
 
 
-def _bound(unit: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+def _bound(unit: torch.Tensor, anchors: torch.Tensor, excess: torch.Tensor | None) -> torch.Tensor:
     """What the score is at most, from the coarse entries of :func:`directions`."""
     coarse, rows = unit.shape[-1], anchors.shape[-1]
-    return _largest(unit, anchors[:, :coarse]) * (rows / coarse) + ABOVE
+    return _largest(unit * (rows / coarse), anchors[:, :coarse], excess) + ABOVE
 
 
-def _first_look(x: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor | None:
+def _first_look(x: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor, excess) -> torch.Tensor | None:
     """Every token's bound, in the dtype of its score, where a second look at some tokens is cheaper than one at all."""
     coarse, rows = _coarse_rows(projection), len(projection)
     if x.device.type != "cpu" or coarse == rows:
         return None
-    return _bound(directions(x, projection[:coarse]) * math.sqrt(coarse / rows), anchors)
+    return _bound(directions(x, projection[:coarse]) * math.sqrt(coarse / rows), anchors, excess)
 
 
-def _second_look(x, projection, anchors, bound, which: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _second_look(x, projection, anchors, excess, bound, which: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The scores of the tokens ``x[which]``, whose bounds are known."""
-    return _largest(directions(x[which], projection), anchors).minimum(bound[which])
+    return _largest(directions(x[which], projection), anchors, excess).minimum(bound[which])
 
 
-def _largest(unit: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-    """The largest inner product of each vector with an anchor, at least 0."""
+def _largest(unit: torch.Tensor, anchors: torch.Tensor, excess: torch.Tensor | None) -> torch.Tensor:
+    """The largest inner product of each vector with an anchor, less the anchor's excess; at least 0."""
     best = unit.new_zeros(unit.shape[:-1], dtype=torch.promote_types(unit.dtype, torch.float32))
-    for chunk in anchors.split(_CHUNK) if len(anchors) else ():
-        best = best.maximum(F.linear(unit, chunk).amax(-1).to(best.dtype))
+    for start in range(0, len(anchors), _CHUNK):
+        less = None if excess is None else -excess[start : start + _CHUNK].to(anchors.dtype)
+        best = best.maximum(F.linear(unit, anchors[start : start + _CHUNK], less).amax(-1).to(best.dtype))
     return best
 
 
@@ -174,6 +190,7 @@ def nearest_hook(
     delta: torch.Tensor,
     projection: torch.Tensor,
     anchors: torch.Tensor,
+    excess: torch.Tensor | None,
     mask: torch.Tensor | None,
     alpha: torch.Tensor,
     inplace: bool = False,
@@ -184,48 +201,49 @@ def nearest_hook(
         output: base output ``(batch, seq, d_out)``.
         x: ``(batch, seq, d_in)``.
         delta: ``(d_out, d_in)``.
+        projection, anchors, excess: see :func:`nearest_scores`.
         mask: ``(batch, seq)`` bool of real tokens; ``None`` when all are.
         alpha: scalar.
         inplace: the result may take the place of ``output``.
     """
     if _needs_grad(output, x, delta):
-        return nearest_hook_ref(output, x, delta, projection, anchors, mask, alpha)
+        return nearest_hook_ref(output, x, delta, projection, anchors, excess, mask, alpha)
     output = output if inplace else output.clone()
     operator = torch.ops.comeba.nearest_hook_ if _dispatched(output) else _nearest_hook_
-    operator(output, x, delta, projection, anchors, mask, alpha)
+    operator(output, x, delta, projection, anchors, excess, mask, alpha)
     return output
 
 
-def nearest_hook_ref(output, x, delta, projection, anchors, mask, alpha):
+def nearest_hook_ref(output, x, delta, projection, anchors, excess, mask, alpha):
     """:func:`nearest_hook` in plain, differentiable torch, with every token's edit computed."""
-    scope = _scope(x.detach(), projection, anchors, mask, alpha)
+    scope = _scope(x.detach(), projection, anchors, excess, mask, alpha)
     return swap(output, F.linear(x, delta), scope)
 
 
-def _scope(x, projection, anchors, mask, alpha) -> torch.Tensor:
+def _scope(x, projection, anchors, excess, mask, alpha) -> torch.Tensor:
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype  # of what products give
-    bound = _first_look(x, projection, anchors)
+    bound = _first_look(x, projection, anchors, excess)
     if bound is None:
-        return in_scope(nearest_scores(x, projection, anchors), alpha, mask, dtype)
+        return in_scope(nearest_scores(x, projection, anchors, excess), alpha, mask, dtype)
     scope = in_scope(bound, alpha, mask, dtype)
     which = scope.nonzero(as_tuple=True)
     if len(which[0]):
-        scope[which] = in_scope(_second_look(x, projection, anchors, bound, which), alpha, None, dtype)
+        scope[which] = in_scope(_second_look(x, projection, anchors, excess, bound, which), alpha, None, dtype)
     return scope
 
 
-def _nearest_hook_(output, x, delta, projection, anchors, mask, alpha) -> None:
-    add_edits_(output, x, delta, _scope(x, projection, anchors, mask, alpha))
+def _nearest_hook_(output, x, delta, projection, anchors, excess, mask, alpha) -> None:
+    add_edits_(output, x, delta, _scope(x, projection, anchors, excess, mask, alpha))
 
 
 torch.library.define(
     "comeba::nearest_hook_",
-    "(Tensor(a!) output, Tensor x, Tensor delta, Tensor projection, Tensor anchors, Tensor? mask, Tensor alpha) -> ()",
+    "(Tensor(a!) output, Tensor x, Tensor delta, Tensor projection, Tensor anchors, Tensor? excess, Tensor? mask, Tensor alpha) -> ()",
 )
 torch.library.impl("comeba::nearest_hook_", "CompositeExplicitAutograd")(_nearest_hook_)
 
 
 @torch.library.register_fake("comeba::nearest_hook_")
-def _(output, x, delta, projection, anchors, mask, alpha):
+def _(output, x, delta, projection, anchors, excess, mask, alpha):
     return None

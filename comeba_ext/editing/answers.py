@@ -1,0 +1,21 @@
+"""Whether an edit took: what the edited model says behind the prompts that were edited."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from comeba_ext.editing.encoding import micro_batches
+from comeba_ext.editing.rows import Row, batch_inputs
+
+
+@torch.no_grad()
+def answered(model: nn.Module, rows: list[Row], pad_token: int, max_tokens: int) -> list[bool]:
+    """Whether every target token is the model's first choice, teacher-forced, for every row of :func:`rows.target_rows`."""
+    device = model.get_input_embeddings().weight.device
+    found = [False] * len(rows)
+    for group in micro_batches([len(row.ids) for row in rows], max_tokens):
+        logits = model(**batch_inputs([rows[n] for n in group], pad_token, device), use_cache=False).logits
+        for place, n in enumerate(group):
+            found[n] = logits[place, list(rows[n].predicts)].argmax(-1).tolist() == rows[n].target
+    return found

@@ -1,0 +1,74 @@
+"""From what a user calls a model (a folder, a hub name, a ``.gguf`` file, ``testbed``) to model and tokenizer.
+
+A GGUF file holds quantised weights; Transformers writes them out as dense ones (extra ``gguf``). It leaves its marks of
+quantisation on the model, with which Transformers refuses to save or train it; they no longer say anything and are
+taken off, so that the result is a model like any other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from comeba_ext import testbed
+from comeba_ext.errors import ComebaError
+
+GGUF = ".gguf"
+
+
+def load_model(name: str | Path, dtype: str | torch.dtype = "auto", device_map: str | None = None):
+    """``(model, tokenizer)``, the model in eval mode.
+
+    Args:
+        name: a local folder, a hub name, a ``.gguf`` file, or ``"testbed"`` (or a folder that its ``train.py`` made).
+        dtype: of the weights; ``"auto"``: as they are stored, float32 for a ``.gguf`` file and the embedded model.
+        device_map: accelerate's; ``None``: all on the CPU.
+
+    Raises:
+        ComebaError: it cannot be loaded; the message names the first cause.
+    """
+    home = testbed.folder_of(str(name))
+    if home:
+        model, tokenizer = testbed.load(home)
+        return (model if dtype == "auto" else model.to(dtype)), tokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, where = Path(name), {}
+    if path.suffix.lower() == GGUF:
+        if not path.is_file():
+            raise ComebaError(f"cannot load a model from {str(name)!r}: no such file")
+        _check_gguf(path)
+        name, where = path.parent, {"gguf_file": path.name}
+        dtype = torch.float32 if dtype == "auto" else dtype
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **where)
+    # What a damaged GGUF file makes its reader raise is of no particular kind.
+    except Exception as error:
+        if not where and not isinstance(error, (OSError, ValueError, ImportError)):
+            raise
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ComebaError(f"cannot load a model from {str(path)!r}: {cause}") from None
+    if where:
+        _dense(model)
+    return model.eval(), tokenizer
+
+
+def _check_gguf(path: Path) -> None:
+    """Raises :class:`ComebaError` where the file is no GGUF or what reads it is not installed."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ComebaError(f"{path} is not a GGUF file, whatever its name says")
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ComebaError(f"reading {GGUF} files needs {error.name}: pip install 'comeba_ext[gguf]'") from None
+
+
+def _dense(model) -> None:
+    """Take off the marks of quantisation of a model whose weights have been dequantised."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
