@@ -133,6 +133,41 @@ def test_covariance_then_edit(tmp_path, records):
     assert with_edits["reliability"] > 0.5
 
 
+def test_one_edit_from_the_command_line(tmp_path):
+    request = testbed.facts()[1]
+    one = ("--prompt", request.prompt, "--subject", request.subject, "--target", request.target_new)
+    result = output("edit", "testbed", "--out", tmp_path / "o", *one)
+    assert result["edits"] == 1 == result["answered"] and result["records"] == {"read": 1, "used": 1, "skipped": []}
+    (row,) = output("generate", "testbed", "--edits", tmp_path / "o", request.text)["generations"]
+    assert row["text"].startswith(request.target_new)
+    for args, words in ((one[:4], "--target is missing"), ((), "give a file of records"), (("x.json", *one), "give a file of records")):
+        refused = run("edit", "testbed", *args, "--out", tmp_path / "p")
+        assert refused.exit_code == 1 and words in refused.stderr and not (tmp_path / "p").exists()
+
+
+def test_scope_and_method_and_a_part_of_a_config(tmp_path, records):
+    (tmp_path / "c.yaml").write_text("steps: 7\nscope: nearest\n")
+    result = output("edit", "testbed", records, "--limit", 2, "--out", tmp_path / "a", "--scope", "zscore", "--config", tmp_path / "c.yaml")
+    assert result["config"]["scope"] == "zscore" and result["config"]["steps"] == 7 and result["config"]["layers"] == [0, 1, 2, 3]
+    result = output("edit", "testbed", records, "--limit", 2, "--out", tmp_path / "b", "--method", "memit")
+    assert json.loads((tmp_path / "b" / "comeba_edits.json").read_text())["method"] == "MEMIT" and result["edits"] == 2
+    result = output("edit", "testbed", records, "--limit", 4, "--out", tmp_path / "b", "--resume")
+    assert result["earlier_edits"] == 2 and result["edits"] == 2
+    (tmp_path / "c.yaml").write_text("stps: 7\n")
+    refused = run("edit", "testbed", records, "--out", tmp_path / "x", "--config", tmp_path / "c.yaml")
+    assert refused.exit_code == 1 and "c.yaml" in refused.stderr and "'steps'" in refused.stderr
+    refused = run("edit", "testbed", records, "--out", tmp_path / "x", "--method", "magic")
+    assert refused.exit_code == 1 and "MEMIT" in refused.stderr
+
+
+def test_edits_that_did_not_take_do_not_look_done(tmp_path, records):
+    (tmp_path / "weak.yaml").write_text("lam: 1.0e+9\n")
+    result = run("edit", "testbed", records, "--limit", 3, "--out", tmp_path / "o", "--config", tmp_path / "weak.yaml")
+    assert result.exit_code == 1 and "None of the edits took" in result.stdout and "comeba tune" in result.stdout
+    as_json = run("edit", "testbed", records, "--limit", 3, "--out", tmp_path / "p", "--config", tmp_path / "weak.yaml", "--json")
+    assert as_json.exit_code == 1 and json.loads(as_json.stdout)["answered"] == 0
+
+
 def test_doctor():
     result = output("doctor")
     assert result["problems"] == [] and result["found"]["torch"]

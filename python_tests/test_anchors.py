@@ -1,0 +1,168 @@
+"""Anchors and their thresholds against loops over single cosines; requests whose keys say nothing."""
+
+import pytest
+import torch
+from test_editor import TEXTS, make_editor, random_values, small_model, snapshot, some_requests
+from torch.nn import functional as F
+
+from comeba_ext import EditRequest
+from comeba_ext.editing.anchors import CEILING, STEP, Background, anchors_of, tells
+from comeba_ext.editing.answers import answered
+from comeba_ext.editing.rows import Row
+from comeba_ext.key_sample import TOKENS, KeySample
+
+ROWS = 16
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def background(count=30, seed=1):
+    tokens = torch.randint(0, 9, (count, TOKENS), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    sample = KeySample({"x": torch.zeros(count, 4)}, tokens, torch.arange(count))
+    return Background(F.normalize(random(count, ROWS, seed=seed), dim=-1), sample, 1.0)
+
+
+def near(direction, cosine, seed):
+    """A unit vector at that cosine."""
+    other = random(ROWS, seed=seed)
+    other = F.normalize(other - (other @ direction) * direction, dim=0)
+    return cosine * direction + (1 - cosine**2) ** 0.5 * other
+
+
+SUBJECTS = [[[3], [4]], [[1, 2], [5]], [[7, 7, 7], [8, 8]]]
+
+
+def loop_floor(unit, around, forms):
+    highest = 0.0
+    for direction, tokens in zip(around.unit, around.sample.tokens.tolist(), strict=True):
+        if not any(tokens[-len(form) :] == form for form in forms):
+            highest = max(highest, float(direction @ unit))
+    return highest + STEP
+
+
+def test_floors_are_above_every_other_token():
+    around = background()
+    units = around.unit[:3].clone()  # each is a token of the text itself
+    found = around.floors(units, SUBJECTS)
+    for n in range(3):
+        assert found[n].item() == pytest.approx(loop_floor(units[n], around, SUBJECTS[n]))
+    assert around.floors(units, [[[99]]] * 3).min() > 0.99
+    own = around.floors(units[:1], [[around.sample.tokens[0, -1:].tolist()]])  # unless it is a mention
+    assert own.item() == pytest.approx(loop_floor(units[0], around, [around.sample.tokens[0, -1:].tolist()])) and own < 0.9
+    empty = Background(torch.zeros(0, ROWS), KeySample(), 1.0)
+    assert not empty.floors(units, SUBJECTS).any()
+
+
+@pytest.mark.parametrize("floor, margin", [(0.0, 1.0), (0.55, 0.6), (0.7, 0.1)])
+def test_thresholds(floor, margin):
+    around, subjects = background(), SUBJECTS
+    base = F.normalize(random(3, ROWS, seed=5), dim=-1)
+    units = torch.stack([torch.stack([near(direction, c, seed=9 * n + k) for k, c in enumerate((0.6, 0.9, 0.95, 0.8))])
+                         for n, direction in enumerate(base)])  # fmt: skip
+    units[2, 0] = around.unit[4]  # this one's plain key is a corpus token's
+    found = anchors_of(units, base, torch.tensor([10.0, 20.0, 30.0]), around, subjects, floor, margin)
+    expected, serves = [], []
+    for n in range(3):
+        lowest = min(float(units[n, p] @ base[n]) for p in range(1, 4))
+        mean = max(floor, margin * lowest, loop_floor(base[n], around, subjects[n]))
+        plain = max(floor, loop_floor(units[n, 0], around, subjects[n]))
+        expected += [(n, own) for own in (mean, plain) if own <= CEILING]
+        serves.append((mean <= CEILING and float(units[n, 0] @ base[n]) >= mean) or plain <= CEILING)
+    assert found.owner.tolist() == [n for n, _ in expected]
+    assert found.thresholds.tolist() == pytest.approx([own for _, own in expected])
+    assert found.serves.tolist() == serves and not serves[2] and len(expected) == 5
+    assert torch.equal(found.of(2)[0], base[2:]) and found.of(0)[1].tolist() == pytest.approx([own for n, own in expected if n == 0])
+    assert tells(units, around, subjects)[:, 0].tolist() == [True, True, False]
+
+
+def with_a_common_key(tiny_model, tokenizer, **changes):
+    """An editor in whose corpus the first token of a text looks like the subject of a request that begins with it."""
+    editor = make_editor(small_model(tiny_model), tokenizer, scope="nearest", **changes)
+    layer, name = list(editor.layers.values())[-1], list(editor.layers)[-1]
+    request = EditRequest("{} plays the", "Marie", "piano")
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    ids = tokenizer("Marie")["input_ids"]
+    with torch.no_grad():
+        editor.model(torch.tensor([ids]))
+    handle.remove()
+    sample = editor.covariance.sample
+    sample.keys[name][0] = seen[0][0, -1].to(torch.bfloat16)
+    sample.tokens[0] = -1
+    sample.tokens[0, -1] = tokenizer.eos_token_id  # not the subject itself
+    editor._measure_background()
+    return editor, request
+
+
+def test_a_key_that_says_nothing_is_declined(tiny_model, tokenizer, caplog):
+    editor, common = with_a_common_key(tiny_model, tokenizer)
+    good = [request for request in some_requests(6) if not request.prompt.startswith("{}")][:2]
+    values = random_values(3)
+    report = editor.edit([good[0], common, good[1]], target_values=values)
+    assert report.request_ids == ["edit-0", "edit-2"] and len(report.answered) == 2
+    assert [d["request_id"] for d in report.declined] == ["edit-1"] and "begin the prompt with other words" in report.declined[0]["reason"]
+    assert "declined edit-1" in caplog.text and editor.log[-1]["declined"] == report.declined
+    assert [entry.request.request_id for entry in editor.ledger.live()] == ["edit-0", "edit-2"]
+    fresh, _ = with_a_common_key(tiny_model, tokenizer)
+    fresh.edit(good, target_values=values[[0, 2]])
+    for name in editor.layers:
+        assert torch.equal(editor.layers[name].delta, fresh.layers[name].delta)
+        assert torch.equal(editor.layers[name].thresholds, fresh.layers[name].thresholds)
+
+
+def test_a_batch_of_which_nothing_is_left_changes_nothing(tiny_model, tokenizer, tmp_path):
+    editor, common = with_a_common_key(tiny_model, tokenizer)
+    before = snapshot(editor)
+    report = editor.edit([common], target_values=random_values(1))
+    assert report.step == editor.step == 1 and not report.request_ids and len(report.declined) == 1
+    after = snapshot(editor)
+    for name in before["layers"]:
+        assert all(torch.equal(a, b) for a, b in zip(before["layers"][name], after["layers"][name], strict=True))
+    editor.rollback(0)
+    editor.edit(some_requests(1), target_values=random_values(1))
+    assert editor.step == 1 and len(editor.ledger) == 1
+    editor.save_pretrained(tmp_path)
+
+
+def test_scores_of_the_response_decline_nothing(tiny_model, tokenizer):
+    for scope in ("zscore", "reference"):
+        editor = make_editor(small_model(tiny_model), tokenizer, scope=scope)
+        assert not editor.edit([EditRequest("{} plays the", "Marie", "piano")], target_values=random_values(1)).declined
+
+
+def test_answered_is_what_the_edited_model_says(tiny_model, tokenizer):
+    """Against one unpadded forward pass a request; some answer, some do not."""
+    editor = make_editor(small_model(tiny_model), tokenizer, scope="reference", lam=0.01, steps=25, lr=0.5, clamp=8.0, kl_factor=0.0)
+    requests = some_requests(6)
+    report = editor.edit(requests)
+    right = []
+    for request in requests:
+        stem = tokenizer(request.text)["input_ids"]
+        whole = tokenizer(f"{request.text} {request.target_new}")["input_ids"]
+        with torch.no_grad():
+            best = editor.model(torch.tensor([whole])).logits[0].argmax(-1).tolist()
+        right.append(best[len(stem) - 1 : -1] == whole[len(stem) :])
+    assert report.answered == right
+    with torch.no_grad():
+        prompts = [tokenizer(request.text)["input_ids"] for request in requests]
+        best = [editor.model(torch.tensor([ids])).logits[0].argmax(-1).tolist() for ids in prompts]
+    rows, wanted = [], []
+    for ids, choices in zip(prompts, best, strict=True):
+        for targets, right in (([choices[-1]], True), ([choices[-1] ^ 1], False), (choices[-2:], True), ([choices[-2] ^ 1, choices[-1]], False)):  # fmt: skip
+            rows.append(Row(0, ids, 0, targets, 0))
+            wanted.append(right)
+    assert answered(editor.model, rows, 0, 64) == wanted
+
+
+def test_leverage_is_that_of_the_covariance(tiny_model, tokenizer):
+    editor = make_editor(small_model(tiny_model), tokenizer, scope="nearest", prefixes=0)
+    requests = some_requests(5)
+    report = editor.edit(requests, target_values=random_values(5))
+    name, layer = next(iter(editor.layers.items()))
+    keys = torch.stack([entry.keys[name] for entry in editor.ledger.live()]).double()
+    expected = (keys * torch.linalg.solve(editor.covariance[name], keys.T).T).sum(-1).median().item()
+    assert report.leverage[name] == pytest.approx(expected, rel=1e-3)  # 48 rows of 48: nothing is estimated
+    assert report.share[name] == pytest.approx(expected / (20.0 + expected), rel=1e-3)
+    assert TEXTS and len(editor.covariance.sample)
