@@ -322,12 +322,13 @@ def tune(
         read = read_requests(records) if records else None
         _make_folder(out)
         report.say(f"{model}: {_size(net)}")
-        report.table_head("trial", "layers", "lr", "ratio", "reliability", "written", "generality", "locality", "loss", "s/edit")
+        report.table_head("trial", "layers", "optimiser", "ratio", "reliability", "written", "generality", "locality", "loss", "s/edit")
         count = itertools.count(1)
 
         def show(trial) -> None:
             span, own = trial.settings["layers"], trial.settings
-            report.table_row(str(next(count)), f"{span[0]}-{span[-1]}", f"{own.get('lr', 'default')}", f"{own.get('leverage_ratio', 'default')}",
+            optimiser = own.get("optimizer", "default") + (f" {own['lr']:g}" if own.get("lr") else "")
+            report.table_row(str(next(count)), f"{span[0]}-{span[-1]}", optimiser, f"{own.get('leverage_ratio', 'default')}",
                              *(f"{value:.3f}" for value in (trial.reliability, trial.written, trial.generality, trial.locality, trial.loss, trial.seconds)))  # fmt: skip
 
         found = search(net, tokenizer, corpus, records=read.requests if read else None, scope=scope, folder=out, edits=edits,

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "scipy", "filelock", "ninja", "pybind11", "pyyaml", "tqdm", "typer", "matplotlib")  # fmt: skip
+EXTRAS = {"gguf": "reading .gguf files", "peft": "models with adapters", "lm_eval": "comeba ability --tasks"}
 
 
 def examine() -> dict:
@@ -25,11 +26,20 @@ def examine() -> dict:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "missing"
             problems.append(f"{name} is missing: pip install {name}")
+    for name, use in EXTRAS.items():
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = f"none (for {use})"
     gpus = []
     if importlib.util.find_spec("torch") is not None:
         import torch
 
         found["torch built for"] = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+        asked = os.environ.get("OMP_NUM_THREADS")
+        found["threads"] = f"{torch.get_num_threads()}" + (f" (OMP_NUM_THREADS={asked})" if asked else "")
+        if torch.get_num_threads() > 1:
+            hints.append("Several processes on this machine at once: give each OMP_NUM_THREADS=1, or they take turns at every product.")
         if torch.cuda.is_available():
             gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
         found["gpus"] = ", ".join(gpus) or "none"

@@ -6,8 +6,9 @@ from test_editor import TEXTS, make_editor, random_values, small_model, snapshot
 from torch.nn import functional as F
 
 from comeba_ext import EditRequest
-from comeba_ext.editing.anchors import CEILING, STEP, Background, anchors_of, tells
+from comeba_ext.editing.anchors import CAP, CEILING, STEP, Background, anchors_of, tells
 from comeba_ext.editing.answers import answered
+from comeba_ext.editing.decoys import decoy_rows
 from comeba_ext.editing.rows import Row
 from comeba_ext.key_sample import TOKENS, KeySample
 
@@ -31,28 +32,29 @@ def near(direction, cosine, seed):
     return cosine * direction + (1 - cosine**2) ** 0.5 * other
 
 
+DECOYS = ((0, 0.97), (0, 0.3), (2, 0.75))
 SUBJECTS = [[[3], [4]], [[1, 2], [5]], [[7, 7, 7], [8, 8]]]
 
 
-def loop_floor(unit, around, forms):
+def loop_highest(unit, around, forms):
     highest = 0.0
     for direction, tokens in zip(around.unit, around.sample.tokens.tolist(), strict=True):
         if not any(tokens[-len(form) :] == form for form in forms):
             highest = max(highest, float(direction @ unit))
-    return highest + STEP
+    return highest
 
 
-def test_floors_are_above_every_other_token():
+def test_the_highest_of_all_other_tokens():
     around = background()
     units = around.unit[:3].clone()  # each is a token of the text itself
-    found = around.floors(units, SUBJECTS)
+    found = around.highest(units, SUBJECTS)
     for n in range(3):
-        assert found[n].item() == pytest.approx(loop_floor(units[n], around, SUBJECTS[n]))
-    assert around.floors(units, [[[99]]] * 3).min() > 0.99
-    own = around.floors(units[:1], [[around.sample.tokens[0, -1:].tolist()]])  # unless it is a mention
-    assert own.item() == pytest.approx(loop_floor(units[0], around, [around.sample.tokens[0, -1:].tolist()])) and own < 0.9
+        assert found[n].item() == pytest.approx(loop_highest(units[n], around, SUBJECTS[n]))
+    assert around.highest(units, [[[99]]] * 3).min() > 0.99
+    own = around.highest(units[:1], [[around.sample.tokens[0, -1:].tolist()]])  # unless it is a mention
+    assert own.item() == pytest.approx(loop_highest(units[0], around, [around.sample.tokens[0, -1:].tolist()])) and own < 0.9
     empty = Background(torch.zeros(0, ROWS), KeySample(), 1.0)
-    assert not empty.floors(units, SUBJECTS).any()
+    assert not empty.highest(units, SUBJECTS).any()
 
 
 @pytest.mark.parametrize("floor, margin", [(0.0, 1.0), (0.55, 0.6), (0.7, 0.1)])
@@ -62,19 +64,37 @@ def test_thresholds(floor, margin):
     units = torch.stack([torch.stack([near(direction, c, seed=9 * n + k) for k, c in enumerate((0.6, 0.9, 0.95, 0.8))])
                          for n, direction in enumerate(base)])  # fmt: skip
     units[2, 0] = around.unit[4]  # this one's plain key is a corpus token's
-    found = anchors_of(units, base, torch.tensor([10.0, 20.0, 30.0]), around, subjects, floor, margin)
+    decoys = F.normalize(torch.stack([near(base[n], c, seed=50 + k) for k, (n, c) in enumerate(DECOYS)]), dim=-1)
+    owner = torch.tensor([n for n, _ in DECOYS])
+    found = anchors_of(units, base, torch.tensor([10.0, 20.0, 30.0]), around, subjects, (decoys, owner), floor, margin)
     expected, serves = [], []
     for n in range(3):
-        lowest = min(float(units[n, p] @ base[n]) for p in range(1, 4))
-        mean = max(floor, margin * lowest, loop_floor(base[n], around, subjects[n]))
-        plain = max(floor, loop_floor(units[n, 0], around, subjects[n]))
-        expected += [(n, own) for own in (mean, plain) if own <= CEILING]
-        serves.append((mean <= CEILING and float(units[n, 0] @ base[n]) >= mean) or plain <= CEILING)
+        lowest, kept = min(float(units[n, p] @ base[n]) for p in range(1, 4)), []
+        for direction, own, least in ((base[n], lowest, margin * lowest), (units[n, 0], 1.0, 0.0)):
+            corpus = loop_highest(direction, around, subjects[n])
+            named = max([float(d @ direction) for d, (who, _) in zip(decoys, DECOYS) if who == n] + [0.0])
+            own_threshold = max(floor, least, corpus + STEP, min(named, CAP * own))
+            kept.append(own_threshold if corpus <= CEILING else None)
+        expected += [(n, own) for own in kept if own is not None]
+        serves.append((kept[0] is not None and float(units[n, 0] @ base[n]) >= kept[0]) or kept[1] is not None)
     assert found.owner.tolist() == [n for n, _ in expected]
     assert found.thresholds.tolist() == pytest.approx([own for _, own in expected])
     assert found.serves.tolist() == serves and not serves[2] and len(expected) == 5
     assert torch.equal(found.of(2)[0], base[2:]) and found.of(0)[1].tolist() == pytest.approx([own for n, own in expected if n == 0])
     assert tells(units, around, subjects)[:, 0].tolist() == [True, True, False]
+
+
+def test_decoys_end_as_their_subject_does(tokenizer):
+    subjects = ["Danielle Darrieux", "Oslo", "the city of Paris"]
+    rows = decoy_rows(tokenizer, subjects)
+    ids = [tokenizer(f" {subject}", add_special_tokens=False)["input_ids"] for subject in subjects]
+    assert [len([row for row in rows if row.request == n]) for n in range(3)] == [6 * min(2, len(own) - 1) for own in ids]
+    context = tokenizer("The article about the")["input_ids"]
+    for row in rows:
+        assert row.subject_last == len(row.ids) - 1 and row.ids[: len(context)] == context and row.prefix == -1
+        assert any(row.ids[-tail:] == ids[row.request][-tail:] for tail in (1, 2)) and row.ids[-len(ids[row.request]) :] != ids[row.request]
+    texts = {tokenizer.decode(row.ids) for row in rows}
+    assert len(texts) == len(rows) and any("Northern" in text for text in texts)
 
 
 def with_a_common_key(tiny_model, tokenizer, **changes):

@@ -9,6 +9,7 @@ import torch
 
 from comeba_ext import EditConfig, Editor
 from comeba_ext.covariance import Covariance
+from comeba_ext.editing.decoys import BEGINNINGS
 from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import ComebaError, ConfigError, CovarianceError, RequestError
 from comeba_ext.ops.nearest_hook import SAME, directions
@@ -166,28 +167,44 @@ class Oracle:
         white = lambda k: torch.linalg.solve(self.roots[n], k.double())  # noqa: E731
         return torch.cosine_similarity(white(a), white(b), 0).item()
 
-    def floor(self, n, key, request):
-        """The highest cosine of a sampled corpus token that does not end the subject, and a hundredth."""
+    def highest(self, n, key, request):
+        """The highest cosine of a sampled corpus token that does not end the subject."""
         forms = [self.tokenizer(form, add_special_tokens=False)["input_ids"] for form in (request.subject, " " + request.subject)]
         highest = 0.0
         for tokens, other in zip(self.sample.tokens.tolist(), self.sample.keys[self.names[n]], strict=True):
             if not any(tokens[-len(form) :] == form for form in forms):
                 highest = max(highest, self.cosine(n, key, other))
-        return highest + 0.01
+        return highest
 
-    def anchors(self, n, found, request):
+    @torch.no_grad()
+    def decoys(self, request):
+        """The keys of names that end as the subject does, by layer."""
+        ids = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+        subject, keys = ids(" " + request.subject), {n: [] for n in self.layers}
+        for tail in (1, 2):
+            for beginning in BEGINNINGS if tail < len(subject) else ():
+                self.model(torch.tensor([ids("The article about the") + ids(beginning) + subject[-tail:]]))
+                for n in self.layers:
+                    keys[n].append(self.inputs[n][-1])
+        return keys
+
+    def anchors(self, n, found, request, decoys):
         """The key to edit, and what to compare with: ``(key, threshold)`` of the mean and of the plain key."""
-        told = [key for key in found if self.floor(n, key, request) <= 0.85] or found
+        told = [key for key in found if self.highest(n, key, request) <= 0.85] or found
         mean = sum(told) / len(told)
-        lowest = min(self.cosine(n, key, mean) for key in found[1:])
-        both = [(mean, max(0.55, 0.6 * lowest, self.floor(n, mean, request))), (found[0], max(0.55, self.floor(n, found[0], request)))]
-        return mean, [(key, own) for key, own in both if own <= 0.85]
+        lowest, both = min(self.cosine(n, key, mean) for key in found[1:]), []
+        for key, own, least in ((mean, lowest, 0.6 * lowest), (found[0], 1.0, 0.0)):
+            corpus = self.highest(n, key, request)
+            named = max([self.cosine(n, key, other) for other in decoys[n]] + [0.0])
+            if corpus <= 0.85:
+                both.append((key, max(0.6, least, corpus + 0.05, min(named, 0.9 * own))))
+        return mean, both
 
     def declines(self, request):
         """Whether ordinary text looks like the plain key at the value layer, in the model as it stands."""
         before, after = request.prompt.split("{}")
         last = self.run(before + request.subject + after, len(before + request.subject))
-        return self.floor(self.layers[-1], self.inputs[self.layers[-1]][last], request) > 0.85
+        return self.highest(self.layers[-1], self.inputs[self.layers[-1]][last], request) > 0.85
 
     @torch.no_grad()
     def run(self, text, subject_end=None):
@@ -214,11 +231,12 @@ class Oracle:
             kept = [n for n, request in enumerate(requests) if not self.declines(request)]
             requests, values = [requests[n] for n in kept], [values[n] for n in kept]
             self.edited += len(kept)
+            decoys = [self.decoys(request) for request in requests]
         for n in self.layers:
             self.mode[n] = "temporary"
         for number, n in enumerate(self.layers):
             keys, residuals, prompts, known = [], [], [], []
-            for request, value in zip(requests, values, strict=True):
+            for number_, (request, value) in enumerate(zip(requests, values, strict=True)):
                 before, after = request.prompt.split("{}")
                 found = []
                 for prefix in self.prefixes:
@@ -229,7 +247,7 @@ class Oracle:
                         residuals.append((value - self.hidden[last]) / (len(self.layers) - number))
                         prompts.append(self.inputs[n])
                 if self.scope == "nearest":
-                    key, own = self.anchors(n, found, request)
+                    key, own = self.anchors(n, found, request, decoys[number_])
                     keys.append(key)
                     known += own
                 else:

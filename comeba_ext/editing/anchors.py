@@ -5,15 +5,14 @@ close to, and that of its key behind the prompt alone, which is often another on
 puts it where models without a start token keep an attention sink). How close other wordings come differs from subject to
 subject, and so does how close ordinary text comes. So an anchor's threshold is
 
-    τ = max(α_floor, margin · the lowest cosine of its own prompts, the highest cosine of a corpus token)
+    τ = max(α_floor, margin · lowest, corpus + STEP, min(decoys, CAP · lowest))
 
-with the corpus tokens of :mod:`key_sample`, mentions of the subject among them left out. An anchor whose threshold would
-be above ``CEILING`` says nothing: ordinary tokens look like it (their *leverage* ``kᵀ C0⁻¹ k`` is a fiftieth of what a
-subject's key has). It is left out, and so is its key from the mean; a request of which nothing is left where its own prompt
-would be recognised cannot be edited in that layer.
-
-Measured on SmolLM2-135M (200 CounterFact subjects, block 4): with both anchors and a floor of 0.55, 0.965 of other
-wordings are in scope and 1.5 in 1,000 tokens of unseen text; one threshold for all lets 0.88 and 1.2 in.
+with the lowest cosine of its own prompts (of the plain key's anchor: 1), the highest of a corpus token (:mod:`key_sample`,
+mentions of the subject left out) and the highest of another name that ends as the subject does (:mod:`decoys`), which may
+not put the subject's own prompts out of scope. Where a corpus token comes above ``CEILING``, a key says nothing: ordinary
+tokens look like it (their *leverage* ``kᵀ C0⁻¹ k`` is a fiftieth of what a subject's key has). Such an anchor is left out,
+and so is such a key from the mean; a request of which nothing is left where its own prompt would be recognised cannot be
+edited in that layer.
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ import torch
 
 from comeba_ext.key_sample import KeySample
 
-CEILING = 0.85  # no anchor asks for more: within 0.15 of an anchor tokens are the same but for rounding and position
-STEP = 0.01  # above the nearest corpus token
+CEILING = 0.85  # of a corpus token's cosine: closer ones are the same but for rounding and position
+STEP = 0.05  # above the nearest corpus token, because there are more tokens than the sample holds
+CAP = 0.9
 
 
 @dataclass
@@ -42,21 +42,21 @@ class Background:
     sample: KeySample
     scale: float
 
-    def floors(self, unit: torch.Tensor, subjects: list[list[list[int]]]) -> torch.Tensor:
-        """The least threshold that keeps all corpus tokens out, ``(n,)``.
+    def highest(self, unit: torch.Tensor, subjects: list[list[list[int]]]) -> torch.Tensor:
+        """The highest cosine of a corpus token, ``(n,)``; 0 where there is none.
 
         Args:
             unit: ``(n, rows)``, one direction a subject.
             subjects: of each, its token ids (one list a form that text may hold it in); tokens that end one are not counted.
         """
-        floors = unit.new_zeros(len(unit))
+        found = unit.new_zeros(len(unit))
         if not len(self.unit):
-            return floors
+            return found
         for n, forms in enumerate(subjects):
             own = torch.stack([self.sample.mentions(form) for form in forms]).any(0).to(unit.device)
             cosines = (self.unit.to(unit) @ unit[n]).masked_fill(own, 0)
-            floors[n] = cosines.amax() + STEP
-        return floors
+            found[n] = cosines.amax()
+        return found
 
 
 @dataclass
@@ -85,7 +85,7 @@ def tells(units: torch.Tensor, background: Background, subjects: list[list[list[
     """Which keys say something, ``(u, P)`` bool, for directions ``(u, P, rows)`` behind every context prefix."""
     count, prefixes, rows = units.shape
     flat = [forms for forms in subjects for _ in range(prefixes)]
-    return (background.floors(units.reshape(-1, rows), flat) <= CEILING).reshape(count, prefixes)
+    return (background.highest(units.reshape(-1, rows), flat) <= CEILING).reshape(count, prefixes)
 
 
 def anchors_of(
@@ -94,26 +94,32 @@ def anchors_of(
     leverage: torch.Tensor,
     background: Background,
     subjects: list[list[list[int]]],
+    decoys: tuple[torch.Tensor, torch.Tensor],
     floor: float,
     margin: float,
 ) -> Anchors:
-    """Anchors of a batch in one layer.
+    """Anchors of a batch in one layer; see the module docstring.
 
     Args:
         units: ``(u, P, rows)``, directions of every request's key behind every prefix, the empty one first.
         mean: ``(u, rows)``, direction of the mean key.
         leverage: ``(u,)``.
-        subjects: see :meth:`Background.floors`.
+        subjects: see :meth:`Background.highest`.
+        decoys: ``(D, rows)`` directions, and ``(D,)`` the request of each.
         floor: least threshold; ``margin``: share of the lowest cosine of a request's own prompts.
     """
-    plain = units[:, 0]
-    lowest = (units[:, 1:] if units.shape[1] > 1 else units).mul(mean[:, None]).sum(-1).amin(-1)  # (u,)
-    above = torch.stack([background.floors(mean, subjects), background.floors(plain, subjects)])
-    wanted = torch.stack([margin * lowest, torch.zeros_like(lowest)])  # a lone key has no other prompts
-    thresholds = torch.maximum(above, wanted).clamp(min=floor)  # (2, u)
-    kept = thresholds <= CEILING
-    serves = (kept[0] & ((plain * mean).sum(-1) >= thresholds[0])) | kept[1]
+    both = torch.stack([mean, units[:, 0]])  # (2, u, rows)
+    lowest = (units[:, 1:] if units.shape[1] > 1 else units).mul(mean[:, None]).sum(-1).amin(-1)
+    own = torch.stack([lowest, torch.ones_like(lowest)])  # (2, u); a lone key has no other prompts
+    wanted = torch.stack([margin * lowest, torch.zeros_like(lowest)])
+    corpus = torch.stack([background.highest(unit, subjects) for unit in both])
+    cosines = both @ decoys[0].to(both).mT  # (2, u, D)
+    others = decoys[1].to(both.device) != torch.arange(len(mean), device=both.device)[:, None]
+    named = cosines.masked_fill(others, 0).amax(-1) if cosines.shape[-1] else torch.zeros_like(corpus)
+    thresholds = torch.maximum(torch.maximum(wanted, corpus + STEP), torch.minimum(named, CAP * own)).clamp(min=floor)
+    kept = corpus <= CEILING
+    serves = (kept[0] & ((both[1] * mean).sum(-1) >= thresholds[0])) | kept[1]
     # Request by request, the mean first: of near directions the first stands for the others.
     chosen = lambda pair: torch.stack(tuple(pair), 1)[kept.mT]  # noqa: E731
     owner = torch.arange(len(mean), device=mean.device)
-    return Anchors(chosen((mean, plain)), chosen(thresholds), chosen((owner, owner)), serves, leverage)
+    return Anchors(chosen(both), chosen(thresholds), chosen((owner, owner)), serves, leverage)

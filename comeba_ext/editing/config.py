@@ -69,7 +69,7 @@ class EditConfig:
     gate: str = "exact"
     alpha: float | None = None
     alpha_margin: float | None = None
-    alpha_floor: float = 0.55
+    alpha_floor: float = 0.6
     steps: int = 25
     lr: float = 0.5
     lr_unit: str = "absolute"
@@ -278,8 +278,9 @@ def _settings(config, depth: int) -> dict:
 
 
 # One layer has to realise all of a residual; what it is added to is small before a norm.
-AFTER_NORM = {"leverage_ratio": 32.0, "lr": 1.0, "weight_decay": 0.05}
-SCALE_FREE = {"lr": 0.1, "lr_unit": "hidden_rms", "clamp": 4.0}  # hidden norms of models differ a hundredfold
+AFTER_NORM = {"leverage_ratio": 32.0, "weight_decay": 0.05}
+# Hidden norms of models differ a hundredfold; Polyak's steps need no rate (the one here is Adam's, for who prefers it).
+SCALE_FREE = {"optimizer": "polyak", "lr": 0.4, "lr_unit": "hidden_rms", "clamp": 4.0}
 
 
 def _by_depth(depth: int) -> tuple[int, ...]:

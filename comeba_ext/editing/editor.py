@@ -22,9 +22,10 @@ from comeba_ext.editing.answers import answered
 from comeba_ext.editing.block_trace import BlockTrace
 from comeba_ext.editing.budget import token_budget
 from comeba_ext.editing.config import EditConfig
+from comeba_ext.editing.decoys import decoy_rows
 from comeba_ext.editing.encoding import pad_id
 from comeba_ext.editing.key_memory import KeyMemory
-from comeba_ext.editing.keys import KeyReader, LayerReading, plain_keys
+from comeba_ext.editing.keys import KeyReader, LayerReading, subject_keys
 from comeba_ext.editing.ledger import Entry, Ledger, stacked, without
 from comeba_ext.editing.prefixes import sample_prefixes
 from comeba_ext.editing.report import EditReport, Phases, peak_memory
@@ -277,9 +278,7 @@ class Editor:
         if not self._backgrounds:
             return everything, []
         name, layer = list(self.layers.items())[-1]
-        rows = prompt_rows(self.tokenizer, batch, [""])
-        with evaluating(self.model):
-            keys = plain_keys(self._decoder, layer, rows, pad_id(self.tokenizer), self.max_tokens, self._device)
+        keys = self._subject_keys(prompt_rows(self.tokenizer, batch, [""]), {name: layer})[name]
         told = tells(layer.directions(keys)[:, None], self._backgrounds[name], self._subjects(batch))[:, 0].tolist()
         reason = ("the model keeps the same state for most texts where this prompt's subject ends (near the beginning of a "
                   "text), so an edit there would answer all of them; begin the prompt with other words")  # fmt: skip
@@ -287,6 +286,18 @@ class Editor:
         for entry in declined:
             log.warning("declined %s (%r): %s", entry["request_id"], entry["prompt"], entry["reason"])
         return [n for n in everything if told[n]], declined
+
+    def _subject_keys(self, rows: list, layers: dict) -> dict[str, torch.Tensor]:
+        with evaluating(self.model):
+            return subject_keys(self._decoder, layers, rows, pad_id(self.tokenizer), self.max_tokens, self._device)
+
+    def _decoys(self, batch: list[EditRequest]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Layer name to the directions of other names' keys, and which request each belongs to."""
+        rows = decoy_rows(self.tokenizer, [request.subject for request in batch])
+        owner = torch.tensor([row.request for row in rows], dtype=torch.long)
+        keys = self._subject_keys(rows, self._compared) if rows else {}
+        empty = lambda layer: torch.zeros(0, len(layer.projection))  # noqa: E731
+        return {name: (layer.directions(keys[name]) if rows else empty(layer), owner) for name, layer in self._compared.items()}
 
     def _subjects(self, batch: list[EditRequest]) -> list[list[list[int]]]:
         """Token ids of every request's subject, at the beginning of a text and behind other words."""
@@ -544,6 +555,8 @@ class Editor:
         keys: dict[str, torch.Tensor] = {}
         responses: dict[str, torch.Tensor] = {}
         subjects = self._subjects(batch) if self._compared else []
+        with phases("calibrate"):
+            decoys = self._decoys(batch) if self._compared else {}
         for layer in self.layers.values():
             layer.mode = "temporary"
         reader = KeyReader(
@@ -557,7 +570,7 @@ class Editor:
                     reading = reader.read(number)
                 with phases("calibrate"):
                     if name in self._compared:
-                        self._batch_anchors[name] = self._anchors(name, layer, reading, subjects)
+                        self._batch_anchors[name] = self._anchors(name, layer, reading, subjects, decoys[name])
                 with phases("update"):
                     residual = (values.to(reading.hidden) - self._valued(layer, reading)) / (len(self.layers) - number)
                     keys[name] = reading.keys
@@ -576,7 +589,9 @@ class Editor:
             return reading.hidden
         return layer(reading.plain_keys.to(layer.delta)[:, None])[:, 0].to(reading.hidden)
 
-    def _anchors(self, name: str, layer: hooked_linear.HookedLinear, reading: LayerReading, subjects: list) -> Anchors:
+    def _anchors(
+        self, name: str, layer: hooked_linear.HookedLinear, reading: LayerReading, subjects: list, decoys: tuple
+    ) -> Anchors:
         """A batch's anchors in a layer. Keys that tell nothing are taken out of the mean, in ``reading`` too."""
         background, each = self._backgrounds[name], reading.each
         units = layer.directions(each)
@@ -584,7 +599,7 @@ class Editor:
         told |= ~told.any(-1, keepdim=True)
         reading.keys = (each * told[..., None]).sum(1) / told.sum(1, keepdim=True)
         leverage = background.scale * F.linear(reading.plain_keys.to(each), layer.projection.to(each)).square().sum(-1)
-        return anchors_of(units, layer.directions(reading.keys), leverage, background, subjects,
+        return anchors_of(units, layer.directions(reading.keys), leverage, background, subjects, decoys,
                           self.config.alpha_floor, self.config.margin)  # fmt: skip
 
     def _add(self, name: str, reading: LayerReading, residual: torch.Tensor) -> torch.Tensor:

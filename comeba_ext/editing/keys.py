@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -251,17 +252,23 @@ class KeyReader:
 
 
 @torch.no_grad()
-def plain_keys(decoder: nn.Module, projection: nn.Module, rows: list[Row], pad_token: int, max_tokens: int, device) -> torch.Tensor:
-    """A layer's input at the subject's last token of every row, ``(len(rows), d_in)``, of the model as it stands."""
-    found: dict[int, torch.Tensor] = {}
+def subject_keys(
+    decoder: nn.Module, layers: dict[str, nn.Module], rows: list[Row], pad_token: int, max_tokens: int, device
+) -> dict[str, torch.Tensor]:
+    """Every layer's input at the subject's last token of every row, ``(len(rows), d_in)``, of the model as it stands.
+
+    Args:
+        layers: in the order in which they run.
+    """
+    found: dict[str, dict[int, torch.Tensor]] = {name: {} for name in layers}
     for group in micro_batches([row.subject_last + 1 for row in rows], max_tokens):
         ids, mask = pad([rows[n].ids[: rows[n].subject_last + 1] for n in group], pad_token, device=device)
-        last = mask.sum(1) - 1
 
-        def note(x: torch.Tensor, group=group, mask=mask, last=last) -> None:
+        def note(x: torch.Tensor, own: dict, group=group, mask=mask) -> None:
             x = x.reshape(*mask.shape, -1)  # OPT flattens tokens before the MLP
-            own = x[torch.arange(len(group), device=x.device), last.to(x.device)]
-            found.update(zip(group, own, strict=True))
+            last = mask.sum(1).to(x.device) - 1
+            own.update(zip(group, x[torch.arange(len(group), device=x.device), last], strict=True))
 
-        run_until(decoder, projection, {"input_ids": ids, "attention_mask": mask}, {projection: note}, before=True)
-    return torch.stack([found[n] for n in range(len(rows))])
+        taps = {layer: functools.partial(note, own=found[name]) for name, layer in layers.items()}
+        run_until(decoder, list(layers.values())[-1], {"input_ids": ids, "attention_mask": mask}, taps, before=True)
+    return {name: torch.stack([own[n] for n in range(len(rows))]) for name, own in found.items()}

@@ -19,7 +19,7 @@ from comeba_ext.ops.hooked_linear import in_scope
 from comeba_ext.partial_forward import evaluating
 
 FLUENCY_PROMPTS = 50
-TEXT_TOKENS = 20_000  # of plain text at every checkpoint: a share of 0.005 is then known to 0.0005
+TEXT_TOKENS = 10_000  # of plain text at every checkpoint: a share of 0.005 is then known to 0.0007
 NAMES = ("reliability", "generality", "locality")
 
 

@@ -34,5 +34,7 @@ def draw(found: Tuning, file: str | Path) -> None:
 
 def _label(settings: dict) -> str:
     span = settings["layers"]
-    rest = [f"{name} {settings[key]:g}" for key, name in (("lr", "lr"), ("leverage_ratio", "ratio")) if settings.get(key)]
+    optimiser = settings.get("optimizer", "")
+    rest = [optimiser + (f" {settings['lr']:g}" if optimiser == "adam" else "")] if optimiser else []
+    rest += [f"ratio {settings['leverage_ratio']:g}"] if settings.get("leverage_ratio") else []
     return ", ".join([f"{span[0]}-{span[-1]}", *rest])

@@ -23,7 +23,8 @@ from comeba_ext.tuning import probes
 
 CANDIDATES = 4  # value blocks that are tried
 SPAN = 5  # edited blocks, up to the value block
-RATES = (0.1, 0.2, 0.4)  # lr in units of the hidden state's root mean square
+# Polyak's steps need no rate; Adam's are in units of the hidden state's root mean square.
+OPTIMISERS = ({"optimizer": "polyak"}, *({"optimizer": "adam", "lr": rate, "lr_unit": "hidden_rms"} for rate in (0.1, 0.4)))
 RATIOS = (1.0, 4.0, 16.0)
 DECIDES = 0.75  # of the highest share of answers that a block decides
 BATCH = 10
@@ -126,7 +127,7 @@ def tune(
         finally:
             editor.close()
     base = predict_base(model, tokenizer, chosen, generate=False)
-    stages = [[{"layers": list(span)} for span in spans], [{"lr": rate, "lr_unit": "hidden_rms"} for rate in RATES],
+    stages = [[{"layers": list(span)} for span in spans], OPTIMISERS,
               [{"leverage_ratio": ratio, "lam": None} for ratio in RATIOS]]  # fmt: skip
     best: dict = {}
     with tqdm(total=sum(map(len, stages)), unit="trial", desc="tune", disable=not progress) as bar:
