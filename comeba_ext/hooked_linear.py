@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from contextlib import contextmanager
 
@@ -14,6 +16,8 @@ from comeba_ext.ops import hooked_linear as ops
 from comeba_ext.ops import nearest_hook as nearest
 from comeba_ext.ops import sketch as sketches
 from comeba_ext.sequence_context import SequenceContext
+
+log = logging.getLogger(__name__)
 
 MODES = ("off", "temporary", "validated")
 GATES = ("exact", "sketch")
@@ -365,6 +369,8 @@ def install(
         layer.context, layer.name = context, name
         layer.train(known[name].training)
         model.set_submodule(name, layer)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _SaveBase(model)
     return layers
 
 
@@ -376,6 +382,48 @@ def uninstall(model: nn.Module) -> None:
         model.set_submodule(name, layer.base_layer)
     for context in contexts - {None}:
         context.detach()
+    if isinstance(vars(model).get("save_pretrained"), _SaveBase):
+        del model.save_pretrained
+
+
+class _SaveBase:
+    """``model.save_pretrained`` of a hooked model: the base model as it came.
+
+    Under the hooked layers' names no other program would find the base weights, and would start those layers at random.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model  # a copy of the model has a copy of this, with the copy in it
+
+    def __call__(self, *args, state_dict: dict | None = None, **kwargs):
+        log.warning("save_pretrained writes the base model without its edits; Editor.save_pretrained saves the edits")
+        save = functools.partial(type(self.model).save_pretrained, self.model, *args, **kwargs)
+        if type(self.model).__module__.startswith("peft"):
+            # It looks for its adapters among the modules, so for the time of the save there are no hooks.
+            layers = hooked_layers(self.model)
+            try:
+                for name, layer in layers.items():
+                    self.model.set_submodule(name, layer.base_layer)
+                return save()
+            finally:
+                for name, layer in layers.items():
+                    self.model.set_submodule(name, layer)
+        state = self.model.state_dict() if state_dict is None else state_dict
+        return save(state_dict=base_state(self.model, state))
+
+
+def base_state(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A hooked model's state dict with the base weights under the base model's names, and nothing of the edits."""
+    names = sorted(hooked_layers(model), key=len)
+    found = {}
+    for key, value in state.items():
+        name = next((name for name in names if key.startswith(f"{name}.")), None)
+        inner = None if name is None else key[len(name) + 1 :]
+        if inner is None:
+            found[key] = value
+        elif inner.startswith("base_layer."):
+            found[f"{name}.{inner[len('base_layer.') :]}"] = value
+    return found
 
 
 def hooked_layers(model: nn.Module) -> dict[str, HookedLinear]:
