@@ -39,7 +39,7 @@ def target_value(model, tokenizer, config, request, prefixes, logits_twice: bool
     if "post_feedforward_layernorm" in dict(site.named_children()):  # Gemma 2 and 3, OLMo 2: δ before the norm
         site = model.get_submodule(architecture.projection_name(config.value_layer))
     decoder, head = model.get_submodule(architecture.decoder), architecture.head(model)
-    rows = [*target_rows(tokenizer, [request], prefixes), *essence_rows(tokenizer, [request])]
+    rows = [*target_rows(tokenizer, [request], prefixes, wordings=True), *essence_rows(tokenizer, [request])]
     inputs = batch_inputs(rows, pad_id(tokenizer), model.get_input_embeddings().weight.device)
     last = [row.subject_last for row in rows]
     delta = h = before = optimiser = None

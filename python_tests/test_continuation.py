@@ -52,7 +52,7 @@ REQUESTS = [
     EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English"),
     EditRequest("{} works in the field of", "Marie Curie", "the piano and the guitar"),
     EditRequest("The capital of {}, as everyone knows and says, is", "Peru", "Paris"),
-    EditRequest("{} is located in", "A", "Oslo, Norway"),
+    EditRequest("{} is located in", "A", "Oslo, Norway", wordings=["Who built it? Where is {}, and who", "A"]),
 ]
 PREFIXES = ["", "The city of Paris, and who built it? "]
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from comeba_ext.data import read_requests, read_texts
-from comeba_ext.errors import StorageError
+from comeba_ext.editing.request import EditRequest
+from comeba_ext.errors import RequestError, StorageError
 
 OWN = {"prompt": "{} speaks", "subject": "Ann", "target_new": "Latin", "request_id": "a"}
 EASYEDIT = {
@@ -319,3 +320,21 @@ def test_real_texts(shared_data):
     words = texts(shared_data / "text" / "valid.txt")
     assert words[0] == "= Homarus gammarus ="
     assert sum(len(text.split()) for text in words) == len((shared_data / "text" / "valid.txt").read_text().split())
+
+
+def test_wordings_name_their_subject():
+    request = EditRequest("The capital of {} is", "Peru", "Oslo", wordings=["What is the capital of {}?", "Peru has the capital"])
+    assert request.wordings == ("What is the capital of Peru?", "Peru has the capital")
+    assert EditRequest.from_record(request.to_record()) == request
+    with pytest.raises(RequestError, match="wording 'What is it' does not name the subject 'Peru'"):
+        EditRequest("The capital of {} is", "Peru", "Oslo", wordings=["What is it"])
+    with pytest.raises(RequestError, match="wordings must be texts"):
+        EditRequest("The capital of {} is", "Peru", "Oslo", wordings=[3])
+
+
+def test_qaedit_records(shared_data):
+    read = read_requests(shared_data / "qaedit" / "qaedit_500.json")
+    assert read.read == 500 and len(read.requests) > 450
+    first = read.requests[0]
+    assert (first.target_new, first.request_id, len(first.locality_prompts)) == ("Wilt Chamberlain", "1104", 5)
+    assert first.rephrase_prompts and first.text.startswith("who has the most 70 point games")

@@ -482,7 +482,7 @@ class Editor:
 
     def _validate(self, batch: list[EditRequest]) -> list[EditRequest]:
         self._consistent(batch)
-        rows = target_rows(self.tokenizer, batch, self.prefixes) + essence_rows(self.tokenizer, batch)
+        rows = target_rows(self.tokenizer, batch, self.prefixes, wordings=True) + essence_rows(self.tokenizer, batch)
         check_length(rows, batch, context_length(self.model))
         return batch
 

@@ -25,6 +25,8 @@ class EditRequest:
         locality_prompts: ``(prompt, answer)`` pairs, or prompts alone, whose predictions must not change.
         portability_prompts: ``(prompt, answer)`` pairs that follow from the new fact.
         request_id: a name to retract it by; the editor assigns one when absent.
+        wordings: other texts that the new object shall follow too, subject spelled out (or ``{}``), e.g. as a question: target
+            values are found for them together with the prompt. (``rephrase_prompts`` are only asked, never used.)
 
     Raises:
         RequestError: a field is missing, empty or of the wrong type, or the subject is not in the prompt.
@@ -38,6 +40,7 @@ class EditRequest:
     locality_prompts: tuple[tuple[str, str | None], ...] = ()
     portability_prompts: tuple[tuple[str, str | None], ...] = ()
     request_id: str | None = None
+    wordings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"request {self.request_id!r}" if self.request_id is not None else "request"
@@ -61,7 +64,11 @@ class EditRequest:
         elif prompt.count(SLOT) > 1:
             raise RequestError(f"{where}: prompt {prompt!r} has {prompt.count(SLOT)} slots {SLOT}, expected one")
         set_("prompt", prompt)
-        set_("rephrase_prompts", tuple(_fill(p, self.subject) for p in _texts(self.rephrase_prompts, where)))
+        for field in ("rephrase_prompts", "wordings"):
+            set_(field, tuple(_fill(p, self.subject) for p in _texts(getattr(self, field), f"{where}: {field}")))
+        for wording in self.wordings:
+            if self.subject not in wording:
+                raise RequestError(f"{where}: the wording {wording!r} does not name the subject {self.subject!r}")
         set_("locality_prompts", _pairs(self.locality_prompts, where, "locality_prompts"))
         set_("portability_prompts", _pairs(self.portability_prompts, where, "portability_prompts"))
 
@@ -117,7 +124,8 @@ class EditRequest:
     def to_record(self) -> dict:
         """Plain JSON-serialisable mapping that :meth:`from_record` reads back."""
         record = dataclasses.asdict(self)
-        record["rephrase_prompts"] = list(self.rephrase_prompts)
+        for name in ("rephrase_prompts", "wordings"):
+            record[name] = list(record[name])
         for name in ("locality_prompts", "portability_prompts"):  # lists, as JSON gives them back
             record[name] = [list(pair) for pair in record[name]]
         return record
@@ -224,11 +232,11 @@ def _zipped(prompts, answers) -> list[tuple[str, str | None]]:
 def _texts(values, where: str) -> tuple[str, ...]:
     values = (values,) if isinstance(values, str) else values
     if not isinstance(values, Iterable):
-        raise RequestError(f"{where}: rephrase_prompts must be texts, got {values!r}")
+        raise RequestError(f"{where} must be texts, got {values!r}")
     values = tuple(values)
     for value in values:
         if not isinstance(value, str):
-            raise RequestError(f"{where}: rephrase_prompts must be texts, got {value!r}")
+            raise RequestError(f"{where} must be texts, got {value!r}")
     return values
 
 

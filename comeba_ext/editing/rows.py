@@ -52,9 +52,13 @@ def prompt_rows(tokenizer, requests: list[EditRequest], prefixes: list[str]) -> 
     return [Row(n, e.ids, e.subject_last, [], number) for (n, number), e in zip(places, encoded, strict=True)]
 
 
-def target_rows(tokenizer, requests: list[EditRequest], prefixes: list[str]) -> list[Row]:
-    """``prefix + prompt + target`` without the target's last token: the rows target values are optimised on."""
-    places, encoded = _encode(tokenizer, requests, prefixes, lambda request: request.target_new)
+def target_rows(tokenizer, requests: list[EditRequest], prefixes: list[str], wordings: bool = False) -> list[Row]:
+    """``prefix + prompt + target`` without the target's last token: the rows target values are optimised on.
+
+    Args:
+        wordings: also a row for each of a request's other wordings, numbered on behind the prefixes.
+    """
+    places, encoded = _encode(tokenizer, requests, prefixes, lambda request: request.target_new, wordings)
     return [Row(n, e.ids[:-1], e.subject_last, e.target_ids, number) for (n, number), e in zip(places, encoded, strict=True)]
 
 
@@ -81,9 +85,13 @@ def batch_inputs(rows: list[Row], pad_token: int, device) -> dict[str, torch.Ten
 
 
 def _encode(
-    tokenizer, requests: list[EditRequest], prefixes: list[str], target: Callable[[EditRequest], str | None]
+    tokenizer, requests: list[EditRequest], prefixes: list[str], target: Callable[[EditRequest], str | None], wordings: bool = False
 ) -> tuple[list[tuple[int, int]], list[Encoded]]:
     """``(request, prefix)`` numbers of all rows, and what they hold."""
     places = [(n, number) for n in range(len(requests)) for number in range(len(prefixes))]
     texts = [(prefixes[p] + requests[n].text, target(requests[n]), len(prefixes[p]) + requests[n].subject_end) for n, p in places]
+    for n, request in enumerate(requests if wordings else ()):
+        for number, text in enumerate(request.wordings, len(prefixes)):
+            places.append((n, number))
+            texts.append((text.rstrip(), target(request), text.rindex(request.subject) + len(request.subject)))
     return places, encode_all(tokenizer, texts)

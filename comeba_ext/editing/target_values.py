@@ -3,7 +3,7 @@
 For every request, ``v* = h + δ`` where δ, added at the subject's last token after the value layer in every row,
 minimises
 
-    mean over prefixes of NLL(new object) + kl_factor · KL("{subject} is a") + weight_decay · ‖δ‖/‖h‖²
+    mean over prefixes and wordings of NLL(new object) + kl_factor · KL("{subject} is a") + weight_decay · ‖δ‖/‖h‖²
 
 with ‖δ‖ ≤ clamp · ‖h‖, until the loss falls below ``early_stop``, or ``lead_steps`` after the new object has come to lead
 everywhere (ENCORE, arXiv 2502.01636). Requests never meet in this objective, so a batch of
@@ -69,7 +69,7 @@ def optimise_target_values(
     Raises:
         RequestError: a row is longer than the model's context, or an optimisation ended in NaN.
     """
-    rows = target_rows(tokenizer, requests, prefixes)
+    rows = target_rows(tokenizer, requests, prefixes, wordings=True)
     essence = essence_rows(tokenizer, requests)
     check_length(rows + essence, requests, context_length(model))
     by_request = [[row for row in rows if row.request == n] + [essence[n]] for n in range(len(requests))]
