@@ -170,9 +170,10 @@ def edit(
         counts = {"read": read.read, "used": len(used), "skipped": skipped}
         seconds = sum(sum(s["seconds"].values()) for s in steps)
         answered, declined = sum(sum(s["answered"]) for s in steps), [d for s in steps for d in s["declined"]]
-        report.say(f"{len(todo)} edits in {len(steps)} batches, {seconds:.1f} s; saved to {out}.")
+        report.say(f"{_count(len(todo), 'edit')} in {_count(len(steps), 'batch', 'batches')}, {seconds:.1f} s; saved to {out}.")
         if todo:
-            report.say(f"{answered} of {len(todo)} are answered behind their prompts right after their batch.")
+            verb, whose = ("is", "its prompt") if len(todo) == 1 else ("are", "their prompts")
+            report.say(f"{answered} of {len(todo)} {verb} answered behind {whose} right after the batch.")
             _say_settings(report, editor, steps)
         for entry in declined:
             report.say(f"! declined {entry['request_id']} ({entry['prompt']!r}): {entry['reason']}")
@@ -628,6 +629,10 @@ def _say_settings(report: _Report, editor, steps: list[dict]) -> None:
         leverage = [value for step in steps for value in step["leverage"].values()]
         report.say(f"Blocks {list(editor.config.layers)}: keys of median leverage {_median(leverage):.0f} "
                    f"realise {_median(shares):.2f} of their residual alone (λ {editor.config.lam_of(_inputs(editor)):.0f}).")  # fmt: skip
+
+
+def _count(number: int, one: str, more: str | None = None) -> str:
+    return f"{number} {one if number == 1 else more or one + 's'}"
 
 
 def _median(values: list[float]) -> float:
