@@ -292,7 +292,7 @@ def test_save_and_load(tiny_model, tokenizer, tmp_path):
     again.load_covariance(path)
     for name in editor.layers:
         assert torch.equal(again.covariance[name], editor.covariance[name])
-        expected = again.config.lam * editor.covariance[name]
+        expected = again.config.lam_of(editor.layers[name].in_features) * editor.covariance[name]
         assert torch.allclose(again.key_memory[name].matrix(), expected, rtol=1e-10, atol=1e-6)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     path.write_bytes(path.read_bytes()[:1000])

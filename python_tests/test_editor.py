@@ -197,7 +197,7 @@ class Oracle:
             corpus = self.highest(n, key, request)
             named = max([self.cosine(n, key, other) for other in decoys[n]] + [0.0])
             if corpus <= 0.85:
-                both.append((key, max(0.6, least, corpus + 0.05, min(named, 0.9 * own))))
+                both.append((key, max(0.6, least, min(max(corpus + 0.05, named), 0.9 * own))))
         return mean, both
 
     def declines(self, request):

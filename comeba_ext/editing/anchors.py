@@ -5,18 +5,19 @@ close to, and that of its key behind the prompt alone, which is often another on
 puts it where models without a start token keep an attention sink). How close other wordings come differs from subject to
 subject, and so does how close ordinary text comes. So an anchor's threshold is
 
-    τ = max(α_floor, margin · lowest, corpus + STEP, min(decoys, CAP · lowest))
+    τ = max(α_floor, margin · lowest, min(corpus + STEP, CAP · lowest), min(decoys, CAP · lowest))
 
 with the lowest cosine of its own prompts (of the plain key's anchor: 1), the highest of a corpus token (:mod:`key_sample`,
-mentions of the subject left out) and the highest of another name that ends as the subject does (:mod:`decoys`), which may
-not put the subject's own prompts out of scope. Where a corpus token comes above ``CEILING``, a key says nothing: ordinary
-tokens look like it (their *leverage* ``kᵀ C0⁻¹ k`` is a fiftieth of what a subject's key has). Such an anchor is left out,
-and so is such a key from the mean; a request of which nothing is left where its own prompt would be recognised cannot be
-edited in that layer.
+mentions of the subject left out) and the highest of another name that ends as the subject does (:mod:`decoys`); neither of
+these may put the subject's own prompts out of scope. Where more than ``RATE`` of all corpus tokens come above ``CEILING``, a
+key says nothing: ordinary tokens look like it (its *leverage* ``kᵀ C0⁻¹ k`` is a fiftieth of what a subject's key has). Such
+an anchor is left out, and so is such a key from the mean; a request of which nothing is left where its own prompt would be
+recognised cannot be edited in that layer.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ import torch
 from comeba_ext.key_sample import KeySample
 
 CEILING = 0.85  # of a corpus token's cosine: closer ones are the same but for rounding and position
+RATE = 1e-3  # of corpus tokens: a name that the corpus has now and then is not what most texts share
 STEP = 0.05  # above the nearest corpus token, because there are more tokens than the sample holds
 CAP = 0.9
 
@@ -42,21 +44,23 @@ class Background:
     sample: KeySample
     scale: float
 
-    def highest(self, unit: torch.Tensor, subjects: list[list[list[int]]]) -> torch.Tensor:
-        """The highest cosine of a corpus token, ``(n,)``; 0 where there is none.
+    def highest(self, unit: torch.Tensor, subjects: list[list[list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The highest cosine of a corpus token, and the highest that more than ``RATE`` of them reach, each ``(n,)``; 0 where
+        there are no tokens.
 
         Args:
             unit: ``(n, rows)``, one direction a subject.
             subjects: of each, its token ids (one list a form that text may hold it in); tokens that end one are not counted.
         """
-        found = unit.new_zeros(len(unit))
+        highest, common = unit.new_zeros(len(unit)), unit.new_zeros(len(unit))
         if not len(self.unit):
-            return found
+            return highest, common
+        count = math.floor(RATE * len(self.unit)) + 1
         for n, forms in enumerate(subjects):
             own = torch.stack([self.sample.mentions(form) for form in forms]).any(0).to(unit.device)
-            cosines = (self.unit.to(unit) @ unit[n]).masked_fill(own, 0)
-            found[n] = cosines.amax()
-        return found
+            cosines = (self.unit.to(unit) @ unit[n]).masked_fill(own, 0).topk(count).values
+            highest[n], common[n] = cosines[0], cosines[-1]
+        return highest, common
 
 
 @dataclass
@@ -85,7 +89,7 @@ def tells(units: torch.Tensor, background: Background, subjects: list[list[list[
     """Which keys say something, ``(u, P)`` bool, for directions ``(u, P, rows)`` behind every context prefix."""
     count, prefixes, rows = units.shape
     flat = [forms for forms in subjects for _ in range(prefixes)]
-    return (background.highest(units.reshape(-1, rows), flat) <= CEILING).reshape(count, prefixes)
+    return (background.highest(units.reshape(-1, rows), flat)[1] <= CEILING).reshape(count, prefixes)
 
 
 def anchors_of(
@@ -112,12 +116,13 @@ def anchors_of(
     lowest = (units[:, 1:] if units.shape[1] > 1 else units).mul(mean[:, None]).sum(-1).amin(-1)
     own = torch.stack([lowest, torch.ones_like(lowest)])  # (2, u); a lone key has no other prompts
     wanted = torch.stack([margin * lowest, torch.zeros_like(lowest)])
-    corpus = torch.stack([background.highest(unit, subjects) for unit in both])
+    corpus, common = (torch.stack(found) for found in zip(*(background.highest(unit, subjects) for unit in both), strict=True))
     cosines = both @ decoys[0].to(both).mT  # (2, u, D)
-    others = decoys[1].to(both.device) != torch.arange(len(mean), device=both.device)[:, None]
-    named = cosines.masked_fill(others, 0).amax(-1) if cosines.shape[-1] else torch.zeros_like(corpus)
-    thresholds = torch.maximum(torch.maximum(wanted, corpus + STEP), torch.minimum(named, CAP * own)).clamp(min=floor)
-    kept = corpus <= CEILING
+    foreign = decoys[1].to(both.device) != torch.arange(len(mean), device=both.device)[:, None]
+    named = cosines.masked_fill(foreign, 0).amax(-1) if cosines.shape[-1] else torch.zeros_like(corpus)
+    others = torch.minimum(torch.maximum(corpus + STEP, named), CAP * own)
+    thresholds = torch.maximum(wanted, others).clamp(min=floor)
+    kept = common <= CEILING
     serves = (kept[0] & ((both[1] * mean).sum(-1) >= thresholds[0])) | kept[1]
     # Request by request, the mean first: of near directions the first stands for the others.
     chosen = lambda pair: torch.stack(tuple(pair), 1)[kept.mT]  # noqa: E731
