@@ -37,9 +37,8 @@ def examine() -> dict:
 
         found["torch built for"] = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
         asked = os.environ.get("OMP_NUM_THREADS")
-        found["threads"] = f"{torch.get_num_threads()}" + (f" (OMP_NUM_THREADS={asked})" if asked else "")
-        if torch.get_num_threads() > 1:
-            hints.append("Several processes on this machine at once: give each OMP_NUM_THREADS=1, or they take turns at every product.")
+        why = f"OMP_NUM_THREADS={asked}" if asked else "OMP_NUM_THREADS gives each of several processes its share"
+        found["threads"] = f"{torch.get_num_threads()} ({why})"
         if torch.cuda.is_available():
             gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
         found["gpus"] = ", ".join(gpus) or "none"

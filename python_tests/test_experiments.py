@@ -18,7 +18,7 @@ from comeba_ext.experiments import definition
 from comeba_ext.experiments.table import markdown
 from comeba_ext.storage import MANIFEST
 
-ISSUE = {"table1", "table2", "fig3", "fig4", "fig5", "fig6", "fig7", "fig10", "fig11", "scope"}
+ISSUE = {"defaults", "table1", "table2", "fig3", "fig4", "fig5", "fig6", "fig7", "fig10", "fig11", "scope"}
 SMALL = {
     "title": "A small one",
     "samples": 6,
@@ -65,7 +65,7 @@ def test_all_experiments_of_the_paper_ship():
 @pytest.mark.parametrize("name", sorted(ISSUE))
 def test_shipped_experiments_fit_the_embedded_model(model, name):
     experiment = experiments.load(name)
-    assert experiment.name == name and experiment.testbed_samples and experiment.samples in (1000, 10000)
+    assert experiment.name == name and experiment.testbed_samples and experiment.samples in (100, 1000, 10000)
     for case in experiment.cases:
         case.config(model)
     assert len({case.label for case in experiment.cases}) == len(experiment.cases)
@@ -76,8 +76,12 @@ def test_settings_that_depend_on_the_model(model):
     assert cases["1 layer"].config(model).layers == (3,) and cases["3 layers"].config(model).layers == (1, 2, 3)
     assert cases["all layers"].config(model).layers == (0, 1, 2, 3)
     assert cases["10λ"].config(model).lam == pytest.approx(10 * EditConfig.for_model(model).lam)
-    assert EditConfig.for_model(model, scope="zscore").lam == pytest.approx(4 * EditConfig.for_model(model).lam)
-    assert {case.config(model).lam for case in experiments.load("table1").cases if "nearest" not in case.label} == {1500.0}
+    # The model's own λ is for its own score; with the others, and where no score decides, it follows from the ratio.
+    assert {case.config(model).lam_of(1408) for case in experiments.load("table1").cases if "nearest" not in case.label} == {1408.0}
+    (nearest,) = [case for case in experiments.load("table1").cases if "nearest" in case.label]
+    assert nearest.config(model).lam == EditConfig.for_model(model).lam == 375
+    ten = experiments.Case("COMEBA-HK", "x", {"scope": "zscore", "lam_factor": 10.0}).config(model)
+    assert ten.lam_of(1408) == pytest.approx(14080)
     assert cases["α₀ = 2.5"].config(model).alpha == 2.5 and cases["fixed α = 3"].method == "COMEBA-HK fixed threshold"
 
 
