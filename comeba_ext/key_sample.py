@@ -15,6 +15,7 @@ import torch
 SIZE = 8192  # tokens, about
 FIRST = 4  # positions of every text that are all taken
 TOKENS = 12  # ids kept of a token and those before it
+_REMEMBERED = 1024  # subjects whose mentions are
 
 
 @dataclass
@@ -28,6 +29,7 @@ class KeySample:
     keys: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: torch.Tensor = field(default_factory=lambda: torch.zeros(0, TOKENS, dtype=torch.int32))
     unit: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    _mentions: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.unit)
@@ -42,10 +44,15 @@ class KeySample:
         keys = {name: torch.cat([part.keys[name] for part in parts])[order] for name in parts[0].keys}
         return KeySample(keys, torch.cat([part.tokens for part in parts])[order], unit[order])
 
-    def mentions(self, subject: list[int]) -> torch.Tensor:
-        """``(n,)`` bool: tokens that end the given token ids."""
-        own = torch.tensor(subject[-TOKENS:], dtype=self.tokens.dtype)
-        return (self.tokens[:, TOKENS - len(own) :] == own).all(-1)
+    def mentions(self, forms: list[list[int]]) -> torch.Tensor:
+        """``(n,)`` bool: tokens that end one of the given forms of a subject, each a list of token ids."""
+        key = tuple(tuple(form[-TOKENS:]) for form in forms)
+        if key not in self._mentions:  # asked again in every layer and behind every prefix
+            if len(self._mentions) >= _REMEMBERED:
+                self._mentions.clear()
+            ends = [(self.tokens[:, TOKENS - len(own) :] == torch.tensor(own, dtype=self.tokens.dtype)).all(-1) for own in key]
+            self._mentions[key] = torch.stack(ends).any(0)
+        return self._mentions[key]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By names, for :meth:`from_tensors`."""

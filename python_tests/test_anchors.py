@@ -117,6 +117,7 @@ def with_a_common_key(tiny_model, tokenizer, **changes):
     sample.keys[name][0] = seen[0][0, -1].to(torch.bfloat16)
     sample.tokens[0] = -1
     sample.tokens[0, -1] = tokenizer.eos_token_id  # not the subject itself
+    sample._mentions.clear()
     editor._measure_background()
     return editor, request
 

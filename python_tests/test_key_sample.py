@@ -82,9 +82,10 @@ def test_mentions_end_with_the_subject():
     tokens[2, -2:] = torch.tensor([6, 7])
     tokens[3] = torch.arange(TOKENS)
     sample = KeySample({"x": torch.zeros(4, 2)}, tokens, torch.arange(4))
-    assert sample.mentions([6, 7]).tolist() == [True, False, True, False]
-    assert sample.mentions([5, 6, 7]).tolist() == [True, False, False, False]
-    assert sample.mentions([99, *range(TOKENS)]).tolist() == [False] * 3 + [True]  # only the last are kept
+    assert sample.mentions([[6, 7]]).tolist() == [True, False, True, False]
+    assert sample.mentions([[5, 6, 7]]).tolist() == [True, False, False, False]
+    assert sample.mentions([[7, 8], [5, 6, 7]]).tolist() == [True, True, False, False]
+    assert sample.mentions([[99, *range(TOKENS)]]).tolist() == [False] * 3 + [True]  # only the last are kept
 
 
 def test_a_file_without_a_sample_is_refused(tiny_model, tokenizer, tmp_path):

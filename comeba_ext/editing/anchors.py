@@ -28,6 +28,7 @@ CEILING = 0.85  # of a corpus token's cosine: closer ones are the same but for r
 RATE = 1e-3  # of corpus tokens: a name that the corpus has now and then is not what most texts share
 STEP = 0.05  # above the nearest corpus token, because there are more tokens than the sample holds
 CAP = 0.9
+_CHUNK = 256  # directions compared with the corpus at a time: bounds the table of cosines
 
 
 @dataclass
@@ -56,10 +57,12 @@ class Background:
         if not len(self.unit):
             return highest, common
         count = math.floor(RATE * len(self.unit)) + 1
-        for n, forms in enumerate(subjects):
-            own = torch.stack([self.sample.mentions(form) for form in forms]).any(0).to(unit.device)
-            cosines = (self.unit.to(unit) @ unit[n]).masked_fill(own, 0).topk(count).values
-            highest[n], common[n] = cosines[0], cosines[-1]
+        corpus = self.unit.to(unit)
+        for start in range(0, len(unit), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            own = torch.stack([self.sample.mentions(forms) for forms in subjects[part]]).to(unit.device)
+            best = (unit[part] @ corpus.mT).masked_fill_(own, 0).topk(count).values
+            highest[part], common[part] = best[:, 0], best[:, -1]
         return highest, common
 
 
