@@ -43,7 +43,7 @@ class SequenceContext:
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        cache = given.get("past_key_values")
+        cache = _cache_of(given)
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:  # the model's own error says it better
@@ -55,14 +55,21 @@ class SequenceContext:
         self.updated = {}
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        cache = {**dict(zip(self._names, args, strict=False)), **kwargs}.get("past_key_values")
+        cache = _cache_of({**dict(zip(self._names, args, strict=False)), **kwargs})
         if cache is None:
-            cache = getattr(output, "past_key_values", None)
+            cache = _cache_of({name: getattr(output, name, None) for name in CACHE_NAMES})
         if cache is not None and output is not None and self.updated:  # None: the pass failed
             if not hasattr(cache, "comeba_statistics"):
                 cache.__class__ = _with_statistics(type(cache))
             cache.comeba_statistics = {**getattr(cache, "comeba_statistics", {}), **self.updated}
         self.shape, self.mask, self.statistics, self.updated = None, None, {}, {}
+
+
+CACHE_NAMES = ("past_key_values", "cache")  # the latter since Transformers 5.24
+
+
+def _cache_of(given: dict):
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
 
 
 def _real_tokens(attention_mask, past, length: int) -> torch.Tensor | None:
