@@ -311,7 +311,7 @@ def tune(
     from comeba_ext import testbed
     from comeba_ext.covariance import Covariance
     from comeba_ext.data import read_requests, read_texts
-    from comeba_ext.storage import write_text
+    from comeba_ext.storage import make_folder, write_text
     from comeba_ext.tuning import tune as search
 
     with _reporting(as_json) as report:
@@ -321,7 +321,7 @@ def tune(
             raise ComebaError("no corpus: add --texts TEXTS (plain text such as Wikipedia articles), or --covariance FILE")
         corpus = read_texts(texts) if texts else testbed.texts(folder=home) if home else None
         read = read_requests(records) if records else None
-        _make_folder(out)
+        make_folder(out)
         report.say(f"{model}: {_size(net)}")
         report.table_head("trial", "layers", "optimiser", "ratio", "reliability", "written", "generality", "locality", "loss", "s/edit")
         count = itertools.count(1)
@@ -597,13 +597,6 @@ def _config(model, path: Path | None, method=None, scope: str | None = None):
         return default_config(method or Editor, model, **{**changes, **({"scope": scope} if scope else {})})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}" if path else str(error)) from None
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ComebaError(f"{folder}: cannot be a folder ({error.strerror})") from None
 
 
 def _requests(records: Path | None, limit: int | None, prompt: str | None, subject: str | None, target: str | None):

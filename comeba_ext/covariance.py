@@ -184,7 +184,7 @@ def collect_covariance(
         device = model.get_input_embeddings().weight.device
         device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate moves what it is given
         checkpoint = path if rank == 0 else path and _part(path, rank, world)
-        draw = Draw(list(layers), wanted)
+        draw = Draw(wanted)
 
         def work() -> tuple[int, str]:
             saved, todo = time.monotonic(), 0

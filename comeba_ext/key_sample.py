@@ -73,12 +73,11 @@ class Draw:
     """Draws tokens of corpus units: the same ones, whatever the number of processes and the size of batches.
 
     Args:
-        names: of the layers.
         wanted: corpus tokens in all.
     """
 
-    def __init__(self, names: list[str], wanted: int):
-        self.names, self.stride = names, -(-wanted // SIZE)
+    def __init__(self, wanted: int):
+        self.stride = -(-wanted // SIZE)
         self._parts: list[KeySample] = []
         self._keys: dict[str, torch.Tensor] = {}
 

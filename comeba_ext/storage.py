@@ -20,6 +20,20 @@ from torch import nn
 from comeba_ext.errors import StorageError
 
 
+def make_folder(path: str | Path) -> Path:
+    """The folder, made with those above it where it is missing.
+
+    Raises:
+        StorageError: it cannot be one.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be a folder ({error.strerror})") from None
+    return path
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically; the folder must exist."""
     _replace(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -18,13 +18,13 @@ from comeba_ext.data import ReadResult
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.editor import Editor
 from comeba_ext.editing.request import EditRequest
-from comeba_ext.errors import ComebaError, RequestError, StorageError
+from comeba_ext.errors import ComebaError, RequestError
 from comeba_ext.evaluation import Protocol, Result, predict_base, run_protocol
 from comeba_ext.evaluation.metrics import METRICS, SCORES, Metrics
 from comeba_ext.evaluation.queries import check_context, record_queries
 from comeba_ext.experiments import measures, table
 from comeba_ext.experiments.definition import Case, Experiment
-from comeba_ext.storage import write_text
+from comeba_ext.storage import make_folder, write_text
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +65,7 @@ def run(
     Raises:
         ComebaError: no usable record, no covariance, no texts to measure on, or ``out`` holds another run.
     """
-    out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be a folder ({error.strerror})") from None
+    out = make_folder(out)
     if "text" in experiment.measures and not plain_texts:
         raise ComebaError("the measure 'text' needs texts: add --texts")
     samples = samples or experiment.samples

@@ -99,7 +99,6 @@ def patching(model: nn.Module, tokenizer, architecture: Architecture, facts: lis
         facts: known ones; pairs are of one wording and begin their answers differently.
     """
     rng = random.Random(seed)
-    found: list[tuple[Fact, Fact]] = []
     first = {fact: _first_token(tokenizer, fact) for fact in facts}
     groups: dict[tuple, list[Fact]] = {}
     for fact in facts:
