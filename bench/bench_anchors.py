@@ -62,8 +62,8 @@ def main() -> None:
     model, tokenizer = load_model(args.model)
     editor = Editor(model, tokenizer, EditConfig.for_model(model, scope="nearest"))
     editor.set_covariance(Covariance.load(args.covariance))
-    kept, declined = editor._decline(editor._named(requests))
-    requests = [requests[n] for n in kept]
+    kept, placed, declined = editor._placed(editor._named(requests))
+    requests = [request for request in placed if request.fact_token == "subject_last"]
     subjects, decoys = editor._subjects(requests), editor._decoys(requests)
     reader = KeyReader(
         editor._decoder, list(model.get_submodule(editor.architecture.blocks)), editor.config.layers, list(editor.layers.values()),

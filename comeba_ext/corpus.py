@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator
 
@@ -33,6 +34,7 @@ class Unfinished:
         first_token: tokens that one summed.
         units: numbers of the units in the sums.
         read: number of units read, whoever summed them, and ``digest`` of their token ids: to know the texts again.
+        corpus: digest of the first ``first_text`` texts (:class:`Digest`); empty where nobody noted it.
     """
 
     first_text: int = 0
@@ -40,6 +42,28 @@ class Unfinished:
     units: set[int] = dataclasses.field(default_factory=set)
     read: int = 0
     digest: str = ""
+    corpus: str = ""
+
+
+class Digest:
+    """SHA-256 of texts, one after the other."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, text: str) -> None:
+        self._hash.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+
+    def __str__(self) -> str:
+        return self._hash.hexdigest()
+
+
+def digest_of(texts: Iterable[str], count: int) -> str:
+    """Digest of the first ``count`` texts; of all, if there are fewer."""
+    digest = Digest()
+    for text in itertools.islice(texts, count):
+        digest.add(text)
+    return str(digest)
 
 
 class Units:
@@ -47,12 +71,15 @@ class Units:
 
     Attributes:
         read: units read so far, and ``digest`` of their token ids.
-        texts: texts read so far.
+        texts: texts read so far, and ``corpus`` of them.
+
+    Iterating raises :class:`CovarianceError` where the texts turn out to be others than those summed before.
     """
 
     def __init__(self, tokenizer, texts: Iterable[str], where: Unfinished, wanted: int, limit: int):
         self.tokenizer, self.source, self.where, self.wanted, self.limit = tokenizer, texts, where, wanted, limit
         self.read, self.texts, self._hash = 0, where.first_text, hashlib.sha256()
+        self.corpus = Digest()
 
     @property
     def digest(self) -> str:
@@ -78,7 +105,10 @@ class Units:
         rows: list[list[int]] = []
         left, pooled = self.wanted - self.where.first_token, 0
         for number, text in enumerate(self.source, 1):
+            self.corpus.add(text)
             if number <= self.where.first_text:
+                if number == self.where.first_text and self.where.corpus not in ("", str(self.corpus)):
+                    raise self._other_texts()
                 continue
             ids = self.tokenizer(text, verbose=False)["input_ids"][:left]
             rows += [ids[i : i + self.limit] for i in range(0, len(ids), self.limit)]
@@ -92,5 +122,5 @@ class Units:
             yield rows
 
     def _other_texts(self) -> CovarianceError:
-        return CovarianceError("the texts are not those that the unfinished covariance was begun with; give the same again, "
-                               "or choose another file")  # fmt: skip
+        return CovarianceError("the texts are not those that the covariance was begun with; give the same again, or choose "
+                               "another file")  # fmt: skip

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from comeba_ext import distributed
 from comeba_ext.architectures import context_length
-from comeba_ext.corpus import UNIT_TOKENS, Unfinished, Units
+from comeba_ext.corpus import UNIT_TOKENS, Unfinished, Units, digest_of
 from comeba_ext.editing.encoding import micro_batches, pad, pad_id
 from comeba_ext.errors import CovarianceError, StorageError
 from comeba_ext.key_sample import Draw, KeySample
@@ -48,6 +48,7 @@ class Covariance:
         tokens_wanted: when the collection is complete.
         unfinished: what an unfinished one holds so far; its moments have the lower block triangle only.
         sample: keys of single tokens, for scores that compare keys (:mod:`key_sample`); may be empty.
+        corpus: digest of the texts consumed (:func:`corpus.digest_of`); empty where it is not known.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class Covariance:
         tokens_wanted: int,
         unfinished: Unfinished | None = None,
         sample: KeySample | None = None,
+        corpus: str = "",
     ):
+        self.corpus = corpus
         self.moments, self.tokens, self.model = moments, tokens, model
         self.texts, self.tokens_wanted, self.unfinished = texts, tokens_wanted, unfinished
         self.sample = KeySample() if sample is None else sample
@@ -72,7 +75,7 @@ class Covariance:
         """Write atomically, stamped with the model's identity."""
         state = self.unfinished and dataclasses.asdict(self.unfinished) | {"units": sorted(self.unfinished.units)}
         meta = {"kind": "covariance", "model": self.model, "tokens": self.tokens, "texts": self.texts,
-                "tokens_wanted": self.tokens_wanted, "unfinished": state}  # fmt: skip
+                "tokens_wanted": self.tokens_wanted, "unfinished": state, "corpus": self.corpus}  # fmt: skip
         write_tensors(path, self.moments | self.sample.tensors(), meta)
 
     @classmethod
@@ -88,7 +91,7 @@ class Covariance:
         sample = KeySample.from_tensors(moments)
         if not len(sample):
             raise StorageError(f"{path} is the covariance of an earlier version, without a sample of keys; collect it again")
-        return cls(moments, meta["tokens"], meta["model"], meta["texts"], meta["tokens_wanted"], state, sample)
+        return cls(moments, meta["tokens"], meta["model"], meta["texts"], meta["tokens_wanted"], state, sample, meta.get("corpus", ""))
 
     def check(self, model: nn.Module, layers: dict[str, int]) -> None:
         """Refuse a covariance that does not fit.
@@ -170,7 +173,10 @@ def collect_covariance(
         nonlocal found
         if path is not None and rank == 0:
             found = _stored(path, model, widths, wanted)
-        return found is not None and found.tokens >= wanted and not found.unfinished, _where(found)
+        complete = found is not None and found.tokens >= wanted and not found.unfinished
+        if complete and found.corpus and digest_of(texts, found.texts) != found.corpus:
+            raise CovarianceError(f"{path} is the covariance of other texts; choose another file")
+        return complete, _where(found)
 
     complete, where = distributed.together(begin)[0]
     own = found  # the first process goes on with the sums that there are
@@ -208,6 +214,7 @@ def collect_covariance(
         if len(set(distributed.together(work))) > 1:
             raise CovarianceError("the processes were given different texts; all must read the same in the same order")
         own.unfinished, own.texts, own.sample = None, units.texts, draw.taken(own.sample)
+        own.corpus = str(units.corpus)
     counts = distributed.together(lambda: (own.tokens, own.texts))
     own.tokens, own.texts = sum(tokens for tokens, _ in counts), counts[0][1]
     if own.tokens == 0:
@@ -234,7 +241,7 @@ def _where(found: Covariance | None) -> Unfinished:
     """What there is; a finished covariance of fewer tokens than wanted is extended with the texts after its own."""
     if found is None:
         return Unfinished()
-    return found.unfinished or Unfinished(found.texts, found.tokens)
+    return found.unfinished or Unfinished(found.texts, found.tokens, corpus=found.corpus)
 
 
 def _add(

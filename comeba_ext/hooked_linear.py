@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -111,7 +111,8 @@ class HookedLinear(nn.Module):
 
     @property
     def mode(self) -> str:
-        return self._mode
+        """Inside :func:`disabled`, for the thread that is, ``"off"``."""
+        return "off" if self.context is not None and self.context.here.off else self._mode
 
     @mode.setter
     def mode(self, mode: str) -> None:
@@ -129,9 +130,10 @@ class HookedLinear(nn.Module):
         Returns:
             ``(..., d_out)`` in the base layer's output dtype.
         """
-        if self._mode == "off":
+        mode = self.mode
+        if mode == "off":
             return self.base_layer(x, *args, **kwargs)
-        if self._mode == "temporary":
+        if mode == "temporary":
             output = self.base_layer(x, *args, **kwargs)
             return output + self.edit_output(x).to(output.dtype)
         delta = self.delta
@@ -159,7 +161,7 @@ class HookedLinear(nn.Module):
             if len(shape) != 3:
                 output = output.reshape(shape)
         if self.context is not None and after is not None:
-            self.context.updated[self.name] = after
+            self.context.here.updated[self.name] = after
         return output
 
     def edit_output(self, x: torch.Tensor) -> torch.Tensor:
@@ -197,6 +199,17 @@ class HookedLinear(nn.Module):
         if self.scope == "nearest":
             return nearest.peak_scores(self._to_delta(x), mask, self.projection, self.anchors, self._excess())
         return self.scores(x, mask).masked_fill(~mask, -torch.inf).amax(-1)
+
+    @torch.no_grad()
+    def take_over(self, other: HookedLinear) -> None:
+        """The edits and thresholds of another layer of this shape; buffers stay where they are as long as they fit."""
+        for name, buffer in other.named_buffers(recurse=False):
+            own = getattr(self, name)
+            if own.shape == buffer.shape:
+                own.copy_(buffer)
+            else:
+                setattr(self, name, buffer.clone())
+        self.scored_matrix()  # a compiled model would not see that its sketch is old
 
     def set_covariance(self, covariance: torch.Tensor) -> None:
         """The metric in which the nearest score compares, from ``C0 (d_in, d_in)``; forgets all keys.
@@ -299,7 +312,7 @@ class HookedLinear(nn.Module):
         return x if x.dtype == dtype or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
     def _statistics(self) -> torch.Tensor | None:
-        return self.context.statistics.get(self.name) if self.context is not None else None
+        return self.context.here.statistics.get(self.name) if self.context is not None else None
 
     def _plain_base(self) -> bool:
         """Whether the base layer is a product and nothing else: no hooks, no quantisation, no adapters."""
@@ -318,14 +331,14 @@ class HookedLinear(nn.Module):
     def _as_sequences(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``x`` as ``(batch, seq, d_in)`` and its mask; some families (OPT) flatten tokens before the MLP."""
         if mask is None and self.context is not None:
-            mask = self.context.mask
+            mask = self.context.here.mask
         if mask is not None:
             mask = mask.to(x.device)
             return x.reshape(*mask.shape, x.shape[-1]), mask
         if x.dim() == 3:
             return x, None
-        if self.context is not None and self.context.shape is not None:
-            return x.reshape(*self.context.shape, x.shape[-1]), None
+        if self.context is not None and self.context.here.shape is not None:
+            return x.reshape(*self.context.here.shape, x.shape[-1]), None
         length = x.shape[-2] if x.dim() > 1 else 1
         return x.reshape(-1, length, x.shape[-1]), None
 
@@ -433,15 +446,31 @@ def hooked_layers(model: nn.Module) -> dict[str, HookedLinear]:
 
 @contextmanager
 def disabled(model: nn.Module):
-    """Inside, every hooked layer is off: the original model, bit for bit. Modes come back at the end."""
-    before = {layer: layer.mode for layer in hooked_layers(model).values()}
+    """Inside, in this thread, every hooked layer is off: the original model, bit for bit. Other threads go on as they were."""
+    layers = hooked_layers(model).values()
+    alone = {layer: layer.mode for layer in layers if layer.context is None}  # put into the model by hand
+    contexts = {layer.context for layer in layers} - {None}
     try:
-        for layer in before:
+        for context in contexts:
+            context.here.off += 1
+        for layer in alone:
             layer.mode = "off"
         yield model
     finally:
-        for layer, mode in before.items():
+        for context in contexts:
+            context.here.off -= 1
+        for layer, mode in alone.items():
             layer.mode = mode
+
+
+@contextmanager
+def between_passes(model: nn.Module):
+    """Inside, no other thread is in a forward pass of the model (compiled ones do not say so)."""
+    with ExitStack() as stack:
+        for context in {layer.context for layer in hooked_layers(model).values()} - {None}:
+            stack.enter_context(context.passes.between())
+        yield
+
 
 
 def _shape(base: nn.Module) -> tuple[int, int]:

@@ -164,7 +164,7 @@ def _adapter(editor, live: list[Entry]) -> dict[str, torch.Tensor]:
     for name, layer in editor.layers.items():
         delta = editor._delta[name]
         d_out, d_in = delta.shape
-        small = live and len(live) * (d_out + d_in) < d_out * d_in
+        small = live and sum(len(entry.keys[name]) for entry in live) * (d_out + d_in) < d_out * d_in
         factors = editor._factors(name, live) if small else None
         if factors is not None:
             left, right = (factor.to(delta.dtype) for factor in factors)  # (d_out, n), (n, d_in)
@@ -212,6 +212,7 @@ def _state(editor) -> dict[str, torch.Tensor]:
             tensors[f"{name}.moment"] = editor.covariance.moments[name]
         if editor.ledger.entries:
             tensors[f"{name}.keys"], tensors[f"{name}.responses"] = stacked(editor.ledger.entries, name)
+            tensors[f"{name}.key_counts"] = torch.tensor([len(entry.keys[name]) for entry in editor.ledger.entries])
             marks = [entry.anchors.get(name) for entry in editor.ledger.entries]
             if any(own is not None for own in marks):
                 tensors[f"{name}.directions"] = torch.cat([own[0] for own in marks])
@@ -240,12 +241,19 @@ def _covariance(manifest: dict, state: dict[str, torch.Tensor]) -> Covariance | 
 def _entries(manifest: dict, state: dict[str, torch.Tensor]) -> list[Entry]:
     entries = []
     marks = {name: _marks(state, name) for name in manifest["layers"] if f"{name}.directions" in state}
+    written = {name: _written(state, name) for name in manifest["layers"]} if manifest["ledger"] else {}
     for n, saved in enumerate(manifest["ledger"]):
-        keys = {name: state[f"{name}.keys"][:, n].clone() for name in manifest["layers"]}
-        responses = {name: state[f"{name}.responses"][:, n].clone() for name in manifest["layers"]}
+        keys, responses = ({name: own[part][n] for name, own in written.items()} for part in (0, 1))
         anchors = {name: own[n] for name, own in marks.items()}
         entries.append(Entry(EditRequest.from_record(saved["request"]), saved["step"], keys, responses, anchors=anchors))
     return entries
+
+
+def _written(state: dict[str, torch.Tensor], name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Every entry's keys and responses in a layer."""
+    keys, responses = state[f"{name}.keys"].mT, state[f"{name}.responses"].mT
+    counts = state[f"{name}.key_counts"].tolist() if f"{name}.key_counts" in state else [1] * len(keys)  # one a request, before
+    return tuple([part.clone() for part in both.split(counts)] for both in (keys, responses))
 
 
 def _marks(state: dict[str, torch.Tensor], name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -4,32 +4,52 @@ A linear layer sees only its input. The attention mask is known one level up, an
 of a sequence are gone. One :class:`SequenceContext` a model listens at the decoder (forward hooks), reads the mask
 there, and keeps each layer's running z-score statistics *on the generation's own cache*, so that they follow it through
 beam reordering, batch expansion and copies.
+
+Any number of threads may run the model: what belongs to a pass is kept for its thread.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import threading
 
 import torch
 from torch import nn
 
+from comeba_ext.passes import Passes
 
-class SequenceContext:
-    """Mask and running statistics of the forward pass in progress; empty between passes.
+
+class _Here(threading.local):
+    """What a thread's pass in progress is about; empty between passes.
 
     Attributes:
         shape: ``(batch, seq)`` of the pass, or ``None`` when no pass is in progress.
         mask: ``(batch, seq)`` bool of real tokens, or ``None`` when every token is real or no pass is in progress.
         statistics: layer name to ``(batch, 3)`` statistics of the tokens before this pass (:func:`ops.zscore`).
         updated: the same after this pass, filled in by the layers.
+        off: whether this thread wants the unedited model (:func:`hooked_linear.disabled`), so many times over.
+    """
+
+    shape: tuple[int, int] | None = None
+    mask: torch.Tensor | None = None
+    off = 0
+
+    def __init__(self) -> None:
+        self.statistics: dict[str, torch.Tensor] = {}
+        self.updated: dict[str, torch.Tensor] = {}
+
+
+class SequenceContext:
+    """Listens at a model's decoder.
+
+    Attributes:
+        here: the calling thread's :class:`_Here`.
+        passes: which threads are in a pass.
     """
 
     def __init__(self, decoder: nn.Module):
-        self.shape: tuple[int, int] | None = None
-        self.mask: torch.Tensor | None = None
-        self.statistics: dict[str, torch.Tensor] = {}
-        self.updated: dict[str, torch.Tensor] = {}
+        self.here, self.passes = _Here(), Passes()
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._handles = [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -41,7 +61,17 @@ class SequenceContext:
         for handle in self._handles:
             handle.remove()
 
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "here"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.here = _Here()
+
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not torch.compiler.is_compiling():
+            self.passes.begin()
+        here = self.here
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache = _cache_of(given)
         tokens = given.get("input_ids")
@@ -49,20 +79,23 @@ class SequenceContext:
         if tokens is None:  # the model's own error says it better
             return
         past = cache.get_seq_length() if cache is not None else 0
-        self.shape = (tokens.shape[0], tokens.shape[1])
-        self.mask = _real_tokens(given.get("attention_mask"), past, tokens.shape[1])
-        self.statistics = getattr(cache, "comeba_statistics", {})
-        self.updated = {}
+        here.shape = (tokens.shape[0], tokens.shape[1])
+        here.mask = _real_tokens(given.get("attention_mask"), past, tokens.shape[1])
+        here.statistics = getattr(cache, "comeba_statistics", {})
+        here.updated = {}
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        here = self.here
         cache = _cache_of({**dict(zip(self._names, args, strict=False)), **kwargs})
         if cache is None:
             cache = _cache_of({name: getattr(output, name, None) for name in CACHE_NAMES})
-        if cache is not None and output is not None and self.updated:  # None: the pass failed
+        if cache is not None and output is not None and here.updated:  # None: the pass failed
             if not hasattr(cache, "comeba_statistics"):
                 cache.__class__ = _with_statistics(type(cache))
-            cache.comeba_statistics = {**getattr(cache, "comeba_statistics", {}), **self.updated}
-        self.shape, self.mask, self.statistics, self.updated = None, None, {}, {}
+            cache.comeba_statistics = {**getattr(cache, "comeba_statistics", {}), **here.updated}
+        here.shape, here.mask, here.statistics, here.updated = None, None, {}, {}
+        if not torch.compiler.is_compiling():
+            self.passes.end()
 
 
 CACHE_NAMES = ("past_key_values", "cache")  # the latter since Transformers 5.24

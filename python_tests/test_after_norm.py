@@ -36,7 +36,7 @@ def at_subject(model, editor, tokenizer, request):
         block.register_forward_hook(lambda m, args, out: seen.__setitem__("h", out[0] if isinstance(out, tuple) else out)),
     ]
     encoded = tokenizer(request.text, return_offsets_mapping=True)
-    last = max(i for i, (a, _) in enumerate(encoded["offset_mapping"]) if a < request.subject_end)
+    last = max(i for i, (a, _) in enumerate(encoded["offset_mapping"]) if a < request.place)
     with torch.no_grad():
         logits = model(torch.tensor([encoded["input_ids"]])).logits[0, -1]
     for handle in handles:
@@ -69,7 +69,7 @@ def test_a_found_value_does_what_was_found(family, tokenizer):
     for request, value in zip(REQUESTS, values, strict=True):
         y, _, logits = at_subject(model, editor, tokenizer, request)
         encoded = tokenizer(request.text, return_offsets_mapping=True)
-        last = max(i for i, (a, _) in enumerate(encoded["offset_mapping"]) if a < request.subject_end)
+        last = max(i for i, (a, _) in enumerate(encoded["offset_mapping"]) if a < request.place)
 
         def put(module, args, out, last=last, value=value):
             out = out.clone()

@@ -91,7 +91,7 @@ def test_thresholds(floor, margin):
 
 def test_decoys_end_as_their_subject_does(tokenizer):
     subjects = ["Danielle Darrieux", "Oslo", "the city of Paris"]
-    rows = decoy_rows(tokenizer, subjects)
+    rows = decoy_rows(tokenizer, [EditRequest("{} is", subject, "x") for subject in subjects])
     ids = [tokenizer(f" {subject}", add_special_tokens=False)["input_ids"] for subject in subjects]
     assert [len([row for row in rows if row.request == n]) for n in range(3)] == [6 * min(2, len(own) - 1) for own in ids]
     context = tokenizer("The article about the")["input_ids"]
@@ -102,21 +102,22 @@ def test_decoys_end_as_their_subject_does(tokenizer):
     assert len(texts) == len(rows) and any("Northern" in text for text in texts)
 
 
-def with_a_common_key(tiny_model, tokenizer, **changes):
-    """An editor in whose corpus the first token of a text looks like the subject of a request that begins with it."""
+def with_a_common_key(tiny_model, tokenizer, last=True, **changes):
+    """An editor in whose corpus the first token of a text looks like the subject of a request that begins with it, and with
+    ``last`` another one like the end of its prompt."""
     editor = make_editor(small_model(tiny_model), tokenizer, scope="nearest", **changes)
     layer, name = list(editor.layers.values())[-1], list(editor.layers)[-1]
     request = EditRequest("{} plays the", "Marie", "piano")
     seen = []
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    ids = tokenizer("Marie")["input_ids"]
-    with torch.no_grad():
-        editor.model(torch.tensor([ids]))
-    handle.remove()
     sample = editor.covariance.sample
-    sample.keys[name][0] = seen[0][0, -1].to(torch.bfloat16)
-    sample.tokens[0] = -1
-    sample.tokens[0, -1] = tokenizer.eos_token_id  # not the subject itself
+    for n, text in enumerate(("Marie", "Marie plays the") if last else ("Marie",)):
+        with torch.no_grad():
+            editor.model(torch.tensor([tokenizer(text)["input_ids"]]))
+        sample.keys[name][n] = seen[-1][0, -1].to(torch.bfloat16)
+        sample.tokens[n] = -1
+        sample.tokens[n, -1] = tokenizer.eos_token_id  # not the subject itself
+    handle.remove()
     sample._mentions.clear()
     editor._measure_background()
     return editor, request
@@ -136,6 +137,64 @@ def test_a_key_that_says_nothing_is_declined(tiny_model, tokenizer, caplog):
     for name in editor.layers:
         assert torch.equal(editor.layers[name].delta, fresh.layers[name].delta)
         assert torch.equal(editor.layers[name].thresholds, fresh.layers[name].thresholds)
+
+
+def test_a_key_that_says_nothing_gives_way_to_the_prompts_last(tiny_model, tokenizer):
+    """As if the request had asked for it, and where it does, with equal bits."""
+    editor, common = with_a_common_key(tiny_model, tokenizer, last=False)
+    good = [request for request in some_requests(6) if not request.prompt.startswith("{}")][:1]
+    report = editor.edit([*good, common], target_values=random_values(2))
+    assert report.moved == ["edit-1"] and not report.declined
+    assert [entry.request.fact_token for entry in editor.ledger.live()] == ["subject_last", "last"]
+    asked, _ = with_a_common_key(tiny_model, tokenizer, last=False)
+    assert not asked.edit([*good, EditRequest("{} plays the", "Marie", "piano", fact_token="last")], target_values=random_values(2)).moved
+    seen = {}
+    for name, layer in editor.layers.items():
+        assert torch.equal(layer.delta, asked.layers[name].delta)
+        layer.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0][0, -1].clone()}))
+    with torch.no_grad():
+        editor.model(torch.tensor([tokenizer("Marie plays the")["input_ids"]]))
+    entry, first = editor.ledger.live()[1], list(editor.layers)[0]
+    assert torch.allclose(entry.keys[first][1], seen[first], atol=1e-5)
+
+
+def test_other_facts_of_a_subject_are_written_anew_with_it(tiny_model, tokenizer):
+    editor = make_editor(small_model(tiny_model), tokenizer, scope="nearest", steps=10, optimizer="polyak", clamp=4.0)
+    first = [EditRequest("The mother tongue of {} is", "Norway", "English"), EditRequest("The mother tongue of {} is", "Peru", "Lima")]
+    editor.edit(first)
+    before = snapshot(editor)
+    report = editor.edit([EditRequest("The capital of {}, as everyone knows, is", "Norway", "Paris")])
+    assert report.request_ids == ["edit-2"] and report.rewritten == ["edit-0"] and not report.superseded
+    assert len(report.answered) == len(report.losses) == len(report.optimizer_steps) == 1
+    live = editor.ledger.live()
+    assert [(e.request.request_id, e.step) for e in live] == [("edit-1", 1), ("edit-2", 2), ("edit-0", 2)]
+    editor.rollback(1)
+    after = snapshot(editor)
+    assert after["live"] == before["live"] and after["ledger"] == before["ledger"]
+    for name in before["layers"]:
+        assert torch.allclose(after["layers"][name][0], before["layers"][name][0], rtol=0, atol=1e-5)
+    again = editor.edit([EditRequest("The capital of {}, as everyone knows, is", "Norway", "Paris")])
+    editor.retract("edit-0")
+    assert again.rewritten == ["edit-0"] and len(editor.ledger) == 2
+    for scope in ("zscore", "reference"):  # there no key is known again
+        other = make_editor(small_model(tiny_model), tokenizer, scope=scope)
+        other.edit(first)
+        assert not other.edit([EditRequest("The capital of {}, as everyone knows, is", "Norway", "Paris")]).rewritten
+
+
+def test_at_a_prompts_end_the_threshold_is_half_way_to_others(tokenizer):
+    generator = torch.Generator().manual_seed(0)
+    units = torch.nn.functional.normalize(torch.randn(2, 3, 8, generator=generator), dim=-1)
+    mean = torch.nn.functional.normalize(units.mean(1), dim=-1)
+    other = torch.nn.functional.normalize(units[1, 0] + 0.3 * torch.randn(8, generator=generator), dim=-1)
+    around = Background(torch.zeros(0, 8), KeySample(), 1.0)
+    decoys = (torch.stack([other, other]), torch.tensor([0, 1]))
+    found = anchors_of(units, mean, torch.ones(2), around, [[], []], decoys, 0.6, 0.6, torch.tensor([False, True]))
+    assert found.owner.tolist() == [0, 0, 1] and torch.equal(found.unit[2], units[1, 0])
+    assert found.thresholds[2].item() == pytest.approx((1 + (units[1, 0] @ other).item()) / 2, abs=1e-6)
+    request = EditRequest("{} is located in", "Norway", "x", fact_token="last")
+    texts = [tokenizer.decode(row.ids) for row in decoy_rows(tokenizer, [request])]
+    assert len(texts) == 6 and all(text.endswith(" is located in") and "Norway" not in text for text in texts)
 
 
 def test_a_batch_of_which_nothing_is_left_changes_nothing(tiny_model, tokenizer, tmp_path):
@@ -187,7 +246,7 @@ def test_leverage_is_that_of_the_covariance(tiny_model, tokenizer):
     requests = some_requests(5)
     report = editor.edit(requests, target_values=random_values(5))
     name, layer = next(iter(editor.layers.items()))
-    keys = torch.stack([entry.keys[name] for entry in editor.ledger.live()]).double()
+    keys = torch.stack([entry.keys[name][1] for entry in editor.ledger.live()]).double()  # behind the prompts alone
     expected = (keys * torch.linalg.solve(editor.covariance[name], keys.T).T).sum(-1).median().item()
     assert report.leverage[name] == pytest.approx(expected, rel=1e-3)  # 48 rows of 48: nothing is estimated
     assert report.share[name] == pytest.approx(expected / (20.0 + expected), rel=1e-3)

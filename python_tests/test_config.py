@@ -4,9 +4,11 @@ import json
 import math
 
 import pytest
+import torch
 
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.errors import ConfigError
+from comeba_ext.methods import default_config
 
 CHANGED = EditConfig(
     layers=(3, 5), lam=7.5, scope="reference", alpha=math.inf, steps=9, lr=0.2, lr_unit="hidden_rms", kl_factor=0.0,
@@ -83,9 +85,24 @@ def test_any_number_is_a_threshold(alpha):
 
 @pytest.mark.parametrize("scope, ratio", [("zscore", 1.0), ("reference", 1.0), ("nearest", 4.0)])
 def test_lambda_follows_from_the_ratio(scope, ratio):
-    assert EditConfig(layers=(1,), scope=scope).lam_of(1536) == 1536 / ratio
+    assert EditConfig(layers=(1, 2), scope=scope).lam_of(1536) == 1536 / ratio
+    assert EditConfig(layers=(1,), scope=scope).lam_of(1536) == 1536 / (32 if scope == "nearest" else ratio)
     assert EditConfig(layers=(1,), scope=scope, leverage_ratio=8.0).lam_of(1536) == 192
     assert EditConfig(layers=(1,), scope=scope, leverage_ratio=8.0, lam=7.0).lam_of(1536) == 7
+
+
+@pytest.mark.parametrize("scope, layers", [(None, [8]), ("nearest", [8]), ("zscore", [4, 5, 6, 7, 8]), ("reference", [4, 5, 6, 7, 8])])
+def test_one_layer_where_keys_are_compared(scope, layers):
+    """Of a model without published settings; scores of the response spread an edit."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=30, num_attention_heads=1))
+    found = EditConfig.for_model(model, **({"scope": scope} if scope else {}))
+    assert list(found.layers) == layers and found.lam is None
+    assert list(EditConfig.for_model(model, scope=scope or "nearest", layers=[2, 3]).layers) == [2, 3]
+    assert list(default_config("MEMIT", model).layers) == [4, 5, 6, 7, 8]
+    assert list(default_config("ROME", model).layers) == [6]
 
 
 def test_a_file_may_hold_just_what_differs(tmp_path):

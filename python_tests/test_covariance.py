@@ -235,6 +235,21 @@ def test_a_finished_one_is_extended(tiny_model, tokenizer, tmp_path, monkeypatch
     assert_close(editor.covariance, literal(tiny_model, tokenizer, "gpt2", more)[0])
 
 
+def test_other_texts_are_refused_whatever_is_left_to_do(tiny_model, tokenizer, tmp_path):
+    """A finished file answers for its texts only: neither handed out for others nor extended with them."""
+    path = tmp_path / "covariance.safetensors"
+    make_editor(tiny_model, tokenizer).collect_covariance(TEXTS, tokens=200, path=path, progress=False)
+    content = path.read_bytes()
+    same = make_editor(tiny_model, tokenizer)
+    same.collect_covariance(iter(TEXTS), tokens=200, path=path, progress=False)
+    assert path.read_bytes() == content and same.covariance.tokens == 200
+    for tokens in (200, 100, 400):
+        for others in (TEXTS[1:], [TEXTS[0] + "?", *TEXTS[1:]]):
+            with pytest.raises(CovarianceError, match="choose another file"):
+                make_editor(tiny_model, tokenizer).collect_covariance(others, tokens=tokens, path=path, progress=False)
+    assert path.read_bytes() == content
+
+
 def test_a_model_over_several_devices(tiny_model, tokenizer, tmp_path):
     """Placed by accelerate, blocks on the CPU and on disk, which stands for a device that is not the first's."""
     accelerate = pytest.importorskip("accelerate")

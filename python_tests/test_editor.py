@@ -189,7 +189,7 @@ class Oracle:
         return keys
 
     def anchors(self, n, found, request, decoys):
-        """The key to edit, and what to compare with: ``(key, threshold)`` of the mean and of the plain key."""
+        """The keys to edit, and what to compare with: ``(key, threshold)`` of the mean and of the plain key."""
         told = [key for key in found if self.highest(n, key, request) <= 0.85] or found
         mean = sum(told) / len(told)
         lowest, both = min(self.cosine(n, key, mean) for key in found[1:]), []
@@ -198,7 +198,7 @@ class Oracle:
             named = max([self.cosine(n, key, other) for other in decoys[n]] + [0.0])
             if corpus <= 0.85:
                 both.append((key, max(0.6, least, min(max(corpus + 0.05, named), 0.9 * own))))
-        return mean, both
+        return [mean, next((key for key in told if key is found[0]), mean)], both
 
     def declines(self, request):
         """Whether ordinary text looks like the plain key at the value layer, in the model as it stands."""
@@ -247,9 +247,10 @@ class Oracle:
                         residuals.append((value - self.hidden[last]) / (len(self.layers) - number))
                         prompts.append(self.inputs[n])
                 if self.scope == "nearest":
-                    key, own = self.anchors(n, found, request, decoys[number_])
-                    keys.append(key)
+                    own_keys, own = self.anchors(n, found, request, decoys[number_])
+                    keys += own_keys
                     known += own
+                    residuals += residuals[-1:]
                 else:
                     keys.append(sum(found) / len(found))
             K, R = torch.stack(keys, 1), torch.stack(residuals, 1)
@@ -330,15 +331,15 @@ def test_error_in_the_middle_changes_nothing(tiny_model, tokenizer, monkeypatch,
     requests = some_requests(4)
     editor.edit(requests[:2], target_values=random_values(2))
     before = snapshot(editor)
-    real, last = getattr(editor, where), list(editor.layers)[-1]
+    real, last = getattr(Editor, where), list(editor.layers)[-1]
 
-    def failing(name, *args):
-        result = real(name, *args)
+    def failing(self, name, *args):
+        result = real(self, name, *args)
         if name == last:
             raise error("in the middle")
         return result
 
-    monkeypatch.setattr(editor, where, failing)
+    monkeypatch.setattr(Editor, where, failing)
     # one new fact, and one that supersedes
     batch = [requests[2], EditRequest(requests[0].prompt, requests[0].subject, "Warsaw")]
     with pytest.raises(error, match="in the middle"):
@@ -361,14 +362,14 @@ def test_error_while_taking_back_changes_nothing(tiny_model, tokenizer, monkeypa
     for n, request in enumerate(some_requests(3)):
         editor.edit([request], target_values=random_values(1, seed=n))
     before, last = snapshot(editor), list(editor.layers)[-1]
-    real = editor._exchange
+    real = Editor._exchange
 
-    def failing(name, **changes):
-        real(name, **changes)
+    def failing(self, name, **changes):
+        real(self, name, **changes)
         if name == last:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(editor, "_exchange", failing)
+    monkeypatch.setattr(Editor, "_exchange", failing)
     with pytest.raises(KeyboardInterrupt):
         editor.retract(["edit-0"]) if what == "retract" else editor.rollback(1)
     assert_same(before, snapshot(editor))
@@ -503,13 +504,14 @@ def test_unusable_covariances(tiny_model, tokenizer, tmp_path):
 
 
 def expected_memory(editor, name):
-    live = [entry.keys[name].double() for entry in editor.ledger.live()]
+    live = [key.double() for entry in editor.ledger.live() for key in entry.keys[name]]
     return editor.config.lam * editor.covariance[name] + sum(torch.outer(key, key) for key in live)
 
 
 def expected_delta(editor, name):
     """Least squares of the live requests: ``(Σ v kᵀ) C⁻¹``."""
-    total = sum(torch.outer(e.responses[name].double(), e.keys[name].double()) for e in editor.ledger.live())
+    pairs = [pair for e in editor.ledger.live() for pair in zip(e.responses[name], e.keys[name], strict=True)]
+    total = sum(torch.outer(response.double(), key.double()) for response, key in pairs)
     return torch.linalg.solve(expected_memory(editor, name), total.T).T
 
 
@@ -530,7 +532,7 @@ def assert_compares_with_the_live_keys(editor, tolerance=1e-4):
         assert best.values.min() > SAME - tolerance  # which stands for all that are near
         assert (own[best.indices] <= wanted + tolerance).all()  # and asks for no more than they do
         assert (anchors @ anchors.T - torch.eye(count)).max() < SAME + tolerance  # and for no other anchor
-        keys = torch.stack([entry.keys[name].double() for entry in editor.ledger.live()])
+        keys = torch.cat([entry.keys[name].double() for entry in editor.ledger.live()])
         scores = layer.scores(keys[None].to(layer.delta))[0].double()
         cosines = directions(keys, layer.projection.double()) @ anchors.T
         excess = (own - layer.alpha).clamp(min=0)
@@ -548,7 +550,7 @@ def test_superseding(tiny_model, tokenizer, scope):
     editor = make_editor(small_model(tiny_model), tokenizer, scope=scope)
     first, second = some_requests(2)
     editor.edit([first, second], target_values=random_values(2))
-    old = {name: editor.ledger.live()[0].keys[name].double() for name in editor.layers}
+    old = {name: editor.ledger.live()[0].keys[name][0].double() for name in editor.layers}
     new = EditRequest(first.prompt, first.subject, "Warsaw")
     report = editor.edit([new], target_values=random_values(1, seed=1))
     assert report.superseded == ["edit-0"]

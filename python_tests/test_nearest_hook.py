@@ -658,13 +658,13 @@ def test_error_after_the_keys_were_taken_out(tiny_model, tokenizer, monkeypatch,
     """A request that supersedes takes its old key out first; an error then, or behind it, puts it back."""
     editor, requests = edited(tiny_model, tokenizer)
     before = snapshot(editor)
-    real = getattr(editor, where)
+    real = getattr(Editor, where)
 
     def failing(*args, **kwargs):
         real(*args, **kwargs)
         raise error("in the middle")
 
-    monkeypatch.setattr(editor, where, failing)
+    monkeypatch.setattr(Editor, where, failing)
     again = EditRequest(requests[0].prompt, requests[0].subject, "Warsaw")
     for step in (lambda: editor.edit([again], target_values=random_values(1)), lambda: editor.retract("edit-3"),
                  lambda: editor.rollback(1)):  # fmt: skip

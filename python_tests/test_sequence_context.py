@@ -415,8 +415,8 @@ def test_install_and_uninstall(tiny_model, family):
 
 def _no_pass_in_progress(layers):
     for layer in layers.values():
-        assert layer.context.mask is None and layer.context.shape is None
-        assert not layer.context.statistics and not layer.context.updated
+        assert layer.context.here.mask is None and layer.context.here.shape is None
+        assert not layer.context.here.statistics and not layer.context.here.updated
 
 
 def test_an_error_inside_leaves_no_mask_behind(tiny_model):

@@ -178,6 +178,54 @@ def test_groups_and_order_do_not_matter(tiny_model, tokenizer, monkeypatch):
         assert found.losses == pytest.approx([whole.losses[i] for i in order], rel=1e-9)
 
 
+def test_facts_of_one_subject_share_a_delta(tiny_model, tokenizer):
+    """Their loss is the mean over all their rows; what each value adds to its own hidden state is the same."""
+    model, _ = edited_model(tiny_model, tokenizer, "gpt2")
+    requests = [EditRequest("The mother tongue of {} is", "Peru", "English"), REQUESTS[1], EditRequest("{} is located in", "Peru", "Oslo, Norway")]
+    together = [[0, 2], [1]]
+    config = settings(early_stop=0.0, steps=4, weight_decay=0.0, kl_factor=0.0)
+    rows, essence = target_rows(tokenizer, requests, PREFIXES), essence_rows(tokenizer, requests)
+    of = lambda *numbers: [row for row in rows if row.request in numbers]  # noqa: E731
+    delta = torch.randn(1, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def loss(own):
+        upper = Upper(model, Architecture.of(model), 2, 0, 4096)
+        upper.prepare(rows + essence)
+        objective = module._Objective(upper, config, [own])
+        objective.evaluate(torch.zeros_like(objective.h), False)
+        return objective.evaluate(delta, False)[0].item()
+
+    apart = [loss([*of(n), essence[n]]) for n in (0, 2)]
+    assert loss([*of(0, 2), essence[0]]) == pytest.approx(sum(apart) / 2, rel=1e-9) and abs(apart[0] - apart[1]) > 0.1
+    found = optimise_target_values(model, tokenizer, Architecture.of(model), config, requests, PREFIXES, together=together)
+    alone = run(model, tokenizer, config, requests[1:2])
+    hidden = [OneRequest(model, tokenizer, "gpt2", config, request).h for request in requests]
+    assert torch.allclose(found.values[0] - hidden[0], found.values[2] - hidden[2], rtol=0, atol=1e-9)
+    assert torch.allclose(found.values[1], alone.values[0], rtol=0, atol=1e-9)
+    assert found.losses[0] == found.losses[2] and found.steps == [3, 3, 3]
+
+
+def test_what_polyak_misses_is_tried_with_adam(tiny_model, tokenizer, monkeypatch):
+    """Only that, from zero; the other requests keep what they have."""
+    model, _ = edited_model(tiny_model, tokenizer, "gpt2")
+    config = settings(optimizer="polyak", early_stop=0.05, steps=12, clamp=4.0, lr=0.3)
+    first = run(model, tokenizer, config.replace(optimizer="adam"))
+    with monkeypatch.context() as patch:
+        patch.setitem(module.OPTIMISERS, "adam", lambda path: None)  # a second try that finds nothing, loss infinite
+        polyak = run(model, tokenizer, config)
+    found = run(model, tokenizer, config)
+    again = [n for n in range(5) if found.steps[n] != polyak.steps[n]]
+    assert again and len(again) < 5
+    for n in range(5):
+        kept = n not in again or not found.losses[n] < polyak.losses[n]
+        if n not in again:
+            assert torch.equal(found.values[n], polyak.values[n])
+        elif not kept:
+            assert torch.allclose(found.values[n], first.values[n], rtol=0, atol=1e-9)
+            assert found.losses[n] == pytest.approx(first.losses[n])
+        assert found.losses[n] <= polyak.losses[n] + 1e-12 or n in again
+
+
 def test_gradient_against_finite_differences(tiny_model, tokenizer):
     model, _ = edited_model(tiny_model, tokenizer, "gpt2")
     rows = target_rows(tokenizer, REQUESTS[:2], PREFIXES)

@@ -9,7 +9,9 @@ subject, and so does how close ordinary text comes. So an anchor's threshold is
 
 with the lowest cosine of its own prompts (of the plain key's anchor: 1), the highest of a corpus token (:mod:`key_sample`,
 mentions of the subject left out) and the highest of another name that ends as the subject does (:mod:`decoys`); neither of
-these may put the subject's own prompts out of scope. Where more than ``RATE`` of all corpus tokens come above ``CEILING``, a
+these may put the subject's own prompts out of scope. A request that is edited at its prompt's last token leaves the plain key's
+anchor alone, half-way between its own prompt and the nearest of corpus and decoys (the same prompt about others): it is that
+prompt or it is not. Where more than ``RATE`` of all corpus tokens come above ``CEILING``, a
 key says nothing: ordinary tokens look like it (its *leverage* ``kᵀ C0⁻¹ k`` is a fiftieth of what a subject's key has). Such
 an anchor is left out, and so is such a key from the mean; a request of which nothing is left where its own prompt would be
 recognised cannot be edited in that layer.
@@ -28,6 +30,7 @@ CEILING = 0.85  # of a corpus token's cosine: closer ones are the same but for r
 RATE = 1e-3  # of corpus tokens: a name that the corpus has now and then is not what most texts share
 STEP = 0.05  # above the nearest corpus token, because there are more tokens than the sample holds
 CAP = 0.9
+APART = 0.95  # more alike, a prompt about another subject cannot be told from it where both end
 _CHUNK = 256  # directions compared with the corpus at a time: bounds the table of cosines
 
 
@@ -104,6 +107,7 @@ def anchors_of(
     decoys: tuple[torch.Tensor, torch.Tensor],
     floor: float,
     margin: float,
+    at_end: torch.Tensor | None = None,
 ) -> Anchors:
     """Anchors of a batch in one layer; see the module docstring.
 
@@ -114,6 +118,7 @@ def anchors_of(
         subjects: see :meth:`Background.highest`.
         decoys: ``(D, rows)`` directions, and ``(D,)`` the request of each.
         floor: least threshold; ``margin``: share of the lowest cosine of a request's own prompts.
+        at_end: ``(u,)`` bool, requests that are edited at their prompt's last token; default: none.
     """
     both = torch.stack([mean, units[:, 0]])  # (2, u, rows)
     lowest = (units[:, 1:] if units.shape[1] > 1 else units).mul(mean[:, None]).sum(-1).amin(-1)
@@ -126,6 +131,10 @@ def anchors_of(
     others = torch.minimum(torch.maximum(corpus + STEP, named), CAP * own)
     thresholds = torch.maximum(wanted, others).clamp(min=floor)
     kept = common <= CEILING
+    if at_end is not None:
+        at_end = at_end.to(kept.device)
+        thresholds[1] = torch.where(at_end, (1 + torch.maximum(corpus[1], named[1])) / 2, thresholds[1])
+        kept[0] &= ~at_end
     serves = (kept[0] & ((both[1] * mean).sum(-1) >= thresholds[0])) | kept[1]
     # Request by request, the mean first: of near directions the first stands for the others.
     chosen = lambda pair: torch.stack(tuple(pair), 1)[kept.mT]  # noqa: E731

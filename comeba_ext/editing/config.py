@@ -20,6 +20,7 @@ MARGINS = {"zscore": 1.0, "reference": 0.25, "nearest": 0.6}
 # d_in/λ, see EditConfig.leverage_ratio. Where any token may meet the edits, the covariance of all others needs the more
 # weight. Good values of λ on models of 7M to 270M parameters (docs/findings.md).
 RATIOS = {"zscore": 1.0, "reference": 1.0, "nearest": 4.0}
+ALONE = 32.0  # with nearest, where one layer has to realise all of a residual
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class EditConfig:
         lam: λ, weight of the covariance against edited keys in ``C = λ·C0 + Σ k kᵀ``; ``None``: from ``leverage_ratio``.
         leverage_ratio: λ without a scale. With its leverage ``ℓ = kᵀ C0⁻¹ k`` one key realises the share ``ℓ/(λ + ℓ)`` of its
             residual, and an average corpus key has ``ℓ = d_in``; so ``λ = d_in / leverage_ratio`` in every layer, and such a
-            key realises ``r/(1 + r)``. (Subjects' keys have 1.2 to 2.8 times that leverage.) ``None``: 1, and with nearest 4.
+            key realises ``r/(1 + r)``. (Subjects' keys have 1.2 to 2.8 times that leverage.) ``None``: 1; with nearest 4, or 32 for
+            a single layer, which has to realise all of it.
         scope: score that decides scope, ``"zscore"``, ``"reference"`` or ``"nearest"`` (:class:`HookedLinear`).
         gate: what the score is computed from, ``"exact"`` or ``"sketch"`` (:class:`HookedLinear`).
         alpha: threshold before any edit; ``None`` for the score's own start (2.2, infinity, 1).
@@ -126,7 +128,9 @@ class EditConfig:
     @property
     def ratio(self) -> float:
         """``leverage_ratio``, or the score's own."""
-        return RATIOS[self.scope] if self.leverage_ratio is None else self.leverage_ratio
+        if self.leverage_ratio is not None:
+            return self.leverage_ratio
+        return ALONE if self.scope == "nearest" and len(self.layers) == 1 else RATIOS[self.scope]
 
     def lam_of(self, d_in: int) -> float:
         """λ of a layer with ``d_in`` inputs."""
@@ -158,7 +162,7 @@ class EditConfig:
             depth = architecture.num_blocks(model)
             values = _settings(model.config.get_text_config(), depth)
             if architecture.after_norm(model, depth - 1) is not None:
-                values |= {"layers": values["layers"][-1:], **AFTER_NORM}
+                values |= {"layers": values["layers"][-1:], "spread": None, **AFTER_NORM}
         return cls.from_dict(changed(values, changes))
 
     @classmethod
@@ -244,13 +248,15 @@ def read_settings(path: str | Path) -> dict:
 
 
 def changed(values: dict, changes: dict) -> dict:
-    """Settings with changes; another scope without a λ of its own takes what is published for it, or its own ratio."""
+    """Settings with changes; another scope without λ or layers of its own takes what is published for it, or its own."""
     values = dict(values)
-    published = values.pop("published_lam", None)
+    published, spread = values.pop("published_lam", None), values.pop("spread", None)
     before = values.get("scope", EditConfig.scope)
     scope = changes.get("scope", before)
     if scope != before:
         values.pop("lam", None)
+    if spread is not None and scope != "nearest":
+        values["layers"] = spread
     both = {**values, **changes}
     if published is not None and scope != "nearest" and both.get("lam") is None and both.get("leverage_ratio") is None:
         both["lam"] = published
@@ -274,11 +280,14 @@ def _settings(config, depth: int) -> dict:
     known = _EASYEDIT.get(kind)
     if known and depth >= known[0] and config.hidden_size >= known[1]:
         return {"layers": tuple(range(4, 9)), "clamp": 4.0, "published_lam": 15_000.0}
-    return {"layers": _by_depth(depth), **SCALE_FREE}
+    layers = _by_depth(depth)
+    # Where any token may meet the edits, each layer's share is to be small. Where the right tokens do, one layer gives what
+    # target values were found for: those of several change the hidden states between them, too.
+    return {"layers": layers[-1:], "spread": layers, **SCALE_FREE}
 
 
-# One layer has to realise all of a residual; what it is added to is small before a norm.
-AFTER_NORM = {"leverage_ratio": 32.0, "weight_decay": 0.05}
+# One layer whatever the score; what is added before a norm is small.
+AFTER_NORM = {"leverage_ratio": ALONE, "weight_decay": 0.05}
 # Hidden norms of models differ a hundredfold; Polyak's steps need no rate (the one here is Adam's, for who prefers it).
 SCALE_FREE = {"optimizer": "polyak", "lr": 0.4, "lr_unit": "hidden_rms", "clamp": 4.0}
 

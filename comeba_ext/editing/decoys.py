@@ -4,25 +4,36 @@ What a shallow layer knows of "Saratov Oblast" where it ends is largely "Oblast"
 subject's are the ends of other names: "Moscow Oblast", "Hanford High School" for "Oliver Ames High School". A corpus
 sample holds few of them, so they are made: the last token and the last two of a subject behind other beginnings. An
 anchor's threshold lies above what its decoys reach, as far as the subject's own prompts let it.
+
+A request that is edited at its prompt's last token has the same prompt about others for decoys.
 """
 
 from __future__ import annotations
 
+from comeba_ext.editing.encoding import encode_all
+from comeba_ext.editing.request import SLOT, EditRequest
 from comeba_ext.editing.rows import Row
 
 CONTEXT = "The article about the"
 BEGINNINGS = (" Robert", " Northern", " Lake", " Saint Mary", " Gold", " Pakistan")
 TAILS = (1, 2)  # tokens
+OTHERS = ("Robert", "The Northern Line", "Lake Saint Mary", "Gold", "Pakistan", "London")
 
 
-def decoy_rows(tokenizer, subjects: list[str]) -> list[Row]:
+def decoy_rows(tokenizer, requests: list[EditRequest]) -> list[Row]:
     """Rows that end where a decoy does; a subject of one token, which other names do not end with, has none."""
     context = tokenizer(CONTEXT)["input_ids"]
     while context and context[-1] == tokenizer.eos_token_id:  # a tokenizer that closes every text
         context = context[:-1]
     beginnings = tokenizer(list(BEGINNINGS), add_special_tokens=False)["input_ids"]
     rows = []
-    for n, ids in enumerate(tokenizer([f" {subject}" for subject in subjects], add_special_tokens=False)["input_ids"]):
+    subjects = tokenizer([f" {request.subject}" for request in requests], add_special_tokens=False)["input_ids"]
+    for n, (request, ids) in enumerate(zip(requests, subjects, strict=True)):
+        if request.fact_token == "last":
+            texts = [request.prompt.replace(SLOT, other) for other in OTHERS if other != request.subject]
+            found = encode_all(tokenizer, [(text, None, len(text)) for text in texts])
+            rows += [Row(n, encoded.ids[: encoded.subject_last + 1], encoded.subject_last, [], -1) for encoded in found]
+            continue
         for tail in TAILS:
             for beginning in beginnings if tail < len(ids) else ():
                 row = context + beginning + ids[-tail:]

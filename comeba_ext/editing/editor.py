@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import logging
 import math
+import signal
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -17,7 +22,7 @@ from tqdm.auto import tqdm
 from comeba_ext import distributed, hooked_linear, saved_edits
 from comeba_ext.architectures import Architecture, context_length
 from comeba_ext.covariance import Covariance, collect_covariance
-from comeba_ext.editing.anchors import Anchors, Background, anchors_of, tells
+from comeba_ext.editing.anchors import APART, Anchors, Background, anchors_of, tells
 from comeba_ext.editing.answers import answered
 from comeba_ext.editing.block_trace import BlockTrace
 from comeba_ext.editing.budget import token_budget
@@ -36,8 +41,42 @@ from comeba_ext.editing.target_values import TargetValues, optimise_target_value
 from comeba_ext.errors import ConfigError, CovarianceError, RequestError
 from comeba_ext.ops.nearest_hook import projection_of
 from comeba_ext.partial_forward import evaluating
+from comeba_ext.twin import twin_of
 
 log = logging.getLogger(__name__)
+
+_SHARED_STATE = "the model keeps the same state for most texts where its subject ends (near the beginning of a text)"
+
+
+def _step(method):
+    """A method that changes the edits: all of it happens or nothing, one step at a time, and whoever generates from the model
+    meanwhile sees the state before or the state after."""
+
+    @functools.wraps(method)
+    def whole(self, *args, **kwargs):
+        with self._one_step:
+            work = self._apart()
+            result = method(work, *args, **kwargs)
+            self._adopt(work)
+            return result
+
+    return whole
+
+
+@contextlib.contextmanager
+def _uninterrupted():
+    """Inside, Ctrl-C waits until the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    interrupted = []
+    before = signal.signal(signal.SIGINT, lambda *signalled: interrupted.append(signalled))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 class Editor:
@@ -93,6 +132,7 @@ class Editor:
         self.ledger = Ledger()
         self.step = 0
         self.log: list[dict] = []
+        self._one_step = threading.RLock()
         self._alphas: list[dict[str, float]] = [self._alpha()]  # after every step, from step 0
         self._prefixes: list[str] | None = None
         self._next_id = 0
@@ -196,23 +236,28 @@ class Editor:
             RequestError: an unusable request or batch; nothing was changed.
             CovarianceError: there is no covariance yet.
         """
-        batch = self._prepare(requests)
-        self._need_covariance()
-        with _values_bar(len(batch), progress and target_values is None) as on_progress:
-            return self._edit(batch, target_values, on_progress)
+        with self._one_step:
+            batch = self._prepare(requests)
+            self._need_covariance()
+            with _values_bar(len(batch), progress and target_values is None) as on_progress:
+                return self._edit(batch, target_values, on_progress)
 
+    @_step
     def _edit(
         self, batch: list[EditRequest], target_values: torch.Tensor | None, on_progress: Callable[[int, float], None]
     ) -> EditReport:
         phases = Phases(self._device)
         with phases("check"):
-            kept, declined = self._decline(batch)
-        if declined:
-            batch = [batch[n] for n in kept]
-            if target_values is not None:
-                target_values = self._check_values(target_values, len(kept) + len(declined))[kept]
+            given = batch
+            kept, batch, declined = self._placed(batch)
+            given = [given[n] for n in kept]
+        if declined and target_values is not None:
+            target_values = self._check_values(target_values, len(kept) + len(declined))[kept]
         if not batch:
             return self._close_step(EditReport(self.step + 1, [], declined, alpha=self._alpha(), seconds=phases.seconds), [], [])
+        asked = len(batch)  # behind them, other facts of the same subjects, whose values must be found anew together with theirs
+        companions = self._companions(batch) if target_values is None else []
+        batch = batch + [entry.request for entry in companions]
         found = trace = None
         with phases("values"):
             if target_values is None:
@@ -225,37 +270,39 @@ class Editor:
                 values = self._check_values(target_values, len(batch))
         facts = dict.fromkeys(request.fact for request in batch)  # a fact given twice replaces its entries once
         replaced = [entry for fact in facts for entry in self.ledger.of_fact(fact)]
-        with self._transaction():
-            if replaced:
-                with phases("update"):
-                    for name in self.layers:
-                        self._exchange(name, remove=replaced, add=[])
-                    self._set_keys(without(self.ledger.live(), replaced))
-            written = self._write(batch, values, phases, trace)
-            with phases("check"):
-                took = self._answered(batch)
-            marks = self._batch_anchors
-            leverage = {name: own.leverage.median().item() for name, own in marks.items()}
-            report = EditReport(
-                step=self.step + 1,
-                request_ids=[request.request_id for request in batch],
-                declined=declined,
-                answered=took,
-                superseded=[entry.request.request_id for entry in replaced],
-                losses=found.losses if found else [],
-                optimizer_steps=found.steps if found else [],
-                alpha=self._alpha(),
-                leverage=leverage,
-                share={n: own / (self.config.lam_of(self.layers[n].in_features) + own) for n, own in leverage.items()},
-                seconds=phases.seconds,
-                peak_memory=peak_memory(self._device),
-            )
-            entries = []
-            for n, request in enumerate(batch):
-                keys, responses = ({name: rows[n].cpu() for name, rows in table.items()} for table in written)
-                own = {name: tuple(part.cpu() for part in all_.of(n)) for name, all_ in marks.items()}
-                entries.append(Entry(request, report.step, keys, responses, anchors=own))
-            return self._close_step(report, batch, entries, replaced)
+        again = {id(entry) for entry in companions}
+        if replaced:
+            with phases("update"):
+                for name in self.layers:
+                    self._exchange(name, remove=replaced, add=[])
+                self._set_keys(without(self.ledger.live(), replaced))
+        written = self._write(batch, values, phases, trace)
+        with phases("check"):
+            took = self._answered(batch)
+        marks = self._batch_anchors
+        leverage = {name: own.leverage.median().item() for name, own in marks.items()}
+        report = EditReport(
+            step=self.step + 1,
+            request_ids=[request.request_id for request in batch[:asked]],
+            declined=declined,
+            moved=[request.request_id for request, own in zip(batch, given, strict=False) if request != own],
+            answered=took[:asked],
+            superseded=[entry.request.request_id for entry in replaced if id(entry) not in again],
+            rewritten=[entry.request.request_id for entry in companions],
+            losses=found.losses[:asked] if found else [],
+            optimizer_steps=found.steps[:asked] if found else [],
+            alpha=self._alpha(),
+            leverage=leverage,
+            share={n: own / (self.config.lam_of(self.layers[n].in_features) + own) for n, own in leverage.items()},
+            seconds=phases.seconds,
+            peak_memory=peak_memory(self._device),
+        )
+        entries = []
+        for n, request in enumerate(batch):
+            keys, responses = ({name: rows[n].cpu() for name, rows in table.items()} for table in written)  # (m, d)
+            own = {name: tuple(part.cpu() for part in all_.of(n)) for name, all_ in marks.items()}
+            entries.append(Entry(request, report.step, keys, responses, anchors=own))
+        return self._close_step(report, batch[:asked], entries, replaced)
 
     def _close_step(
         self, report: EditReport, batch: list[EditRequest], entries: list[Entry], replaced: list[Entry] = ()
@@ -271,21 +318,61 @@ class Editor:
         self.log.append(record)
         return report
 
-    def _decline(self, batch: list[EditRequest]) -> tuple[list[int], list[dict]]:
-        """Which requests can be edited, and why the others cannot: a key that ordinary tokens share opens the gate for them,
-        and the value layer is where the answer is made up."""
-        everything = list(range(len(batch)))
+    def _placed(self, batch: list[EditRequest]) -> tuple[list[int], list[EditRequest], list[dict]]:
+        """Which requests can be edited, those requests, and why the others cannot.
+
+        A key that ordinary tokens share, at the value layer, where the answer is made up, opens the gate for them. A request
+        with such a key is edited at its prompt's last token instead, if that one is its own.
+        """
+        kept, declined = list(range(len(batch))), []
         if not self._backgrounds:
-            return everything, []
+            return kept, batch, declined
+        batch = list(batch)
+        for n in self._telling_nothing(batch):
+            request = batch[n]
+            moved = dataclasses.replace(request, fact_token="last")
+            if request != moved and not self._telling_nothing([moved]):
+                batch[n] = moved
+                log.info("%s (%r) is edited at the prompt's last token: %s", request.request_id, request.text, _SHARED_STATE)
+            else:
+                reason = f"{_SHARED_STATE}, so an edit there would answer all of them; begin the prompt with other words"
+                declined.append({"request_id": request.request_id, "prompt": request.text, "subject": request.subject,
+                                 "target_new": request.target_new, "reason": reason})  # fmt: skip
+                log.warning("declined %s (%r): %s", request.request_id, request.text, reason)
+                kept.remove(n)
+        return kept, [batch[n] for n in kept], declined
+
+    def _companions(self, batch: list[EditRequest]) -> list[Entry]:
+        """Live edits of other facts of the batch's subjects, where keys are compared: what is written at nearly their keys would
+        otherwise take their place."""
+        if not self._compared:
+            return []
+        subjects = {request.subject for request in batch if request.fact_token == "subject_last"}
+        facts = {request.fact for request in batch}
+        return [entry for entry in self.ledger.live()
+                if entry.request.subject in subjects and entry.request.fact_token == "subject_last" and entry.request.fact not in facts]  # fmt: skip
+
+    def _together(self, batch: list[EditRequest]) -> list[list[int]]:
+        """Which requests share a target value's δ: where keys are compared, facts of one subject."""
+        groups: dict = {}
+        for n, request in enumerate(batch):
+            shared = self._compared and request.fact_token == "subject_last"
+            groups.setdefault(request.subject if shared else (n,), []).append(n)
+        return list(groups.values())
+
+    def _telling_nothing(self, batch: list[EditRequest]) -> list[int]:
+        """The requests whose own key most texts share."""
         name, layer = list(self.layers.items())[-1]
         keys = self._subject_keys(prompt_rows(self.tokenizer, batch, [""]), {name: layer})[name]
-        told = tells(layer.directions(keys)[:, None], self._backgrounds[name], self._subjects(batch))[:, 0].tolist()
-        reason = ("the model keeps the same state for most texts where this prompt's subject ends (near the beginning of a "
-                  "text), so an edit there would answer all of them; begin the prompt with other words")  # fmt: skip
-        declined = [{"request_id": batch[n].request_id, "prompt": batch[n].text, "reason": reason} for n in everything if not told[n]]
-        for entry in declined:
-            log.warning("declined %s (%r): %s", entry["request_id"], entry["prompt"], entry["reason"])
-        return [n for n in everything if told[n]], declined
+        units = layer.directions(keys)
+        told = tells(units[:, None], self._backgrounds[name], self._subjects(batch))[:, 0]
+        ends = [n for n, request in enumerate(batch) if request.fact_token == "last"]
+        if ends:
+            rows = decoy_rows(self.tokenizer, [batch[n] for n in ends])
+            others = layer.directions(self._subject_keys(rows, {name: layer})[name])
+            for row, other in zip(rows, others, strict=True):
+                told[ends[row.request]] &= units[ends[row.request]] @ other <= APART
+        return (~told).nonzero()[:, 0].tolist()
 
     def _subject_keys(self, rows: list, layers: dict) -> dict[str, torch.Tensor]:
         with evaluating(self.model):
@@ -293,7 +380,7 @@ class Editor:
 
     def _decoys(self, batch: list[EditRequest]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Layer name to the directions of other names' keys, and which request each belongs to."""
-        rows = decoy_rows(self.tokenizer, [request.subject for request in batch])
+        rows = decoy_rows(self.tokenizer, batch)
         owner = torch.tensor([row.request for row in rows], dtype=torch.long)
         keys = self._subject_keys(rows, self._compared) if rows else {}
         empty = lambda layer: torch.zeros(0, len(layer.projection))  # noqa: E731
@@ -320,10 +407,10 @@ class Editor:
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        checked = self._named(as_requests(requests))
+        checked = as_requests(requests)
         facts: dict[str, tuple[str, str]] = {}
         for request in checked:
-            if facts.setdefault(request.request_id, request.fact) != request.fact:
+            if request.request_id is not None and facts.setdefault(request.request_id, request.fact) != request.fact:
                 raise RequestError(f"request_id {request.request_id!r} is used by another request; ids must differ")
         batches = consecutive_batches(checked, batch_size) or [[]]  # no request is refused as an empty batch is
         for number, batch in enumerate(batches):
@@ -332,18 +419,35 @@ class Editor:
             except RequestError as error:
                 raise RequestError(f"batch {number + 1} of {len(batches)}: {error}") from None
         self._need_covariance()
-        return self._edit_batches(batches, len(checked), progress)
+        return self._edit_batches(batches, set(facts), len(checked), progress)
 
-    def _edit_batches(self, batches: list[list[EditRequest]], total: int, progress: bool) -> Iterator[EditReport]:
+    def _edit_batches(
+        self, batches: list[list[EditRequest]], given: set[str], total: int, progress: bool
+    ) -> Iterator[EditReport]:
         with tqdm(total=total, unit="edit", desc="editing", disable=not progress) as bar:
 
             def on_progress(done: int, loss: float) -> None:
                 bar.set_postfix(loss=f"{loss:.3f}")
 
             for batch in batches:
-                report = self._edit(self._named(self._consistent(batch)), None, on_progress)  # the rest was checked
+                with self._one_step:
+                    # The rest was checked. Ids are given batch by batch, so that a run that goes on later gives the same.
+                    report = self._edit(self._named(self._consistent(batch), given), None, on_progress)
                 bar.update(len(batch))
                 yield report
+
+    def handled(self) -> Counter[tuple[str, str, str]]:
+        """What the steps so far were asked for, edited or declined: ``(text, subject, new object)``, how often. What was rolled
+        back does not count; what was superseded or retracted does."""
+        found: list[tuple[int, tuple[str, str, str]]] = []
+        for event in self.log:
+            if event["event"] == "edit":
+                edited = (EditRequest.from_record(record) for record in event["requests"])
+                found += [(event["step"], request.asked) for request in edited]
+                found += [(event["step"], (d["prompt"], d.get("subject", ""), d.get("target_new", ""))) for d in event["declined"]]
+            elif event["event"] == "rollback":
+                found = [(step, asked) for step, asked in found if step <= event["step"]]
+        return Counter(asked for _, asked in found)
 
     def check(self, requests: Iterable[EditRequest | Mapping]) -> None:
         """Raise what :meth:`edit` would raise on this batch before it starts; changes nothing."""
@@ -355,6 +459,7 @@ class Editor:
         with _values_bar(len(batch), progress) as on_progress:
             return self._optimise(batch, on_progress).values
 
+    @_step
     def retract(self, request_ids: str | Iterable[str]) -> None:
         """Take edits back: their keys leave ``C`` and their share leaves ``delta``.
 
@@ -371,18 +476,18 @@ class Editor:
         if unknown or not ids or len(set(ids)) != len(ids):
             what = f"no live edit has the id {', '.join(map(repr, unknown))}" if unknown else "no or repeated ids given"
             raise RequestError(f"{what}; ids are in every report's request_ids")
-        with self._transaction():
-            for name in self.layers:
-                self._exchange(name, remove=entries, add=[])
-                if len(entries) == len(self.ledger):
-                    self._clear(name)
-            self._set_keys(without(self.ledger.live(), entries))
+        for name in self.layers:
+            self._exchange(name, remove=entries, add=[])
+            if len(entries) == len(self.ledger):
+                self._clear(name)
+        self._set_keys(without(self.ledger.live(), entries))
         self.step += 1
         for entry in entries:
             self.ledger.remove(entry, self.step)
         self._alphas.append(self._alpha())
         self.log.append({"event": "retract", "step": self.step, "request_ids": ids})
 
+    @_step
     def rollback(self, step: int) -> None:
         """Return to the state after ``step`` (0: unedited); later steps are forgotten, except in the log.
 
@@ -392,15 +497,14 @@ class Editor:
         if not 0 <= step <= self.step:
             raise RequestError(f"cannot roll back to step {step}; steps 0 to {self.step} exist")
         added, removed = self.ledger.changes_since(step)
-        with self._transaction():
-            for name, layer in self.layers.items():
-                self._revert(name, step, added, removed)
-                if len(added) == len(self.ledger) and not removed:
-                    self._clear(name)
-                layer.alpha.fill_(self._alphas[step][name])
-            # In the order they were added: of near keys the first stands for the others.
-            entries = [entry for entry in self.ledger.entries if entry.step <= step]
-            self._set_keys([entry for entry in entries if entry.removed is None or entry.removed > step])
+        for name, layer in self.layers.items():
+            self._revert(name, step, added, removed)
+            if len(added) == len(self.ledger) and not removed:
+                self._clear(name)
+            layer.alpha.fill_(self._alphas[step][name])
+        # In the order they were added: of near keys the first stands for the others.
+        entries = [entry for entry in self.ledger.entries if entry.step <= step]
+        self._set_keys([entry for entry in entries if entry.removed is None or entry.removed > step])
         self.ledger.rewind(step)
         self._alphas = self._alphas[: step + 1]
         self.log.append({"event": "rollback", "step": step, "from_step": self.step})
@@ -420,7 +524,8 @@ class Editor:
 
     def save_pretrained(self, folder: str | Path, *, inference_only: bool = False) -> None:
         """Save all edits, and unless ``inference_only`` what is needed to go on editing; atomic."""
-        saved_edits.save(self, folder, inference_only)
+        with self._one_step:
+            saved_edits.save(self, folder, inference_only)
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, tokenizer, folder: str | Path) -> Editor:
@@ -467,9 +572,9 @@ class Editor:
         """The batch with ids, after every check that needs no forward pass."""
         return self._named(self._validate(as_requests(requests)))
 
-    def _named(self, batch: list[EditRequest]) -> list[EditRequest]:
-        """The same requests, each with an id: its own, or one that neither they nor a live edit uses."""
-        taken = {request.request_id for request in batch}
+    def _named(self, batch: list[EditRequest], given: Iterable[str] = ()) -> list[EditRequest]:
+        """The same requests, each with an id: its own, or one that neither they, nor those ``given``, nor a live edit uses."""
+        taken = {request.request_id for request in batch} | set(given)
         named = []
         for request in batch:
             if request.request_id is None:
@@ -523,26 +628,31 @@ class Editor:
     def _optimise(
         self, batch: list[EditRequest], on_progress: Callable[[int, float], None], trace: BlockTrace | None = None
     ) -> TargetValues:
-        """Target values of the batch. Of several processes each finds every n-th request's, and all return all of them."""
+        """Target values of the batch. Of several processes each finds every n-th group's (:meth:`_together`), and
+        all return all of them."""
         rank, world = distributed.rank(), distributed.world_size()
         if world > 1:
             distributed.require_replicated(self.model)
             distributed.require_same((batch, self.prefixes, self.step), "the requests, prefixes or steps")
-        own = batch[rank::world]
+        groups = self._together(batch)
+        numbers = [sorted(n for group in groups[r::world] for n in group) for r in range(world)]  # of every process
+        own = [batch[n] for n in numbers[rank]]
+        together = [[numbers[rank].index(n) for n in group] for group in groups[rank::world]]
 
         def work() -> TargetValues | None:
             if not own:
                 return None
             with evaluating(self.model):
                 found = optimise_target_values(
-                    self.model, self.tokenizer, self.architecture, self.config, own, self.prefixes, on_progress, trace
+                    self.model, self.tokenizer, self.architecture, self.config, own, self.prefixes, on_progress, trace, together
                 )
             return found if world == 1 else dataclasses.replace(found, values=found.values.cpu())
 
         shares = distributed.together(work)
         if world == 1:
             return shares[0]
-        rows = [(shares[n % world], n // world) for n in range(len(batch))]
+        place = {n: (shares[r], k) for r, own in enumerate(numbers) for k, n in enumerate(own)}
+        rows = [place[n] for n in range(len(batch))]
         return TargetValues(
             torch.stack([share.values[k] for share, k in rows]).to(self._device),
             [share.losses[k] for share, k in rows],
@@ -550,11 +660,16 @@ class Editor:
         )
 
     def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases, trace: BlockTrace | None = None):
-        """Step 2 and 3 of DESIGN §3: per layer keys, residual, update, threshold. Returns keys and responses."""
+        """Step 2 and 3 of DESIGN §3: per layer keys, residual, update, threshold.
+
+        Returns:
+            keys ``(u, m, d_in)`` and responses ``(u, m, d_out)`` by layer.
+        """
         rows = prompt_rows(self.tokenizer, batch, self.prefixes)
         keys: dict[str, torch.Tensor] = {}
         responses: dict[str, torch.Tensor] = {}
         subjects = self._subjects(batch) if self._compared else []
+        at_end = torch.tensor([request.fact_token == "last" for request in batch])
         with phases("calibrate"):
             decoys = self._decoys(batch) if self._compared else {}
         for layer in self.layers.values():
@@ -570,11 +685,11 @@ class Editor:
                     reading = reader.read(number)
                 with phases("calibrate"):
                     if name in self._compared:
-                        self._batch_anchors[name] = self._anchors(name, layer, reading, subjects, decoys[name])
+                        self._batch_anchors[name] = self._anchors(name, layer, reading, subjects, decoys[name], at_end)
                 with phases("update"):
                     residual = (values.to(reading.hidden) - self._valued(layer, reading)) / (len(self.layers) - number)
-                    keys[name] = reading.keys
-                    responses[name] = self._add(name, reading, residual)
+                    keys[name] = reading.keys[:, None] if reading.told is None else self._both(reading)
+                    responses[name] = self._add(name, keys[name], reading, residual)
                 layer.mode = self.serving
                 with phases("calibrate"):
                     if name in self._compared:
@@ -590,31 +705,42 @@ class Editor:
         return layer(reading.plain_keys.to(layer.delta)[:, None])[:, 0].to(reading.hidden)
 
     def _anchors(
-        self, name: str, layer: hooked_linear.HookedLinear, reading: LayerReading, subjects: list, decoys: tuple
+        self, name: str, layer: hooked_linear.HookedLinear, reading: LayerReading, subjects: list, decoys: tuple, at_end: torch.Tensor
     ) -> Anchors:
         """A batch's anchors in a layer. Keys that tell nothing are taken out of the mean, in ``reading`` too."""
         background, each = self._backgrounds[name], reading.each
         units = layer.directions(each)
         told = tells(units, background, subjects)
         told |= ~told.any(-1, keepdim=True)
+        reading.told = told
         reading.keys = (each * told[..., None]).sum(1) / told.sum(1, keepdim=True)
         leverage = background.scale * F.linear(reading.plain_keys.to(each), layer.projection.to(each)).square().sum(-1)
         return anchors_of(units, layer.directions(reading.keys), leverage, background, subjects, decoys,
-                          self.config.alpha_floor, self.config.margin)  # fmt: skip
+                          self.config.alpha_floor, self.config.margin, at_end)  # fmt: skip
 
-    def _add(self, name: str, reading: LayerReading, residual: torch.Tensor) -> torch.Tensor:
-        """``C ← C + K Kᵀ``, ``delta ← delta + R Kᵀ C⁻¹``; returns the responses ``delta·k + R``.
+    @staticmethod
+    def _both(reading: LayerReading) -> torch.Tensor:
+        """The two keys that an edit is written at where keys are compared, ``(u, 2, d_in)``: the mean over context prefixes, and
+        that behind the prompt alone, which at the beginning of a text can be so different that what is written at the mean
+        does not reach it. (One that says nothing is left to the mean.)"""
+        alone = torch.where(reading.told[:, :1], reading.plain_keys.to(reading.keys), reading.keys)
+        return torch.stack([reading.keys, alone], 1)
+
+    def _add(self, name: str, keys: torch.Tensor, reading: LayerReading, residual: torch.Tensor) -> torch.Tensor:
+        """``C ← C + K Kᵀ``, ``delta ← delta + R Kᵀ C⁻¹``; returns the responses ``delta·k + R``, ``(u, m, d_out)``.
 
         Args:
-            reading: the batch's keys, ``(u, d_in)``.
-            residual: ``(u, d_out)``.
+            keys: ``(u, m, d_in)``; m of a request.
+            reading: where they are from.
+            residual: ``(u, d_out)``, of every key of a request.
         """
         memory, delta = self.key_memory[name], self._delta[name]
         device, dtype = memory.device, memory.dtype
-        keys, residual = reading.keys.to(device, dtype), residual.to(device, dtype)
+        count, each, _ = keys.shape
+        keys, residual = keys.flatten(0, 1).to(device, dtype), residual.to(device, dtype).repeat_interleave(each, 0)
         responses = keys @ delta.to(dtype).mT + residual
         self._shift(name, residual.mT @ memory.update(keys.mT).mT)
-        return responses.to(torch.promote_types(delta.dtype, torch.float32))
+        return responses.to(torch.promote_types(delta.dtype, torch.float32)).unflatten(0, (count, each))
 
     def _exchange(self, name: str, remove: list[Entry], add: list[Entry]) -> None:
         """Least squares with some requests taken out and others put back.
@@ -625,12 +751,14 @@ class Editor:
         memory = self.key_memory[name]
         keys, responses = stacked(add + remove, name)
         keys, responses = (t.to(memory.device, memory.dtype) for t in (keys, responses))  # (d_in, n), (d_out, n)
-        solved = memory.update(keys[:, : len(add)])
+        added = sum(len(entry.keys[name]) for entry in add)
+        solved = memory.update(keys[:, :added])
         if remove:
-            solved = memory.downdate(keys[:, len(add) :])
+            solved = memory.downdate(keys[:, added:])
         if add and remove:
             solved = memory.solve(keys)
-        sign = torch.tensor([1.0] * len(add) + [-1.0] * len(remove)).to(keys)
+        sign = torch.ones_like(keys[0])
+        sign[added:] = -1
         missing = (responses - self._delta[name].to(keys) @ keys) * sign
         self._shift(name, missing @ solved.mT)
         self._rescale(name)
@@ -641,7 +769,7 @@ class Editor:
             self._exchange(name, remove=added, add=removed)
 
     def _factors(self, name: str, live: list[Entry]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """``delta = left @ right``, ``(d_out, n)`` and ``(n, d_in)``; ``None`` where it has no such factors.
+        """``delta = left @ right``, ``(d_out, n)`` and ``(n, d_in)`` for n keys; ``None`` where it has no such factors.
 
         ``delta = V Kᵀ C⁻¹`` over the live requests (see ledger), so the factors are V and C⁻¹K.
         """
@@ -703,33 +831,30 @@ class Editor:
             raise RequestError(f"the scope scores of {name} are not finite")
         layer.alpha.fill_(min(layer.alpha.item(), self.config.margin * lowest))
 
-    @contextlib.contextmanager
-    def _transaction(self):
-        """Whatever goes wrong inside, interruption included: delta, C, α and scale are as they were."""
-        before = {
-            name: (self._delta[name].clone(), layer.alpha.clone(), layer.reference_scale.clone())
-            for name, layer in self.layers.items()
-        }
-        anchors = {name: (layer.anchors.clone(), layer.thresholds.clone()) for name, layer in self._compared.items()}
-        memories = {name: memory.state for name, memory in self.key_memory.items()}
-        try:
-            yield
-        except BaseException:
-            for name, (delta, alpha, scale) in before.items():
-                layer = self.layers[name]
-                self._delta[name].copy_(delta)
-                layer.delta.copy_(delta)
-                layer.alpha.copy_(alpha)
-                layer.reference_scale.copy_(scale)
-            for name, known in anchors.items():
-                self.layers[name].anchors, self.layers[name].thresholds = known
-            for name, state in memories.items():
-                self.key_memory[name].state = state
-            raise
-        finally:
-            for layer in self.layers.values():
-                layer.mode = self.serving
-                layer.scored_matrix()  # a compiled model would not see that its sketch is old
+    def _apart(self) -> Editor:
+        """This editor at work on a twin of its model: whatever happens there, here all is as it was until
+        :meth:`_adopt`."""
+        work = copy.copy(self)
+        work.model = twin_of(self.model)
+        work.layers = {name: work.model.get_submodule(name) for name in self.layers}
+        for layer in work.layers.values():
+            layer.mode = self.serving
+        own = lambda name, layer: layer.delta if self._delta[name] is self.layers[name].delta else self._delta[name].clone()  # noqa: E731
+        work._delta = {name: own(name, layer) for name, layer in work.layers.items()}
+        work.key_memory = {name: copy.copy(memory) for name, memory in self.key_memory.items()}
+        work.ledger, work.log, work._alphas = self.ledger.copy(), list(self.log), list(self._alphas)
+        work._batch_anchors = {}
+        return work
+
+    def _adopt(self, work: Editor) -> None:
+        """Take over what a step has made; readers of the model see it between two passes, and an interruption waits."""
+        kept = {name: self.__dict__[name] for name in ("model", "layers", "_delta")}
+        with hooked_linear.between_passes(self.model), _uninterrupted():
+            for name, layer in self.layers.items():
+                layer.take_over(work.layers[name])
+                if self._delta[name] is not layer.delta:
+                    self._delta[name].copy_(work._delta[name])
+            self.__dict__.update(work.__dict__, **kept)
 
 
 @contextlib.contextmanager

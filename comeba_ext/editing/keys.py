@@ -27,6 +27,7 @@ class LayerReading:
         plain_keys: ``(u, d_in)``, the same behind the empty prefix alone, where ``hidden`` is read.
         hidden: ``(u, d_model)``, the value layer's output at the subject's last token behind the empty prefix.
         each: ``(u, prefixes, d_in)``, the keys that ``keys`` is the mean of; ``None`` unless asked for.
+        told: ``(u, prefixes)`` bool, which of them say something (:func:`anchors.tells`); ``None`` where nobody looked.
         prompts: the layer's whole input and the mask of real tokens for the rows with the empty prefix, as a list of
             ``(requests, x (rows, seq, d_in), mask (rows, seq))``, what thresholds are calibrated on.
     """
@@ -36,6 +37,7 @@ class LayerReading:
     hidden: torch.Tensor
     prompts: list[tuple[list[int], torch.Tensor, torch.Tensor]]
     each: torch.Tensor | None = None
+    told: torch.Tensor | None = None
 
 
 @dataclass

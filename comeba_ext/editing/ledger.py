@@ -1,16 +1,17 @@
 """The ledger: every request ever edited, with what each edited layer must know to take it back.
 
-For request ``i`` a layer keeps its key ``k_i`` and its *response* ``v_i = delta·k_i + R_i``, what the layer was asked to
-answer to that key. Sequential updates ``delta ← delta + R Kᵀ C⁻¹`` are recursive least squares, so at any time
+For each of a request's keys ``k_i`` (one, or two where keys are compared) a layer keeps its *response* ``v_i = delta·k_i + R_i``,
+what it was asked to answer to that key. Sequential updates ``delta ← delta + R Kᵀ C⁻¹`` are recursive least squares, so at any time
 
-    delta · C = Σ v_i k_iᵀ   over the live requests,
+    delta · C = Σ v_i k_iᵀ   over the keys of the live requests,
 
-and a request can be removed, or put back, exactly: see :meth:`Editor._exchange`. Memory: ``d_in + d_out`` floats a
-request and layer, on the host.
+and a request can be removed, or put back, exactly: see :meth:`Editor._exchange`. Memory: ``d_in + d_out`` floats a key
+and layer, on the host.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,7 @@ class Entry:
     Attributes:
         step: the step that added it.
         removed: the step that superseded or retracted it, ``None`` while live.
-        keys, responses: layer name to ``(d_in,)`` and ``(d_out,)``, float32 or better, on the host.
+        keys, responses: layer name to ``(m, d_in)`` and ``(m, d_out)``, float32 or better, on the host.
         anchors: layer name to directions ``(m, rows)`` and thresholds ``(m,)`` (:mod:`anchors`), on the host; empty with
             scores that do not compare keys.
     """
@@ -61,6 +62,15 @@ class Ledger:
         """The live entry of that id."""
         return self._by_id.get(request_id)
 
+    def copy(self) -> Ledger:
+        """Changes to one are not seen in the other."""
+        other = Ledger()
+        other.entries = [dataclasses.replace(entry) for entry in self.entries]
+        for entry in other.entries:
+            if entry.removed is None:
+                other._index(entry)
+        return other
+
     def add(self, entry: Entry) -> None:
         self.entries.append(entry)
         self._index(entry)
@@ -93,11 +103,8 @@ class Ledger:
 
 
 def stacked(entries: list[Entry], layer: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys ``(d_in, n)`` and responses ``(d_out, n)`` of a layer."""
-    return (
-        torch.stack([e.keys[layer] for e in entries], 1),
-        torch.stack([e.responses[layer] for e in entries], 1),
-    )
+    """Keys ``(d_in, n)`` and responses ``(d_out, n)`` of a layer, in the entries' order."""
+    return torch.cat([e.keys[layer] for e in entries]).mT, torch.cat([e.responses[layer] for e in entries]).mT
 
 
 def without(entries: list[Entry], others: list[Entry]) -> list[Entry]:

@@ -38,6 +38,7 @@ class Path:
         delta: ``(u, d_model)``.
         losses: ``(u,)``, at the last evaluation.
         steps: ``(u,)``, optimiser steps taken.
+        leads: ``(u,)`` bool, whether the target led in all rows at the last evaluation; in the end: at ``delta``.
         open: ``(u,)`` bool.
         rate: ``(u, 1)``, the learning rate in absolute units.
         bound: ``(u, 1)``, the largest ‖δ‖.
@@ -53,6 +54,7 @@ class Path:
         self.losses = torch.full_like(norm[:, 0], torch.inf)
         self.steps = torch.zeros(len(h), dtype=torch.long, device=h.device)
         self.open = torch.ones(len(h), dtype=torch.bool, device=h.device)
+        self.leads = torch.zeros(len(h), dtype=torch.bool, device=h.device)
         self.led = torch.zeros(len(h), dtype=torch.long, device=h.device)  # evaluations in a row that the target leads
 
     def evaluate(self, delta: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -60,9 +62,10 @@ class Path:
         noted."""
         loss, slope = self.objective.evaluate(delta, gradient)
         self.losses = torch.where(self.open, loss, self.losses)
+        self.leads = torch.where(self.open, self.objective.leads, self.leads)
         done = loss < self.config.early_stop  # NaN stays open, to be reported
         if self.config.lead_steps is not None:
-            self.led = torch.where(self.objective.leads, self.led + 1, 0)
+            self.led = torch.where(self.leads, self.led + 1, 0)
             done |= (self.led > self.config.lead_steps) & torch.isfinite(loss)
         done &= self.open
         if done.any():
@@ -107,7 +110,7 @@ def polyak(path: Path) -> None:
     # Without early stop there is no loss to aim at; a hundredth of the present one keeps the steps bounded.
     aim = 0.8 * path.config.early_stop
     best, slope_there = path.delta.clone(), torch.zeros_like(path.delta)
-    least = torch.full_like(path.losses, torch.inf)
+    least, led = torch.full_like(path.losses, torch.inf), path.leads
     share = torch.ones_like(least)
     for step in range(path.config.steps):
         last = step == path.config.steps - 1
@@ -115,6 +118,7 @@ def polyak(path: Path) -> None:
         better = ~(loss >= least)  # NaN, to be reported, counts as better
         least = torch.where(better, loss, least)
         best = torch.where(better[:, None], path.delta, best)
+        led = torch.where(better, path.leads, led)
         if last or not path.open.any():
             break
         slope_there = torch.where(better[:, None], slope, slope_there)
@@ -128,6 +132,7 @@ def polyak(path: Path) -> None:
         path.steps += path.open
     path.delta = torch.where(path.open[:, None], best, path.delta)
     path.losses = torch.where(path.open, least, path.losses)
+    path.leads = torch.where(path.open, led, path.leads)
 
 
 OPTIMISERS = {"adam": adam, "polyak": polyak}

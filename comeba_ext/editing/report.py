@@ -20,9 +20,12 @@ class EditReport:
     Attributes:
         step: number of the step, from 1.
         request_ids: ids of the requests that were edited, in order; what :meth:`Editor.retract` takes.
-        declined: ``{"request_id": …, "reason": …}`` of each request that was left out because its key tells nothing.
+        declined: ``request_id``, ``prompt``, ``subject``, ``target_new`` and ``reason`` of each request that was left out
+            because its key tells nothing.
+        moved: ids of those edited at the prompt's last token, because the subject's own place tells nothing.
         answered: whether the edited model gives each request's object behind its prompt (teacher-forced, every token).
         superseded: ids of earlier requests about the same facts, whose place they took.
+        rewritten: ids of earlier edits of other facts of the same subjects, whose values were found anew together with these.
         losses: final loss of every target value (empty when target values were given).
         optimizer_steps: steps each target value took.
         alpha: threshold of every layer after the step (nearest: its lowest anchor's).
@@ -36,8 +39,10 @@ class EditReport:
     step: int
     request_ids: list[str]
     declined: list[dict] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
     answered: list[bool] = field(default_factory=list)
     superseded: list[str] = field(default_factory=list)
+    rewritten: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     optimizer_steps: list[int] = field(default_factory=list)
     alpha: dict[str, float] = field(default_factory=dict)

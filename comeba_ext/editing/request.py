@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from comeba_ext.errors import RequestError
 
 SLOT = "{}"  # stands for the subject in a prompt
+FACT_TOKENS = ("subject_last", "last")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class EditRequest:
         request_id: a name to retract it by; the editor assigns one when absent.
         wordings: other texts that the new object shall follow too, subject spelled out (or ``{}``), e.g. as a question: target
             values are found for them together with the prompt. (``rephrase_prompts`` are only asked, never used.)
+        fact_token: where the edit happens: ``"subject_last"``, the subject's last token, which carries it to other wordings; or
+            ``"last"``, the prompt's, for subjects whose own place says nothing.
 
     Raises:
         RequestError: a field is missing, empty or of the wrong type, or the subject is not in the prompt.
@@ -41,6 +44,7 @@ class EditRequest:
     portability_prompts: tuple[tuple[str, str | None], ...] = ()
     request_id: str | None = None
     wordings: tuple[str, ...] = ()
+    fact_token: str = "subject_last"
 
     def __post_init__(self) -> None:
         where = f"request {self.request_id!r}" if self.request_id is not None else "request"
@@ -69,6 +73,8 @@ class EditRequest:
         for wording in self.wordings:
             if self.subject not in wording:
                 raise RequestError(f"{where}: the wording {wording!r} does not name the subject {self.subject!r}")
+        if self.fact_token not in FACT_TOKENS:
+            raise RequestError(f"{where}: fact_token must be one of {', '.join(FACT_TOKENS)}, got {self.fact_token!r}")
         set_("locality_prompts", _pairs(self.locality_prompts, where, "locality_prompts"))
         set_("portability_prompts", _pairs(self.portability_prompts, where, "portability_prompts"))
 
@@ -78,14 +84,23 @@ class EditRequest:
         return _fill(self.prompt, self.subject)
 
     @property
-    def subject_end(self) -> int:
-        """Index of the character after the subject in :attr:`text`."""
-        return self.prompt.index(SLOT) + len(self.subject)
+    def place(self) -> int:
+        """Index of the character behind the token of :attr:`text` that is edited."""
+        return self.place_in(self.text, self.prompt.index(SLOT))
+
+    def place_in(self, text: str, start: int) -> int:
+        """The same in another text, which names the subject at index ``start``."""
+        return len(text) if self.fact_token == "last" else start + len(self.subject)
 
     @property
     def fact(self) -> tuple[str, str]:
         """What the request is about: two requests with the same prompt and subject speak of the same fact."""
         return self.prompt, self.subject
+
+    @property
+    def asked(self) -> tuple[str, str, str]:
+        """What the request asks for: two with the same text, subject and new object are the same request, whatever their ids."""
+        return self.text, self.subject, self.target_new
 
     @classmethod
     def from_record(cls, record: EditRequest | Mapping, index: int | None = None) -> EditRequest:

@@ -19,7 +19,7 @@ class Row:
     Attributes:
         request: index of the request in its batch.
         ids: token ids.
-        subject_last: position of the subject's last token.
+        subject_last: position of the subject's last token, or whichever is edited (:attr:`EditRequest.fact_token`).
         target: target token ids, of which all but the last are in ``ids``; empty for rows without a target.
         prefix: number of its context prefix, 0 for the empty one and −1 for a row that is not a prompt.
     """
@@ -64,7 +64,8 @@ def target_rows(tokenizer, requests: list[EditRequest], prefixes: list[str], wor
 
 def essence_rows(tokenizer, requests: list[EditRequest]) -> list[Row]:
     """``"{subject} is a"``: the rows on which the model must go on knowing what the subject is (KL)."""
-    encoded = encode_all(tokenizer, [(f"{r.subject} is a", None, len(r.subject)) for r in requests])
+    texts = [f"{request.subject} is a" for request in requests]
+    encoded = encode_all(tokenizer, [(text, None, r.place_in(text, 0)) for text, r in zip(texts, requests, strict=True)])
     return [Row(n, e.ids, e.subject_last, [], -1) for n, e in enumerate(encoded)]
 
 
@@ -89,9 +90,10 @@ def _encode(
 ) -> tuple[list[tuple[int, int]], list[Encoded]]:
     """``(request, prefix)`` numbers of all rows, and what they hold."""
     places = [(n, number) for n in range(len(requests)) for number in range(len(prefixes))]
-    texts = [(prefixes[p] + requests[n].text, target(requests[n]), len(prefixes[p]) + requests[n].subject_end) for n, p in places]
+    texts = [(prefixes[p] + requests[n].text, target(requests[n]), len(prefixes[p]) + requests[n].place) for n, p in places]
     for n, request in enumerate(requests if wordings else ()):
         for number, text in enumerate(request.wordings, len(prefixes)):
             places.append((n, number))
-            texts.append((text.rstrip(), target(request), text.rindex(request.subject) + len(request.subject)))
+            text = text.rstrip()
+            texts.append((text, target(request), request.place_in(text, text.rindex(request.subject))))
     return places, encode_all(tokenizer, texts)

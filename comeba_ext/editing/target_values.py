@@ -6,7 +6,8 @@ minimises
     mean over prefixes and wordings of NLL(new object) + kl_factor · KL("{subject} is a") + weight_decay · ‖δ‖/‖h‖²
 
 with ‖δ‖ ≤ clamp · ‖h‖, until the loss falls below ``early_stop``, or ``lead_steps`` after the new object has come to lead
-everywhere (ENCORE, arXiv 2502.01636). Requests never meet in this objective, so a batch of
+everywhere (ENCORE, arXiv 2502.01636). Polyak's few long steps sometimes end where the new object does not lead; such a
+request is tried again with Adam, from zero. Requests never meet in this objective, so a batch of
 them is optimised at once, with the result each would have alone. What δ cannot reach is computed once
 (:mod:`continuation`), logits only where they are read, and a request that is done leaves the batch.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import mul
 
 import torch
 from torch import nn
@@ -58,10 +60,13 @@ def optimise_target_values(
     prefixes: list[str],
     on_progress: Callable[[int, float], None] = lambda done, loss: None,
     trace: BlockTrace | None = None,
+    together: list[list[int]] | None = None,
 ) -> TargetValues:
     """Target values of a batch against the model as it stands (validated hooks active).
 
     Args:
+        together: groups of request numbers, each number in one, that share one δ, found for all their rows: facts of one
+            subject, whose keys are nearly the same, so that values found apart would overwrite each other. Default: none do.
         prefixes: from :func:`prefixes.sample_prefixes`, the empty one first.
         on_progress: called after every step with the number of requests that are done and the mean loss of those begun.
         trace: records what the rows show at an edited block, for :class:`keys.KeyReader`.
@@ -72,30 +77,45 @@ def optimise_target_values(
     rows = target_rows(tokenizer, requests, prefixes, wordings=True)
     essence = essence_rows(tokenizer, requests)
     check_length(rows + essence, requests, context_length(model))
-    by_request = [[row for row in rows if row.request == n] + [essence[n]] for n in range(len(requests))]
+    together = [[n] for n in range(len(requests))] if together is None else together
+    of_request: list[list[Row]] = [[] for _ in requests]
+    for row in rows:
+        of_request[row.request].append(row)
+    by_group = [[row for n in group for row in of_request[n]] + [essence[group[0]]] for group in together]
     budget = token_budget(model, config.max_tokens)
     upper = Upper(model, architecture, config.value_layer, pad_id(tokenizer), budget, trace)
-    results: list[tuple[torch.Tensor, float, int] | None] = [None] * len(requests)
+    results: list[tuple[torch.Tensor, float, int, bool] | None] = [None] * len(requests)
     done, losses = 0, 0.0
     products = getattr(torch, config.compute_dtype) if config.compute_dtype else None
     reached = [*upper.blocks[config.value_layer + 1 :], model.get_output_embeddings()]
     with frozen(model), products_in(products, reached):
         upper.prepare(rows + essence)
-        for group in _request_groups(by_request, upper.max_tokens):
+        for chosen in _dense(by_group, upper.max_tokens):
 
-            def on_step(open_: torch.Tensor, loss: torch.Tensor, done=done, losses=losses) -> None:
-                on_progress(done + int((~open_).sum()), (losses + loss.sum().item()) / (done + len(loss)))
+            def on_step(open_: torch.Tensor, loss: torch.Tensor, done=done, losses=losses, chosen=chosen) -> None:
+                sizes = [len(together[k]) for k in chosen]
+                closed = sum(size for size, still in zip(sizes, open_.tolist(), strict=True) if not still)
+                on_progress(done + closed, (losses + sum(map(mul, sizes, loss.tolist()))) / (done + sum(sizes)))
 
-            path = Path(_Objective(upper, config, [by_request[n] for n in group]), config, on_step)
+            path = Path(_Objective(upper, config, [by_group[k] for k in chosen]), config, on_step)
             OPTIMISERS[config.optimizer](path)
-            values = path.objective.h + path.delta
-            for n, *result in zip(group, values, path.losses.tolist(), path.steps.tolist(), strict=True):
+            for n, *result in _found(path, chosen, together):
                 results[n] = tuple(result)
-            done, losses = done + len(group), losses + path.losses.sum().item()
+                done, losses = done + 1, losses + result[1]
             on_progress(done, losses / done)
+        again = [k for k, group in enumerate(together) if not results[group[0]][3] and math.isfinite(results[group[0]][1])]
+        if config.optimizer == "polyak" and config.steps > 1 and again:
+            for part in _dense([by_group[k] for k in again], upper.max_tokens):
+                chosen = [again[k] for k in part]
+                path = Path(_Objective(upper, config, [by_group[k] for k in chosen]), config, lambda open_, loss: None)
+                OPTIMISERS["adam"](path)
+                for n, value, loss, steps, leads in _found(path, chosen, together):
+                    kept, least, before, _ = results[n]
+                    better = leads or loss < least
+                    results[n] = (value if better else kept, loss if better else least, before + steps, leads)
     bad = [
         requests[n].text
-        for n, (value, loss, _) in enumerate(results)
+        for n, (value, loss, *_) in enumerate(results)
         if not (torch.isfinite(value).all() and math.isfinite(loss))
     ]
     if bad:
@@ -103,13 +123,21 @@ def optimise_target_values(
     return TargetValues(torch.stack([r[0] for r in results]), [r[1] for r in results], [r[2] for r in results])
 
 
-def _request_groups(by_request: list[list[Row]], max_tokens: int) -> list[list[int]]:
-    """Requests with like numbers of tokens to run at every step together, in groups of at most ``max_tokens``."""
-    tokens = [len(rows) * max(len(row.ids) for row in rows) for rows in by_request]
-    width = [max(row.end - row.subject_last for row in rows) for rows in by_request]
+def _found(path: Path, chosen: list[int], together: list[list[int]]):
+    """``(request, value, loss, steps, whether the target leads)`` of every request of the chosen groups."""
+    per_group = zip(chosen, path.delta, path.losses.tolist(), path.steps.tolist(), path.leads.tolist(), strict=True)
+    for k, delta, *rest in per_group:
+        for n in together[k]:
+            yield n, path.objective.hidden[n] + delta, *rest
+
+
+def _dense(by_group: list[list[Row]], max_tokens: int) -> list[list[int]]:
+    """Which groups run together: with like numbers of tokens to run at every step, and at most ``max_tokens``."""
+    tokens = [len(rows) * max(len(row.ids) for row in rows) for rows in by_group]
+    width = [max(row.end - row.subject_last for row in rows) for rows in by_group]
     groups: list[list[int]] = []
     total = 0
-    for n in sorted(range(len(by_request)), key=lambda n: (width[n], tokens[n])):
+    for n in sorted(range(len(by_group)), key=lambda n: (width[n], tokens[n])):
         total += tokens[n]
         if groups and total <= max_tokens:
             groups[-1].append(n)
@@ -120,7 +148,12 @@ def _request_groups(by_request: list[list[Row]], max_tokens: int) -> list[list[i
 
 
 class _Objective:
-    """The losses of a group of requests as functions of their δ; an :class:`optimisers.Objective`."""
+    """The losses of groups of requests as functions of each group's δ; an :class:`optimisers.Objective`, whose "requests" are
+    these groups.
+
+    Attributes:
+        hidden: request number to its own ``h``, in float32 or better; ``h``: the first request's of each group.
+    """
 
     def __init__(self, upper: Upper, config: EditConfig, by_request: list[list[Row]]):
         self.config = config
@@ -128,9 +161,8 @@ class _Objective:
         lengths = [row.end - (0 if upper.whole else row.subject_last) for _, row in owned]
         groups = dense_batches(lengths, upper.max_tokens, upper.launch)
         self.parts = [_Part(upper, config, [owned[i] for i in group], by_request) for group in groups]
-        states = {n: h for part in self.parts for n, h in part.plain_states()}
-        self.h = torch.stack([states[n] for n in range(len(by_request))])
-        self.h = self.h.to(torch.promote_types(self.h.dtype, torch.float32))  # (u, d_model)
+        self.hidden = {n: h.to(torch.promote_types(h.dtype, torch.float32)) for part in self.parts for n, h in part.plain_states()}
+        self.h = torch.stack([self.hidden[rows[0].request] for rows in by_request])  # (u, d_model)
         self.rows = torch.tensor([sum(bool(row.target) for row in rows) for rows in by_request], device=self.h.device)
         self.leads = torch.zeros(len(by_request), dtype=torch.bool, device=self.h.device)
 
@@ -172,7 +204,7 @@ class _Part:
 
     def plain_states(self):
         """``(request, h)`` of the rows with the empty prefix."""
-        return [(n, h) for n, row, h in zip(self.owners, self.rows.rows, self.rows.h, strict=True) if row.plain]
+        return [(row.request, h) for row, h in zip(self.rows.rows, self.rows.h, strict=True) if row.plain]
 
     def losses(self, delta: torch.Tensor) -> torch.Tensor:
         """This part's share of every request's loss, ``(u,)``, without weight decay."""

@@ -40,18 +40,18 @@ class Additive(WithoutHooks):
         _, residuals = super()._write(batch, values, phases, trace)
         return self._batch_directions, residuals
 
-    def _add(self, name: str, reading: LayerReading, residual: torch.Tensor) -> torch.Tensor:
+    def _add(self, name: str, keys: torch.Tensor, reading: LayerReading, residual: torch.Tensor) -> torch.Tensor:
         memory, delta = self.key_memory[name], self._delta[name]
         parts = (t.to(memory.device, memory.dtype).mT for t in (reading.keys, reading.plain_keys, residual))
         directions, residual = self._directions(name, *parts)
         self._shift(name, residual @ directions.mT)
         wide = torch.promote_types(delta.dtype, torch.float32)
-        self._batch_directions[name] = directions.mT.to(wide)
-        return residual.mT.to(wide)
+        self._batch_directions[name] = directions.mT.to(wide)[:, None]
+        return residual.mT.to(wide)[:, None]
 
     def _exchange(self, name: str, remove: list[Entry], add: list[Entry]) -> None:
         directions, residuals = (t.to(self._delta[name].device).double() for t in stacked(add + remove, name))
-        residuals[:, len(add) :] *= -1
+        residuals[:, len(add) :] *= -1  # one column an entry
         self._shift(name, residuals @ directions.mT)
 
     def _factors(self, name: str, live: list[Entry]):

@@ -102,7 +102,7 @@ class FT(WithoutHooks):
         self._states[self.step + 1] = {name: self._delta[name].cpu().clone()}
         for step in sorted(self._states)[:-KEPT]:
             del self._states[step]
-        return {name: torch.zeros(len(batch), 0)}, {name: torch.zeros(len(batch), 0)}
+        return {name: torch.zeros(len(batch), 1, 0)}, {name: torch.zeros(len(batch), 1, 0)}
 
     def _train(self, layer, weight: torch.Tensor, rows: list[Row]) -> tuple[list[float], int]:
         """Train ``weight`` (``delta``, or its float32 master); returns the last losses ``(u,)`` and the passes made."""

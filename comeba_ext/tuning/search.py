@@ -22,10 +22,10 @@ from comeba_ext.storage import write_text
 from comeba_ext.tuning import probes
 
 CANDIDATES = 4  # value blocks that are tried
-SPAN = 5  # edited blocks, up to the value block
+SPAN = 5  # edited blocks at most, up to the value block
 # Polyak's steps need no rate; Adam's are in units of the hidden state's root mean square.
 OPTIMISERS = ({"optimizer": "polyak"}, *({"optimizer": "adam", "lr": rate, "lr_unit": "hidden_rms"} for rate in (0.1, 0.4)))
-RATIOS = (1.0, 4.0, 16.0)
+RATIOS = (0.25, 1.0, 4.0)  # times the default
 DECIDES = 0.75  # of the highest share of answers that a block decides
 BATCH = 10
 
@@ -115,7 +115,8 @@ def tune(
     if not chosen:
         raise ComebaError("no record to try edits with")
     values = _candidates(flips, architecture.num_blocks(model), default)
-    spans = [tuple(range(max(0, value - SPAN + 1), value + 1)) for value in values]
+    width = min(SPAN, len(default.layers))
+    spans = [tuple(range(max(0, value - width + 1), value + 1)) for value in values]
     layers = sorted({layer for span in spans for layer in span} | set(default.layers))
     log = _Log(folder, {"edits": [r.to_record() for r in chosen], "scope": default.scope})
     if covariance is None:
@@ -128,7 +129,7 @@ def tune(
             editor.close()
     base = predict_base(model, tokenizer, chosen, generate=False)
     stages = [[{"layers": list(span)} for span in spans], OPTIMISERS,
-              [{"leverage_ratio": ratio, "lam": None} for ratio in RATIOS]]  # fmt: skip
+              [{"leverage_ratio": factor * default.ratio, "lam": None} for factor in RATIOS]]  # fmt: skip
     best: dict = {}
     with tqdm(total=sum(map(len, stages)), unit="trial", desc="tune", disable=not progress) as bar:
         for stage in stages:

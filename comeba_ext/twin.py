@@ -1,0 +1,32 @@
+"""A second set of a model's modules around the same weights.
+
+What editing does to a model while it works (hooks that record, forwards that are skipped, other modes, half-precision
+products, unfinished deltas) must not be seen by whoever generates from it meanwhile. So it is done to a twin.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from comeba_ext.hooked_linear import hooked_layers
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """A copy of the model with its own modules and hooks, and the hooked layers' buffers; weights and configuration are
+    shared."""
+    own = {id(buffer) for layer in hooked_layers(model).values() for buffer in layer.buffers(recurse=False)}
+    memo = {id(buffer): buffer for buffer in model.buffers() if id(buffer) not in own}
+    for parameter in model.parameters():
+        # Its own parameter, where that is plain, so that freezing the twin does not freeze the model.
+        plain = type(parameter) is nn.Parameter
+        memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False) if plain else parameter
+    for module in model.modules():
+        for name in ("config", "generation_config"):
+            if hasattr(module, name):
+                memo[id(getattr(module, name))] = getattr(module, name)
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's, of offloaded layers
+        if weights is not None:
+            memo[id(weights)] = weights
+    return copy.deepcopy(model, memo)
