@@ -205,25 +205,26 @@ def test_facts_of_one_subject_share_a_delta(tiny_model, tokenizer):
     assert found.losses[0] == found.losses[2] and found.steps == [3, 3, 3]
 
 
-def test_what_polyak_misses_is_tried_with_adam(tiny_model, tokenizer, monkeypatch):
+def test_what_polyak_misses_is_tried_with_adam(monkeypatch):
     """Only that, from zero; the other requests keep what they have."""
-    model, _ = edited_model(tiny_model, tokenizer, "gpt2")
-    config = settings(optimizer="polyak", early_stop=0.05, steps=12, clamp=4.0, lr=0.3)
-    first = run(model, tokenizer, config.replace(optimizer="adam"))
+    from comeba_ext import testbed
+
+    model, tokenizer = testbed.load()
+    config, requests = EditConfig.for_model(model, steps=2, optimizer="polyak", early_stop=0.001), testbed.facts()[:10]
+    adam = run(model, tokenizer, config.replace(optimizer="adam"), requests)
     with monkeypatch.context() as patch:
-        patch.setitem(module.OPTIMISERS, "adam", lambda path: None)  # a second try that finds nothing, loss infinite
-        polyak = run(model, tokenizer, config)
-    found = run(model, tokenizer, config)
-    again = [n for n in range(5) if found.steps[n] != polyak.steps[n]]
-    assert again and len(again) < 5
-    for n in range(5):
-        kept = n not in again or not found.losses[n] < polyak.losses[n]
+        patch.setitem(module.OPTIMISERS, "adam", lambda path: None)  # a second try that finds nothing
+        polyak = run(model, tokenizer, config, requests)
+    found = run(model, tokenizer, config, requests)
+    again = [n for n in range(10) if found.steps[n] == 2]
+    assert 0 < len(again) < 10 and set(polyak.steps) == {1}
+    for n in range(10):
+        kept = torch.allclose(found.values[n], polyak.values[n], rtol=0, atol=1e-5)
         if n not in again:
-            assert torch.equal(found.values[n], polyak.values[n])
+            assert kept
         elif not kept:
-            assert torch.allclose(found.values[n], first.values[n], rtol=0, atol=1e-9)
-            assert found.losses[n] == pytest.approx(first.losses[n])
-        assert found.losses[n] <= polyak.losses[n] + 1e-12 or n in again
+            assert torch.allclose(found.values[n], adam.values[n], rtol=0, atol=1e-5)
+            assert found.losses[n] == pytest.approx(adam.losses[n], rel=1e-4)
 
 
 def test_gradient_against_finite_differences(tiny_model, tokenizer):
