@@ -32,7 +32,7 @@ class BuildKernels(build_ext):
             archs = build.asked_archs() or tuple(build.AHEAD_OF_TIME_ARCHS.split(";"))
             recipe = build.recipe(emulated, archs, portable=True)
             with tempfile.TemporaryDirectory() as folder:
-                log = Path(tempfile.gettempdir()) / "comeba_ext_build.log"
+                log = Path(tempfile.mkdtemp(prefix="comeba_ext_build-")) / "log.txt"  # this user's alone, and kept
                 build.compile_library(recipe, Path(folder), out, log)
         except build.BuildFailure as failure:
             raise SystemExit(f"comeba_ext: cannot compile ahead of time: {failure}") from None

@@ -37,6 +37,7 @@ Limit = Annotated[Optional[int], typer.Option("--limit", min=1, help="read at mo
 Device = Annotated[
     Optional[str], typer.Option("--device", help="cpu, cuda, …; auto: spread over all (default: cuda where there is one)")
 ]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that the model's folder or hub page brings")]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Dtype = Annotated[str, typer.Option("--dtype", help=", ".join(DTYPES))]
 
@@ -59,7 +60,7 @@ def demo(
     from comeba_ext.evaluation import evaluate, predict_base
 
     start = time.perf_counter()
-    with _reporting(as_json) as report:
+    with _reporting(as_json) as report, _edits_folder(out):
         model, tokenizer = testbed.load()
         requests = testbed.facts()[:edits]
         if len(requests) < edits:
@@ -119,44 +120,44 @@ def edit(
     subject: Annotated[Optional[str], typer.Option(help="with --prompt")] = None,
     target: Annotated[Optional[str], typer.Option(help="with --prompt: what the model is to say behind it")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 10,
-    method: Annotated[str, typer.Option(help="COMEBA-HK, MEMIT, ROME, FT …")] = "COMEBA-HK",
+    method: Annotated[Optional[str], typer.Option(help="COMEBA-HK (default), MEMIT, ROME, FT …")] = None,
     scope: Scope = None,
     config: Config = None,
     covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance'")] = None,
     texts: Annotated[Optional[Path], typer.Option(help="corpus to collect the covariance from instead")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the edits in --out")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the edits in --out: what was edited or declined there is left out")] = False,
     save_every: Annotated[int, typer.Option(min=1, help="batches between saves of --out")] = 10,
     limit: Limit = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Edit a model with the records of a file, in consecutive batches, and save the edits."""
     from comeba_ext import methods
     from comeba_ext.storage import MANIFEST
 
-    with _reporting(as_json, parallel=True) as report:
+    with _reporting(as_json, parallel=True) as report, _edits_folder(out, resume, report.first):
         read = _requests(records, limit, prompt, subject, target)
-        kind = methods.get(method)
-        if (out / MANIFEST).exists() and not resume:
-            raise ComebaError(f"{out} holds edits already; add --resume to go on with them, or choose another --out")
-        net, tokenizer = _load(model, device, dtype)
+        kind = methods.get(method or "COMEBA-HK")
+        net, tokenizer = _load(model, device, dtype, trust=trust)
         if resume and (out / MANIFEST).exists():
             editor = methods.load(net, tokenizer, out)
+            _check_same(editor, out, kind if method else None, config, scope, covariance, texts)
         else:
             editor = kind(net, tokenizer, _config(net, config, kind, scope))
             if kind.needs_covariance:
                 _provide_covariance(editor, model, covariance, texts, not as_json)
-        skipped = list(read.skipped)
-        used = []
-        for position, request in read.placed():
-            try:
-                editor.check([request])
-                used.append(request)
-            except ComebaError as error:
-                skipped.append({"index": position, "reason": str(error)})
-        earlier = sum(len(e["request_ids"]) + len(e["declined"]) for e in editor.log if e["event"] == "edit")
-        todo = used[earlier:]
+        used, skipped = _usable(editor, read, progress=not as_json and report.first)
+        if not used:
+            what = records or "the edit"
+            raise ComebaError(f"{what}: none of {_count(read.read, 'record')} can be used; first reason: {skipped[0]['reason']}")
+        earlier, todo = editor.handled(), []
+        for request in used:
+            if earlier[request.asked]:
+                earlier[request.asked] -= 1
+            else:
+                todo.append(request)
         steps = []
         if todo:
             try:
@@ -170,20 +171,28 @@ def edit(
         counts = {"read": read.read, "used": len(used), "skipped": skipped}
         seconds = sum(sum(s["seconds"].values()) for s in steps)
         answered, declined = sum(sum(s["answered"]) for s in steps), [d for s in steps for d in s["declined"]]
+        moved, rewritten = (list(dict.fromkeys(name for s in steps for name in s[what])) for what in ("moved", "rewritten"))
         report.say(f"{_count(len(todo), 'edit')} in {_count(len(steps), 'batch', 'batches')}, {seconds:.1f} s; saved to {out}.")
+        if len(todo) < len(used):
+            report.say(f"{_count(len(used) - len(todo), 'record')} had been edited or declined there before.")
         if todo:
             verb, whose = ("is", "its prompt") if len(todo) == 1 else ("are", "their prompts")
             report.say(f"{answered} of {len(todo)} {verb} answered behind {whose} right after the batch.")
             _say_settings(report, editor, steps)
+        if rewritten:
+            report.say(f"{_count(len(rewritten), 'earlier edit')} of the same subjects found anew together with them.")
+        if moved:
+            report.say(f"Edited at the prompt's end, for that prompt only, as the subject's own place says nothing: {', '.join(moved)}.")
         for entry in declined:
             report.say(f"! declined {entry['request_id']} ({entry['prompt']!r}): {entry['reason']}")
         _say_counts(report, counts)
-        if todo and not answered:
-            report.say("! None of the edits took: these settings do not edit this model. 'comeba tune' finds some that do.")
-            report.code = 1
-        report.result = {"records": counts, "edits": len(todo), "answered": answered, "declined": declined,
-                         "earlier_edits": earlier, "steps": steps, "seconds": seconds, "out": str(out),
-                         "config": editor.config.to_dict()}  # fmt: skip
+        if todo and 2 * answered < len(todo):
+            few = "None" if not answered else "Fewer than half"
+            report.say(f"! {few} of the edits took: these settings do not suit this model (layers, λ, score). 'comeba tune' finds some that do.")
+            report.code = 0 if answered else 1
+        report.result = {"records": counts, "edits": len(todo), "answered": answered, "declined": declined, "moved": moved,
+                         "rewritten": rewritten, "earlier_edits": len(used) - len(todo), "steps": steps, "seconds": seconds,
+                         "out": str(out), "config": editor.config.to_dict()}  # fmt: skip
 
 
 @app.command(name="eval")
@@ -196,6 +205,7 @@ def evaluate_(
     limit: Limit = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Reliability, generality and locality of a model, with or without saved edits, on the records of a file."""
@@ -207,7 +217,7 @@ def evaluate_(
         if predictions is not None and not predictions.parent.is_dir():
             raise ComebaError(f"--predictions {predictions}: there is no folder {predictions.parent}")
         read = read_requests(records, limit)
-        net, tokenizer = _load(model, device, dtype, edits)
+        net, tokenizer = _load(model, device, dtype, edits, trust=trust)
         used, skipped = _fitting(net, tokenizer, read)
         if not used:
             raise ComebaError(f"{records}: none of {read.read} records can be used; first reason: {skipped[0]['reason']}")
@@ -231,6 +241,7 @@ def ability(
     limit: Annotated[Optional[int], typer.Option(min=1, help="at most so many texts, and examples a task")] = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """What a model can do beside its edits, without and with them: perplexity, lm-evaluation-harness."""
@@ -243,7 +254,7 @@ def ability(
         if texts is None and not names:
             raise ComebaError("nothing to measure: give --texts, --tasks, or both")
         chosen = None if texts is None else list(itertools.islice(read_texts(texts), limit))
-        net, tokenizer = _load(model, device, dtype, edits)
+        net, tokenizer = _load(model, device, dtype, edits, trust=trust)
 
         def measured() -> dict:
             found = {} if chosen is None else {"perplexity": perplexity(net, tokenizer, chosen)}
@@ -272,23 +283,32 @@ def covariance(
     config: Config = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Collect the covariance of all edited layers in one corpus pass."""
+    from comeba_ext.covariance import TOKENS_PER_DIMENSION
     from comeba_ext.data import read_texts
     from comeba_ext.editing.editor import Editor
+    from comeba_ext.storage import writable
 
     with _reporting(as_json, parallel=True) as report:
         stream = read_texts(texts)
-        net, tokenizer = _load(model, device, dtype)
+        if report.first:
+            writable(out)
+        net, tokenizer = _load(model, device, dtype, trust=trust)
         editor = Editor(net, tokenizer, _config(net, config))
+        wanted = tokens or TOKENS_PER_DIMENSION * max(layer.in_features for layer in editor.layers.values())
         start = time.perf_counter()
         editor.collect_covariance(stream, tokens=tokens, path=out, progress=not as_json)
         found = editor.covariance
         seconds = time.perf_counter() - start
         report.say(f"{found.tokens} tokens of {found.texts} texts, {len(found.moments)} layers, {seconds:.1f} s; "
                    f"saved to {out}.")  # fmt: skip
-        report.result = {"tokens": found.tokens, "layers": list(found.moments), "seconds": seconds, "out": str(out),
+        if found.tokens < wanted:
+            report.say(f"! The corpus ended after {found.tokens} of {wanted} tokens; with more text the covariance gets better.")
+        report.result = {"tokens": found.tokens, "tokens_wanted": wanted, "complete": found.tokens >= wanted,
+                         "layers": list(found.moments), "seconds": seconds, "out": str(out),
                          "records": {"read": found.texts, "used": found.texts, "skipped": []}}  # fmt: skip
 
 
@@ -303,6 +323,7 @@ def tune(
     scope: Scope = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Find settings that edit a model: layers, learning rate, weight of the covariance."""
@@ -315,7 +336,7 @@ def tune(
     from comeba_ext.tuning import tune as search
 
     with _reporting(as_json) as report:
-        net, tokenizer = _load(model, device, dtype)
+        net, tokenizer = _load(model, device, dtype, trust=trust)
         home = testbed.folder_of(model)
         if texts is None and covariance is None and not home:
             raise ComebaError("no corpus: add --texts TEXTS (plain text such as Wikipedia articles), or --covariance FILE")
@@ -358,13 +379,14 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 20,
     device: Device = None,
     dtype: Dtype = "auto",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Continue prompts greedily, with and without saved edits."""
     from comeba_ext.hooked_linear import disabled
 
     with _reporting(as_json) as report:
-        net, tokenizer = _load(model, device, dtype, edits)
+        net, tokenizer = _load(model, device, dtype, edits, trust=trust)
         after = _continue(net, tokenizer, prompts, max_new_tokens)
         with disabled(net):
             before = _continue(net, tokenizer, prompts, max_new_tokens) if edits else [None] * len(prompts)
@@ -392,6 +414,7 @@ def experiment(
     texts: Annotated[Optional[Path], typer.Option(help="corpus for the covariance, and for perplexity")] = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Run an experiment: methods and settings under one protocol, into a table, JSON and plots."""
@@ -409,7 +432,7 @@ def experiment(
         datasets = {label: read_requests(file) for label, file in given}
         if len(datasets) < len(given):
             raise ComebaError("two --records have the same name; write NAME=FILE")
-        net, tokenizer = _load(model, device, dtype)
+        net, tokenizer = _load(model, device, dtype, trust=trust)
         if home and not datasets:
             datasets = {label: ReadResult(own, len(own), []) for label, own in testbed.datasets(home).items()}
         if home and samples is None:
@@ -513,6 +536,12 @@ def _reporting(as_json: bool, parallel: bool = False):
             _fail(as_json, str(error), 1, who)
         except KeyboardInterrupt:
             _fail(as_json, "interrupted; what was complete is kept", 130, who)
+        except (typer.Exit, typer.Abort):
+            raise
+        except OSError as error:
+            _fail(as_json, f"{error.filename or 'file system'}: {error.strerror or error}", 1, who)
+        except Exception as error:
+            _fail(as_json, _unforeseen(error), 1, who)
     if as_json and report.first:
         print(json.dumps({"version": __version__, **report.result}))
     if report.code:
@@ -526,6 +555,17 @@ def _flat(found: dict) -> dict[str, float]:
         rows |= {f"{task} {name.partition(',')[0]}": value for name, value in metrics.items()
                  if "," in name and isinstance(value, (int, float))}  # fmt: skip
     return rows
+
+
+def _unforeseen(error: Exception) -> str:
+    """A sentence about an error that nobody thought of; where it came from is written to a file."""
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile("w", prefix="comeba-", suffix=".log", delete=False) as file:
+        file.write(f"comeba_ext {__version__}, {' '.join(sys.argv)}\n{''.join(traceback.format_exception(error))}")
+    what = (str(error).strip() or "no message").splitlines()[0]
+    return f"unexpected {type(error).__name__}: {what} (please report this, with {file.name})"
 
 
 def _fail(as_json: bool, message: str, code: int, who: str = "") -> None:
@@ -544,7 +584,7 @@ def _quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _load(name: str, device: str | None, dtype: str, edits: Path | None = None):
+def _load(name: str, device: str | None, dtype: str, edits: Path | None = None, *, trust: bool = False):
     """Model and tokenizer, with saved edits if any."""
     import torch
 
@@ -556,7 +596,7 @@ def _load(name: str, device: str | None, dtype: str, edits: Path | None = None):
         raise ComebaError(f"unknown --dtype {dtype!r}; choose {', '.join(DTYPES)}")
     place = None if device == "auto" and not testbed.folder_of(name) else _device(device)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    model, tokenizer = load_model(name, wanted, "auto" if place is None else None)
+    model, tokenizer = load_model(name, wanted, "auto" if place is None else None, trust_remote_code=trust)
     if place is not None:
         model = model.to(place)
     if edits is not None:
@@ -578,6 +618,12 @@ def _device(wanted: str | None) -> str:
             raise ComebaError(f"unknown --device {wanted!r}; choose cpu, cuda, cuda:N or auto") from None
         if place.type == "cuda" and count <= (place.index or 0):
             raise ComebaError(f"--device {wanted}: torch finds {count} GPUs; see 'comeba doctor'")
+        if place.type == "meta":
+            raise ComebaError("--device meta: nothing can be computed there; choose cpu, cuda, cuda:N or auto")
+        try:
+            torch.zeros(1, device=place)
+        except Exception as error:  # of a kind that each backend chooses for itself
+            raise ComebaError(f"--device {wanted}: torch cannot use it ({str(error).strip().splitlines()[0]})") from None
         return wanted
     if wanted == "cuda" and not count:
         raise ComebaError("--device cuda: torch finds no GPU; see 'comeba doctor'")
@@ -597,6 +643,63 @@ def _config(model, path: Path | None, method=None, scope: str | None = None):
         return default_config(method or Editor, model, **{**changes, **({"scope": scope} if scope else {})})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}" if path else str(error)) from None
+
+
+@contextlib.contextmanager
+def _edits_folder(out: Path | None, resume: bool = False, first: bool = True):
+    """Inside, this process alone writes to a folder that takes files, and holds no edits unless they are to be gone on with."""
+    from comeba_ext.storage import MANIFEST, alone
+
+    if out is None or not first:  # of several processes the first one saves
+        yield
+        return
+    if (out / MANIFEST).exists() and not resume:
+        raise ComebaError(f"{out} holds edits already; add --resume to 'comeba edit' to go on with them, or choose another --out")
+    with alone(out):
+        yield
+
+
+def _check_same(
+    editor, out: Path, kind, config: Path | None, scope: str | None, covariance: Path | None, texts: Path | None
+) -> None:
+    """Refuse options that say something else than the edits in ``out`` were made with."""
+    from comeba_ext.corpus import digest_of
+    from comeba_ext.covariance import Covariance
+    from comeba_ext.data import read_texts
+    from comeba_ext.editing.config import read_settings
+
+    if kind is not None and kind is not type(editor):
+        raise ComebaError(f"{out} holds edits made by {editor.method}; --method {kind.method} cannot go on with them")
+    given = {**(read_settings(config) if config else {}), **({"scope": scope} if scope else {})}
+    wanted = _config(editor.model, config, type(editor), scope) if given else editor.config
+    for key in given:
+        here, there = getattr(wanted, key), getattr(editor.config, key)
+        if here != there:
+            raise ComebaError(f"the edits in {out} were made with {key} {there}, not {here}; their settings cannot change")
+    known = editor.covariance
+    if covariance is not None and known is not None:
+        other = Covariance.load(covariance)
+        if any(name not in other.moments or not other.moments[name].equal(known.moments[name]) for name in known.moments):
+            raise ComebaError(f"the edits in {out} were made with another covariance than {covariance}")
+    if texts is not None and known is not None and known.corpus and digest_of(read_texts(texts), known.texts) != known.corpus:
+        raise ComebaError(f"the covariance of the edits in {out} is of other texts than {texts}")
+
+
+def _usable(editor, read, progress: bool) -> tuple[list, list[dict]]:
+    """Requests that can be edited, and why the others cannot."""
+    from tqdm.auto import tqdm
+
+    used, skipped, facts = [], list(read.skipped), {}
+    placed = read.placed()
+    for position, request in tqdm(placed, unit="record", desc="checking", disable=not progress or len(placed) < 1000):
+        try:
+            editor.check([request])
+            if request.request_id is not None and facts.setdefault(request.request_id, request.fact) != request.fact:
+                raise ComebaError(f"request_id {request.request_id!r} is used by another record; ids must differ")
+            used.append(request)
+        except ComebaError as error:
+            skipped.append({"index": position, "reason": str(error)})
+    return used, sorted(skipped, key=lambda skip: skip["index"])
 
 
 def _requests(records: Path | None, limit: int | None, prompt: str | None, subject: str | None, target: str | None):

@@ -148,12 +148,14 @@ def _load(emulated: bool) -> State:
             "no GPU is visible to torch", "Check the driver, or set COMEBA_CUDA_ARCH to compile all the same"
         )
     path = _library(recipe)
+    _require_own(path)
     with contextlib.suppress(ImportError):  # damaged: compiled again below
         if path.exists():  # whole, since it is put in place in one step; needs no lock and no writable folder
             return _import(path, "cached")
     try:
-        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _lock(path):
+            _require_own(path)
             if path.exists():
                 with contextlib.suppress(ImportError):  # by the process that we waited for
                     return _import(path, "cached")
@@ -164,6 +166,22 @@ def _load(emulated: bool) -> State:
         return _import(path, "compiled now")
     except ImportError as error:
         raise BuildFailure(f"the compiled kernels do not load ({error})", "Please report this", path.parent / "log.txt") from error  # fmt: skip
+
+
+def _require_own(path: Path) -> None:
+    """Refuse a library that somebody else could have put there: loading it runs its code.
+
+    Raises:
+        BuildFailure: it, or a folder of the cache above it, belongs to another user than this one or root, or others may write.
+    """
+    if os.name != "posix":
+        return
+    for place in (cache_folder(), path.parent, path):
+        if place.exists():
+            facts = place.stat()
+            if facts.st_uid not in (os.getuid(), 0) or facts.st_mode & 0o022:
+                raise BuildFailure(f"others may write to {place}, so what lies there is not loaded",
+                                   f"Remove it, or make it yours alone (chmod go-w {place})")  # fmt: skip
 
 
 def _compile(recipe: _build.Recipe, path: Path) -> None:

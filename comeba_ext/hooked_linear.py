@@ -77,7 +77,7 @@ class HookedLinear(nn.Module):
         if gate not in GATES:
             raise ComebaError(f"unknown gate {gate!r}; choose one of {', '.join(GATES)}")
         self.base_layer = base
-        self.in_features, self.out_features = _shape(base)
+        self.in_features, self.out_features = shape_of(base)
         self.scope, self.gate = scope, gate
         self._mode = "validated"
         self.context: SequenceContext | None = None
@@ -136,6 +136,8 @@ class HookedLinear(nn.Module):
         if mode == "temporary":
             output = self.base_layer(x, *args, **kwargs)
             return output + self.edit_output(x).to(output.dtype)
+        if self.scope == "zscore" and not torch.compiler.is_compiling():
+            self._refuse_recomputing()
         delta = self.delta
         plain = self._plain_base() and not args and not kwargs
         given, mask = self._as_sequences(self._to_delta(x), mask)
@@ -163,6 +165,12 @@ class HookedLinear(nn.Module):
         if self.context is not None and after is not None:
             self.context.here.updated[self.name] = after
         return output
+
+    def _refuse_recomputing(self) -> None:
+        """Gradient checkpointing runs blocks again in the backward pass, when nobody knows the mask and the tokens before."""
+        if self.context is not None and self.context.here.shape is None and torch._C._current_graph_task_id() != -1:
+            raise ComebaError("the z-score cannot be computed again in gradient checkpointing; switch that off, or use score "
+                              "'nearest' or 'reference'")  # fmt: skip
 
     def edit_output(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ deltaᵀ``, ``(..., d_out)``."""
@@ -329,8 +337,11 @@ class HookedLinear(nn.Module):
         return weight.dtype == x.dtype and not grad and not torch.is_autocast_enabled(x.device.type)
 
     def _as_sequences(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``x`` as ``(batch, seq, d_in)`` and its mask; some families (OPT) flatten tokens before the MLP."""
-        if mask is None and self.context is not None:
+        """``x`` as ``(batch, seq, d_in)`` and its mask; some families (OPT) flatten tokens before the MLP.
+
+        Only the z-score asks the model for its mask: it looks at a token's sequence, the others at the token.
+        """
+        if mask is None and self.context is not None and self.scope == "zscore":
             mask = self.context.here.mask
         if mask is not None:
             mask = mask.to(x.device)
@@ -473,8 +484,12 @@ def between_passes(model: nn.Module):
 
 
 
-def _shape(base: nn.Module) -> tuple[int, int]:
-    """``(d_in, d_out)``."""
+def shape_of(base: nn.Module) -> tuple[int, int]:
+    """``(d_in, d_out)``.
+
+    Raises:
+        ArchitectureError: not a linear layer.
+    """
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         return base.in_features, base.out_features
     if hasattr(base, "nf"):  # GPT-2's Conv1D stores its weight as (d_in, d_out)

@@ -17,41 +17,52 @@ from comeba_ext.errors import ComebaError
 GGUF = ".gguf"
 
 
-def load_model(name: str | Path, dtype: str | torch.dtype = "auto", device_map: str | None = None):
+def load_model(
+    name: str | Path, dtype: str | torch.dtype = "auto", device_map: str | None = None, *, trust_remote_code: bool = False
+):
     """``(model, tokenizer)``, the model in eval mode.
 
     Args:
         name: a local folder, a hub name, a ``.gguf`` file, or ``"testbed"`` (or a folder that its ``train.py`` made).
         dtype: of the weights; ``"auto"``: as they are stored, float32 for a ``.gguf`` file and the embedded model.
         device_map: accelerate's; ``None``: all on the CPU.
+        trust_remote_code: run code that comes with the model, where it brings some; never asked for.
 
     Raises:
         ComebaError: it cannot be loaded; the message names the first cause.
     """
-    home = testbed.folder_of(str(name))
+    try:
+        home, is_file = testbed.folder_of(str(name)), Path(name).is_file()
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise ComebaError(f"cannot load a model from {str(name)[:100]!r}: {getattr(error, 'strerror', None) or error}") from None
     if home:
         model, tokenizer = testbed.load(home)
         return (model if dtype == "auto" else model.to(dtype)), tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path, where = Path(name), {}
+    if is_file and path.suffix.lower() != GGUF:
+        raise ComebaError(f"cannot load a model from {str(name)!r}: it is a file; give the model's folder, or a {GGUF} file")
     if path.suffix.lower() == GGUF:
-        if not path.is_file():
+        if not is_file:
             raise ComebaError(f"cannot load a model from {str(name)!r}: no such file")
         _check_gguf(path)
         name, where = path.parent, {"gguf_file": path.name}
         dtype = torch.float32 if dtype == "auto" else dtype
     try:
+        where |= {"trust_remote_code": trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **where)
-    # What a damaged GGUF file makes its reader raise is of no particular kind.
-    except Exception as error:
-        if not where and not isinstance(error, (OSError, ValueError, ImportError)):
-            raise
+    except Exception as error:  # what a damaged file makes its reader raise is of no particular kind
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            cause = "it brings code of its own; add --trust-remote-code (trust_remote_code=True) if you trust it"
         raise ComebaError(f"cannot load a model from {str(path)!r}: {cause}") from None
-    if where:
+    if "gguf_file" in where:
         _dense(model)
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > rows:
+        raise ComebaError(f"{str(path)!r}: its tokenizer has {tokenizer.vocab_size} tokens and its model {rows}: not of one model")
     return model.eval(), tokenizer
 
 

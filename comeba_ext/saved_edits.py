@@ -26,7 +26,7 @@ from comeba_ext.editing.ledger import Entry, stacked
 from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import StorageError
 from comeba_ext.key_sample import KeySample
-from comeba_ext.storage import check_identity, identity, read_file, read_manifest, write_folder
+from comeba_ext.storage import check_identity, identity, read_folder, write_folder
 
 
 def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -46,9 +46,12 @@ def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
     with _complete(folder):
         names = list(manifest["layers"])
         config = EditConfig.from_dict(manifest["config"], str(folder))
+        architecture = Architecture.of(model, config.blocks, config.projection)
+        _check(model, architecture, config, names, tensors)
         deltas = {name: _delta(tensors, name, folder) for name in names}
         mode = manifest.get("mode", "validated")
-    architecture = Architecture.of(model, config.blocks, config.projection)
+        if mode not in hooked_linear.MODES:
+            raise ValueError(f"mode {mode!r}")
     layers = hooked_linear.install(model, names, architecture.decoder, config.scope, config.alpha, config.gate)
     with _complete(folder, model):
         for name, layer in layers.items():
@@ -102,7 +105,8 @@ def save(editor, folder: str | Path, inference_only: bool) -> None:
             {"request": e.request.to_record(), "step": e.step, "removed": e.removed} for e in editor.ledger.entries
         ]
         if editor.covariance is not None:
-            manifest["covariance_tokens"] = editor.covariance.tokens
+            own = editor.covariance
+            manifest["covariance_tokens"], manifest["corpus"] = own.tokens, {"digest": own.corpus, "texts": own.texts}
         tensors["state"] = _state(editor)
         texts["log"] = "".join(json.dumps(record) + "\n" for record in editor.log)
     write_folder(folder, manifest, tensors, texts)
@@ -110,9 +114,7 @@ def save(editor, folder: str | Path, inference_only: bool) -> None:
 
 def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
     """An editor as it was when saved."""
-    manifest, adapter = _read(model, folder)
-    state = read_file(folder, manifest, "state")
-    log = read_file(folder, manifest, "log")
+    manifest, adapter, state, log = _read(model, folder, "state", "log")
     try:
         log = [json.loads(line) for line in log.splitlines()]
     except ValueError as error:
@@ -122,6 +124,9 @@ def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
         raise StorageError(f"{folder} holds edits made by {made_by}, not {cls.method}; comeba_ext.methods.load finds the method")
     with _complete(folder):
         config = cls.config_class.from_dict({**manifest["config"], **manifest.get("settings", {})}, str(folder))
+        architecture = Architecture.of(model, config.blocks, config.projection)
+        for tensors in (adapter, state):
+            _check(model, architecture, config, list(manifest["layers"]), tensors)
         covariance = _covariance(manifest, state)
         entries = _entries(manifest, state)
         saved = {key: manifest[key] for key in ("step", "alphas", "prefixes", "next_id")}
@@ -152,11 +157,48 @@ def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
     return editor
 
 
-def _read(model: nn.Module, folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    manifest = read_manifest(folder)
+def _read(model: nn.Module, folder: str | Path, *kinds: str) -> tuple:
+    """The manifest, the adapter's tensors, and what the other kinds hold, of one save."""
+    manifest, found = read_folder(folder, "adapter", *kinds)
     with _complete(folder):
         check_identity(manifest["model"], model, f"the folder {folder}")
-    return manifest, read_file(folder, manifest, "adapter")
+    return manifest, *found
+
+
+# What a layer's tensors must be like, by the ends of their names; n is any number. Thresholds may be infinite where nothing
+# is in scope.
+_SHAPES = {
+    "delta": ("d_out", "d_in"), "left": ("d_out", "n"), "right": ("n", "d_in"), "alpha": (), "reference_scale": (),
+    "projection": ("rows", "d_in"), "anchors": ("keys", "rows"), "thresholds": ("keys",), "moment": ("d_in", "d_in"),
+    "keys": ("any", "entries"), "responses": ("other", "entries"), "directions": ("units", "rows"), "direction_thresholds": ("units",),
+}  # fmt: skip
+_MAY_BE_INFINITE = ("alpha", "thresholds", "direction_thresholds")
+
+
+def _check(model: nn.Module, architecture: Architecture, config: EditConfig, names: list[str], tensors: dict) -> None:
+    """Everything a layer is going to hold, before the first one is touched: shapes, dtypes, finite numbers.
+
+    Raises:
+        ValueError: something is not what this package saves for this model.
+    """
+    wanted = [architecture.projection_name(index) for index in config.layers]
+    if names != wanted:
+        raise ValueError(f"layers {names}, but the settings name {wanted}")
+    for name in names:
+        d_in, d_out = hooked_linear.shape_of(model.get_submodule(name))
+        sizes = {"d_in": d_in, "d_out": d_out}
+        for end, wants in _SHAPES.items():
+            tensor = tensors.get(f"{name}.{end}")
+            if tensor is None:
+                continue
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name}.{end} is {tensor.dtype}")
+            if tensor.dim() != len(wants) or any(sizes.setdefault(what, size) != size for what, size in zip(wants, tensor.shape, strict=True)):
+                known = ", ".join(str(sizes.get(what, what)) for what in wants)
+                raise ValueError(f"{name}.{end} is {tuple(tensor.shape)}, expected ({known})")
+            bad = torch.isnan(tensor) if end in _MAY_BE_INFINITE else ~torch.isfinite(tensor)
+            if bad.any():
+                raise ValueError(f"{name}.{end} has NaN or infinite entries")
 
 
 def _adapter(editor, live: list[Entry]) -> dict[str, torch.Tensor]:
@@ -235,7 +277,8 @@ def _covariance(manifest: dict, state: dict[str, torch.Tensor]) -> Covariance | 
         return None
     moments = {name: state[f"{name}.moment"] for name in manifest["layers"]}
     sample = KeySample.from_tensors(dict(state))
-    return Covariance(moments, tokens, manifest["model"], 0, tokens, sample=sample)
+    corpus = manifest.get("corpus", {"digest": "", "texts": 0})
+    return Covariance(moments, tokens, manifest["model"], corpus["texts"], tokens, sample=sample, corpus=corpus["digest"])
 
 
 def _entries(manifest: dict, state: dict[str, torch.Tensor]) -> list[Entry]:

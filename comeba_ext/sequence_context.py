@@ -17,6 +17,7 @@ import threading
 import torch
 from torch import nn
 
+from comeba_ext.errors import ComebaError
 from comeba_ext.passes import Passes
 
 
@@ -138,6 +139,12 @@ def _with_statistics(cache_class: type) -> type:
         def batch_select_indices(self, indices):
             super().batch_select_indices(indices)
             self._carry(lambda s: s[indices.to(s.device)])
+
+        def crop(self, *args, **kwargs):
+            if self.comeba_statistics:
+                raise ComebaError("the z-score's running statistics cannot go back with a cache that is cropped (assisted decoding); "
+                                  "score 'nearest' or 'reference' can")  # fmt: skip
+            super().crop(*args, **kwargs)
 
         def reset(self):
             super().reset()

@@ -2,6 +2,8 @@
 
 A folder of several files is replaced atomically by writing every file under a fresh name and then one JSON file, the
 *manifest*, that names them: a kill at any moment leaves the old manifest with the old files or the new one with the new.
+Who reads while another process writes reads again, until what the manifest names was all there. Two that write one folder
+are kept apart by a lock.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ import json
 import os
 import re
 import uuid
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -21,17 +25,65 @@ from comeba_ext.errors import StorageError
 
 
 def make_folder(path: str | Path) -> Path:
-    """The folder, made with those above it where it is missing.
+    """The folder, made with those above it where it is missing, and found to take a file: better before long work than after.
 
     Raises:
-        StorageError: it cannot be one.
+        StorageError: it cannot be made, or nothing can be written there.
     """
     path = Path(path)
+    probe = path / f".{uuid.uuid4().hex[:8]}.tmp"
     try:
         path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
     except OSError as error:
-        raise StorageError(f"{path}: cannot be a folder ({error.strerror})") from None
+        raise StorageError(f"{path}: cannot be a folder to write to ({error.strerror})") from None
     return path
+
+
+def writable(path: str | Path) -> Path:
+    """A file's path, found to be one that can be written.
+
+    Raises:
+        StorageError: it is a folder, or its folder is missing or takes no file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise StorageError(f"{path} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise StorageError(f"cannot write {path}: the folder {path.parent} does not exist")
+    make_folder(path.parent)
+    return path
+
+
+@contextmanager
+def alone(folder: str | Path):
+    """Inside, no other process is in here with the same folder, which is made where it is missing, and is gone again afterwards
+    if it was and nothing came into it.
+
+    Raises:
+        StorageError: another process is, or nothing can be written there.
+    """
+    folder = Path(folder)
+    made, lock = not folder.exists(), FileLock(folder / LOCK, timeout=0, is_singleton=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise StorageError(f"{folder}: another process is writing there; wait for it, or choose another folder") from None
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be a folder to write to ({error.strerror})") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if made and [file.name for file in folder.iterdir()] in ([], [LOCK]):
+            with suppress(OSError):
+                (folder / LOCK).unlink(missing_ok=True)
+                folder.rmdir()
+
+
+LOCK = ".comeba.lock"
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -52,9 +104,16 @@ def _replace(path: Path, write) -> None:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # safetensors' own files are for their owner alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -89,19 +148,36 @@ def write_folder(folder: str | Path, manifest: dict, tensors: dict[str, dict], t
         manifest: JSON-serialisable; gains ``"files"``, the kind-to-name table.
         tensors: kind to tensors, each a safetensors file.
         texts: kind to text, each a ``.jsonl`` file.
+
+    Raises:
+        StorageError: it cannot be written, or another process is writing there; the folder holds what it held.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     stamp = uuid.uuid4().hex[:8]
     files = {kind: f"comeba_{kind}-{stamp}.safetensors" for kind in tensors}
     files |= {kind: f"comeba_{kind}-{stamp}.jsonl" for kind in texts}
-    for kind, content in tensors.items():
-        write_tensors(folder / files[kind], content)
-    for kind, content in texts.items():
-        write_text(folder / files[kind], content)
-    write_text(folder / MANIFEST, json.dumps({**manifest, "files": files}, indent=2) + "\n")
+    with alone(folder):
+        complete = False
+        try:
+            for kind, content in tensors.items():
+                write_tensors(folder / files[kind], content)
+            for kind, content in texts.items():
+                write_text(folder / files[kind], content)
+            write_text(folder / MANIFEST, json.dumps({**manifest, "files": files}, indent=2) + "\n")
+            complete = True
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"{folder}: could not be written ({error}); what was saved there before is as it was") from None
+        finally:
+            # Of the new files those of a save that failed, else of the old ones: whatever the manifest does not name.
+            with suppress(OSError, StorageError):
+                named = files if complete else read_manifest(folder)["files"]
+                _clear(folder, set(named.values()))
+
+
+def _clear(folder: Path, named: set[str]) -> None:
+    """Remove our files that a manifest does not name."""
     for old in folder.iterdir():
-        if _OURS.fullmatch(old.name) and old.name not in files.values():
+        if _OURS.fullmatch(old.name) and old.name not in named:
             old.unlink(missing_ok=True)
 
 
@@ -113,7 +189,11 @@ def read_manifest(folder: str | Path) -> dict:
     """
     path = Path(folder) / MANIFEST
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise StorageError(f"{path} is not a regular file")
         manifest = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise StorageError(f"{path} is nested too deeply to be ours") from None
     except OSError:
         raise StorageError(f"{folder} holds no edits: {MANIFEST} is missing") from None
     except ValueError as error:
@@ -121,7 +201,25 @@ def read_manifest(folder: str | Path) -> dict:
     files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("format") == 1 else None
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise StorageError(f"{path} was not written by this version of comeba_ext")
+    for name in files.values():
+        if not re.fullmatch(_FILE, name):
+            raise StorageError(f"{path} names {name!r}, which is no file of ours")
     return manifest
+
+
+def read_folder(folder: str | Path, *kinds: str) -> tuple[dict, list]:
+    """The manifest and the files of some kinds, all of one save, whoever writes there meanwhile.
+
+    Raises:
+        StorageError: as :func:`read_manifest`; a file is missing, truncated or foreign.
+    """
+    while True:
+        manifest = read_manifest(folder)
+        try:
+            return manifest, [read_file(folder, manifest, kind) for kind in kinds]
+        except StorageError:
+            if read_manifest(folder)["files"] == manifest["files"]:
+                raise
 
 
 def read_file(folder: str | Path, manifest: dict, kind: str) -> dict[str, torch.Tensor] | str:
@@ -130,6 +228,8 @@ def read_file(folder: str | Path, manifest: dict, kind: str) -> dict[str, torch.
     if name is None:
         raise StorageError(f"{folder} has no {kind}: it was saved for inference only, so editing cannot go on from it")
     path = Path(folder) / name
+    if path.exists() and not path.is_file():
+        raise StorageError(f"{path} is not a regular file")
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     try:

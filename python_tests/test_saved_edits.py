@@ -50,6 +50,10 @@ def make_editor(tiny_model, tokenizer, steps=2, scope="zscore", dtype=torch.floa
     return editor
 
 
+def files(folder):
+    return [path for path in folder.iterdir() if path.name != storage.LOCK]
+
+
 def logits(model, tokenizer, texts=("The mother tongue of Danielle Darrieux is", "Marie Curie was born in Paris")):
     with torch.no_grad():
         return [model(torch.tensor([tokenizer(text)["input_ids"]])).logits for text in texts]
@@ -146,9 +150,9 @@ def test_load_edits_gives_the_live_logits(tiny_model, tokenizer, tmp_path, infer
 def test_inference_only_folder(tiny_model, tokenizer, tmp_path):
     editor = make_editor(tiny_model, tokenizer)
     editor.save_pretrained(tmp_path)  # in full first: what only editing needs goes away
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(files(tmp_path)) == 4
     editor.save_pretrained(tmp_path, inference_only=True)
-    names = sorted(path.suffix for path in tmp_path.iterdir())
+    names = sorted(path.suffix for path in files(tmp_path))
     assert names == [".json", ".safetensors"] and (tmp_path / storage.MANIFEST).exists()
     with pytest.raises(StorageError, match="inference only"):
         Editor.from_pretrained(small_model(tiny_model), tokenizer, tmp_path)
@@ -311,7 +315,7 @@ def test_error_at_every_moment_of_a_save(tiny_model, tokenizer, tmp_path, monkey
         if finished:
             break
         editor.save_pretrained(folder)  # and the folder can be written again
-        assert len(list(folder.iterdir())) == 4
+        assert len(files(folder)) == 4
     assert finished and outcomes[-1] == 2 and outcomes == sorted(outcomes)
     assert len(outcomes) > 1 and (outcomes[0] == 1 or function == "unlink")
 

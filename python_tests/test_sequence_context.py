@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from comeba_ext.errors import ArchitectureError
+from comeba_ext.errors import ArchitectureError, ComebaError
 from comeba_ext.hooked_linear import HookedLinear, disabled, hooked_layers, install, uninstall
 
 FAMILIES = {
@@ -447,3 +447,42 @@ def test_a_call_without_tokens_gets_the_models_own_error(tiny_model):
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         model()
     _no_pass_in_progress(layers)
+
+
+def test_zscore_refuses_a_cropped_cache(tiny_model):
+    """Its statistics would go on counting the tokens that were taken back; token-local scores have none."""
+    for scope in ("zscore", "reference"):
+        model, _ = make(tiny_model, "llama", scope)
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(sequences()[0][None], past_key_values=cache)
+            if scope == "zscore":
+                with pytest.raises(ComebaError, match="assisted decoding"):
+                    cache.crop(3 - len(sequences()[0]))
+                assert cache.get_seq_length() == len(sequences()[0])
+                continue
+            cache.crop(3 - len(sequences()[0]))
+            rest = model(sequences()[0][None, 3:], past_key_values=cache).logits
+            torch.testing.assert_close(rest, model(sequences()[0][None], use_cache=False).logits[:, 3:], **CLOSE)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_zscore_refuses_gradient_checkpointing(tiny_model, reentrant):
+    """Recomputed in the backward pass it would see no mask: gradients off, without a word. Token-local scores agree."""
+    for scope in ("zscore", "reference"):
+        model, _ = make(tiny_model, "llama", scope)
+        model.train()
+        batch = padded(sequences(), "left") | {"use_cache": False}
+        weight = model.get_input_embeddings().weight
+        model(**batch).logits.square().mean().backward()
+        expected, weight.grad = weight.grad, None
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+        loss = model(**batch).logits.square().mean()
+        if scope == "zscore":
+            with pytest.raises(ComebaError, match="gradient checkpointing"):
+                loss.backward()
+        else:
+            loss.backward()
+            torch.testing.assert_close(weight.grad, expected, **CLOSE)

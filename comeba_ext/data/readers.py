@@ -121,7 +121,7 @@ def _records(path: Path, file) -> Iterator:
     if not content.strip():
         return
     try:
-        value = json.loads(content)
+        value = _parsed(content)
     except json.JSONDecodeError as error:
         if _starts_with_record_line(content):  # JSONL under another name
             for _, record in _json_lines(path, content.split("\n")):
@@ -137,9 +137,21 @@ def _records(path: Path, file) -> Iterator:
 def _starts_with_record_line(content: str) -> bool:
     first, _, rest = content.strip().partition("\n")
     try:
-        return bool(rest) and isinstance(json.loads(first), dict)
+        return bool(rest) and isinstance(_parsed(first), dict)
     except json.JSONDecodeError:
         return False
+
+
+def _parsed(text: str):
+    """JSON; what Python's reader does not take, although it is JSON, is an error in its words."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # an integer of more than 4,300 digits
+        raise json.JSONDecodeError(str(error).partition(";")[0], text, 0) from None
 
 
 def _record_list(path: Path, value) -> list:
@@ -161,7 +173,7 @@ def _json_lines(path: Path, lines) -> Iterator[tuple[int, object]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            yield number, _parsed(line)
         except json.JSONDecodeError as error:
             raise StorageError(
                 f"{path}: line {number} is not valid JSON ({error.msg} at column {error.colno}); "

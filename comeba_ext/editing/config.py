@@ -232,19 +232,38 @@ def read_settings(path: str | Path) -> dict:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
+        if len(text) > _LONGEST:
+            raise ConfigError(f"{len(text)} characters are more than settings have")
         if path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            values = yaml.safe_load(text)
+            values = flat_yaml(text)
         else:
             values = json.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a parser's error of either library
-        raise ConfigError(f"{path}: not valid {path.suffix or 'JSON'}: {error}") from None
+        cause = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"{path}: not valid {path.suffix or 'JSON'}: {cause}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path}: expected keys and values")
     return with_numbers(values)
+
+
+_LONGEST = 100_000
+
+
+def flat_yaml(text: str):
+    """YAML without aliases: settings have no use for them, and a few hundred bytes of them can stand for gigabytes.
+
+    Raises:
+        ConfigError: there is one.
+        yaml.YAMLError: not YAML.
+    """
+    import yaml
+
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"line {event.start_mark.line + 1}: an alias (*{event.anchor}); write the value out")
+    return yaml.safe_load(text)
 
 
 def changed(values: dict, changes: dict) -> dict:

@@ -52,6 +52,7 @@ class EditRequest:
             value = getattr(self, field)
             if not isinstance(value, str) or not value.strip():
                 raise RequestError(f"{where}: {field!r} must be non-empty text, got {value!r}")
+        _encodable(where, self)
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen dataclass)
         set_("subject", self.subject.strip())
         set_("target_new", self.target_new.strip())
@@ -242,6 +243,24 @@ def _listed(value) -> list:
 def _zipped(prompts, answers) -> list[tuple[str, str | None]]:
     prompts, answers = _listed(prompts), _listed(answers)
     return [(p, answers[i] if i < len(answers) else None) for i, p in enumerate(prompts)]
+
+
+def _strings(value):
+    """All text in a value of nested lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
+
+
+def _encodable(where: str, request: EditRequest) -> None:
+    """Half a surrogate pair, which JSON can hold, is no text that a tokenizer takes."""
+    for field in dataclasses.fields(request):
+        try:
+            "".join(_strings(getattr(request, field.name))).encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"{where}: {field.name!r} holds {error.object[error.start]!r}, which is half of a character") from None
 
 
 def _texts(values, where: str) -> tuple[str, ...]:

@@ -34,11 +34,11 @@ from comeba_ext.editing.config import EditConfig, is_int
 from comeba_ext.editing.editor import Editor
 from comeba_ext.editing.report import EditReport, reset_peak_memory
 from comeba_ext.editing.request import EditRequest, as_requests, consecutive_batches
-from comeba_ext.errors import ComebaError, ConfigError, RequestError
+from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
 from comeba_ext.evaluation.base import BasePredictions, predict_base
 from comeba_ext.evaluation.metrics import Metrics, evaluate, summarise
 from comeba_ext.evaluation.run_log import RunLog
-from comeba_ext.storage import MANIFEST
+from comeba_ext.storage import MANIFEST, make_folder
 from comeba_ext.storage import identity as identity_of
 
 PROTOCOLS = ("single_round", "consecutive", "sequential")
@@ -143,8 +143,7 @@ def run_protocol(
         StorageError: the folder holds another run.
         RequestError: a request cannot be used; nothing was run.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     requests = as_requests(requests)
     if not requests:
         raise RequestError("there is no request to edit")
@@ -157,9 +156,9 @@ def run_protocol(
               "checkpoints": list(protocol.checkpoints), "generate": protocol.generate, "records": len(requests),
               "requests": _digest([r.to_record() for r in requests]), "config": config.to_dict(), "version": __version__, "model": _model(model, config),
               "covariance": _covariance(covariance), **(identity or {})}  # fmt: skip
+    if (folder / "edits" / MANIFEST).exists() and not (folder / "log.jsonl").exists():
+        raise StorageError(f"{folder / 'edits'} holds edits that no run here has made; choose another folder")
     log = RunLog(folder / "log.jsonl", header)
-    if not log.records:  # what lies there belongs to a log that is gone
-        shutil.rmtree(folder / "edits", ignore_errors=True)
     if not _finished(log.records, len(requests)):
         if base is None:
             base = predict_base(model, tokenizer, requests, generate=protocol.generate)

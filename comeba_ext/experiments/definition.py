@@ -24,7 +24,7 @@ from pathlib import Path
 
 import yaml
 
-from comeba_ext.editing.config import EditConfig, is_int, with_numbers
+from comeba_ext.editing.config import EditConfig, flat_yaml, is_int, with_numbers
 from comeba_ext.errors import ConfigError
 from comeba_ext.evaluation.protocols import PROTOCOLS
 
@@ -102,10 +102,10 @@ def load(name_or_file: str | Path) -> Experiment:
     elif path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"unknown experiment {str(name_or_file)!r}; choose one of {', '.join(names())}, or give a .yaml file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = flat_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values")
