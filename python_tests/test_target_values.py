@@ -179,10 +179,9 @@ def test_groups_and_order_do_not_matter(tiny_model, tokenizer, monkeypatch):
 
 
 def test_facts_of_one_subject_share_a_delta(tiny_model, tokenizer):
-    """Their loss is the mean over all their rows; what each value adds to its own hidden state is the same."""
+    """Their loss is the mean over all their rows."""
     model, _ = edited_model(tiny_model, tokenizer, "gpt2")
     requests = [EditRequest("The mother tongue of {} is", "Peru", "English"), REQUESTS[1], EditRequest("{} is located in", "Peru", "Oslo, Norway")]
-    together = [[0, 2], [1]]
     config = settings(early_stop=0.0, steps=4, weight_decay=0.0, kl_factor=0.0)
     rows, essence = target_rows(tokenizer, requests, PREFIXES), essence_rows(tokenizer, requests)
     of = lambda *numbers: [row for row in rows if row.request in numbers]  # noqa: E731
@@ -197,12 +196,36 @@ def test_facts_of_one_subject_share_a_delta(tiny_model, tokenizer):
 
     apart = [loss([*of(n), essence[n]]) for n in (0, 2)]
     assert loss([*of(0, 2), essence[0]]) == pytest.approx(sum(apart) / 2, rel=1e-9) and abs(apart[0] - apart[1]) > 0.1
-    found = optimise_target_values(model, tokenizer, Architecture.of(model), config, requests, PREFIXES, together=together)
-    alone = run(model, tokenizer, config, requests[1:2])
-    hidden = [OneRequest(model, tokenizer, "gpt2", config, request).h for request in requests]
-    assert torch.allclose(found.values[0] - hidden[0], found.values[2] - hidden[2], rtol=0, atol=1e-9)
-    assert torch.allclose(found.values[1], alone.values[0], rtol=0, atol=1e-9)
-    assert found.losses[0] == found.losses[2] and found.steps == [3, 3, 3]
+
+
+def test_what_facts_of_one_subject_add_is_the_same_unless_they_contradict():
+    from comeba_ext import testbed
+
+    model, tokenizer = testbed.load()
+    fact, other = testbed.facts()[:2]
+    again = EditRequest(fact.rephrase_prompts[0], fact.subject, fact.target_new)
+    contrary = EditRequest(fact.prompt, fact.subject, fact.ground_truth)
+    config, seen = EditConfig.for_model(model, optimizer="polyak", prefixes=0), []
+    block = model.get_submodule(f"model.layers.{config.value_layer}")
+    handle = block.register_forward_hook(lambda m, args, out: seen.append((out[0] if isinstance(out, tuple) else out)[0]))
+
+    def added(requests, values):
+        for request, value in zip(requests, values, strict=True):
+            with torch.no_grad():
+                model(torch.tensor([tokenizer(request.text)["input_ids"]]))
+            last = OneRequest._last(tokenizer, request.text, request.place)
+            yield value - seen[-1][last]
+
+    for third, shared in ((again, True), (contrary, False)):
+        requests = [fact, other, third]
+        found = optimise_target_values(model, tokenizer, Architecture.of(model), config, requests, [""], together=[[0, 2], [1]])
+        alone = [run(model, tokenizer, config, [request], [""]).values[0] for request in requests]
+        first, _, last = added(requests, found.values)
+        assert torch.allclose(found.values[1], alone[1], rtol=0, atol=1e-4)
+        assert torch.allclose(first, last, rtol=0, atol=1e-4) == shared
+        assert all(torch.allclose(found.values[n], alone[n], rtol=0, atol=1e-4) != shared for n in (0, 2))
+        assert max(found.losses) < config.early_stop
+    handle.remove()
 
 
 def test_what_polyak_misses_is_tried_with_adam(monkeypatch):

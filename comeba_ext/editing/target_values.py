@@ -66,7 +66,8 @@ def optimise_target_values(
 
     Args:
         together: groups of request numbers, each number in one, that share one δ, found for all their rows: facts of one
-            subject, whose keys are nearly the same, so that values found apart would overwrite each other. Default: none do.
+            subject, whose keys are nearly the same, so that values found apart would overwrite each other. Where no δ serves
+            all of a group (they contradict each other), each has its own after all. Default: none share.
         prefixes: from :func:`prefixes.sample_prefixes`, the empty one first.
         on_progress: called after every step with the number of requests that are done and the mean loss of those begun.
         trace: records what the rows show at an edited block, for :class:`keys.KeyReader`.
@@ -81,38 +82,50 @@ def optimise_target_values(
     of_request: list[list[Row]] = [[] for _ in requests]
     for row in rows:
         of_request[row.request].append(row)
-    by_group = [[row for n in group for row in of_request[n]] + [essence[group[0]]] for group in together]
     budget = token_budget(model, config.max_tokens)
     upper = Upper(model, architecture, config.value_layer, pad_id(tokenizer), budget, trace)
     results: list[tuple[torch.Tensor, float, int, bool] | None] = [None] * len(requests)
-    done, losses = 0, 0.0
     products = getattr(torch, config.compute_dtype) if config.compute_dtype else None
     reached = [*upper.blocks[config.value_layer + 1 :], model.get_output_embeddings()]
-    with frozen(model), products_in(products, reached):
-        upper.prepare(rows + essence)
-        for chosen in _dense(by_group, upper.max_tokens):
 
-            def on_step(open_: torch.Tensor, loss: torch.Tensor, done=done, losses=losses, chosen=chosen) -> None:
-                sizes = [len(together[k]) for k in chosen]
+    def solve(groups: list[list[int]], optimiser: str, progress: Callable[[int, float], None] = lambda done, loss: None) -> None:
+        """Values of groups of requests; where there are some already, the better ones stay."""
+        by_group = [[row for n in group for row in of_request[n]] + [essence[group[0]]] for group in groups]
+        done, losses = 0, 0.0
+        for chosen in _dense(by_group, upper.max_tokens):
+            sizes = [len(groups[k]) for k in chosen]
+
+            def on_step(open_: torch.Tensor, loss: torch.Tensor, done=done, losses=losses, sizes=sizes) -> None:
                 closed = sum(size for size, still in zip(sizes, open_.tolist(), strict=True) if not still)
-                on_progress(done + closed, (losses + sum(map(mul, sizes, loss.tolist()))) / (done + sum(sizes)))
+                progress(done + closed, (losses + sum(map(mul, sizes, loss.tolist()))) / (done + sum(sizes)))
 
             path = Path(_Objective(upper, config, [by_group[k] for k in chosen]), config, on_step)
-            OPTIMISERS[config.optimizer](path)
-            for n, *result in _found(path, chosen, together):
-                results[n] = tuple(result)
-                done, losses = done + 1, losses + result[1]
-            on_progress(done, losses / done)
-        again = [k for k, group in enumerate(together) if not results[group[0]][3] and math.isfinite(results[group[0]][1])]
-        if config.optimizer == "polyak" and config.steps > 1 and again:
-            for part in _dense([by_group[k] for k in again], upper.max_tokens):
-                chosen = [again[k] for k in part]
-                path = Path(_Objective(upper, config, [by_group[k] for k in chosen]), config, lambda open_, loss: None)
-                OPTIMISERS["adam"](path)
-                for n, value, loss, steps, leads in _found(path, chosen, together):
-                    kept, least, before, _ = results[n]
-                    better = leads or loss < least
-                    results[n] = (value if better else kept, loss if better else least, before + steps, leads)
+            OPTIMISERS[optimiser](path)
+            for n, value, loss, steps, leads in _found(path, [groups[k] for k in chosen]):
+                known = results[n]
+                if known is not None and not (leads or loss < known[1]):
+                    value, loss = known[:2]
+                results[n] = (value, loss, steps + (known[2] if known else 0), leads)
+                done, losses = done + 1, losses + loss
+            progress(done, losses / done)
+
+    def missed(groups: list[list[int]]) -> list[list[int]]:
+        """Those in whose rows the new object does not lead."""
+        return [group for group in groups if not all(results[n][3] for n in group) and math.isfinite(results[group[0]][1])]
+
+    with frozen(model), products_in(products, reached):
+        upper.prepare(rows + essence)
+        solve(together, config.optimizer, on_progress)
+        second = config.optimizer == "polyak" and config.steps > 1
+        if second:
+            solve(missed(together), "adam")
+        apart = [[n] for group in missed(together) if len(group) > 1 for n in group]  # facts that contradict each other
+        if apart:
+            for (n,) in apart:
+                results[n] = None
+            solve(apart, config.optimizer)
+            if second:
+                solve(missed(apart), "adam")
     bad = [
         requests[n].text
         for n, (value, loss, *_) in enumerate(results)
@@ -123,11 +136,11 @@ def optimise_target_values(
     return TargetValues(torch.stack([r[0] for r in results]), [r[1] for r in results], [r[2] for r in results])
 
 
-def _found(path: Path, chosen: list[int], together: list[list[int]]):
-    """``(request, value, loss, steps, whether the target leads)`` of every request of the chosen groups."""
-    per_group = zip(chosen, path.delta, path.losses.tolist(), path.steps.tolist(), path.leads.tolist(), strict=True)
-    for k, delta, *rest in per_group:
-        for n in together[k]:
+def _found(path: Path, groups: list[list[int]]):
+    """``(request, value, loss, steps, whether the target leads)`` of every request of the groups."""
+    per_group = zip(groups, path.delta, path.losses.tolist(), path.steps.tolist(), path.leads.tolist(), strict=True)
+    for group, delta, *rest in per_group:
+        for n in group:
             yield n, path.objective.hidden[n] + delta, *rest
 
 
