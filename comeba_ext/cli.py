@@ -462,13 +462,21 @@ def experiment(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Versions, devices, compiled operations; what is missing and how to get it."""
-    from comeba_ext.doctor import examine
+def doctor(
+    model: Annotated[Optional[str], typer.Argument(help="also look at a model: where and how it would be edited")] = None,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Versions, devices, compiled operations; what is missing and how to get it; what editing a model would mean."""
+    from comeba_ext.doctor import examine, examine_model
 
     with _reporting(as_json) as report:
         found = examine()
         report.table(("what", "found"), [(k, str(v)) for k, v in found["found"].items()])
+        if model is not None and not found["problems"]:
+            found["model"], hints = examine_model(*_load(model, "cpu", "auto", trust=trust))
+            found["hints"] += hints
+            report.table((model, ""), [(k, str(v)) for k, v in found["model"].items()])
         for problem in found["problems"]:
             report.say(f"! {problem}")
         for hint in found["hints"]:

@@ -50,6 +50,40 @@ def examine() -> dict:
     return {"found": found, "problems": problems, "hints": hints}
 
 
+def examine_model(model, tokenizer) -> tuple[dict[str, object], list[str]]:
+    """What editing a model would mean: where, with which settings, at what cost; and hints.
+
+    Raises:
+        ArchitectureError: its parts cannot be found.
+    """
+    from comeba_ext.architectures import Architecture, context_length
+    from comeba_ext.covariance import TOKENS_PER_DIMENSION
+    from comeba_ext.editing.config import EditConfig
+    from comeba_ext.hooked_linear import shape_of
+
+    config = EditConfig.for_model(model)
+    architecture = Architecture.of(model, config.blocks, config.projection)
+    names = [architecture.projection_name(index) for index in config.layers]
+    d_in, d_out = shape_of(model.get_submodule(names[-1]))
+    lam, after = config.lam_of(d_in), architecture.after_norm(model, config.value_layer) is not None
+    start = bool(tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]) if tokenizer.bos_token_id is not None else False
+    size = len(names) * (d_in * d_out * 4 + 2 * d_in * d_in * 8)
+    found = {
+        "model": f"{model.config.model_type}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {architecture.num_blocks(model)} blocks",
+        "context": context_length(model) or "unbounded",
+        "edited projections": f"{names[0]}{f' … {names[-1]}' if len(names) > 1 else ''}, {d_in} → {d_out}",
+        "norm after the MLP": "yes: one block is edited, before the norm" if after else "no",
+        "score": config.scope,
+        "λ": f"{lam:g} = d_in / {d_in / lam:g}; a key of average leverage (d_in) realises {d_in / (lam + d_in):.2f} of its edit a layer",
+        "covariance": f"{TOKENS_PER_DIMENSION * d_in} tokens of plain text",
+        "memory while editing": f"{size / 1e6:.0f} MB beside the model",
+        "start token": "yes" if start else "no",
+    }
+    hints = [] if start else ["Its tokenizer puts no start token, so the first position of every text is much the same to it: a subject of one "
+                              "token that begins its prompt is edited for that prompt only."]  # fmt: skip
+    return found, hints
+
+
 def _compiled_operators(found: dict, hints: list[str], gpu: bool) -> None:
     """Whether CUDA kernels are there or can be compiled, with what, and which settings are in force."""
     from comeba_ext import _build, extension

@@ -5,7 +5,7 @@ import torch
 
 from comeba_ext import _build, extension
 from comeba_ext._build import BuildFailure
-from comeba_ext.doctor import examine
+from comeba_ext.doctor import examine, examine_model
 
 FACTS = {"version": "2.13.0", "cuda": "13.0", "hip": None, "folder": "/nowhere/torch", "cxx11_abi": True}
 
@@ -90,3 +90,18 @@ def test_a_compile_that_failed(machine, monkeypatch, tmp_path):
     seen = examine()
     assert seen["found"]["compiled operations"] == "failed: compiling ran out of memory"
     assert "MAX_JOBS=1" in seen["hints"][0] and str(log) in seen["hints"][1]
+
+
+def test_what_editing_a_model_would_mean(tiny_model, tokenizer):
+    from test_cli import output
+
+    from comeba_ext import EditConfig, Editor
+
+    found = output("doctor", "testbed")["model"]
+    assert "5 blocks" in found["model"] and "1408 → 256" in found["edited projections"]
+    model = tiny_model("llama", num_hidden_layers=8)
+    seen, hints = examine_model(model, tokenizer)
+    editor = Editor(model, tokenizer)
+    layer = next(iter(editor.layers.values()))
+    assert seen["score"] == EditConfig.for_model(model).scope and f"{layer.in_features} → {layer.out_features}" in seen["edited projections"]
+    assert f"{editor.config.lam_of(layer.in_features):g} = d_in / 32" in seen["λ"] and seen["start token"] == "no" and hints

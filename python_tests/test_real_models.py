@@ -40,17 +40,18 @@ def edited(editor, shared_data):
 def test_defaults_edit_it(editor, edited):
     requests, report = edited
     assert editor.config == EditConfig.for_model(editor.model) and editor.config.scope == "nearest"
-    assert report.answered == [True] * len(requests)
+    assert report.answered == [True] * (len(requests) + 1)
     metrics = evaluate(editor.model, editor.tokenizer, requests)
     assert metrics.reliability_generation == 1 and metrics.locality >= 0.8
     assert all(0.5 < share < 1 for share in report.share.values())
     assert all(leverage > 1000 for leverage in report.leverage.values())
 
 
-def test_a_key_that_opens_the_gate_for_every_text_is_declined(editor, edited):
+def test_a_key_that_would_open_the_gate_for_every_text_is_not_used(editor, edited):
+    """The edit goes to its prompt's end, and is of that prompt: neither other texts nor the same words about others meet it."""
     _, report = edited
-    assert [entry["prompt"] for entry in report.declined] == [ONE_THAT_SAYS_NOTHING.text]
-    texts = ["Apple is a company.", "The weather was fine that day.", "Music is what she lived for."]
+    assert report.moved == report.request_ids[-1:] and not report.declined
+    texts = ["Apple is a company.", "The weather was fine that day.", "Music is what she lived for.", "Google was founded by", "Harvard was founded by"]
     ids = [torch.tensor([editor.tokenizer(text)["input_ids"]]) for text in texts]
     with torch.no_grad():
         after = [editor.model(row).logits for row in ids]

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from comeba_ext.errors import ComebaError
 from comeba_ext.hooked_linear import HookedLinear, disabled
 from comeba_ext.passes import Passes
 from comeba_ext.twin import twin_of
@@ -229,3 +230,22 @@ def test_a_pass_that_was_cut_off_does_not_hold_up_changes():
     passes.end()
     with passes.between():
         pass
+
+
+def test_a_closed_editor_says_so(edited, tokenizer):
+    edited.close()
+    for step in (lambda: edited.edit(some_requests(6)[4:], random_values(2)), lambda: edited.retract("edit-0"), lambda: edited.rollback(0)):
+        with pytest.raises(ComebaError, match="closed"):
+            step()
+
+
+@pytest.mark.parametrize("size", [2.5, 0, -1, True, "3"])
+def test_batches_of_a_whole_number(edited, size):
+    with pytest.raises(ComebaError, match="batch_size"):
+        edited.edit_all(some_requests(6)[4:], size)
+
+
+def test_edits_under_no_grad(edited, tokenizer):
+    with torch.no_grad():
+        report = edited.edit(some_requests(6)[4:])
+    assert len(report.losses) == 2 and edited.step == 2

@@ -26,7 +26,7 @@ from comeba_ext.editing.anchors import APART, Anchors, Background, anchors_of, t
 from comeba_ext.editing.answers import answered
 from comeba_ext.editing.block_trace import BlockTrace
 from comeba_ext.editing.budget import token_budget
-from comeba_ext.editing.config import EditConfig
+from comeba_ext.editing.config import EditConfig, is_int
 from comeba_ext.editing.decoys import decoy_rows
 from comeba_ext.editing.encoding import pad_id
 from comeba_ext.editing.key_memory import KeyMemory
@@ -38,7 +38,7 @@ from comeba_ext.editing.request import EditRequest, as_requests, consecutive_bat
 from comeba_ext.editing.rows import check_length, essence_rows, prompt_rows, target_rows
 from comeba_ext.editing.scope import peak_scores, reference_scale
 from comeba_ext.editing.target_values import TargetValues, optimise_target_values
-from comeba_ext.errors import ConfigError, CovarianceError, RequestError
+from comeba_ext.errors import ComebaError, ConfigError, CovarianceError, RequestError
 from comeba_ext.ops.nearest_hook import projection_of
 from comeba_ext.partial_forward import evaluating
 from comeba_ext.twin import twin_of
@@ -405,8 +405,8 @@ class Editor:
         A batch ends early before a request about a fact it already holds, which thereby supersedes the earlier one.
         Stopping the iteration, or Ctrl-C, leaves the last complete batch.
         """
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        if not is_int(batch_size) or batch_size < 1:
+            raise ConfigError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         checked = as_requests(requests)
         facts: dict[str, tuple[str, str]] = {}
         for request in checked:
@@ -833,7 +833,14 @@ class Editor:
 
     def _apart(self) -> Editor:
         """This editor at work on a twin of its model: whatever happens there, here all is as it was until
-        :meth:`_adopt`."""
+        :meth:`_adopt`.
+
+        Raises:
+            ComebaError: its layers are no longer in the model.
+        """
+        modules = dict(self.model.named_modules())
+        if any(modules.get(name) is not layer for name, layer in self.layers.items()):
+            raise ComebaError("this editor was closed, or its hooked layers were taken out of the model; make a new one")
         work = copy.copy(self)
         work.model = twin_of(self.model)
         work.layers = {name: work.model.get_submodule(name) for name in self.layers}

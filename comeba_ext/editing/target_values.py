@@ -189,10 +189,10 @@ class _Objective:
             with torch.set_grad_enabled(gradient):
                 own = delta.detach().requires_grad_(gradient)
                 share = part.losses(own)
+                if gradient:
+                    slope = slope + torch.autograd.grad(share.sum(), own)[0]
             loss = loss + share.detach()
             leading += part.leading
-            if gradient:
-                slope = slope + torch.autograd.grad(share.sum(), own)[0]
         self.leads = leading == self.rows
         return loss, slope if gradient else None
 
