@@ -89,7 +89,7 @@ def main() -> None:
         }
         common = torch.quantile((background.unit @ mean.T).amax(-1), 1 - RATE)
         one = F.normalize(mean, dim=-1)
-        how["one for all"] = anchors.Anchors(one, common.expand(len(one)), torch.arange(len(one)), None, None)
+        how["one for all"] = anchors.Anchors(one, common.expand(len(one)), torch.arange(len(one)), None)
         for label, found in how.items():
             hits = [tokens @ found.unit.T >= found.thresholds for tokens in units[name]]
             first, rest = hits[: len(wordings)], hits[len(wordings) :]

@@ -27,6 +27,7 @@ from comeba_ext.architectures import context_length
 from comeba_ext.corpus import UNIT_TOKENS, Unfinished, Units, digest_of
 from comeba_ext.editing.encoding import micro_batches, pad, pad_id
 from comeba_ext.errors import CovarianceError, StorageError
+from comeba_ext.interrupts import uninterrupted
 from comeba_ext.key_sample import Draw, KeySample
 from comeba_ext.partial_forward import evaluating, run_until
 from comeba_ext.storage import check_identity, identity, read_tensors, write_tensors
@@ -193,21 +194,33 @@ def collect_covariance(
         draw = Draw(wanted)
 
         def work() -> tuple[int, str]:
-            saved, todo = time.monotonic(), 0
+            saved, todo, whole = time.monotonic(), 0, True
+
+            def save() -> None:
+                # Not before the texts have turned out to be those of the checkpoint.
+                if checkpoint and whole and units.read >= where.read:
+                    own.unfinished.read, own.unfinished.digest = units.read, units.digest
+                    own.sample = draw.taken(own.sample)
+                    own.save(checkpoint)
+
             with tqdm(total=wanted, initial=where.first_token, unit="token", desc="covariance",
                       disable=not progress or rank > 0) as bar, evaluating(model):  # fmt: skip
                 for number, rows in units:
                     if number not in where.units:
                         todo += 1
                         if (todo - 1) % world == rank:
-                            _add(own, draw, number, rows, layers, decoder, device, pad_id(tokenizer), max_tokens)
-                            own.unfinished.units.add(number)
+                            try:
+                                with uninterrupted():
+                                    whole = False
+                                    _add(own, draw, number, rows, layers, decoder, device, pad_id(tokenizer), max_tokens)
+                                    own.unfinished.units.add(number)
+                                    whole = True
+                            except KeyboardInterrupt:  # between two units: nothing of them is lost
+                                save()
+                                raise
                     bar.update(sum(map(len, rows)))
-                    # Not before the texts have turned out to be those of the checkpoint.
-                    if checkpoint and units.read >= where.read and time.monotonic() - saved >= save_seconds:
-                        own.unfinished.read, own.unfinished.digest = units.read, units.digest
-                        own.sample = draw.taken(own.sample)
-                        own.save(checkpoint)
+                    if time.monotonic() - saved >= save_seconds:
+                        save()
                         saved = time.monotonic()
             return units.read, units.digest
 

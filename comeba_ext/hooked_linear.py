@@ -315,6 +315,15 @@ class HookedLinear(nn.Module):
             self.thresholds = self.thresholds.new_zeros(anchors.shape[:1])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> HookedLinear:
+        """What PEFT asks for when it takes its adapters out (``merge_and_unload``): out of the base layer, the edits stay."""
+        base = self.base_layer
+        if hasattr(base, "get_base_layer"):
+            if merge:
+                base.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            self.base_layer = base.get_base_layer()
+        return self
+
     def _to_delta(self, x: torch.Tensor) -> torch.Tensor:
         dtype = self.delta.dtype
         return x if x.dtype == dtype or torch.is_autocast_enabled(x.device.type) else x.to(dtype)

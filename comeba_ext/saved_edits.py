@@ -26,7 +26,7 @@ from comeba_ext.editing.ledger import Entry, stacked
 from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import StorageError
 from comeba_ext.key_sample import KeySample
-from comeba_ext.storage import check_identity, identity, read_folder, write_folder
+from comeba_ext.storage import check_identity, identity, read_folder, read_manifest, write_folder
 
 
 def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -42,6 +42,7 @@ def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises:
         StorageError: truncated, foreign, or of another base model; the model is as it was.
     """
+    whole, model = model, _named_as(model, read_manifest(folder))
     manifest, tensors = _read(model, folder)
     with _complete(folder):
         names = list(manifest["layers"])
@@ -61,7 +62,16 @@ def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
             _restore_keys(layer, tensors, name)
             layer.mode = mode
             layer.scored_matrix()  # a compiled model would not see that its sketch is old
-    return model
+    return whole
+
+
+def _named_as(model: nn.Module, manifest: dict) -> nn.Module:
+    """The model, or the one that PEFT has wrapped, whichever has the layers that a folder names."""
+    known = dict(model.named_modules())
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else None
+    layers = manifest.get("layers")
+    missing = isinstance(layers, list) and any(name not in known for name in layers)
+    return inner if missing and isinstance(inner, nn.Module) else model
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import signal
 
 import pytest
 import torch
@@ -233,6 +234,26 @@ def test_a_finished_one_is_extended(tiny_model, tokenizer, tmp_path, monkeypatch
     editor.collect_covariance(TEXTS, tokens=more, path=path, progress=False)
     assert (editor.covariance.tokens, editor.covariance.texts) == (more, 35)
     assert_close(editor.covariance, literal(tiny_model, tokenizer, "gpt2", more)[0])
+
+
+def test_ctrl_c_keeps_every_unit(tiny_model, tokenizer, tmp_path, monkeypatch, small_units):
+    """Long before the first checkpoint is due; the signal comes in the middle of a unit, which is finished first."""
+    path, real, calls = tmp_path / "covariance.safetensors", covariance.run_until, []
+
+    def signalled(*args, **kwargs):
+        real(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(covariance, "run_until", signalled)
+        make_editor(tiny_model, tokenizer).collect_covariance(TEXTS, tokens=501, path=path, progress=False)
+    kept = Covariance.load(path)
+    assert kept.unfinished and 0 < kept.tokens < 501 and len(kept.unfinished.units) >= 1
+    editor = make_editor(tiny_model, tokenizer)
+    editor.collect_covariance(TEXTS, tokens=501, path=path, progress=False)
+    assert_close(editor.covariance, literal(tiny_model, tokenizer, "gpt2", 501)[0])
 
 
 def test_other_texts_are_refused_whatever_is_left_to_do(tiny_model, tokenizer, tmp_path):

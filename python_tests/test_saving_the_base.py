@@ -9,6 +9,7 @@ from test_editor import ids_of, make_editor, random_values, small_model, some_re
 from transformers import AutoModelForCausalLM
 
 from comeba_ext import load_edits
+from comeba_ext.hooked_linear import disabled
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -83,3 +84,41 @@ def test_adapters_are_saved_under_their_own_names(tokenizer, tiny_model, tmp_pat
     from safetensors.torch import load_file
 
     assert_equal_states(load_file(tmp_path / "adapter_model.safetensors"), expected)
+
+
+def adapted(model, tokenizer):
+    """A LoRA-wrapped model with edits on top of its adapters."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["down_proj"], r=2, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    editor = make_editor(wrapped, tokenizer)
+    editor.edit(some_requests(2), target_values=random_values(2))
+    return wrapped, editor
+
+
+def test_merging_adapters_leaves_the_edits(tiny_model, tokenizer):
+    wrapped, editor = adapted(small_model(tiny_model, "llama"), tokenizer)
+    ids = torch.tensor([tokenizer(some_requests(1)[0].text)["input_ids"]])
+    with torch.no_grad():
+        edited = wrapped(ids).logits
+        with editor.disabled():
+            plain = wrapped(ids).logits
+        merged = wrapped.merge_and_unload()
+        assert not any("lora" in name for name, _ in merged.named_modules())
+        torch.testing.assert_close(merged(ids).logits, edited, rtol=0, atol=1e-4)
+        with disabled(merged):
+            torch.testing.assert_close(merged(ids).logits, plain, rtol=0, atol=1e-4)
+    assert (edited - plain).abs().max() > 1e-2
+
+
+def test_edits_of_a_model_go_onto_it_in_its_wrapper(tiny_model, tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    editor = make_editor(small_model(tiny_model, "llama"), tokenizer)
+    editor.edit(some_requests(2), target_values=random_values(2))
+    editor.save_pretrained(tmp_path)
+    ids = torch.tensor([tokenizer(some_requests(1)[0].text)["input_ids"]])
+    wrapped = peft.get_peft_model(small_model(tiny_model, "llama"), peft.LoraConfig(target_modules=["q_proj"], r=2))  # changes nothing yet
+    with torch.no_grad():
+        expected = editor.model(ids).logits
+        assert load_edits(wrapped, tmp_path) is wrapped
+        torch.testing.assert_close(wrapped(ids).logits, expected, rtol=0, atol=1e-4)

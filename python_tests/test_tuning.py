@@ -141,7 +141,7 @@ def test_a_search_finds_settings_and_goes_on(tmp_path, small, monkeypatch):
     assert bad.score < max(t.score for t in found.trials)
     EditConfig.for_model(model, **found.best)
     assert not any(type(module).__name__ == "HookedLinear" for module in model.modules())
-    with pytest.raises(ComebaError, match="another search"):
+    with pytest.raises(ComebaError, match="another run"):
         search.tune(model, tokenizer, testbed.texts(), **(args | {"edits": 3}))
     with pytest.raises(ComebaError, match="no record"):
         search.tune(model, tokenizer, testbed.texts(), records=[])
@@ -161,7 +161,7 @@ def test_the_command_writes_a_config_that_edits(tmp_path, monkeypatch):
     shown = run("tune", "testbed", "--out", tmp_path / "t", "--records", records, "--edits", 3)
     assert shown.exit_code == 0 and "Best:" in shown.stdout and "generality" in shown.stdout
     refused = run("tune", "testbed", "--out", tmp_path / "t", "--records", records, "--edits", 4)
-    assert refused.exit_code == 1 and "another search" in refused.stderr
+    assert refused.exit_code == 1 and "another run" in refused.stderr
 
 
 def test_records_without_a_true_answer_can_still_be_tried(small):

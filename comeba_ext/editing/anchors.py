@@ -75,14 +75,12 @@ class Anchors:
 
     Attributes:
         unit: ``(m, rows)`` directions, ``thresholds``: ``(m,)``, ``owner``: ``(m,)`` the request of each.
-        serves: ``(u,)`` bool, whether a request's own prompt is recognised.
         leverage: ``(u,)``, of the keys behind the prompts alone.
     """
 
     unit: torch.Tensor
     thresholds: torch.Tensor
     owner: torch.Tensor
-    serves: torch.Tensor
     leverage: torch.Tensor
 
     def of(self, request: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,8 +133,7 @@ def anchors_of(
         at_end = at_end.to(kept.device)
         thresholds[1] = torch.where(at_end, (1 + torch.maximum(corpus[1], named[1])) / 2, thresholds[1])
         kept[0] &= ~at_end
-    serves = (kept[0] & ((both[1] * mean).sum(-1) >= thresholds[0])) | kept[1]
     # Request by request, the mean first: of near directions the first stands for the others.
     chosen = lambda pair: torch.stack(tuple(pair), 1)[kept.mT]  # noqa: E731
     owner = torch.arange(len(mean), device=mean.device)
-    return Anchors(chosen(both), chosen(thresholds), chosen((owner, owner)), serves, leverage)
+    return Anchors(chosen(both), chosen(thresholds), chosen((owner, owner)), leverage)

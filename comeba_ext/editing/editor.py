@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import logging
 import math
-import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +38,7 @@ from comeba_ext.editing.rows import check_length, essence_rows, prompt_rows, tar
 from comeba_ext.editing.scope import peak_scores, reference_scale
 from comeba_ext.editing.target_values import TargetValues, optimise_target_values
 from comeba_ext.errors import ComebaError, ConfigError, CovarianceError, RequestError
+from comeba_ext.interrupts import uninterrupted
 from comeba_ext.ops.nearest_hook import projection_of
 from comeba_ext.partial_forward import evaluating
 from comeba_ext.twin import twin_of
@@ -61,22 +61,6 @@ def _step(method):
             return result
 
     return whole
-
-
-@contextlib.contextmanager
-def _uninterrupted():
-    """Inside, Ctrl-C waits until the end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is interrupted
-        return
-    interrupted = []
-    before = signal.signal(signal.SIGINT, lambda *signalled: interrupted.append(signalled))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if interrupted:
-        raise KeyboardInterrupt
 
 
 class Editor:
@@ -856,7 +840,7 @@ class Editor:
     def _adopt(self, work: Editor) -> None:
         """Take over what a step has made; readers of the model see it between two passes, and an interruption waits."""
         kept = {name: self.__dict__[name] for name in ("model", "layers", "_delta")}
-        with hooked_linear.between_passes(self.model), _uninterrupted():
+        with hooked_linear.between_passes(self.model), uninterrupted():
             for name, layer in self.layers.items():
                 layer.take_over(work.layers[name])
                 if self._delta[name] is not layer.delta:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ from comeba_ext.editing.editor import Editor
 from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation import evaluate, predict_base
-from comeba_ext.storage import write_text
+from comeba_ext.evaluation.run_log import RunLog
 from comeba_ext.tuning import probes
 
 CANDIDATES = 4  # value blocks that are tried
@@ -118,7 +117,11 @@ def tune(
     width = min(SPAN, len(default.layers))
     spans = [tuple(range(max(0, value - width + 1), value + 1)) for value in values]
     layers = sorted({layer for span in spans for layer in span} | set(default.layers))
-    log = _Log(folder, {"edits": [r.to_record() for r in chosen], "scope": default.scope})
+    log, made_before = None, []
+    if folder is not None:
+        log = RunLog(Path(folder) / "trials.jsonl", {"edits": [r.to_record() for r in chosen], "scope": default.scope})
+        log.keep(log.records)
+        made_before = [Trial(**record["trial"]) for record in log.records]
     if covariance is None:
         editor = Editor(model, tokenizer, default.replace(layers=layers))
         try:
@@ -136,10 +139,11 @@ def tune(
             made = []
             for changes in stage:
                 settings = best | changes
-                trial = log.known(settings)
+                trial = next((trial for trial in made_before if trial.settings == settings), None)
                 if trial is None:
                     trial = _try(model, tokenizer, default.replace(**settings), settings, chosen, covariance, base)
-                    log.add(trial)
+                    if log is not None:
+                        log.append([{"event": "trial", "trial": asdict(trial)}])
                 made.append(trial)
                 if trial not in found.trials:
                     found.trials.append(trial)
@@ -175,25 +179,3 @@ def _try(model, tokenizer, config: EditConfig, settings: dict, edits: list[EditR
     finally:
         editor.close()
 
-
-class _Log:
-    """Trials already made, one a line, in a folder or nowhere."""
-
-    def __init__(self, folder: str | Path | None, identity: dict):
-        self.path = None if folder is None else Path(folder) / "trials.jsonl"
-        self.lines, head = [json.dumps(identity)], json.dumps(identity)
-        self.trials: list[Trial] = []
-        if self.path is not None and self.path.exists():
-            first, *rest = self.path.read_text(encoding="utf-8").splitlines() or [""]
-            if first != head:
-                raise ComebaError(f"{folder} holds another search; choose another --out")
-            self.trials, self.lines = [Trial(**json.loads(line)) for line in rest], [first, *rest]
-
-    def known(self, settings: dict) -> Trial | None:
-        return next((trial for trial in self.trials if trial.settings == settings), None)
-
-    def add(self, trial: Trial) -> None:
-        self.trials.append(trial)
-        self.lines.append(json.dumps(asdict(trial)))
-        if self.path is not None:
-            write_text(self.path, "\n".join(self.lines) + "\n")
