@@ -125,7 +125,8 @@ class HookedLinear(nn.Module):
 
         Args:
             x: ``(batch, seq, d_in)``, or ``(tokens, d_in)`` (one sequence, unless the model's mask says otherwise).
-            mask: ``(batch, seq)`` bool of real tokens; inside a model it is taken from the model's attention mask.
+            mask: ``(batch, seq)`` bool of real tokens, for the z-score; inside a model it is taken from the model's attention
+                mask. Other scores look at single tokens, and decide of padding as of any.
 
         Returns:
             ``(..., d_out)`` in the base layer's output dtype.
