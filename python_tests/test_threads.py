@@ -249,3 +249,21 @@ def test_edits_under_no_grad(edited, tokenizer):
     with torch.no_grad():
         report = edited.edit(some_requests(6)[4:])
     assert len(report.losses) == 2 and edited.step == 2
+
+
+def test_a_twin_of_a_model_whose_blocks_are_elsewhere(tiny_model, tokenizer, tmp_path):
+    """Placed by accelerate, blocks on the CPU and on disk: edits as of the model in one place."""
+    accelerate = pytest.importorskip("accelerate")
+    values, deltas = random_values(3), []
+    for offloaded in (False, True):
+        model = small_model(tiny_model, "gpt2").double()
+        if offloaded:
+            places = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.ln_f": "cpu", "lm_head": "cpu"}
+            places |= {f"transformer.h.{n}": "disk" if n in (1, 2) else "cpu" for n in range(4)}
+            accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+        editor = make_editor(model, tokenizer)
+        editor.edit(some_requests(3), values)
+        deltas.append([layer.delta.clone() for layer in editor.layers.values()])
+        editor.edit(some_requests(4)[3:])
+    for whole, placed in zip(*deltas, strict=True):
+        assert whole.any() and torch.allclose(whole, placed, rtol=0, atol=1e-9)
