@@ -62,7 +62,7 @@ def main() -> None:
     model, tokenizer = load_model(args.model)
     editor = Editor(model, tokenizer, EditConfig.for_model(model, scope="nearest"))
     editor.set_covariance(Covariance.load(args.covariance))
-    kept, placed, declined = editor._placed(editor._named(requests))
+    _kept, placed, declined = editor._placed(editor._named(requests))
     requests = [request for request in placed if request.fact_token == "subject_last"]
     subjects, decoys = editor._subjects(requests), editor._decoys(requests)
     reader = KeyReader(

@@ -24,10 +24,10 @@ import torch
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent))
-import common  # noqa: E402
+import common
 
-from comeba_ext import testbed  # noqa: E402
-from comeba_ext.storage import MANIFEST  # noqa: E402
+from comeba_ext import testbed
+from comeba_ext.storage import MANIFEST
 
 IN_A_ROW = 3  # kills before a run is left to finish
 EXPERIMENT = """title: kills
@@ -119,7 +119,7 @@ def tensors(path: Path) -> str:
     """Digest of a file's tensors."""
     found = hashlib.sha256()
     with safe_open(path, framework="pt") as file:
-        for name in sorted(file.keys()):  # noqa: SIM118  (not a mapping)
+        for name in sorted(file.keys()):
             found.update(name.encode() + file.get_tensor(name).contiguous().view(-1).view(dtype=torch.uint8).numpy().tobytes())
     return found.hexdigest()
 

@@ -87,7 +87,7 @@ def test_a_found_value_does_what_was_found(family, tokenizer):
     editor.edit(REQUESTS, target_values=values)
     for layer in editor.layers.values():
         layer.mode = "temporary"
-    for request, (_, _, value, changed) in zip(REQUESTS, report_losses, strict=True):
+    for request, (_, _, value, _) in zip(REQUESTS, report_losses, strict=True):
         y, _, _ = at_subject(model, editor, tokenizer, request)
         torch.testing.assert_close(y, value, rtol=1e-4, atol=1e-4)
 

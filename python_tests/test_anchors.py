@@ -153,7 +153,7 @@ def test_a_key_that_says_nothing_gives_way_to_the_prompts_last(tiny_model, token
         layer.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0][0, -1].clone()}))
     with torch.no_grad():
         editor.model(torch.tensor([tokenizer("Marie plays the")["input_ids"]]))
-    entry, first = editor.ledger.live()[1], list(editor.layers)[0]
+    entry, first = editor.ledger.live()[1], next(iter(editor.layers))
     assert torch.allclose(entry.keys[first][1], seen[first], atol=1e-5)
 
 
@@ -244,7 +244,7 @@ def test_leverage_is_that_of_the_covariance(tiny_model, tokenizer):
     editor = make_editor(small_model(tiny_model), tokenizer, scope="nearest", prefixes=0)
     requests = some_requests(5)
     report = editor.edit(requests, target_values=random_values(5))
-    name, layer = next(iter(editor.layers.items()))
+    name, _layer = next(iter(editor.layers.items()))
     keys = torch.stack([entry.keys[name][1] for entry in editor.ledger.live()]).double()  # behind the prompts alone
     expected = (keys * torch.linalg.solve(editor.covariance[name], keys.T).T).sum(-1).median().item()
     assert report.leverage[name] == pytest.approx(expected, rel=1e-3)  # 48 rows of 48: nothing is estimated

@@ -11,12 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from test_editor import (
+    assert_same,
+    assert_usable,
+    ids_of,
+    make_editor,
+    random_values,
+    small_model,
+    snapshot,
+    some_requests,
+)
 
 from comeba_ext.errors import ComebaError
 from comeba_ext.hooked_linear import HookedLinear, disabled
 from comeba_ext.passes import Passes
 from comeba_ext.twin import twin_of
-from test_editor import assert_same, assert_usable, ids_of, make_editor, random_values, small_model, snapshot, some_requests
 
 SCOPES = ("zscore", "reference", "nearest")
 TEXTS = ("The capital of Norway is", "Marie Curie was born in Warsaw and worked in the field of physics", "Angola")

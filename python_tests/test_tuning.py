@@ -164,7 +164,6 @@ def test_the_command_writes_a_config_that_edits(tmp_path, monkeypatch):
     assert refused.exit_code == 1 and "another run" in refused.stderr
 
 
-def test_records_without_a_true_answer_can_still_be_tried(small):
-    model, tokenizer = small
+def test_records_without_a_true_answer_can_still_be_tried():
     records = [EditRequest(r.prompt, r.subject, r.target_new) for r in testbed.facts()[:3]]
     assert probes.of_records(records) == []

@@ -234,10 +234,7 @@ def read_settings(path: str | Path) -> dict:
         text = path.read_text(encoding="utf-8")
         if len(text) > _LONGEST:
             raise ConfigError(f"{len(text)} characters are more than settings have")
-        if path.suffix in (".yaml", ".yml"):
-            values = flat_yaml(text)
-        else:
-            values = json.loads(text)
+        values = flat_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a parser's error of either library
