@@ -287,6 +287,7 @@ def covariance(
     as_json: Json = False,
 ) -> None:
     """Collect the covariance of all edited layers in one corpus pass."""
+    from comeba_ext import distributed
     from comeba_ext.covariance import TOKENS_PER_DIMENSION
     from comeba_ext.data import read_texts
     from comeba_ext.editing.editor import Editor
@@ -294,8 +295,7 @@ def covariance(
 
     with _reporting(as_json, parallel=True) as report:
         stream = read_texts(texts)
-        if report.first:
-            writable(out)
+        distributed.together(lambda: writable(out) and None if report.first else None)
         net, tokenizer = _load(model, device, dtype, trust=trust)
         editor = Editor(net, tokenizer, _config(net, config))
         wanted = tokens or TOKENS_PER_DIMENSION * max(layer.in_features for layer in editor.layers.values())
@@ -656,14 +656,18 @@ def _config(model, path: Path | None, method=None, scope: str | None = None):
 @contextlib.contextmanager
 def _edits_folder(out: Path | None, resume: bool = False, first: bool = True):
     """Inside, this process alone writes to a folder that takes files, and holds no edits unless they are to be gone on with."""
+    from comeba_ext import distributed
     from comeba_ext.storage import MANIFEST, alone
 
-    if out is None or not first:  # of several processes the first one saves
-        yield
-        return
-    if (out / MANIFEST).exists() and not resume:
-        raise ComebaError(f"{out} holds edits already; add --resume to 'comeba edit' to go on with them, or choose another --out")
-    with alone(out):
+    def enter() -> None:
+        if out is None or not first:  # of several processes the first one saves
+            return
+        if (out / MANIFEST).exists() and not resume:
+            raise ComebaError(f"{out} holds edits already; add --resume to 'comeba edit' to go on with them, or choose another --out")
+        held.enter_context(alone(out))
+
+    with contextlib.ExitStack() as held:
+        distributed.together(enter)
         yield
 
 

@@ -20,7 +20,7 @@ def twin_of(model: nn.Module) -> nn.Module:
     memo = {id(buffer): buffer for buffer in model.buffers() if id(buffer) not in own}
     for parameter in model.parameters():
         # Its own parameter, where that is plain, so that freezing the twin does not freeze the model.
-        plain = type(parameter) is nn.Parameter
+        plain = type(parameter) is nn.Parameter and not vars(parameter)
         memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False) if plain else parameter
     for module in model.modules():
         for name in ("config", "generation_config"):
