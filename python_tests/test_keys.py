@@ -162,3 +162,23 @@ def test_a_trace_holds_what_was_run_and_nothing_else(tiny_model, tokenizer):
     unknown = [dataclasses.replace(row, request=5) for row in rows]
     for wrong in (other, longer, unknown):
         assert trace.padded(rows[:-1] + wrong[-1:], [0] * len(rows), [len(r.ids) for r in rows[:-1] + wrong[-1:]]) is None
+
+
+def test_a_token_that_goes_on_behind_the_subject_is_not_its_own(tokenizer):
+    """Where a tokenizer merges a subject's bracket with the question mark, the key is read one token earlier: ")?" ends any
+    question."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from comeba_ext.editing.encoding import encode
+
+    words = {word: n for n, word in enumerate(["[UNK]", "Who", "made", "Leeds", "(", "6", ")?", ")", "?", "Boat"])}
+    split = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    split.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("(", "isolated"), pre_tokenizers.Split(")?", "isolated")])
+    merged = PreTrainedTokenizerFast(tokenizer_object=split)
+    text = "Who made Leeds (6)?"
+    found = encode(merged, text, None, len("Who made Leeds (6)"))
+    assert merged.convert_ids_to_tokens(found.ids)[found.subject_last] == "6"
+    plain = encode(merged, "Who made Boat", None, len("Who made Boat"))
+    assert plain.subject_last == 2
+    assert encode(merged, "Who made Leeds (6", None, len("Who made Leeds (6")).subject_last == 4

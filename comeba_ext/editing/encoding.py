@@ -88,7 +88,9 @@ def _located(
         touching = [i for i in touching if i < target_start]
         if not touching:
             raise RequestError(f"the subject of prompt {prompt!r} has no token")
-        subject_last = touching[-1]
+        # A token that goes on behind the subject (")?") is less of it than of what follows: every question may end in one.
+        crosses = ends[touching[-1]] > subject_end and not prompt[subject_end : ends[touching[-1]]].isspace()
+        subject_last = touching[-2] if crosses and len(touching) > 1 else touching[-1]
     return Encoded(list(ids), subject_last, target_start)
 
 
