@@ -19,12 +19,15 @@ from comeba_ext.loading import load_model
 
 
 def failed(*args) -> str:
-    """The error of a command that must fail in one line and one JSON object, without a traceback."""
+    """The error of a command that must fail in one JSON object, without a traceback."""
     found = run(*args, "--json")
     assert found.exit_code == 1 and isinstance(found.exception, SystemExit), found.exception
-    plain = run(*args)
-    assert plain.exit_code == 1 and plain.stderr.startswith("error: ") and "Traceback" not in plain.output
     return json.loads(found.stdout)["error"]
+
+
+def test_without_json_an_error_is_one_line(tmp_path):
+    plain = run("eval", "testbed", tmp_path / "none.json")
+    assert plain.exit_code == 1 and plain.stderr.startswith("error: ") and "Traceback" not in plain.output and not plain.stdout
 
 
 @pytest.fixture
