@@ -295,7 +295,7 @@ def covariance(
 
     with _reporting(as_json, parallel=True) as report:
         stream = read_texts(texts)
-        distributed.together(lambda: writable(out) and None if report.first else None)
+        distributed.together(lambda: writable(out) if report.first else None)
         net, tokenizer = _load(model, device, dtype, trust=trust)
         editor = Editor(net, tokenizer, _config(net, config))
         wanted = tokens or TOKENS_PER_DIMENSION * max(layer.in_features for layer in editor.layers.values())

@@ -493,7 +493,6 @@ def between_passes(model: nn.Module):
         yield
 
 
-
 def shape_of(base: nn.Module) -> tuple[int, int]:
     """``(d_in, d_out)``.
 

@@ -178,4 +178,3 @@ def _try(model, tokenizer, config: EditConfig, settings: dict, edits: list[EditR
                      seconds / len(edits), sum(losses) / max(1, len(losses)))  # fmt: skip
     finally:
         editor.close()
-
