@@ -20,7 +20,7 @@ from torch import nn
 from comeba_ext import hooked_linear
 from comeba_ext.architectures import Architecture
 from comeba_ext.covariance import Covariance
-from comeba_ext.editing.config import EditConfig
+from comeba_ext.editing.config import EditConfig, is_int
 from comeba_ext.editing.key_memory import KeyMemory
 from comeba_ext.editing.ledger import Entry, stacked
 from comeba_ext.editing.request import EditRequest
@@ -42,7 +42,9 @@ def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises:
         StorageError: truncated, foreign, or of another base model; the model is as it was.
     """
-    whole, model = model, _named_as(model, read_manifest(folder))
+    whole = model
+    with _complete(folder):
+        model = _named_as(model, read_manifest(folder))
     manifest, tensors = _read(model, folder)
     with _complete(folder):
         names = list(manifest["layers"])
@@ -139,7 +141,7 @@ def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
             _check(model, architecture, config, list(manifest["layers"]), tensors)
         covariance = _covariance(manifest, state)
         entries = _entries(manifest, state)
-        saved = {key: manifest[key] for key in ("step", "alphas", "prefixes", "next_id")}
+        saved = _progress(manifest)
         deltas = {name: state[f"{name}.delta"] for name in manifest["layers"]}
         scalars = {name: (state[f"{name}.alpha"], state[f"{name}.reference_scale"]) for name in manifest["layers"]}
         tensors = {name: _memory(state, name) for name in manifest["layers"]}
@@ -153,18 +155,47 @@ def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
             layer.alpha.copy_(scalars[name][0])
             layer.reference_scale.copy_(scalars[name][1])
             _restore_keys(layer, adapter, name)
-    editor.key_memory = {name: m.to(editor.layers[name].delta.device) for name, m in memory.items()}
-    editor.covariance = covariance
-    if covariance is not None:
-        editor._measure_background()
-    for entry in entries:
-        editor.ledger.add(entry)
-    for entry, removed in zip(entries, removals, strict=True):
-        if removed is not None:
-            editor.ledger.remove(entry, removed)
-    editor.step, editor._alphas, editor._prefixes = saved["step"], _with_infinity(saved["alphas"]), saved["prefixes"]
-    editor._next_id, editor.log = saved["next_id"], log
+        editor.key_memory = {name: m.to(editor.layers[name].delta.device) for name, m in memory.items()}
+        editor.covariance = covariance
+        if covariance is not None:
+            editor._measure_background()
+        for entry in entries:
+            editor.ledger.add(entry)
+        for entry, removed in zip(entries, removals, strict=True):
+            if removed is not None:
+                editor.ledger.remove(entry, removed)
+    editor.step, editor._alphas, editor._prefixes, editor._next_id = saved
+    editor.log = log
     return editor
+
+
+def _progress(manifest: dict) -> tuple[int, list[dict[str, float]], list[str] | None, int]:
+    """Step, every step's thresholds, context prefixes, the next id's number.
+
+    Raises:
+        ValueError: one of them is not what this package saves.
+    """
+    names = set(manifest["layers"])
+    step, alphas, prefixes, next_id = (manifest[key] for key in ("step", "alphas", "prefixes", "next_id"))
+    fits = {
+        "step": is_int(step) and step >= 0,
+        "alphas": isinstance(alphas, list)
+        and len(alphas) == step + 1
+        and all(isinstance(table, dict) and set(table) == names and all(map(_threshold, table.values())) for table in alphas),
+        "prefixes": prefixes is None or (isinstance(prefixes, list) and all(isinstance(text, str) for text in prefixes)),
+        "next_id": is_int(next_id) and next_id >= 0,
+        "ledger": all(
+            is_int(record["step"]) and (record["removed"] is None or is_int(record["removed"])) for record in manifest["ledger"]
+        ),
+    }
+    for name, good in fits.items():
+        if not good:
+            raise ValueError(f"{name} is malformed")
+    return step, _with_infinity(alphas), prefixes, next_id
+
+
+def _threshold(value) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value))
 
 
 def _read(model: nn.Module, folder: str | Path, *kinds: str) -> tuple:

@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # read when torch is loaded, here and in processes that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (

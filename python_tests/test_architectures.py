@@ -225,8 +225,11 @@ def test_published_settings(stem, config, layers, clamp, scope):
 
 @pytest.mark.parametrize("depth, layers", [(30, (4, 5, 6, 7, 8)), (18, (2, 3, 4)), (12, (2, 3))])
 def test_other_models_get_settings_without_a_scale(depth, layers):
-    found = EditConfig.for_model(build("Llama", LLAMA | {"num_hidden_layers": depth}, device="meta"))
-    assert (found.layers, found.lam, found.lr_unit, found.scope) == (layers, None, "hidden_rms", "nearest")
+    """``nearest`` edits the last of the blocks that the scores of the response edit together."""
+    model = build("Llama", LLAMA | {"num_hidden_layers": depth}, device="meta")
+    found = EditConfig.for_model(model)
+    assert (found.layers, found.lam, found.lr_unit, found.scope) == (layers[-1:], None, "hidden_rms", "nearest")
+    assert EditConfig.for_model(model, scope="zscore").layers == layers
 
 
 @pytest.mark.parametrize("stem, key", [("GPT2", "n_layer"), ("GPTJ", "n_layer"), ("Llama", "num_hidden_layers")])

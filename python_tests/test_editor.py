@@ -714,7 +714,9 @@ def test_edit_all_ends_a_batch_before_a_repeated_fact(tiny_model, tokenizer):
     reports = list(editor.edit_all([one, two, again, three], batch_size=10, progress=False))
     assert [len(report.request_ids) for report in reports] == [2, 2]
     assert reports[1].superseded == [reports[0].request_ids[0]]
-    assert [e.request.target_new for e in editor.ledger.live()] == [two.target_new, "Lima", three.target_new]
+    # A fact of the same subject is written anew with the repeated one, and stands behind it.
+    assert two.subject == one.subject and reports[1].rewritten == [reports[0].request_ids[1]]
+    assert [e.request.target_new for e in editor.ledger.live()] == ["Lima", three.target_new, two.target_new]
     assert_least_squares(editor)
 
 

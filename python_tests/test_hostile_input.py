@@ -79,6 +79,9 @@ def test_settings_that_explode(tmp_path, suffix):
             EditConfig.from_file(path)
         with pytest.raises(ConfigError, match="alias"):
             load(path)
+        path.write_text("- " * 50_000)
+        with pytest.raises(ConfigError, match="nested too deeply"):
+            EditConfig.from_file(path)
     path.write_text(DEEP[:50_000] + DEEP[-50_000:])
     with pytest.raises(ConfigError, match="deeply|not valid"):
         EditConfig.from_file(path)

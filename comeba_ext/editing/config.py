@@ -245,21 +245,26 @@ def read_settings(path: str | Path) -> dict:
     return with_numbers(values)
 
 
-_LONGEST = 100_000
+_LONGEST, _DEEPEST = 100_000, 32
 
 
 def flat_yaml(text: str):
-    """YAML without aliases: settings have no use for them, and a few hundred bytes of them can stand for gigabytes.
+    """YAML without aliases and without depth: settings have no use for either. A few hundred bytes of aliases can stand for
+    gigabytes, and the parser takes minutes for thousands of brackets.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: there is an alias, or lists are nested deeply.
         yaml.YAMLError: not YAML.
     """
     import yaml
 
+    depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError(f"line {event.start_mark.line + 1}: an alias (*{event.anchor}); write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ConfigError(f"line {event.start_mark.line + 1}: nested too deeply")
     return yaml.safe_load(text)
 
 

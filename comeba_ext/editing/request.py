@@ -141,7 +141,7 @@ class EditRequest:
         """Plain JSON-serialisable mapping that :meth:`from_record` reads back."""
         record = dataclasses.asdict(self)
         for name in ("rephrase_prompts", "wordings"):
-            record[name] = list(record[name])
+            record[name] = [_unfilled(text, self.subject) for text in record[name]]
         for name in ("locality_prompts", "portability_prompts"):  # lists, as JSON gives them back
             record[name] = [list(pair) for pair in record[name]]
         return record
@@ -234,6 +234,11 @@ def _from_qaedit(record: Mapping) -> dict:
 
 def _fill(prompt: str, subject: str) -> str:
     return prompt.replace(SLOT, subject, 1)
+
+
+def _unfilled(text: str, subject: str) -> str:
+    """A text that :func:`_fill` turns into this one, which may hold a slot's signs of its own."""
+    return text.replace(subject, SLOT, 1) if SLOT in text else text
 
 
 def _listed(value) -> list:
