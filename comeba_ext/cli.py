@@ -332,17 +332,16 @@ def tune(
     from comeba_ext import testbed
     from comeba_ext.covariance import Covariance
     from comeba_ext.data import read_requests, read_texts
-    from comeba_ext.storage import make_folder, write_text
+    from comeba_ext.storage import alone, write_text
     from comeba_ext.tuning import tune as search
 
-    with _reporting(as_json) as report:
+    with _reporting(as_json) as report, alone(out):
         net, tokenizer = _load(model, device, dtype, trust=trust)
         home = testbed.folder_of(model)
         if texts is None and covariance is None and not home:
             raise ComebaError("no corpus: add --texts TEXTS (plain text such as Wikipedia articles), or --covariance FILE")
         corpus = read_texts(texts) if texts else testbed.texts(folder=home) if home else None
         read = read_requests(records) if records else None
-        make_folder(out)
         report.say(f"{model}: {_size(net)}")
         report.table_head("trial", "layers", "optimiser", "ratio", "reliability", "written", "generality", "locality", "loss", "s/edit")
         count = itertools.count(1)

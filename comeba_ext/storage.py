@@ -239,10 +239,10 @@ def read_file(folder: str | Path, manifest: dict, kind: str) -> dict[str, torch.
 
 
 def identity(model: nn.Module, layers: list[str]) -> dict:
-    """What tells one base model from another: its shape, and a few weights of the named layers.
+    """What tells one base model from another: its shape, some weights of the named layers, and a few of matrices elsewhere.
 
     Weights are sampled at fixed places and compared up to half-precision rounding, so that edits made on a float32 copy
-    fit the bfloat16 one, but a fine-tuned sibling of the same shape is refused.
+    fit the bfloat16 one, but a fine-tuned sibling of the same shape is refused. Weights that PEFT adds count for nothing.
     """
     config = model.config
     facts = {
@@ -251,7 +251,9 @@ def identity(model: nn.Module, layers: list[str]) -> dict:
         "num_blocks": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
     }
-    return {**facts, "layers": {name: _sample(model.get_submodule(name)) for name in layers}}
+    matrices = [(name, weight) for name, weight in _weights(model).items() if weight.dim() > 1]
+    elsewhere = {name: _sample(weight, 4) for name, weight in matrices[:: -(-len(matrices) // 64) or 1]}
+    return {**facts, "layers": {name: _sample(_weight(model.get_submodule(name))) for name in layers}, "elsewhere": elsewhere}
 
 
 def check_identity(found: dict, model: nn.Module, what: str) -> None:
@@ -267,8 +269,11 @@ def check_identity(found: dict, model: nn.Module, what: str) -> None:
     for key in ("model_type", "hidden_size", "num_blocks", "vocab_size"):
         if found.get(key) != here[key]:
             raise StorageError(f"{what} belongs to another model: {key} is {found.get(key)} there and {here[key]} here")
-    for name, theirs in found["layers"].items():
-        ours = here["layers"][name]
+    weights = _weights(model)
+    elsewhere = {name: theirs for name, theirs in found.get("elsewhere", {}).items() if name in weights}
+    samples = [(name, theirs, here["layers"][name]) for name, theirs in found["layers"].items()]
+    samples += [(name, theirs, _sample(weights[name], 4)) for name, theirs in elsewhere.items()]
+    for name, theirs, ours in samples:
         if theirs is None or ours is None:  # quantised weights cannot be compared
             continue
         a, b = torch.tensor(theirs), torch.tensor(ours)
@@ -276,11 +281,22 @@ def check_identity(found: dict, model: nn.Module, what: str) -> None:
             raise StorageError(f"{what} belongs to another model: the weights of {name} differ")
 
 
-def _sample(layer: nn.Module, count: int = 64) -> list[float] | None:
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's weights by the names they have without hooks and PEFT."""
+    plain = lambda name: name.removeprefix("base_model.model.").replace(".base_layer", "")  # noqa: E731
+    return {plain(name): weight for name, weight in model.named_parameters()}
+
+
+def _weight(layer: nn.Module) -> torch.Tensor | None:
     while hasattr(layer, "base_layer"):  # hooked or LoRA-wrapped
         layer = layer.base_layer
-    weight = getattr(layer, "weight", None)
-    if weight is None or not weight.is_floating_point() or weight.device.type == "meta" or weight.dtype.itemsize < 2:
+    return getattr(layer, "weight", None)
+
+
+def _sample(weight: torch.Tensor | None, count: int = 64) -> list[float] | None:
+    if not isinstance(weight, torch.Tensor):  # a function, where weights are packed
+        return None
+    if not weight.is_floating_point() or weight.device.type == "meta" or weight.dtype.itemsize < 2:
         return None
     flat = weight.detach().reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long().to(flat.device)

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_cli import output, run
 from test_saved_edits import REQUESTS, Editor, make_editor, small_model, values
 
-from comeba_ext import load_edits, storage, testbed
+from comeba_ext import EditConfig, load_edits, storage, testbed
 from comeba_ext.errors import StorageError
+from comeba_ext.evaluation.protocols import Protocol, run_protocol
 from comeba_ext.hooked_linear import hooked_layers
 
 META = {"comeba_ext": "{}"}
@@ -155,6 +156,10 @@ def test_one_writer_a_folder(tiny_model, tokenizer, tmp_path):
         assert second.exit_code == 1 and "another process is writing" in json.loads(second.stdout)["error"]
         with pytest.raises(StorageError, match="another process"):
             make_editor(tiny_model, tokenizer).save_pretrained(folder)
+        with pytest.raises(StorageError, match="another process"):
+            run_protocol(small_model(tiny_model), tokenizer, REQUESTS[:1], Protocol("consecutive", 1), folder, config=EditConfig(layers=(1, 2)))
+        tuned = run("tune", "testbed", "--out", folder, "--json")
+        assert tuned.exit_code == 1 and "another process is writing" in json.loads(tuned.stdout)["error"]
     finally:
         holder.kill()
         holder.wait()

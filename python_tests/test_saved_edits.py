@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from comeba_ext import EditConfig, Editor, load_edits, storage
 from comeba_ext.editing.request import EditRequest
-from comeba_ext.errors import StorageError
+from comeba_ext.errors import ArchitectureError, StorageError
 
 LAYERS = (1, 2)
 SUBJECTS = ["Danielle Darrieux", "Marie Curie", "Norway", "John Lennon", "Toko Yasuda", "Angola", "Peru", "Lima", "Oslo"]
@@ -52,6 +53,13 @@ def make_editor(tiny_model, tokenizer, steps=2, scope="zscore", dtype=torch.floa
 
 def files(folder):
     return [path for path in folder.iterdir() if path.name != storage.LOCK]
+
+
+def int8(model):
+    """Its linear layers in dynamic int8: packed weights, no gradients."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
 def logits(model, tokenizer, texts=("The mother tongue of Danielle Darrieux is", "Marie Curie was born in Paris")):
@@ -216,6 +224,43 @@ def test_another_base_model(tiny_model, tokenizer, tmp_path):
     for model in (tiny_model("gpt2"), tiny_model("llama"), tiny_model("gpt2", n_layer=4)):
         with pytest.raises(StorageError, match="another model"):
             load_edits(model, tmp_path)
+
+
+def test_int8_layers_take_edits_but_find_no_values(tiny_model, tokenizer, tmp_path):
+    config = EditConfig(layers=LAYERS, lam=20.0, prefixes=2, prefix_length=4, steps=3)
+    make = lambda: tiny_model("llama", num_hidden_layers=4)  # noqa: E731
+    editor = Editor(make(), tokenizer, config)
+    editor.collect_covariance(corpus(), tokens=10**6, progress=False)
+    editor.edit(REQUESTS[:2], target_values=values(2))
+    editor.save_pretrained(tmp_path / "edits")
+    model = int8(make())
+    unedited = logits(model, tokenizer)
+    load_edits(model, tmp_path / "edits")
+    moved = [float((a - b).norm()) for a, b in zip(logits(model, tokenizer), unedited, strict=True)]
+    wanted = [float((a - b).norm()) for a, b in zip(logits(editor.model, tokenizer), logits(make(), tokenizer), strict=True)]
+    assert moved == pytest.approx(wanted, rel=0.2, abs=1e-3) and max(wanted) > 1
+    other = Editor(int8(make()), tokenizer, config)
+    other.set_covariance(editor.covariance)
+    with pytest.raises(ArchitectureError, match="before it is quantised"):
+        other.edit(REQUESTS[:2])
+    assert other.step == 0
+
+
+def test_a_sibling_whose_edited_layers_are_the_same(tiny_model, tokenizer, tmp_path):
+    """Every matrix counts, not only those of edited layers; in half precision it is still the same model."""
+    editor = make_editor(tiny_model, tokenizer, steps=1)
+    editor.save_pretrained(tmp_path)
+    named = set(editor.layers)
+    for name, _ in small_model(tiny_model).named_modules():
+        model = small_model(tiny_model)
+        module = model.get_submodule(name)
+        if name in named or not isinstance(getattr(module, "weight", None), torch.Tensor) or module.weight.dim() < 2:
+            continue
+        with torch.no_grad():
+            module.weight.mul_(1.05)
+        with pytest.raises(StorageError, match=f"another model: the weights of ({name}|transformer.wte|lm_head)"):
+            load_edits(model, tmp_path)
+    load_edits(small_model(tiny_model).to(torch.bfloat16), tmp_path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.95])

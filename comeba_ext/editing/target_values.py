@@ -31,7 +31,7 @@ from comeba_ext.editing.continuation import Continuation, Upper
 from comeba_ext.editing.encoding import dense_batches, pad_id
 from comeba_ext.editing.optimisers import OPTIMISERS, Path
 from comeba_ext.editing.rows import Row, check_length, essence_rows, target_rows
-from comeba_ext.errors import RequestError
+from comeba_ext.errors import ArchitectureError, RequestError
 from comeba_ext.half_compute import products_in
 from comeba_ext.partial_forward import frozen
 
@@ -74,6 +74,7 @@ def optimise_target_values(
 
     Raises:
         RequestError: a row is longer than the model's context, or an optimisation ended in NaN.
+        ArchitectureError: the model's layers pass no gradients back.
     """
     rows = target_rows(tokenizer, requests, prefixes, wordings=True)
     essence = essence_rows(tokenizer, requests)
@@ -190,7 +191,7 @@ class _Objective:
                 own = delta.detach().requires_grad_(gradient)
                 share = part.losses(own)
                 if gradient:
-                    slope = slope + torch.autograd.grad(share.sum(), own)[0]
+                    slope = slope + _gradient(share.sum(), own)
             loss = loss + share.detach()
             leading += part.leading
         self.leads = leading == self.rows
@@ -201,6 +202,16 @@ class _Objective:
         for part in self.parts:
             part.close(set(closed))
         self.parts = [part for part in self.parts if part.owners]
+
+
+def _gradient(loss: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    found = torch.autograd.grad(loss, delta, allow_unused=True)[0] if loss.requires_grad else None
+    if found is None:
+        raise ArchitectureError(
+            "the model's layers pass no gradients back (int8 kernels, such as dynamic quantisation's, do not); edit the model "
+            "before it is quantised, then load_edits into the quantised one"
+        )
+    return found
 
 
 class _Part:

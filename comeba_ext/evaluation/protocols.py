@@ -38,7 +38,7 @@ from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageErr
 from comeba_ext.evaluation.base import BasePredictions, predict_base
 from comeba_ext.evaluation.metrics import Metrics, evaluate, summarise
 from comeba_ext.evaluation.run_log import RunLog
-from comeba_ext.storage import MANIFEST, make_folder
+from comeba_ext.storage import MANIFEST, alone
 from comeba_ext.storage import identity as identity_of
 
 PROTOCOLS = ("single_round", "consecutive", "sequential")
@@ -140,10 +140,9 @@ def run_protocol(
             this package's version); JSON-serialisable.
 
     Raises:
-        StorageError: the folder holds another run.
+        StorageError: the folder holds another run, or another process is running in it.
         RequestError: a request cannot be used; nothing was run.
     """
-    folder = make_folder(folder)
     requests = as_requests(requests)
     if not requests:
         raise RequestError("there is no request to edit")
@@ -156,15 +155,17 @@ def run_protocol(
               "checkpoints": list(protocol.checkpoints), "generate": protocol.generate, "records": len(requests),
               "requests": _digest([r.to_record() for r in requests]), "config": config.to_dict(), "version": __version__, "model": _model(model, config),
               "covariance": _covariance(covariance), **(identity or {})}  # fmt: skip
-    if (folder / "edits" / MANIFEST).exists() and not (folder / "log.jsonl").exists():
-        raise StorageError(f"{folder / 'edits'} holds edits that no run here has made; choose another folder")
-    log = RunLog(folder / "log.jsonl", header)
-    if not _finished(log.records, len(requests)):
-        if base is None:
-            base = predict_base(model, tokenizer, requests, generate=protocol.generate)
-        run = _single_round if protocol.name == "single_round" else _consecutive
-        run(model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress)
-    shutil.rmtree(folder / "edits", ignore_errors=True)  # the log has everything
+    folder = Path(folder)
+    with alone(folder):
+        if (folder / "edits" / MANIFEST).exists() and not (folder / "log.jsonl").exists():
+            raise StorageError(f"{folder / 'edits'} holds edits that no run here has made; choose another folder")
+        log = RunLog(folder / "log.jsonl", header)
+        if not _finished(log.records, len(requests)):
+            if base is None:
+                base = predict_base(model, tokenizer, requests, generate=protocol.generate)
+            run = _single_round if protocol.name == "single_round" else _consecutive
+            run(model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress)
+        shutil.rmtree(folder / "edits", ignore_errors=True)  # the log has everything
     return read_result(log.records, protocol)
 
 
