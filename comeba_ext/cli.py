@@ -148,7 +148,7 @@ def edit(
             editor = kind(net, tokenizer, _config(net, config, kind, scope))
             if kind.needs_covariance:
                 _provide_covariance(editor, model, covariance, texts, not as_json)
-        used, skipped = _usable(editor, read, progress=not as_json and report.first)
+        used, skipped = read.usable(lambda _, request: editor.check([request]), progress=not as_json and report.first)
         if not used:
             what = records or "the edit"
             raise ComebaError(f"{what}: none of {_count(read.read, 'record')} can be used; first reason: {skipped[0]['reason']}")
@@ -694,23 +694,6 @@ def _check_same(
             raise ComebaError(f"the edits in {out} were made with another covariance than {covariance}")
     if texts is not None and known is not None and known.corpus and digest_of(read_texts(texts), known.texts) != known.corpus:
         raise ComebaError(f"the covariance of the edits in {out} is of other texts than {texts}")
-
-
-def _usable(editor, read, progress: bool) -> tuple[list, list[dict]]:
-    """Requests that can be edited, and why the others cannot."""
-    from tqdm.auto import tqdm
-
-    used, skipped, facts = [], list(read.skipped), {}
-    placed = read.placed()
-    for position, request in tqdm(placed, unit="record", desc="checking", disable=not progress or len(placed) < 1000):
-        try:
-            editor.check([request])
-            if request.request_id is not None and facts.setdefault(request.request_id, request.fact) != request.fact:
-                raise ComebaError(f"request_id {request.request_id!r} is used by another record; ids must differ")
-            used.append(request)
-        except ComebaError as error:
-            skipped.append({"index": position, "reason": str(error)})
-    return used, sorted(skipped, key=lambda skip: skip["index"])
 
 
 def _requests(records: Path | None, limit: int | None, prompt: str | None, subject: str | None, target: str | None):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from comeba_ext.editing.request import EditRequest
-from comeba_ext.errors import StorageError
+from tqdm.auto import tqdm
+
+from comeba_ext.editing.request import EditRequest, Ids
+from comeba_ext.errors import ComebaError, StorageError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 TEXT_COLUMN = "text"
@@ -36,6 +39,30 @@ class ReadResult:
         """The requests with their records' positions in the file."""
         unusable = {skip["index"] for skip in self.skipped}
         return list(zip((n for n in range(self.read) if n not in unusable), self.requests, strict=True))
+
+    def usable(
+        self, check: Callable[[int, EditRequest], None], *, limit: int | None = None, seed: int = 0, progress: bool = False
+    ) -> tuple[list[EditRequest], list[dict]]:
+        """The requests that pass a check, and, as ``skipped``, all records that cannot be used.
+
+        Args:
+            check: called with a record's position and its request; raises :class:`ComebaError` for one that cannot be used.
+            limit: stop at so many requests.
+            seed: 0 takes them in file order, another one in an order of its own.
+        """
+        used, skipped, ids, placed = [], list(self.skipped), Ids(), self.placed()
+        if seed:
+            random.Random(seed).shuffle(placed)
+        for position, request in tqdm(placed, unit="record", desc="checking", disable=not progress or len(placed) < 1000):
+            if len(used) == limit:
+                break
+            try:
+                check(position, request)
+                ids.add(request)
+                used.append(request)
+            except ComebaError as error:
+                skipped.append({"index": position, "reason": str(error)})
+        return used, sorted(skipped, key=lambda skip: skip["index"])
 
 
 def read_requests(path, limit: int | None = None) -> ReadResult:

@@ -33,7 +33,7 @@ from comeba_ext.editing.keys import KeyReader, LayerReading, subject_keys
 from comeba_ext.editing.ledger import Entry, Ledger, stacked, without
 from comeba_ext.editing.prefixes import sample_prefixes
 from comeba_ext.editing.report import EditReport, Phases, peak_memory
-from comeba_ext.editing.request import EditRequest, as_requests, consecutive_batches
+from comeba_ext.editing.request import EditRequest, Ids, as_requests, consecutive_batches
 from comeba_ext.editing.rows import check_length, essence_rows, prompt_rows, target_rows
 from comeba_ext.editing.scope import peak_scores, reference_scale
 from comeba_ext.editing.target_values import TargetValues, optimise_target_values
@@ -392,10 +392,7 @@ class Editor:
         if not is_int(batch_size) or batch_size < 1:
             raise ConfigError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         checked = as_requests(requests)
-        facts: dict[str, tuple[str, str]] = {}
-        for request in checked:
-            if request.request_id is not None and facts.setdefault(request.request_id, request.fact) != request.fact:
-                raise RequestError(f"request_id {request.request_id!r} is used by another request; ids must differ")
+        ids = Ids(checked)
         batches = consecutive_batches(checked, batch_size) or [[]]  # no request is refused as an empty batch is
         for number, batch in enumerate(batches):
             try:
@@ -403,7 +400,7 @@ class Editor:
             except RequestError as error:
                 raise RequestError(f"batch {number + 1} of {len(batches)}: {error}") from None
         self._need_covariance()
-        return self._edit_batches(batches, set(facts), len(checked), progress)
+        return self._edit_batches(batches, set(ids.facts), len(checked), progress)
 
     def _edit_batches(
         self, batches: list[list[EditRequest]], given: set[str], total: int, progress: bool

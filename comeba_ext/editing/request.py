@@ -156,6 +156,24 @@ def as_requests(records: Iterable[EditRequest | Mapping]) -> list[EditRequest]:
     return [EditRequest.from_record(record, index) for index, record in enumerate(records)]
 
 
+class Ids:
+    """The request ids met so far: one of them names one fact.
+
+    Attributes:
+        facts: id to fact.
+    """
+
+    def __init__(self, requests: Iterable[EditRequest] = ()):
+        self.facts: dict[str, tuple[str, str]] = {}
+        for request in requests:
+            self.add(request)
+
+    def add(self, request: EditRequest) -> None:
+        """Raises :class:`RequestError` if the id is that of another fact."""
+        if request.request_id is not None and self.facts.setdefault(request.request_id, request.fact) != request.fact:
+            raise RequestError(f"request_id {request.request_id!r} is used by another request; ids must differ")
+
+
 def consecutive_batches(requests: list[EditRequest], size: int) -> list[list[EditRequest]]:
     """Batches in order; one ends early before a fact it already holds, whose later request thereby supersedes the earlier."""
     found: list[list[EditRequest]] = []

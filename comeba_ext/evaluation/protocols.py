@@ -33,7 +33,7 @@ from comeba_ext.covariance import Covariance
 from comeba_ext.editing.config import EditConfig, is_int
 from comeba_ext.editing.editor import Editor
 from comeba_ext.editing.report import EditReport, reset_peak_memory
-from comeba_ext.editing.request import EditRequest, as_requests, consecutive_batches
+from comeba_ext.editing.request import EditRequest, Ids, as_requests, consecutive_batches
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
 from comeba_ext.evaluation.base import BasePredictions, predict_base
 from comeba_ext.evaluation.metrics import Metrics, evaluate, summarise
@@ -146,10 +146,7 @@ def run_protocol(
     requests = as_requests(requests)
     if not requests:
         raise RequestError("there is no request to edit")
-    facts: dict[str | None, tuple[str, str]] = {}
-    for request in requests:
-        if request.request_id is not None and facts.setdefault(request.request_id, request.fact) != request.fact:
-            raise RequestError(f"request_id {request.request_id!r} is used by another request; ids must differ")
+    Ids(requests)
     config = config or method.default_config(model)
     header = {"method": method.method, "protocol": protocol.name, "batch_size": protocol.batch_size, "seed": protocol.seed,
               "checkpoints": list(protocol.checkpoints), "generate": protocol.generate, "records": len(requests),

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import random
 import re
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from comeba_ext.data import ReadResult
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.editor import Editor
 from comeba_ext.editing.request import EditRequest
-from comeba_ext.errors import ComebaError, RequestError
+from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation import Protocol, Result, predict_base, run_protocol
 from comeba_ext.evaluation.metrics import METRICS, SCORES, Metrics
 from comeba_ext.evaluation.queries import check_context, record_queries
@@ -113,35 +112,19 @@ def _write(result: dict, out: Path) -> None:
 
 def _usable(model, tokenizer, name: str, read: ReadResult, samples: int, seed: int) -> tuple[list[EditRequest], list[dict]]:
     """The first ``samples`` records that can be edited and asked, and why those passed over cannot."""
-    placed = read.placed()
-    if seed:
-        random.Random(seed).shuffle(placed)
     editor = Editor(model, tokenizer)
+
+    def check(position: int, request: EditRequest) -> None:
+        queries = record_queries(tokenizer, request, position)
+        check_context(model, [q for own in queries.values() for q in own], position, request)
+        editor.check([dataclasses.replace(request, request_id=None)])  # with the prefixes that editing puts before it
+
     try:
-        used, skipped = _checked(editor, placed, samples)
+        used, skipped = read.usable(check, limit=samples, seed=seed)
     finally:
         editor.close()
-    skipped = sorted(read.skipped + skipped, key=lambda skip: skip["index"])
     if not used:
         raise ComebaError(f"{name}: no record can be used; {skipped[0]['reason'] if skipped else 'it is empty'}")
-    return used, skipped
-
-
-def _checked(editor: Editor, placed: list, samples: int) -> tuple[list[EditRequest], list[dict]]:
-    model, tokenizer = editor.model, editor.tokenizer
-    used, skipped, ids = [], [], {}
-    for position, request in placed:
-        if len(used) == samples:
-            break
-        try:
-            queries = record_queries(tokenizer, request, position)
-            check_context(model, [q for own in queries.values() for q in own], position, request)
-            editor.check([dataclasses.replace(request, request_id=None)])  # with the prefixes that editing puts before it
-            if request.request_id is not None and ids.setdefault(request.request_id, request.fact) != request.fact:
-                raise RequestError(f"record {position}: request_id {request.request_id!r} is used by another record")
-            used.append(request)
-        except ComebaError as error:
-            skipped.append({"index": position, "reason": str(error)})
     return used, skipped
 
 
