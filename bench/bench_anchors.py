@@ -39,7 +39,7 @@ def inputs_of(editor: Editor, texts: list[list[int]]) -> dict[str, list[torch.Te
         ids, mask = pad([texts[n] for n in group], pad_id(editor.tokenizer))
 
         def keep(x, name, group=group, mask=mask):
-            unit = editor.layers[name].directions(x.reshape(*mask.shape, -1))
+            unit = editor.layers[name].score.directions(x.reshape(*mask.shape, -1))
             for row, n in enumerate(group):
                 found[name][n] = unit[row, : int(mask[row].sum())]
 
@@ -62,9 +62,9 @@ def main() -> None:
     model, tokenizer = load_model(args.model)
     editor = Editor(model, tokenizer, EditConfig.for_model(model, scope="nearest"))
     editor.set_covariance(Covariance.load(args.covariance))
-    _kept, placed, declined = editor._placed(editor._named(requests))
+    _kept, placed, declined = editor.recognition.placed(editor._named(requests))
     requests = [request for request in placed if request.fact_token == "subject_last"]
-    subjects, decoys = editor._subjects(requests), editor._decoys(requests)
+    subjects, decoys = editor.recognition.subjects(requests), editor.recognition.decoys(requests)
     reader = KeyReader(
         editor._decoder, list(model.get_submodule(editor.architecture.blocks)), editor.config.layers, list(editor.layers.values()),
         prompt_rows(tokenizer, requests, editor.prefixes), whole=False, pad_token=pad_id(tokenizer), max_tokens=2048,
@@ -77,19 +77,18 @@ def main() -> None:
     units = inputs_of(editor, asked)
     inside: dict[str, list] = {}
     for number, (name, layer) in enumerate(editor.layers.items()):
-        background, each = editor._backgrounds[name], reader.read(number).each
-        unit = layer.directions(each)
+        background, each = editor.recognition.backgrounds[name], reader.read(number).each
+        unit = layer.score.directions(each)
         told = anchors.tells(unit, background, subjects)
-        mean = layer.directions((each * told[..., None]).sum(1))
+        mean = layer.score.directions((each * told[..., None]).sum(1))
         none = (torch.zeros(0, unit.shape[-1]), torch.zeros(0, dtype=torch.long))
-        leverage = torch.zeros(len(requests))
         how = {
-            "own, without decoys": anchors.anchors_of(unit, mean, leverage, background, subjects, none, 0.6, 0.6),
-            "own, with decoys": anchors.anchors_of(unit, mean, leverage, background, subjects, decoys[name], 0.6, 0.6),
+            "own, without decoys": anchors.anchors_of(unit, mean, background, subjects, none, 0.6, 0.6),
+            "own, with decoys": anchors.anchors_of(unit, mean, background, subjects, decoys[name], 0.6, 0.6),
         }
         common = torch.quantile((background.unit @ mean.T).amax(-1), 1 - RATE)
         one = F.normalize(mean, dim=-1)
-        how["one for all"] = anchors.Anchors(one, common.expand(len(one)), torch.arange(len(one)), None)
+        how["one for all"] = anchors.Anchors(one, common.expand(len(one)), torch.arange(len(one)))
         for label, found in how.items():
             hits = [tokens @ found.unit.T >= found.thresholds for tokens in units[name]]
             first, rest = hits[: len(wordings)], hits[len(wordings) :]

@@ -230,7 +230,7 @@ def flat_rows(quick: bool, rows: list, targets: list) -> None:
               for n, age in enumerate(("old", "young")) for name in pairs[0][0]}  # fmt: skip
     rows.append({"what": "step time", "model": "embedded", "edits": len(requests), "pairs": len(pairs), "ratio": ratio,
                  "seconds_old": statistics.median(p[0] for p in whole), "seconds_young": statistics.median(p[1] for p in whole),
-                 "keys": {name: layer.known_keys() for name, layer in editor.layers.items()}, **phases})  # fmt: skip
+                 "keys": {name: layer.score.known_keys() for name, layer in editor.layers.items()}, **phases})  # fmt: skip
     targets.append(target(f"step time, the last {len(pairs)} batches of {len(requests)} edits / the first", ratio, 1.1,
                           ratio <= 1.1))  # fmt: skip
 

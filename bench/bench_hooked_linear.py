@@ -105,12 +105,12 @@ def measure(shape: str, tokens: int, dtype: str, share: float, device: str, cloc
     delta = (torch.randn(d_out, d_in, generator=generator) * d_in**-0.5).to(device, DTYPES[dtype])
     for layer in layers.values():
         layer.delta.copy_(delta)
-        layer.reference_scale.fill_(float(d_out))
+        layer.score.scale.fill_(float(d_out))
         layer.alpha.fill_(threshold(layer, x, round(share * tokens)))
     exact = layers["exact"]
 
     def reference():
-        decision = (None, None, exact.alpha, exact.reference_scale, "reference")
+        decision = (None, None, exact.alpha, exact.score.scale, "reference")
         return ops.exact_hook_ref(F.linear(x, base.weight, base.bias), F.linear(x, delta), *decision)
 
     both = torch.cat((base.weight, delta))
@@ -118,7 +118,7 @@ def measure(shape: str, tokens: int, dtype: str, share: float, device: str, cloc
 
     def stacked():
         output, edit = F.linear(x, both, bias).split(d_out, -1)
-        return ops.exact_hook(output, edit, None, None, exact.alpha, exact.reference_scale, "reference", inplace=True)
+        return ops.exact_hook(output, edit, None, None, exact.alpha, exact.score.scale, "reference", inplace=True)
 
     calls = {"plain": lambda: base(x), "reference": reference, "exact": lambda: exact(x), "stacked": stacked,
              "gated": lambda: layers["sketch"](x)}  # fmt: skip

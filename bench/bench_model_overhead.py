@@ -100,7 +100,7 @@ def main() -> None:
                     layers = hooked_linear.install(model, names, architecture.decoder, config.scope, 1e9, gate)
                     for layer in layers.values():
                         layer.delta.fill_(1e-3)
-                        layer.scored_matrix()
+                        layer.score.refresh(layer)
                 taken[gate].append(run())
                 if gate != "unhooked":
                     hooked_linear.uninstall(model)

@@ -142,12 +142,12 @@ def cost(tokens: int, seconds: float, clock: Clock, as_json: bool) -> list[dict]
     for size in (ROWS, ROWS // 2):
         for count in KEYS:
             layers[size, count] = layer = HookedLinear(base, "nearest", 2.0)
-            layer.set_projection(projection[:size])
-            layer.set_keys(keys[:count])
+            layer.score.set_projection(projection[:size])
+            layer.score.set_keys(keys[:count])
     del keys
     for layer in layers.values():
         layer.delta = delta
-        layer.reference_scale.fill_(float(D_OUT))
+        layer.score.scale.fill_(float(D_OUT))
     calls = {"plain": lambda: base(x)} | {name: (lambda layer=layer: layer(x)) for name, layer in layers.items()}
     taken = clock(calls, seconds, 7)
     plain = taken.pop("plain")

@@ -1,20 +1,26 @@
 """Kill edit, covariance, experiment and save at random moments until each has finished; every result must equal, bit for bit, the
 one that nobody disturbed.
 
-    python bench/kill_harness.py --kills 300          # on demand: a kill takes five to fifteen seconds
+    python bench/kill_harness.py --kills 300          # on demand
 
 A run is killed (SIGKILL) after a random part of the time it takes undisturbed, started again with the same command, and so on
-until it has been killed often enough in a row; the last start is left alone. Prints, and writes to ``results/kills.json``.
+until it has been killed often enough in a row; the last start is left alone.
+Runs are forked from a process that has loaded the libraries, so that the moments are moments of work and not of imports.
 """
 
 from __future__ import annotations
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a forked process has no thread pool to share
+
 import argparse
+import contextlib
 import hashlib
 import json
+import multiprocessing
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,37 +32,32 @@ from safetensors import safe_open
 sys.path.insert(0, str(Path(__file__).parent))
 import common
 
-from comeba_ext import testbed
-from comeba_ext.storage import MANIFEST
+import comeba_ext.editing.editor
+import comeba_ext.evaluation.protocols
+import comeba_ext.experiments.runner
+import comeba_ext.methods  # noqa: F401
+from comeba_ext import cli, testbed
+from comeba_ext.storage import MANIFEST, read_folder, write_folder
 
 IN_A_ROW = 3  # kills before a run is left to finish
 EXPERIMENT = """title: kills
 protocol: consecutive
-samples: 12
+samples: 6
 batch_size: 3
 evaluations: 2
 methods: [COMEBA-HK, FT-L]
 """
-SAVER = """
-import sys, torch
-from comeba_ext.storage import read_folder, write_folder
-folder = sys.argv[1]
-try:
-    n = read_folder(folder)[0]["number"]
-except ValueError:
-    n = 0
-while n < 400:
-    n += 1
-    tensors = {"a": torch.full((200, 200), float(n))}
-    write_folder(folder, {"format": 1, "number": n}, {"adapter": tensors, "state": tensors}, {"log": f"{n}"})
-"""
+FORK = multiprocessing.get_context("fork")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="eight kills")
+    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    args.kills = 8 if args.quick else args.kills
     draw, counts = random.Random(args.seed), {}
     with tempfile.TemporaryDirectory() as home:
         home = Path(home)
@@ -64,7 +65,7 @@ def main() -> None:
         expected, seconds = {}, {}
         for name, (command, result) in jobs.items():
             start = time.monotonic()
-            subprocess.run(command(home / f"{name}-whole"), check=True, capture_output=True)
+            finished(command(home / f"{name}-whole"))
             seconds[name], expected[name] = time.monotonic() - start, result(home / f"{name}-whole")
             counts[name] = {"kills": 0, "runs": 0, "equal": 0}
         while sum(own["kills"] for own in counts.values()) < args.kills:
@@ -72,51 +73,89 @@ def main() -> None:
             command, result = jobs[name]
             out, own = home / f"{name}-{counts[name]['runs']}", counts[name]
             for _ in range(IN_A_ROW):
-                own["kills"] += killed(command(out), draw.uniform(0.1, 0.95) * seconds[name])
-            subprocess.run(command(out), check=True, capture_output=True)
+                own["kills"] += killed(command(out), draw.uniform(0.05, 0.8) * seconds[name])
+            finished(command(out))
             own["runs"] += 1
             own["equal"] += result(out) == expected[name]
             shutil.rmtree(out) if out.is_dir() else out.unlink()
-            print(f"{sum(own['kills'] for own in counts.values())} kills: {counts}", flush=True)
+            print(f"{sum(own['kills'] for own in counts.values())} kills: {counts}", file=sys.stderr, flush=True)
     rows = [{"what": name, **own} for name, own in counts.items()]
-    runs, equal = (sum(row[key] for row in rows) for key in ("runs", "equal"))
-    print(f"{sum(row['kills'] for row in rows)} kills; {equal} of {runs} runs ended with equal bits")
-    path = Path(__file__).parent / "results" / "kills.json"
-    path.write_text(json.dumps({"machine": common.machine(), "rows": rows}, indent=1) + "\n")
-    raise SystemExit(equal < runs)
+    runs, equal, kills = (sum(row[key] for row in rows) for key in ("runs", "equal", "kills"))
+    if not args.json:
+        print(f"{kills} kills; {equal} of {runs} runs ended with equal bits")
+    common.finish(rows, [common.target("runs with other bits", runs - equal, 0, equal == runs)], args.json)
 
 
 def prepared(home: Path) -> dict:
     """Name to the command for an output path, and what is compared of it."""
-    (home / "facts.jsonl").write_text("".join(json.dumps(r.to_record()) + "\n" for r in testbed.facts()[:24]))
+    (home / "facts.jsonl").write_text("".join(json.dumps(r.to_record()) + "\n" for r in testbed.facts()[:12]))
     stream = testbed.texts()
-    (home / "texts.txt").write_text("\n\n".join(next(stream) for _ in range(4000)))
+    (home / "texts.txt").write_text("\n\n".join(next(stream) for _ in range(2000)))
     (home / "kills.yaml").write_text(EXPERIMENT)
-    comeba, cov = [sys.executable, "-m", "comeba_ext.cli"], str(home / "c.safetensors")
-    subprocess.run([*comeba, "covariance", "testbed", home / "texts.txt", "--out", cov], check=True, capture_output=True)
+    cov = str(home / "c.safetensors")
+    finished(lambda: comeba("covariance", "testbed", home / "texts.txt", "--out", cov))
     return {
-        "edit": (lambda out: [*comeba, "edit", "testbed", home / "facts.jsonl", "--covariance", cov, "--out", out, "--resume",
-                              "--save-every", "1", "--batch-size", "3"], saved),
-        "covariance": (lambda out: [*comeba, "covariance", "testbed", home / "texts.txt", "--tokens", "40000", "--out", out], tensors),
-        "experiment": (lambda out: [*comeba, "experiment", home / "kills.yaml", "--covariance", cov, "--out", out], measured),
-        "save": (lambda out: [sys.executable, "-c", SAVER, out], saved),
+        "edit": (lambda out: lambda: comeba("edit", "testbed", home / "facts.jsonl", "--covariance", cov, "--out", out, "--resume",
+                                            "--save-every", "1", "--batch-size", "3"), saved),
+        "covariance": (lambda out: lambda: comeba("covariance", "testbed", home / "texts.txt", "--tokens", "15000", "--out", out), tensors),
+        "experiment": (lambda out: lambda: comeba("experiment", home / "kills.yaml", "--covariance", cov, "--out", out), measured),
+        "save": (lambda out: lambda: save_often(out), saved),
     }  # fmt: skip
 
 
-def killed(command: list, after: float) -> bool:
-    """Whether it was still running so many seconds after its start, when it was killed."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def comeba(*arguments) -> None:
+    """The command line; ends the process with its exit code."""
+    sys.argv = ["comeba", *map(str, arguments), "--json"]
+    cli.main()
+
+
+def save_often(folder: Path) -> None:
+    """Saves number after number, from the last one that was saved on."""
     try:
-        process.wait(after)
+        n = read_folder(folder)[0]["number"]
+    except ValueError:
+        n = 0
+    while n < 400:
+        n += 1
+        tensors = {"a": torch.full((200, 200), float(n))}
+        write_folder(folder, {"format": 1, "number": n}, {"adapter": tensors, "state": tensors}, {"log": f"{n}"})
+
+
+def started(work) -> multiprocessing.Process:
+    def quiet() -> None:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            os.dup2(nowhere.fileno(), 2)
+            work()
+
+    process = FORK.Process(target=quiet)
+    process.start()
+    return process
+
+
+def finished(work) -> None:
+    process = started(work)
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"a run that nobody killed ended with exit code {process.exitcode}")
+
+
+def killed(work, after: float) -> bool:
+    """Whether it was still running so many seconds after its start, when it was killed."""
+    process = started(work)
+    process.join(after)
+    if process.exitcode is not None:
+        if process.exitcode:
+            raise SystemExit(f"a run that was to go on ended with exit code {process.exitcode}")
         return False
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return True
+    process.kill()
+    process.join()
+    return True
 
 
 def tensors(path: Path) -> str:
-    """Digest of a file's tensors."""
+    """Digest of a file's tensors; and that nothing of killed writers lies beside it."""
+    left = list(path.parent.glob(f".{path.name}.*"))
+    assert not left, left
     found = hashlib.sha256()
     with safe_open(path, framework="pt") as file:
         for name in sorted(file.keys()):

@@ -115,7 +115,7 @@ class PlainEditor:
         self.memory = {name: config.lam_of(len(c0)) * c0 for name, c0 in self.c0.items()}
         if config.scope == "nearest":
             for name, layer in self.layers.items():
-                layer.set_covariance(self.c0[name])
+                layer.score.fit(self.c0[name])
         self.seconds = dict.fromkeys(("values", "keys", "update", "calibrate"), 0.0)
 
     def edit(self, requests, target_values=None):
@@ -138,12 +138,12 @@ class PlainEditor:
             layer.mode = "validated"
             with self._timed("calibrate"):
                 if layer.scope == "nearest":
-                    layer.add_keys(keys)
+                    layer.score.add_keys(keys)
                 if layer.scope == "reference":
                     scale = torch.trace(layer.delta.double() @ self.c0[name] @ layer.delta.double().mT)
-                    if layer.reference_scale > 0:
-                        layer.alpha.mul_(layer.reference_scale / scale)
-                    layer.reference_scale.copy_(scale)
+                    if layer.score.scale > 0:
+                        layer.alpha.mul_(layer.score.scale / scale)
+                    layer.score.scale.copy_(scale)
                 lowest = min(layer.scores(x[None]).max().item() for x in prompts)
                 layer.alpha.fill_(min(layer.alpha.item(), self.config.margin * lowest))
 

@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
+from common import DATA, finish, target
 from tqdm.auto import tqdm
-
-sys.path.insert(0, str(Path(__file__).parent))
-from common import DATA, machine, versions
 
 from comeba_ext import EditConfig, Editor, EditRequest
 from comeba_ext.covariance import Covariance
@@ -83,8 +80,11 @@ def main() -> None:
     parser.add_argument("--part", default="edit", choices=["edit", "train"], help="of CounterFact")
     parser.add_argument("--limit", type=int, default=60, help="known facts")
     parser.add_argument("--wordings", nargs="*", default=["none", "question and answer", "chat, question"])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "rewordings.json")
+    parser.add_argument("--quick", action="store_true", help="four facts, as statements")
+    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.quick:
+        args.limit, args.wordings = 4, ["none"]
     model, tokenizer = load_model(args.model)
     forms = forms_of(tokenizer)
     facts, unknown, candidates = [], 0, facts_of(args.part)
@@ -95,6 +95,7 @@ def main() -> None:
         unknown += right.count(False)
         if len(facts) >= args.limit:
             break
+    facts = facts[: args.limit]
     asked = {name: [form(fact["statement"], fact["question"]) for fact in facts] for name, form in forms.items()}
     share = lambda values: sum(values) / len(values)  # noqa: E731
     true = {name: holds(written(model, tokenizer, texts), [fact["true"] for fact in facts]) for name, texts in asked.items()}
@@ -121,14 +122,14 @@ def main() -> None:
         label = "statement" if wording == "none" else f"and {wording}"
         rows.append({"edited as": label, "seconds an edit": seconds / len(facts), **{name: share(hits) for name, hits in found.items()}})
         rows.append({"edited as": f"{label}, where the true object was written", **{name: share(hits) if hits else None for name, hits in answerable.items()}})
-        result = {"machine": machine(), "versions": versions(), "model": str(Path(args.model).name), "part": args.part,
-                  "facts": len(facts), "not known": unknown, "rows": rows}  # fmt: skip
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{len(facts)} facts of {len(facts) + unknown} asked for are known; {TOKENS} tokens written; share that holds the object")
-    print("| edited as |", " | ".join(forms), "|")
-    print("|---" * (len(forms) + 1) + "|")
-    for row in rows:
-        print("|", row["edited as"], "|", " | ".join("—" if row[name] is None else f"{row[name]:.2f}" for name in forms), "|")
+    if not args.json:
+        print(f"{len(facts)} facts of {len(facts) + unknown} asked for are known; {TOKENS} tokens written; share that holds the object")
+        print("| edited as |", " | ".join(forms), "|")
+        print("|---" * (len(forms) + 1) + "|")
+        for row in rows:
+            print("|", row["edited as"], "|", " | ".join("—" if row[name] is None else f"{row[name]:.2f}" for name in forms), "|")
+    statement = rows[1]["statement"]
+    finish([{"facts": len(facts), "not known": unknown}, *rows], [target("edited statements", statement, 0.95, statement >= 0.95)], args.json)
 
 
 if __name__ == "__main__":

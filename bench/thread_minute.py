@@ -3,24 +3,19 @@
     python bench/thread_minute.py --seconds 60
 
 The states that the ninth thread goes through are first gone through alone, and what the model then says to every prompt is kept: an
-answer that is none of these was computed half before and half behind an edit. Prints, and writes to ``results/threads.json``.
+answer that is none of these was computed half before and half behind an edit.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import common
+from common import finish, target
 
 from comeba_ext import EditConfig, Editor, testbed
 
@@ -32,10 +27,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--readers", type=int, default=8)
     parser.add_argument("--scope", default="nearest", choices=["nearest", "reference", "zscore"])
+    parser.add_argument("--quick", action="store_true", help="ten seconds")
+    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    args.seconds = 10 if args.quick else args.seconds
     torch.set_num_threads(1)  # threads of ours, not torch's
     model, tokenizer = testbed.load()
-    facts = testbed.facts()[:12]
+    facts = testbed.facts()[:11]
     prompts = [tokenizer([fact.text], return_tensors="pt") for fact in facts]
     editor = Editor(model, tokenizer, EditConfig.for_model(model, scope=args.scope))
     editor.collect_covariance(testbed.texts(), tokens=100_000, progress=False)
@@ -47,12 +45,15 @@ def main() -> None:
         )
         return found.logits[0][0]
 
+    values = editor.target_values(facts[:10])
+
     def steps():
-        """One round: back where it began, through six states."""
-        yield editor.edit(facts[:4])
-        yield editor.edit(facts[4:8])
+        """One round: back where it began, through seven states."""
+        yield editor.edit(facts[:4], values[:4])
+        yield editor.edit(facts[4:8], values[4:8])
         yield editor.retract([facts[0].request_id])
-        yield editor.edit(facts[8:])
+        yield editor.edit(facts[8:10], values[8:])
+        yield editor.edit(facts[10:11])  # with a target value of its own, found while the others read
         yield editor.rollback(2)
         yield editor.rollback(0)
 
@@ -74,17 +75,16 @@ def main() -> None:
             while time.monotonic() - started < args.seconds:
                 for _ in steps():
                     edits += 1
+                    if time.monotonic() - started >= args.seconds:
+                        break
         finally:
             stop.set()
     errors = [repr(reader.exception()) for reader in readers if reader.exception() is not None]
-    took = time.monotonic() - started
-    row = {"scope": args.scope, "readers": args.readers, "seconds": round(took), "answers": sum(answers), "of no state": sum(foreign),
-           "errors": len(errors), "steps of the editing thread": edits}  # fmt: skip
-    print(", ".join(f"{key} {value}" for key, value in row.items()), *errors, sep="\n")
-    path = Path(__file__).parent / "results" / "threads.json"
-    rows = [old for old in (json.loads(path.read_text())["rows"] if path.exists() else []) if old["scope"] != args.scope]
-    path.write_text(json.dumps({"machine": common.machine(), "rows": [*rows, row]}, indent=1) + "\n")
-    raise SystemExit(bool(errors or sum(foreign)))
+    row = {"scope": args.scope, "readers": args.readers, "seconds": round(time.monotonic() - started), "answers": sum(answers),
+           "of no state": sum(foreign), "steps of the editing thread": edits, "errors": errors}  # fmt: skip
+    if not args.json:
+        print(", ".join(f"{key} {value}" for key, value in row.items()))
+    finish([row], [target("errors", len(errors), 0, not errors), target("answers of no state", sum(foreign), 0, not sum(foreign))], args.json)
 
 
 if __name__ == "__main__":

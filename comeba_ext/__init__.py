@@ -1,6 +1,18 @@
 """Correct facts in a Hugging Face language model without retraining, batch after batch (COMEBA-HK, arXiv 2403.05330)."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
+    from comeba_ext.editing.config import EditConfig
+    from comeba_ext.editing.editor import Editor
+    from comeba_ext.editing.report import EditReport
+    from comeba_ext.editing.request import EditRequest
+    from comeba_ext.errors import ComebaError
+    from comeba_ext.evaluation import evaluate
+    from comeba_ext.hooked_linear import HookedLinear
+    from comeba_ext.saved_edits import load_edits
+    from comeba_ext.scores import Score, register_score
 
 __version__ = "0.1.0"
 
@@ -13,8 +25,13 @@ _HOME = {
     "load_edits": "comeba_ext.saved_edits",
     "evaluate": "comeba_ext.evaluation",
     "ComebaError": "comeba_ext.errors",
+    "Score": "comeba_ext.scores",
+    "register_score": "comeba_ext.scores",
 }
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "ComebaError", "EditConfig", "EditReport", "EditRequest", "Editor", "HookedLinear", "Score", "evaluate", "load_edits",
+    "register_score", "__version__",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -12,16 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from comeba_ext.errors import ArchitectureError, ComebaError
-from comeba_ext.ops import hooked_linear as ops
-from comeba_ext.ops import nearest_hook as nearest
-from comeba_ext.ops import sketch as sketches
+from comeba_ext.ops.hooked_linear import decode_hook_available
+from comeba_ext.scores import score_named
+from comeba_ext.scores.base import Score, keep_precise
 from comeba_ext.sequence_context import SequenceContext
 
 log = logging.getLogger(__name__)
 
 MODES = ("off", "temporary", "validated")
 GATES = ("exact", "sketch")
-SCOPES = {"zscore": 2.2, "reference": math.inf, "nearest": 1.0}  # score -> α before any edit (paper section 4.1; DESIGN §3)
 
 
 class HookedLinear(nn.Module):
@@ -34,10 +32,10 @@ class HookedLinear(nn.Module):
 
     Args:
         base: ``nn.Linear``, GPT-2's ``Conv1D``, or any module with ``in_features``/``out_features``.
-        scope: ``"zscore"`` (the paper's: the response, relative to the other tokens of the sequence), ``"reference"``
-            (the response, relative to an average corpus token's, DESIGN §3) or ``"nearest"`` (the similarity to the
-            nearest edited key, :mod:`comeba_ext.ops.nearest_hook`; needs :meth:`set_covariance` and the keys).
-        alpha: threshold; default 2.2 for zscore, infinity for reference, 1 for nearest.
+        scope: name of the :class:`~comeba_ext.scores.Score`: ``"zscore"`` (the paper's: the response, relative to the other
+            tokens of the sequence), ``"reference"`` (the response, relative to an average corpus token's, DESIGN §3),
+            ``"nearest"`` (the similarity to the nearest edited key), or one of :func:`~comeba_ext.scores.register_score`.
+        alpha: threshold; default the score's start: 2.2 for zscore, infinity for reference, 1 for nearest.
         gate: what responses are computed from: ``"exact"``, the edit of every token, a second product of the layer's
             size; or ``"sketch"``, a few rows with nearly the same norm, after which only tokens in scope pay for their
             edit (:mod:`comeba_ext.ops.sketch`). ``alpha`` belongs to the gate it was set with. Of no effect with nearest.
@@ -48,10 +46,7 @@ class HookedLinear(nn.Module):
         base_layer: the wrapped layer.
         delta: ``(d_out, d_in)`` buffer, the sum of all edits.
         alpha: scalar buffer, float64 on the base's device.
-        reference_scale: scalar buffer, ``tr(delta·C0·deltaᵀ)``.
-        projection: ``(rows, d_in)`` buffer, with nearest only: what inputs and keys are compared under.
-        anchors: ``(keys, rows)`` buffer, with nearest only: the edited keys' directions, filled up with rows of zeros.
-        thresholds: ``(keys,)`` float32 buffer, with nearest only: each anchor's own, where it lies above ``alpha``.
+        score: what decides which tokens are in scope, with the buffers that it needs.
         mode: one of ``MODES``.
 
     Raises:
@@ -72,13 +67,11 @@ class HookedLinear(nn.Module):
         super().__init__()
         if isinstance(base, HookedLinear):
             raise ArchitectureError("the layer is hooked already; edit through the editor that holds it")
-        if scope not in SCOPES:
-            raise ComebaError(f"unknown scope {scope!r}; choose one of {', '.join(SCOPES)}")
+        kind = score_named(scope)
         if gate not in GATES:
             raise ComebaError(f"unknown gate {gate!r}; choose one of {', '.join(GATES)}")
         self.base_layer = base
         self.in_features, self.out_features = shape_of(base)
-        self.scope, self.gate = scope, gate
         self._mode = "validated"
         self.context: SequenceContext | None = None
         self.name = ""
@@ -91,15 +84,20 @@ class HookedLinear(nn.Module):
             device = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
         if device is None:
             device = weight.device if weight is not None and weight.device.type != "meta" else "cpu"
-        alpha = SCOPES[scope] if alpha is None else float(alpha)
+        alpha = kind.start if alpha is None else float(alpha)
         self.register_buffer("delta", torch.zeros(self.out_features, self.in_features, dtype=dtype, device=device))
         self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64, device=device))
-        self.register_buffer("reference_scale", torch.tensor(0.0, dtype=torch.float64, device=device))
-        if scope == "nearest":
-            self.register_buffer("projection", torch.zeros(0, self.in_features, dtype=dtype, device=device))
-            self.register_buffer("anchors", torch.zeros(0, 0, dtype=dtype, device=device))
-            self.register_buffer("thresholds", torch.zeros(0, dtype=torch.float32, device=device))
-        self._sketch, self._sketched = None, None  # the sketch, and the version of delta it was made from
+        self.score: Score = kind(self.in_features, gate=gate, dtype=dtype, device=device)
+
+    @property
+    def scope(self) -> str:
+        """The score's name."""
+        return self.score.name
+
+    @property
+    def gate(self) -> str:
+        """What the score's responses are computed from."""
+        return self.score.gate
 
     @property
     def weight(self) -> torch.Tensor:
@@ -137,16 +135,14 @@ class HookedLinear(nn.Module):
         if mode == "temporary":
             output = self.base_layer(x, *args, **kwargs)
             return output + self.edit_output(x).to(output.dtype)
-        if self.scope == "zscore" and not torch.compiler.is_compiling():
+        score = self.score
+        if score.whole_sequence and not torch.compiler.is_compiling():
             self._refuse_recomputing()
-        delta = self.delta
         plain = self._plain_base() and not args and not kwargs
         given, mask = self._as_sequences(self._to_delta(x), mask)
-        compares = self.scope == "nearest"
-        sketch = self.sketch() if self.gate == "sketch" and not compares else None
-        decision = (mask, self._statistics(), self.alpha, self.reference_scale, self.scope)
-        if plain and not compares and self._decodes(x):
-            output, after = ops.decode_hook(given, self.weight, self.bias, delta, sketch, *decision)
+        past = self._past()
+        if plain and score.decodes and self._decodes(x):
+            output, after = score.decode(given, self, mask, past)
             output = output.reshape(*x.shape[:-1], self.out_features)
         else:
             output = self.base_layer.forward(x) if plain else self.base_layer(x, *args, **kwargs)
@@ -154,13 +150,7 @@ class HookedLinear(nn.Module):
             if len(shape) != 3:
                 output = output.reshape(*given.shape[:-1], self.out_features)
             # A base layer that is more than a product may hand out, or keep, what it returned.
-            if compares:
-                how = (given, delta, self.projection, self.anchors, self._excess(), mask, self.alpha)
-                output, after = nearest.nearest_hook(output, *how, inplace=plain), None
-            elif sketch is None:
-                output, after = ops.exact_hook(output, F.linear(given, delta), *decision, inplace=plain)
-            else:
-                output, after = ops.gated_hook(output, given, delta, sketch, *decision, inplace=plain)
+            output, after = score.hook(output, given, self, mask, past, plain)
             if len(shape) != 3:
                 output = output.reshape(shape)
         if self.context is not None and after is not None:
@@ -170,151 +160,30 @@ class HookedLinear(nn.Module):
     def _refuse_recomputing(self) -> None:
         """Gradient checkpointing runs blocks again in the backward pass, when nobody knows the mask and the tokens before."""
         if self.context is not None and self.context.here.shape is None and torch._C._current_graph_task_id() != -1:
-            raise ComebaError("the z-score cannot be computed again in gradient checkpointing; switch that off, or use score "
-                              "'nearest' or 'reference'")  # fmt: skip
+            raise ComebaError(f"the score {self.scope!r} cannot be computed again in gradient checkpointing; switch that off, or use "
+                              "score 'nearest' or 'reference'")  # fmt: skip
 
     def edit_output(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ deltaᵀ``, ``(..., d_out)``."""
         return F.linear(self._to_delta(x), self.delta)
 
-    def sketch(self) -> torch.Tensor:
-        """The rows that decide under ``gate="sketch"``, ``(m, d_in)``, made anew when delta has changed.
-
-        ``torch.compile`` does not see a change; call this once, outside, after writing ``delta``.
-        """
-        if not torch.compiler.is_compiling():
-            delta = self.delta
-            version = None if delta.is_inference() else (delta._version, delta.data_ptr())
-            if version is None or version != self._sketched:
-                rows = sketches.rows_for(self.out_features)
-                self._sketch, self._sketched = sketches.sketch_of(delta.detach(), rows), version
-        return self._sketch
-
-    def scored_matrix(self) -> torch.Tensor:
-        """The matrix whose response the scores measure: ``delta`` or its sketch, ``(rows, d_in)``."""
-        return self.delta if self.gate == "exact" else self.sketch()
-
     def scores(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Score of every token, ``(batch, seq)``, for ``x`` of ``(batch, seq, d_in)`` with its mask."""
         x, mask = self._as_sequences(self._to_delta(x), mask)
-        if self.scope == "nearest":
-            return nearest.nearest_scores(x, self.projection, self.anchors, self._excess())
-        response = F.linear(x, self.scored_matrix())
-        return ops.scores(response, mask, self._statistics(), self.reference_scale, self.scope)[0]
+        return self.score.scores(x, self, mask, self._past())[0]
 
     def peak_scores(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The highest score of every row's real tokens, ``(batch,)``, for ``x (batch, seq, d_in)`` and its bool mask."""
-        mask = mask.to(x.device)
-        if self.scope == "nearest":
-            return nearest.peak_scores(self._to_delta(x), mask, self.projection, self.anchors, self._excess())
-        return self.scores(x, mask).masked_fill(~mask, -torch.inf).amax(-1)
+        x, mask = self._as_sequences(self._to_delta(x), mask.to(x.device))
+        return self.score.peaks(x, mask, self)
 
     @torch.no_grad()
     def take_over(self, other: HookedLinear) -> None:
         """The edits and thresholds of another layer of this shape; buffers stay where they are as long as they fit."""
-        for name, buffer in other.named_buffers(recurse=False):
-            own = getattr(self, name)
-            if own.shape == buffer.shape:
-                own.copy_(buffer)
-            else:
-                setattr(self, name, buffer.clone())
-        self.scored_matrix()  # a compiled model would not see that its sketch is old
-
-    def set_covariance(self, covariance: torch.Tensor) -> None:
-        """The metric in which the nearest score compares, from ``C0 (d_in, d_in)``; forgets all keys.
-
-        Raises:
-            torch.linalg.LinAlgError: it is not positive definite.
-        """
-        self.set_projection(nearest.projection_of(covariance))
-
-    def set_projection(self, projection: torch.Tensor) -> None:
-        """What inputs and keys are compared under, from :func:`ops.nearest_hook.projection_of`; forgets all keys."""
-        self.projection = projection.to(self.delta, copy=True)
-        self.set_keys(projection.new_zeros(0, self.in_features))
-
-    def set_keys(self, keys: torch.Tensor) -> None:
-        """The edited keys, ``(n, d_in)``, that the nearest score compares with, in place of those known."""
-        self.set_anchors(self.delta.new_zeros(0, len(self.projection)))
-        self.add_keys(keys)
-
-    def add_keys(self, keys: torch.Tensor) -> None:
-        """More keys, ``(n, d_in)``, whose threshold is ``alpha``; zero keys, which have no direction, are left out.
-
-        Raises:
-            ComebaError: there is no covariance to compare in.
-        """
-        if len(keys) and not len(self.projection):
-            raise ComebaError("no metric to compare keys in yet; call set_covariance(C0) first")
-        unit = self.directions(keys)
-        self.add_anchors(unit[unit.any(-1)])
-
-    @torch.no_grad()
-    def directions(self, x: torch.Tensor) -> torch.Tensor:
-        """Unit vectors that the nearest score compares, ``(..., rows)`` in float32 or better, for inputs ``(..., d_in)``."""
-        wide = torch.promote_types(self.delta.dtype, torch.float32)  # in half precision a key's norm may overflow
-        return nearest.directions(x.to(self.delta.device, wide), self.projection.to(wide))
-
-    def set_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None) -> None:
-        """Anchors, as :meth:`add_anchors` takes them, in place of those known."""
-        with torch.inference_mode(False):
-            self.anchors = self.delta.new_zeros(0, len(self.projection))
-            self.thresholds = self.alpha.new_zeros(0, dtype=torch.float32)
-        self.add_anchors(unit, thresholds)
-
-    def add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None) -> None:
-        """More directions to compare with.
-
-        One that a known one stands for (:func:`ops.nearest_hook.stands_for`) adds nothing but its threshold, where that is
-        lower. ``anchors`` grows by 64 or more, a thirtieth or so, at a time, so that its shape seldom changes; a CUDA graph
-        captured by hand must be captured again.
-
-        Args:
-            unit: ``(n, rows)``, of :meth:`directions`.
-            thresholds: ``(n,)``, each one's own; it counts where it lies above ``alpha``. Default: none above.
-        """
-        with torch.inference_mode(False), torch.no_grad():
-            if thresholds is None:
-                thresholds = torch.full((len(unit),), -math.inf)
-            unit, thresholds = unit.to(self.anchors), thresholds.to(self.thresholds)
-            for part, own in zip(unit.split(1024), thresholds.split(1024), strict=True):
-                self._add_anchors(part, own)
-
-    def _add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor) -> None:
-        """More directions, ``(n, rows)``, in the dtype of ``anchors``."""
-        known = self.known_keys()
-        stands = nearest.stands_for(unit, self.anchors[:known])
-        new = stands == torch.arange(known, known + len(unit))
-        place = known + new.cumsum(0) - 1  # of the new ones, among the anchors
-        stands = torch.where(stands < known, stands, place[(stands - known).clamp(min=0)])
-        count = known + int(new.sum())
-        if count > len(self.anchors):
-            step = max(64, 1 << max(count.bit_length() - 5, 0))
-            size = -(-count // step) * step
-            grown, own = unit.new_zeros(size, len(self.projection)), thresholds.new_zeros(size)
-            grown[:known], own[:known] = self.anchors[:known], self.thresholds[:known]
-            self.anchors, self.thresholds = grown, own
-        self.anchors[known:count] = unit[new.to(unit.device)]
-        self.thresholds[known:count] = math.inf
-        self.thresholds.scatter_reduce_(0, stands.to(unit.device), thresholds, "amin")
-
-    def _excess(self) -> torch.Tensor:
-        """What every anchor's threshold lies above α, ``(keys,)``."""
-        return (self.thresholds - self.alpha).clamp(min=0)
-
-    def known_keys(self) -> int:
-        """Number of directions that the nearest score compares with: those in the first rows of ``anchors``."""
-        return int(self.anchors.any(-1).sum())
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        """Buffers that grow with the keys take the shape they are loaded with, if it fits the layer."""
-        projection, anchors = (state_dict.get(prefix + name) for name in ("projection", "anchors"))
-        given = self.scope == "nearest" and projection is not None and anchors is not None
-        if given and projection.shape[1:] == (self.in_features,) and anchors.shape[1:] == projection.shape[:1]:
-            self.projection = self.projection.new_zeros(projection.shape)
-            self.anchors = self.anchors.new_zeros(anchors.shape)
-            self.thresholds = self.thresholds.new_zeros(anchors.shape[:1])
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.delta.copy_(other.delta)
+        self.alpha.copy_(other.alpha)
+        self.score.take_over(other.score)
+        self.score.refresh(self)
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> HookedLinear:
         """What PEFT asks for when it takes its adapters out (``merge_and_unload``): out of the base layer, the edits stay."""
@@ -329,7 +198,8 @@ class HookedLinear(nn.Module):
         dtype = self.delta.dtype
         return x if x.dtype == dtype or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
-    def _statistics(self) -> torch.Tensor | None:
+    def _past(self) -> torch.Tensor | None:
+        """What the sequence's earlier tokens left behind for the score."""
         return self.context.here.statistics.get(self.name) if self.context is not None else None
 
     def _plain_base(self) -> bool:
@@ -340,7 +210,7 @@ class HookedLinear(nn.Module):
 
     def _decodes(self, x: torch.Tensor) -> bool:
         """Whether one fused pass over both weights takes this input; the base layer is known to be plain."""
-        if not ops.decode_hook_available(x, self.delta) or type(self.base_layer) is not nn.Linear:
+        if not decode_hook_available(x, self.delta) or type(self.base_layer) is not nn.Linear:
             return False
         weight = self.weight
         grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -349,9 +219,9 @@ class HookedLinear(nn.Module):
     def _as_sequences(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``x`` as ``(batch, seq, d_in)`` and its mask; some families (OPT) flatten tokens before the MLP.
 
-        Only the z-score asks the model for its mask: it looks at a token's sequence, the others at the token.
+        Only a score that looks at more than the token asks the model for its mask.
         """
-        if mask is None and self.context is not None and self.scope == "zscore":
+        if mask is None and self.context is not None and self.score.whole_sequence:
             mask = self.context.here.mask
         if mask is not None:
             mask = mask.to(x.device)
@@ -364,14 +234,8 @@ class HookedLinear(nn.Module):
         return x.reshape(-1, length, x.shape[-1]), None
 
     def _apply(self, fn, recurse: bool = True):
-        """``model.half()`` and the like move thresholds and the scale but leave them as precise as they are."""
-        exact = {name: getattr(self, name) for name in ("alpha", "reference_scale", "thresholds") if hasattr(self, name)}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():
-            after = getattr(self, name)
-            if after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
-        return self
+        """``model.half()`` and the like move the threshold but leave it as precise as it is."""
+        return keep_precise(self, ("alpha",), lambda: super(HookedLinear, self)._apply(fn, recurse))
 
     def extra_repr(self) -> str:
         return (

@@ -60,10 +60,9 @@ def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
         for name, layer in layers.items():
             layer.delta.copy_(deltas[name])
             layer.alpha.copy_(tensors[f"{name}.alpha"])
-            layer.reference_scale.copy_(tensors[f"{name}.reference_scale"])
-            _restore_keys(layer, tensors, name)
+            layer.score.restore(_of_layer(tensors, name))
             layer.mode = mode
-            layer.scored_matrix()  # a compiled model would not see that its sketch is old
+            layer.score.refresh(layer)
     return whole
 
 
@@ -143,7 +142,7 @@ def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
         entries = _entries(manifest, state)
         saved = _progress(manifest)
         deltas = {name: state[f"{name}.delta"] for name in manifest["layers"]}
-        scalars = {name: (state[f"{name}.alpha"], state[f"{name}.reference_scale"]) for name in manifest["layers"]}
+        alphas = {name: state[f"{name}.alpha"] for name in manifest["layers"]}
         tensors = {name: _memory(state, name) for name in manifest["layers"]}
         memory = {name: KeyMemory.from_tensors(parts) for name, parts in tensors.items() if parts}
         removals = [record["removed"] for record in manifest["ledger"]]
@@ -152,13 +151,12 @@ def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
         for name, layer in editor.layers.items():
             editor._delta[name].copy_(deltas[name])
             layer.delta.copy_(deltas[name])
-            layer.alpha.copy_(scalars[name][0])
-            layer.reference_scale.copy_(scalars[name][1])
-            _restore_keys(layer, adapter, name)
+            layer.alpha.copy_(alphas[name])
+            layer.score.restore(_of_layer(adapter, name))
         editor.key_memory = {name: m.to(editor.layers[name].delta.device) for name, m in memory.items()}
         editor.covariance = covariance
         if covariance is not None:
-            editor._measure_background()
+            editor.recognition.learn()
         for entry in entries:
             editor.ledger.add(entry)
         for entry, removed in zip(entries, removals, strict=True):
@@ -255,23 +253,13 @@ def _adapter(editor, live: list[Entry]) -> dict[str, torch.Tensor]:
         elif live:
             tensors[f"{name}.delta"] = delta
         tensors[f"{name}.alpha"] = layer.alpha
-        tensors[f"{name}.reference_scale"] = layer.reference_scale
-        if layer.scope == "nearest":
-            known = layer.known_keys()
-            tensors[f"{name}.projection"], tensors[f"{name}.anchors"] = layer.projection, layer.anchors[:known]
-            tensors[f"{name}.thresholds"] = layer.thresholds[:known]
+        tensors |= {f"{name}.{what}": tensor for what, tensor in layer.score.tensors().items()}
     return tensors
 
 
-def _restore_keys(layer: hooked_linear.HookedLinear, tensors: dict[str, torch.Tensor], name: str) -> None:
-    if layer.scope == "nearest":
-        projection, anchors, thresholds = (tensors[f"{name}.{what}"] for what in ("projection", "anchors", "thresholds"))
-        if projection.shape[1:] != (layer.in_features,) or anchors.shape[1:] != projection.shape[:1] or thresholds.shape != anchors.shape[:1]:
-            shapes = ", ".join(str(tuple(part.shape)) for part in (projection, anchors, thresholds))
-            raise ValueError(f"projection, anchors and thresholds {shapes} do not fit {name}")
-        # Copied, because where a file's tensors begin decides how BLAS sums them: aligned, equal bits follow.
-        layer.projection, layer.anchors = (part.to(layer.delta, copy=True) for part in (projection, anchors))
-        layer.thresholds = thresholds.to(layer.thresholds, copy=True)
+def _of_layer(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """A layer's tensors by their own names."""
+    return {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
 
 
 def _delta(tensors: dict[str, torch.Tensor], name: str, folder) -> torch.Tensor:
@@ -288,7 +276,7 @@ def _state(editor) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, layer in editor.layers.items():
         tensors[f"{name}.delta"] = editor._delta[name]
-        tensors[f"{name}.alpha"], tensors[f"{name}.reference_scale"] = layer.alpha, layer.reference_scale
+        tensors[f"{name}.alpha"] = layer.alpha
         if name in editor.key_memory:
             tensors |= {f"{name}.memory.{part}": t for part, t in editor.key_memory[name].tensors().items()}
         if editor.covariance is not None:

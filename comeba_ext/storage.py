@@ -8,9 +8,11 @@ are kept apart by a lock.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
+import shutil
 import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,7 +61,7 @@ def writable(path: str | Path) -> Path:
 @contextmanager
 def alone(folder: str | Path):
     """Inside, no other process is in here with the same folder, which is made where it is missing, and is gone again afterwards
-    if it was and nothing came into it.
+    if it was and nothing came into it. What a killed writer left there is gone.
 
     Raises:
         StorageError: another process is, or nothing can be written there.
@@ -74,6 +76,8 @@ def alone(folder: str | Path):
     except OSError as error:
         raise StorageError(f"{folder}: cannot be a folder to write to ({error.strerror})") from None
     try:
+        with suppress(OSError, StorageError):
+            _clear(folder, set(read_manifest(folder)["files"].values()) if (folder / MANIFEST).exists() else set())
         yield
     finally:
         lock.release()
@@ -99,15 +103,31 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: 
 
 
 def _replace(path: Path, write) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    """Written beside, in a folder of its own (safetensors has temporary files too), and put in place when it is whole."""
+    _sweep(path)
+    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    staging.mkdir()
+    lock = FileLock(staging / LOCK, timeout=0)
     try:
+        lock.acquire()
+        temporary = staging / path.name
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # safetensors' own files are for their owner alone
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        lock.release()
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what writers of this file left when they were killed; one that is still at work holds its lock."""
+    for staging in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
+        with suppress(OSError, Timeout):
+            if (staging / LOCK).exists():
+                with FileLock(staging / LOCK, timeout=0):
+                    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -177,7 +197,11 @@ def write_folder(folder: str | Path, manifest: dict, tensors: dict[str, dict], t
 def _clear(folder: Path, named: set[str]) -> None:
     """Remove our files that a manifest does not name."""
     for old in folder.iterdir():
-        if _OURS.fullmatch(old.name) and old.name not in named:
+        if not _OURS.fullmatch(old.name) or old.name in named:
+            continue
+        if old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
             old.unlink(missing_ok=True)
 
 

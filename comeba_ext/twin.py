@@ -16,7 +16,7 @@ from comeba_ext.hooked_linear import hooked_layers
 def twin_of(model: nn.Module) -> nn.Module:
     """A copy of the model with its own modules and hooks, and the hooked layers' buffers; weights and configuration are
     shared."""
-    own = {id(buffer) for layer in hooked_layers(model).values() for buffer in layer.buffers(recurse=False)}
+    own = {id(buffer) for layer in hooked_layers(model).values() for part in (layer, layer.score) for buffer in part.buffers(recurse=False)}
     memo = {id(buffer): buffer for buffer in model.buffers() if id(buffer) not in own}
     for parameter in model.parameters():
         # Its own parameter, where that is plain, so that freezing the twin does not freeze the model.

@@ -71,7 +71,7 @@ def test_thresholds(floor, margin):
     units[2, 0] = around.unit[4]  # this one's plain key is a corpus token's
     decoys = F.normalize(torch.stack([near(base[n], c, seed=50 + k) for k, (n, c) in enumerate(DECOYS)]), dim=-1)
     owner = torch.tensor([n for n, _ in DECOYS])
-    found = anchors_of(units, base, torch.tensor([10.0, 20.0, 30.0]), around, subjects, (decoys, owner), floor, margin)
+    found = anchors_of(units, base, around, subjects, (decoys, owner), floor, margin)
     expected = []
     for n in range(3):
         lowest, kept = min(float(units[n, p] @ base[n]) for p in range(1, 4)), []
@@ -118,7 +118,7 @@ def with_a_common_key(tiny_model, tokenizer, last=True, **changes):
         sample.tokens[n, -1] = tokenizer.eos_token_id  # not the subject itself
     handle.remove()
     sample._mentions.clear()
-    editor._measure_background()
+    editor.recognition.learn()
     return editor, request
 
 
@@ -135,7 +135,7 @@ def test_a_key_that_says_nothing_is_declined(tiny_model, tokenizer, caplog):
     fresh.edit(good, target_values=values[[0, 2]])
     for name in editor.layers:
         assert torch.equal(editor.layers[name].delta, fresh.layers[name].delta)
-        assert torch.equal(editor.layers[name].thresholds, fresh.layers[name].thresholds)
+        assert torch.equal(editor.layers[name].score.thresholds, fresh.layers[name].score.thresholds)
 
 
 def test_a_key_that_says_nothing_gives_way_to_the_prompts_last(tiny_model, tokenizer):
@@ -188,7 +188,7 @@ def test_at_a_prompts_end_the_threshold_is_half_way_to_others(tokenizer):
     other = torch.nn.functional.normalize(units[1, 0] + 0.3 * torch.randn(8, generator=generator), dim=-1)
     around = Background(torch.zeros(0, 8), KeySample(), 1.0)
     decoys = (torch.stack([other, other]), torch.tensor([0, 1]))
-    found = anchors_of(units, mean, torch.ones(2), around, [[], []], decoys, 0.6, 0.6, torch.tensor([False, True]))
+    found = anchors_of(units, mean, around, [[], []], decoys, 0.6, 0.6, torch.tensor([False, True]))
     assert found.owner.tolist() == [0, 0, 1] and torch.equal(found.unit[2], units[1, 0])
     assert found.thresholds[2].item() == pytest.approx((1 + (units[1, 0] @ other).item()) / 2, abs=1e-6)
     request = EditRequest("{} is located in", "Norway", "x", fact_token="last")

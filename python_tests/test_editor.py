@@ -65,15 +65,20 @@ def relative(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+def scale(layer):
+    """The reference score's; others have none that matters."""
+    return getattr(layer.score, "scale", torch.zeros(()))
+
+
 def compared(layer):
-    count = layer.known_keys() if layer.scope == "nearest" else 0
-    return (layer.projection, layer.anchors[:count], layer.thresholds[:count]) if layer.scope == "nearest" else ()
+    count = layer.score.known_keys() if layer.scope == "nearest" else 0
+    return (layer.score.projection, layer.score.anchors[:count], layer.score.thresholds[:count]) if layer.scope == "nearest" else ()
 
 
 def snapshot(editor):
     return {
         "layers": {
-            name: [t.clone() for t in (layer.delta, editor._delta[name], layer.alpha, layer.reference_scale, *compared(layer))]
+            name: [t.clone() for t in (layer.delta, editor._delta[name], layer.alpha, scale(layer), *compared(layer))]
             for name, layer in editor.layers.items()
         },
         "memory": {name: memory.matrix().clone() for name, memory in editor.key_memory.items()},
@@ -518,12 +523,12 @@ def expected_delta(editor, name):
 def assert_compares_with_the_live_keys(editor, tolerance=1e-4):
     """With scope "nearest", the anchors are those of live requests, and stand for every one of them."""
     for name, layer in editor.layers.items() if editor.config.scope == "nearest" else ():
-        count = layer.known_keys()
-        assert not layer.anchors[count:].any()
+        count = layer.score.known_keys()
+        assert not layer.score.anchors[count:].any()
         if not len(editor.ledger):
             assert count == 0
             continue
-        anchors, own = layer.anchors[:count].double(), layer.thresholds[:count].double()
+        anchors, own = layer.score.anchors[:count].double(), layer.score.thresholds[:count].double()
         live = [entry.anchors[name] for entry in editor.ledger.live()]
         units, wanted = (torch.cat(parts).double() for parts in zip(*live, strict=True))
         cosines = units @ anchors.T  # (theirs, anchors)
@@ -534,7 +539,7 @@ def assert_compares_with_the_live_keys(editor, tolerance=1e-4):
         assert (anchors @ anchors.T - torch.eye(count)).max() < SAME + tolerance  # and for no other anchor
         keys = torch.cat([entry.keys[name].double() for entry in editor.ledger.live()])
         scores = layer.scores(keys[None].to(layer.delta))[0].double()
-        cosines = directions(keys, layer.projection.double()) @ anchors.T
+        cosines = directions(keys, layer.score.projection.double()) @ anchors.T
         excess = (own - layer.alpha).clamp(min=0)
         assert torch.allclose(scores, (cosines - excess).amax(1).clamp(min=0), atol=tolerance)
 
@@ -605,7 +610,7 @@ def test_retract(tiny_model, tokenizer, scope):
 
 
     def bounds():  # on a token's response: α, which the score "reference" counts in units of its current scale
-        unit = {name: layer.reference_scale.item() if scope == "reference" else 1 for name, layer in editor.layers.items()}
+        unit = {name: scale(layer).item() if scope == "reference" else 1 for name, layer in editor.layers.items()}
         return {name: layer.alpha.item() * unit[name] for name, layer in editor.layers.items()}
 
     before_all = bounds()
@@ -667,8 +672,7 @@ def test_rollback(tiny_model, tokenizer, scope):
             assert torch.equal(layer.alpha, expected["layers"][name][2])
             for part, before in zip(compared(layer), expected["layers"][name][4:], strict=True):
                 assert torch.allclose(part, before, atol=1e-6)  # the same keys stand for the others as then
-            scale = expected["layers"][name][3].item()
-            assert layer.reference_scale.item() == pytest.approx(scale, rel=1e-4, abs=1e-9)
+            assert scale(layer).item() == pytest.approx(expected["layers"][name][3].item(), rel=1e-4, abs=1e-9)
         assert_usable(editor, tokenizer)
         editor.edit([EditRequest("{} stands in", "The Tower", "Oslo")], target_values=random_values(1, seed=9))
         assert editor.step == step + 1
@@ -727,7 +731,7 @@ def test_nothing_is_left_of_retracted_edits(tiny_model, tokenizer):
         report = editor.edit(some_requests(3))
         editor.retract(report.request_ids)
         for name, layer in editor.layers.items():
-            assert not layer.delta.any() and layer.reference_scale == 0 and layer.alpha.item() == before[name]
+            assert not layer.delta.any() and scale(layer) == 0 and layer.alpha.item() == before[name]
         assert_compares_with_the_live_keys(editor)
 
 

@@ -54,8 +54,8 @@ def loop_cosines(tokens: torch.Tensor, keys: torch.Tensor = KEYS) -> list[float]
 def compare(layer: HookedLinear) -> HookedLinear:
     """With scope "nearest", tell the layer its metric and keys."""
     if layer.scope == "nearest":
-        layer.set_covariance(COVARIANCE)
-        layer.set_keys(KEYS)
+        layer.score.fit(COVARIANCE)
+        layer.score.set_keys(KEYS)
     return layer
 
 
@@ -71,7 +71,8 @@ def make_layer(kind="linear", scope="zscore", alpha=0.5, dtype=torch.float64, bi
         base.bias.data.copy_(random(D_OUT, seed=seed + 1))
     layer = HookedLinear(base, scope, alpha)
     layer.delta.copy_(random(D_OUT, D_IN, seed=seed + 2))
-    layer.reference_scale.fill_(10.0)
+    if scope != "nearest":
+        layer.score.scale.fill_(10.0)
     return compare(layer)
 
 
@@ -269,7 +270,7 @@ def _loop_scores(layer, x):
     if layer.scope == "nearest":
         return loop_cosines(x)
     norms = [loop_norm(layer.delta.double() @ token) for token in x.double()]
-    return loop_zscores(norms) if layer.scope == "zscore" else [n * n / float(layer.reference_scale) for n in norms]
+    return loop_zscores(norms) if layer.scope == "zscore" else [n * n / float(layer.score.scale) for n in norms]
 
 
 @pytest.mark.parametrize("mode", ["off", "temporary", "validated"])
@@ -338,7 +339,7 @@ def _same(a, b):
 def test_state_dict_round_trip():
     layer, other = make_layer(alpha=0.7), make_layer(alpha=2.2, seed=30)
     state = layer.state_dict()
-    assert set(state) == {"delta", "alpha", "reference_scale", "base_layer.weight", "base_layer.bias"}
+    assert set(state) == {"delta", "alpha", "score.scale", "base_layer.weight", "base_layer.bias"}
     other.load_state_dict(state)
     assert other.alpha.item() == 0.7
     _same(layer, other)
@@ -362,10 +363,10 @@ def test_torch_save_round_trip():
 
 def test_casting_keeps_threshold_and_scale_exact():
     layer = make_layer(alpha=2.2, dtype=torch.float32)
-    layer.reference_scale.fill_(1e7)  # infinite in float16
+    layer.score.scale.fill_(1e7)  # infinite in float16
     layer.half()
     assert layer.delta.dtype == layer.base_layer.weight.dtype == torch.float16
-    assert (layer.alpha.item(), layer.reference_scale.item()) == (2.2, 1e7)
+    assert (layer.alpha.item(), layer.score.scale.item()) == (2.2, 1e7)
     assert layer.to("meta").alpha.is_meta
 
 
@@ -492,7 +493,7 @@ def gated_pair(scope="reference", d_out=64, d_in=24, dtype=torch.float64):
     for gate in ("exact", "sketch"):
         layer = HookedLinear(base, scope, gate=gate)
         layer.delta.copy_(random(d_out, d_in, seed=2))
-        layer.reference_scale.fill_(float(d_out))
+        layer.score.scale.fill_(float(d_out))
         layers.append(layer)
     return layers
 
@@ -509,7 +510,7 @@ def test_gate_decides_by_its_own_scores_and_adds_the_exact_edit(scope):
     assert inside.sum() == 3
     assert torch.allclose(gated(x), torch.where(inside[..., None], base + edit, base), rtol=1e-12)
     assert torch.equal(gated(x)[~inside], base[~inside])
-    norms = F.linear(x, gated.sketch()).norm(dim=-1)
+    norms = F.linear(x, gated.score.sketch(gated.delta)).norm(dim=-1)
     oracle = norms**2 / 64 if scope == "reference" else torch.tensor(
         [loop_zscores(row.tolist()) for row in norms], dtype=torch.float64
     )
@@ -520,20 +521,20 @@ def test_gate_decides_by_its_own_scores_and_adds_the_exact_edit(scope):
 @torch.no_grad()
 def test_sketch_follows_delta():
     _, layer = gated_pair()
-    first = layer.sketch()
-    assert first.shape == (16, 24) and layer.sketch() is first
+    first = layer.score.sketch(layer.delta)
+    assert first.shape == (16, 24) and layer.score.sketch(layer.delta) is first
     layer.delta.mul_(2)
-    assert torch.allclose(layer.sketch(), 2 * first, rtol=1e-12)
+    assert torch.allclose(layer.score.sketch(layer.delta), 2 * first, rtol=1e-12)
     layer.load_state_dict({**layer.state_dict(), "delta": random(64, 24, seed=9)})
-    assert torch.allclose(layer.sketch(), sketch_of(random(64, 24, seed=9), 16), rtol=1e-12)
+    assert torch.allclose(layer.score.sketch(layer.delta), sketch_of(random(64, 24, seed=9), 16), rtol=1e-12)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         other.delta.neg_()
-        assert torch.allclose(other.sketch(), -layer.sketch(), rtol=1e-12)
-    assert layer.float().sketch().dtype == torch.float32
+        assert torch.allclose(other.score.sketch(other.delta), -layer.score.sketch(layer.delta), rtol=1e-12)
+    assert layer.float().score.sketch(layer.delta).dtype == torch.float32
     with torch.inference_mode():
         made = HookedLinear(nn.Linear(24, 64), gate="sketch")
         made.delta.fill_(1.0)
-        assert made.sketch().abs().sum() > 0
+        assert made.score.sketch(made.delta).abs().sum() > 0
 
 
 @torch.no_grad()
@@ -591,7 +592,7 @@ def test_cuda_graph_replays_without_synchronising(gate, dtype, tokens):
     base = nn.Linear(256, 320, dtype=dtype, device="cuda")
     layer = HookedLinear(base, "reference", gate=gate)
     layer.delta.copy_(random(320, 256, seed=2) / 16)
-    layer.reference_scale.fill_(320.0)
+    layer.score.scale.fill_(320.0)
     x = random(1, tokens, 256, seed=3).to("cuda", dtype)
     layer.alpha.copy_(layer.scores(x).median() * 0.999)
     expected = layer(x)  # compiles, warms up
@@ -609,7 +610,7 @@ def test_compiled_with_reduced_overhead(gate):
     torch._dynamo.reset()
     layer = HookedLinear(nn.Linear(256, 320, device="cuda", dtype=torch.bfloat16), "reference", gate=gate)
     layer.delta.copy_(random(320, 256, seed=2) / 16)
-    layer.reference_scale.fill_(320.0)
+    layer.score.scale.fill_(320.0)
     x = random(2, 20, 256, seed=3).to("cuda", torch.bfloat16)
     layer.alpha.copy_(layer.scores(x).median() * 0.999)
     compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")

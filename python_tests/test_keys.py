@@ -43,7 +43,8 @@ def hooked(tiny_model, family, scope):
     layers = list(hooked_linear.install(model, names, architecture.decoder, scope, 1.0).values())
     for layer in layers:
         layer.mode = "temporary"
-        layer.reference_scale.fill_(1.0)
+        for scale in layer.score.buffers():
+            scale.fill_(1.0)
         torch.nn.init.normal_(layer.delta, std=0.2, generator=torch.Generator().manual_seed(0))
     return model, architecture, layers
 

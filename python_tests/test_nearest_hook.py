@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from comeba_ext import EditConfig, Editor, EditRequest, load_edits, methods
+from comeba_ext.editing.recognition import KeyRecognition
 from comeba_ext.errors import ComebaError, CovarianceError, StorageError
 from comeba_ext.hooked_linear import HookedLinear
 from comeba_ext.key_sample import KeySample
@@ -60,8 +61,8 @@ def make_layer(keys=5, alpha=0.5, dtype=torch.float64, d_in=D_IN, seed=0, base=N
     base.bias.data.copy_(random(D_OUT, seed=seed + 1))
     layer = HookedLinear(base, "nearest", alpha)
     layer.delta.copy_(random(D_OUT, d_in, seed=seed + 2))
-    layer.set_covariance(covariance_of(d_in))
-    layer.set_keys(random(keys, d_in, seed=seed + 3))
+    layer.score.fit(covariance_of(d_in))
+    layer.score.set_keys(random(keys, d_in, seed=seed + 3))
     return layer
 
 
@@ -69,7 +70,7 @@ def inputs(layer, batch=2, seq=8, seed=9, noise=0.3):
     """Every other token is one of the layer's keys of :func:`make_layer`, disturbed; the others are unrelated."""
     width, dtype = layer.in_features, layer.delta.dtype
     x = random(batch, seq, width, seed=seed)
-    known = random(layer.known_keys(), width, seed=3)
+    known = random(layer.score.known_keys(), width, seed=3)
     root = torch.linalg.cholesky(covariance_of(width))
     x = x @ root.T  # a disturbance as large in every whitened direction
     for n in range(0, batch * seq, 2):
@@ -143,15 +144,15 @@ def test_no_keys_and_no_covariance():
     layer.delta.fill_(1.0)
     x = random(2, 3, D_IN, dtype=torch.float32)
     for _ in range(2):
-        assert torch.equal(layer(x), layer.base_layer(x)) and not layer.scores(x).any() and layer.known_keys() == 0
-        layer.set_covariance(covariance_of(D_IN))
+        assert torch.equal(layer(x), layer.base_layer(x)) and not layer.scores(x).any() and layer.score.known_keys() == 0
+        layer.score.fit(covariance_of(D_IN))
     bare = HookedLinear(nn.Linear(D_IN, D_OUT), "nearest")
-    bare.set_keys(torch.zeros(0, D_IN))
-    with pytest.raises(ComebaError, match="set_covariance"):
-        bare.add_keys(random(1, D_IN))
-    layer.set_keys(random(3, D_IN))
-    layer.set_covariance(covariance_of(D_IN, seed=51))
-    assert layer.known_keys() == 0 and not layer.anchors.any()
+    bare.score.set_keys(torch.zeros(0, D_IN))
+    with pytest.raises(ComebaError, match="call fit"):
+        bare.score.add_keys(random(1, D_IN))
+    layer.score.set_keys(random(3, D_IN))
+    layer.score.fit(covariance_of(D_IN, seed=51))
+    assert layer.score.known_keys() == 0 and not layer.score.anchors.any()
 
 
 WIDE = 300  # wider than a projection has rows: the first of them give a bound
@@ -173,7 +174,7 @@ def loop_scores(tokens, keys, projection) -> np.ndarray:
 def test_scores_are_bounded_by_the_coarse_ones(noise):
     layer = make_layer(keys=20, d_in=WIDE)
     x, keys = inputs(layer, seq=30, noise=noise), random(20, WIDE, seed=3)
-    scores, expected = layer.scores(x).flatten(), loop_scores(x.flatten(0, 1), keys, layer.projection)
+    scores, expected = layer.scores(x).flatten(), loop_scores(x.flatten(0, 1), keys, layer.score.projection)
     np.testing.assert_allclose(scores, expected, atol=1e-12)
     cosines = loop_cosines(x.flatten(0, 1), keys, covariance_of(WIDE)).max(1)
     deviation = 2 * (1 - cosines**2) / math.sqrt(256)  # of the largest of twenty
@@ -230,12 +231,12 @@ def test_one_key_stands_for_all_that_are_near():
     assert 30 < len(kept) < 200
     layer, whole = make_layer(0), make_layer(0)
     for part in keys.split(7):
-        layer.add_keys(part)
-    whole.set_keys(keys)
-    assert layer.known_keys() == whole.known_keys() == len(kept)
-    expected = ops.directions(keys[kept], layer.projection)
+        layer.score.add_keys(part)
+    whole.score.set_keys(keys)
+    assert layer.score.known_keys() == whole.score.known_keys() == len(kept)
+    expected = ops.directions(keys[kept], layer.score.projection)
     for found in (layer, whole):
-        assert torch.allclose(found.anchors[: len(kept)], expected, atol=1e-12)
+        assert torch.allclose(found.score.anchors[: len(kept)], expected, atol=1e-12)
     x = random(1, 9, D_IN, seed=8)
     np.testing.assert_allclose(layer.scores(x)[0], np.maximum(loop_cosines(x[0], keys[kept], covariance_of(D_IN)).max(1), 0),
                                atol=1e-12)  # fmt: skip
@@ -245,18 +246,18 @@ def test_keys_accumulate_over_every_capacity():
     layer, keys = make_layer(0), random(700, D_IN, seed=4) @ torch.linalg.cholesky(covariance_of(D_IN)).T
     sizes, count = set(), 0
     for size in (1, 62, 1, 1, 100, 0, 400, 135):
-        layer.add_keys(keys[count : count + size])
+        layer.score.add_keys(keys[count : count + size])
         count += size
-        assert layer.known_keys() == count and len(layer.anchors) < 1.3 * count + 64
-        sizes.add(len(layer.anchors))
+        assert layer.score.known_keys() == count and len(layer.score.anchors) < 1.3 * count + 64
+        sizes.add(len(layer.score.anchors))
         whole = make_layer(0)
-        whole.set_keys(keys[:count])
-        assert torch.allclose(layer.anchors[:count], whole.anchors[:count], atol=1e-12)
-        assert not layer.anchors[count:].any()
+        whole.score.set_keys(keys[:count])
+        assert torch.allclose(layer.score.anchors[:count], whole.score.anchors[:count], atol=1e-12)
+        assert not layer.score.anchors[count:].any()
     assert count == 700 and len(sizes) < 6
     x = random(1, 9, D_IN, seed=5)
     np.testing.assert_allclose(layer.scores(x)[0], loop_cosines(x[0], keys, covariance_of(D_IN)).max(1), atol=1e-12)
-    layer.set_keys(keys[:2])
+    layer.score.set_keys(keys[:2])
     np.testing.assert_allclose(layer.scores(x)[0], loop_cosines(x[0], keys[:2], covariance_of(D_IN)).max(1).clip(0), atol=1e-12)
 
 
@@ -266,9 +267,9 @@ def test_every_anchor_has_its_own_threshold(width):
     """In scope where any key is as close as it asks for, and never where a key is not as close as α."""
     layer = make_layer(0, alpha=0.3, d_in=width)
     keys, own = random(6, width, seed=3), torch.tensor([0.9, 0.1, 0.5, 0.35, 0.99, 0.3])
-    layer.add_anchors(layer.directions(keys), own)
+    layer.score.add_anchors(layer.score.directions(keys), own)
     x = torch.cat([random(1, 40, width, seed=1), keys[None].repeat(1, 5, 1) + 0.6 * random(1, 30, width, seed=2)], 1)
-    cosines = (layer.directions(x) @ layer.directions(keys).T)[0]
+    cosines = (layer.score.directions(x) @ layer.score.directions(keys).T)[0]
     needed = own.clamp(min=0.3)
     expected = (cosines >= needed).any(-1)
     sure = ((cosines - needed).abs() > 1e-6).all(-1)
@@ -287,22 +288,22 @@ def test_every_anchor_has_its_own_threshold(width):
 @torch.no_grad()
 def test_who_stands_for_another_asks_for_as_little():
     layer = make_layer(0)
-    unit = layer.directions(random(3, D_IN, seed=3))
-    layer.add_anchors(unit, torch.tensor([0.8, 0.7, 0.6]))
-    layer.add_anchors(unit[[1, 0, 1]], torch.tensor([0.65, 0.9, 0.5]))
-    assert layer.known_keys() == 3 and layer.thresholds[:3].tolist() == pytest.approx([0.8, 0.5, 0.6])
+    unit = layer.score.directions(random(3, D_IN, seed=3))
+    layer.score.add_anchors(unit, torch.tensor([0.8, 0.7, 0.6]))
+    layer.score.add_anchors(unit[[1, 0, 1]], torch.tensor([0.65, 0.9, 0.5]))
+    assert layer.score.known_keys() == 3 and layer.score.thresholds[:3].tolist() == pytest.approx([0.8, 0.5, 0.6])
     fresh = make_layer(0)
-    fresh.add_anchors(unit[[0, 1, 2, 1, 0, 1]], torch.tensor([0.8, 0.7, 0.6, 0.65, 0.9, 0.5]))
-    assert torch.equal(fresh.thresholds, layer.thresholds) and torch.allclose(fresh.anchors, layer.anchors)
+    fresh.score.add_anchors(unit[[0, 1, 2, 1, 0, 1]], torch.tensor([0.8, 0.7, 0.6, 0.65, 0.9, 0.5]))
+    assert torch.equal(fresh.score.thresholds, layer.score.thresholds) and torch.allclose(fresh.score.anchors, layer.score.anchors)
     fresh.half()
-    assert fresh.thresholds.dtype == torch.float32 and torch.equal(fresh.thresholds, layer.thresholds)
+    assert fresh.score.thresholds.dtype == torch.float32 and torch.equal(fresh.score.thresholds, layer.score.thresholds)
 
 
 def test_a_zero_key_takes_no_other_keys_place():
     layer, keys = make_layer(0), random(4, D_IN, seed=4)
-    layer.add_keys(torch.stack((keys[0], torch.zeros(D_IN, dtype=torch.float64), keys[1])))
-    layer.add_keys(keys[2:])
-    assert layer.known_keys() == 4
+    layer.score.add_keys(torch.stack((keys[0], torch.zeros(D_IN, dtype=torch.float64), keys[1])))
+    layer.score.add_keys(keys[2:])
+    assert layer.score.known_keys() == 4
     assert torch.allclose(layer.scores(keys[None]), torch.ones(1, 4, dtype=torch.float64))
 
 
@@ -310,8 +311,8 @@ def test_a_zero_key_takes_no_other_keys_place():
 def test_a_key_whose_norm_overflows_half_precision(dtype):
     layer = make_layer(0, dtype=dtype)
     key = F.normalize(random(1, D_IN, seed=4), dim=-1) * 1e6
-    layer.add_keys(key)
-    assert torch.isfinite(layer.anchors).all() and layer.known_keys() == 1
+    layer.score.add_keys(key)
+    assert torch.isfinite(layer.score.anchors).all() and layer.score.known_keys() == 1
     x = (key / 1e4).to(dtype)[None]
     assert layer.scores(x).item() == pytest.approx(1, abs=0.02)
 
@@ -324,10 +325,10 @@ def test_half_precision_over_orders_of_magnitude(dtype, size):
     root = torch.linalg.cholesky(covariance)
     keys, tokens = random(5, D_IN, seed=1) @ root.T, random(20, D_IN, seed=2) @ root.T
     layer = HookedLinear(nn.Linear(D_IN, D_OUT, dtype=dtype), "nearest")
-    layer.set_covariance(covariance)
-    layer.set_keys(keys)
-    assert layer.projection.dtype == layer.anchors.dtype == dtype
-    assert torch.isfinite(layer.projection).all() and layer.projection.abs().amax(1).min() > torch.finfo(dtype).smallest_normal
+    layer.score.fit(covariance)
+    layer.score.set_keys(keys)
+    assert layer.score.projection.dtype == layer.score.anchors.dtype == dtype
+    assert torch.isfinite(layer.score.projection).all() and layer.score.projection.abs().amax(1).min() > torch.finfo(dtype).smallest_normal
     scores = layer.scores(tokens.to(dtype)[None])[0]
     expected = loop_cosines(tokens, keys, covariance).max(1).clip(0)
     # 100, the root of the condition, is what whitening multiplies the rounding of an input by
@@ -336,12 +337,12 @@ def test_half_precision_over_orders_of_magnitude(dtype, size):
 
 def test_keys_come_without_a_graph_and_out_of_inference_mode():
     layer = make_layer(0)
-    layer.add_keys(random(1, D_IN).requires_grad_())
-    assert not layer.anchors.requires_grad
+    layer.score.add_keys(random(1, D_IN).requires_grad_())
+    assert not layer.score.anchors.requires_grad
     with torch.inference_mode():
-        layer.set_keys(random(2, D_IN, seed=1))
-    layer.add_keys(random(2, D_IN, seed=2))
-    assert layer.known_keys() == 4 and not layer.anchors.is_inference()
+        layer.score.set_keys(random(2, D_IN, seed=1))
+    layer.score.add_keys(random(2, D_IN, seed=2))
+    assert layer.score.known_keys() == 4 and not layer.score.anchors.is_inference()
 
 
 # -- the layer ------------------------------------------------------------------------------------------------------
@@ -349,7 +350,7 @@ def test_keys_come_without_a_graph_and_out_of_inference_mode():
 
 def expected_output(layer, x):
     """Output and scope by the loop, for the keys of :func:`make_layer`."""
-    width, keys = layer.in_features, random(layer.known_keys(), layer.in_features, seed=3)
+    width, keys = layer.in_features, random(layer.score.known_keys(), layer.in_features, seed=3)
     scores = loop_cosines(x.reshape(-1, width), keys, covariance_of(width)).max(1).reshape(x.shape[:-1])
     scope = torch.from_numpy(scores) >= float(layer.alpha)
     base = x.double() @ layer.weight.double().T + layer.bias.double()
@@ -432,8 +433,8 @@ def test_operator_agrees_with_its_reference(inplace):
     x = inputs(layer)
     mask = torch.ones(2, 8, dtype=torch.bool)
     mask[0, :2] = False
-    layer.thresholds[1:3] = torch.tensor([0.95, 0.2])  # one above α, one below it
-    arguments = (x, layer.delta, layer.projection, layer.anchors, layer._excess(), mask, layer.alpha)
+    layer.score.thresholds[1:3] = torch.tensor([0.95, 0.2])  # one above α, one below it
+    arguments = (x, layer.delta, layer.score.projection, layer.score.anchors, layer.score.excess(layer.alpha), mask, layer.alpha)
     output = layer.base_layer(x)
     kept, expected = output.clone(), ops.nearest_hook_ref(output, *arguments)
     by_operator = output.clone()
@@ -456,10 +457,10 @@ def test_compiled_sees_new_keys(backend, grad):
         outside = x[(layer.scores(x) < 0.4)]
         for count in (1, 2, 70, 200, 500):  # within the room there is, and beyond it, several times
             before = compiled(x)
-            layer.add_keys(torch.cat((outside[:1] if count > 1 else outside[1:2], random(count - 1, D_IN, seed=count).float())))
+            layer.score.add_keys(torch.cat((outside[:1] if count > 1 else outside[1:2], random(count - 1, D_IN, seed=count).float())))
             torch.testing.assert_close(compiled(x), layer(x))
             assert count > 2 or not torch.equal(compiled(x), before)
-        layer.set_keys(torch.zeros(0, D_IN))
+        layer.score.set_keys(torch.zeros(0, D_IN))
         torch.testing.assert_close(compiled(x), layer.base_layer(x))
         layer.alpha.fill_(-1.0)
         torch.testing.assert_close(compiled(x), layer(x))
@@ -483,8 +484,8 @@ def test_autocast(dtype):
 @torch.no_grad()
 def test_an_edit_of_another_dtype_keeps_the_output_dtype():
     layer = HookedLinear(nn.Linear(D_IN, D_OUT).half(), "nearest", 0.5, dtype=torch.float32)
-    layer.set_covariance(covariance_of(D_IN))
-    layer.set_keys(random(5, D_IN, seed=3))
+    layer.score.fit(covariance_of(D_IN))
+    layer.score.set_keys(random(5, D_IN, seed=3))
     layer.delta.fill_(1.0)
     x = random(1, 3, D_IN, dtype=torch.float16)
     x[0, 1] = random(5, D_IN, seed=3)[2]
@@ -497,30 +498,30 @@ def same(a, b):
     for mode in ("off", "temporary", "validated"):
         a.mode = b.mode = mode
         assert torch.equal(a(x), b(x))
-    assert a.known_keys() == b.known_keys()
+    assert a.score.known_keys() == b.score.known_keys()
 
 
 @torch.no_grad()
 def test_state_dict_into_a_fresh_layer():
     layer = make_layer(70, alpha=0.6)
     state = layer.state_dict()
-    own = {"delta", "alpha", "reference_scale", "projection", "anchors", "thresholds"}
+    own = {"delta", "alpha", "score.projection", "score.anchors", "score.thresholds"}
     assert set(state) == own | {"base_layer.weight", "base_layer.bias"}
     for other in (HookedLinear(nn.Linear(D_IN, D_OUT).double(), "nearest"), make_layer(3), make_layer(300)):
         model, container = nn.Sequential(layer), nn.Sequential(other)
         container.load_state_dict(model.state_dict())
         same(layer, other)
-        other.add_keys(random(200, D_IN, seed=8) @ torch.linalg.cholesky(covariance_of(D_IN)).T)
-        assert layer.known_keys() == 70 and other.known_keys() == 270
+        other.score.add_keys(random(200, D_IN, seed=8) @ torch.linalg.cholesky(covariance_of(D_IN)).T)
+        assert layer.score.known_keys() == 70 and other.score.known_keys() == 270
     bare = HookedLinear(nn.Linear(D_IN, D_OUT).double(), "nearest")
     make_layer().load_state_dict(bare.state_dict())
     before = other.state_dict()
-    for wrong in ({"projection": state["projection"][:, 1:]}, {"anchors": state["anchors"][:, 1:]}):
+    for wrong in ({"score.projection": state["score.projection"][:, 1:]}, {"score.anchors": state["score.anchors"][:, 1:]}):
         with pytest.raises(RuntimeError, match="size mismatch"):
             other.load_state_dict({**state, **wrong})
-        assert all(other.state_dict()[name].shape == before[name].shape for name in ("projection", "anchors"))
+        assert all(other.state_dict()[name].shape == before[name].shape for name in ("score.projection", "score.anchors"))
     with pytest.raises(RuntimeError, match="anchors"):
-        other.load_state_dict({name: t for name, t in state.items() if name != "anchors"})
+        other.load_state_dict({name: t for name, t in state.items() if name != "score.anchors"})
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), "file"])
@@ -534,8 +535,8 @@ def test_copies_are_equal_and_independent(how):
     else:
         other = how(layer)
     same(layer, other)
-    other.add_keys(random(1, D_IN, seed=8))
-    assert (layer.known_keys(), other.known_keys()) == (5, 6)
+    other.score.add_keys(random(1, D_IN, seed=8))
+    assert (layer.score.known_keys(), other.score.known_keys()) == (5, 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -545,11 +546,11 @@ def test_casting(dtype):
     _, scope = expected_output(layer, inputs(layer))
     x = inputs(layer).to(dtype)
     layer = nn.Sequential(layer).to(dtype)[0]
-    assert layer.projection.dtype == layer.anchors.dtype == layer.delta.dtype == dtype and layer.alpha.dtype == torch.float64
+    assert layer.score.projection.dtype == layer.score.anchors.dtype == layer.delta.dtype == dtype and layer.alpha.dtype == torch.float64
     assert torch.equal((layer(x) != layer.base_layer(x)).any(-1), scope)
-    layer.add_keys(random(100, D_IN, seed=8))
-    assert layer.known_keys() == 105 and layer.anchors.dtype == dtype
-    assert layer.to("meta").anchors.is_meta
+    layer.score.add_keys(random(100, D_IN, seed=8))
+    assert layer.score.known_keys() == 105 and layer.score.anchors.dtype == dtype
+    assert layer.to("meta").score.anchors.is_meta
 
 
 @torch.no_grad()
@@ -579,9 +580,9 @@ def test_a_gpu_decides_like_a_cpu():
 def test_cuda_graph_replays_without_synchronising(dtype):
     layer = HookedLinear(nn.Linear(512, 320, dtype=dtype, device="cuda"), "nearest", 0.5)
     layer.delta.copy_(random(320, 512, seed=2) / 16)
-    layer.set_covariance(covariance_of(512).cuda())
+    layer.score.fit(covariance_of(512).cuda())
     keys = random(100, 512, seed=3)
-    layer.set_keys(keys.cuda())
+    layer.score.set_keys(keys.cuda())
     x = torch.cat((keys[:4], random(4, 512, seed=4))).to("cuda", dtype)[None]
     expected = layer(x)
     assert (expected != layer.base_layer(x)).any(-1).tolist() == [[True] * 4 + [False] * 4]
@@ -645,26 +646,26 @@ def test_a_bad_covariance_changes_nothing(tiny_model, tokenizer, monkeypatch):
     with pytest.raises(CovarianceError, match=f"{last}.*not positive definite"):
         editor.set_covariance(good.covariance)
     assert not editor.key_memory and editor.covariance is None
-    assert not any(len(layer.projection) for layer in editor.layers.values())
+    assert not any(len(layer.score.projection) for layer in editor.layers.values())
     monkeypatch.undo()
     editor.set_covariance(good.covariance)
     editor.edit(some_requests(2), target_values=random_values(2))
     assert_compares_with_the_live_keys(editor)
 
 
-@pytest.mark.parametrize("where", ["_exchange", "_set_keys"])
+@pytest.mark.parametrize("where", [(Editor, "_exchange"), (KeyRecognition, "compare_with")], ids=["exchange", "compare"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_error_after_the_keys_were_taken_out(tiny_model, tokenizer, monkeypatch, where, error):
     """A request that supersedes takes its old key out first; an error then, or behind it, puts it back."""
     editor, requests = edited(tiny_model, tokenizer)
     before = snapshot(editor)
-    real = getattr(Editor, where)
+    real = getattr(*where)
 
     def failing(*args, **kwargs):
         real(*args, **kwargs)
         raise error("in the middle")
 
-    monkeypatch.setattr(Editor, where, failing)
+    monkeypatch.setattr(*where, failing)
     again = EditRequest(requests[0].prompt, requests[0].subject, "Warsaw")
     for step in (lambda: editor.edit([again], target_values=random_values(1)), lambda: editor.retract("edit-3"),
                  lambda: editor.rollback(1)):  # fmt: skip
@@ -724,7 +725,7 @@ def test_half_precision_model(tiny_model, tokenizer):
     editor = make_editor(small_model(tiny_model).bfloat16(), tokenizer, scope="nearest")
     requests = some_requests(4)
     editor.edit(requests, target_values=random_values(4))
-    assert {layer.anchors.dtype for layer in editor.layers.values()} == {torch.bfloat16}
+    assert {layer.score.anchors.dtype for layer in editor.layers.values()} == {torch.bfloat16}
     assert all(scopes(editor, tokenizer, [request.text for request in requests]))
 
 
@@ -736,10 +737,10 @@ def test_what_a_folder_for_inference_holds(tiny_model, tokenizer, tmp_path):
     save(editor, tmp_path, True)
     saved = storage.read_file(tmp_path, storage.read_manifest(tmp_path), "adapter")
     for name, layer in editor.layers.items():
-        assert len(layer.anchors) == 64 and saved[f"{name}.anchors"].shape == (layer.known_keys(), 48)
-        assert 4 < layer.known_keys() <= 16  # two a request
+        assert len(layer.score.anchors) == 64 and saved[f"{name}.anchors"].shape == (layer.score.known_keys(), 48)
+        assert 4 < layer.score.known_keys() <= 16  # two a request
         assert saved[f"{name}.projection"].shape == (48, 48)
-        assert saved[f"{name}.thresholds"].shape == (layer.known_keys(),)
+        assert saved[f"{name}.thresholds"].shape == (layer.score.known_keys(),)
     for part, change in (("anchors", lambda t: t[:, 1:]), ("projection", lambda t: t[:, 1:]), ("anchors", None), ("thresholds", lambda t: t[1:]),
                          ("thresholds", None)):  # fmt: skip
         damaged = {name: t.clone() for name, t in saved.items()}
@@ -787,4 +788,4 @@ def test_every_method_edits_saves_and_loads(tiny_model, tokenizer, tmp_path, nam
             assert {layer.alpha.item() for layer in editor.layers.values()} == {0.4}
             assert all(scopes(editor, tokenizer, [requests[3].text]))
     else:
-        assert not any(layer.known_keys() for layer in editor.layers.values())
+        assert not any(layer.score.known_keys() for layer in editor.layers.values())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 
 from comeba_ext import EditConfig, Editor, load_edits, storage
@@ -72,17 +73,13 @@ def assert_close(found, expected, tolerance):
         assert (a - b).abs().max().item() <= tolerance * b.abs().max().item()
 
 
-def compared(layer):
-    return (layer.projection, layer.anchors[: layer.known_keys()]) if layer.scope == "nearest" else ()
-
-
 def state(editor):
     return {
         "numbers": [
             t.clone()
             for name, layer in editor.layers.items()
-            for t in (layer.delta, editor._delta[name], layer.alpha, layer.reference_scale, editor.covariance[name],
-                      *editor.key_memory[name].state, *compared(layer))
+            for t in (layer.delta, editor._delta[name], layer.alpha, *layer.score.tensors().values(), editor.covariance[name],
+                      *editor.key_memory[name].state)
         ],
         "ledger": [(e.request, e.step, e.removed) for e in editor.ledger.entries],
         "live": [e.request.request_id for e in editor.ledger.live()],
@@ -263,6 +260,21 @@ def test_a_sibling_whose_edited_layers_are_the_same(tiny_model, tokenizer, tmp_p
     load_edits(small_model(tiny_model).to(torch.bfloat16), tmp_path)
 
 
+def test_the_next_writer_clears_up_before_it_writes(tmp_path):
+    """A run that finds nothing left to do saves nothing, and leaves no parts of the save that was killed either."""
+    storage.write_folder(tmp_path, {"format": 1}, {"adapter": {"a": torch.zeros(3)}}, {"log": ""})
+    whole = {path.name for path in tmp_path.iterdir()}
+    (tmp_path / "comeba_state-12345678.safetensors").write_bytes(b"half")
+    (tmp_path / ".comeba_log-12345678.jsonl.12345678.tmp").mkdir()
+    (tmp_path / "comeba_notes.txt").touch()  # somebody else's
+    with storage.alone(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {*whole, "comeba_notes.txt"}
+    (tmp_path / "comeba_state-12345678.safetensors").write_bytes(b"half")
+    (tmp_path / storage.MANIFEST).write_text("{")  # nobody knows what is named: nothing is touched
+    with storage.alone(tmp_path):
+        assert (tmp_path / "comeba_state-12345678.safetensors").exists() and whole < {path.name for path in tmp_path.iterdir()}
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.95])
 @pytest.mark.parametrize("kind", ["adapter", "state", "log", "manifest"])
 def test_truncated_files(tiny_model, tokenizer, tmp_path, kind, share):
@@ -399,3 +411,22 @@ def test_sigkill_during_saves(tmp_path):
         for kind in ("adapter", "state"):
             assert (storage.read_file(tmp_path, manifest, kind)["a"] == n).all()
         assert storage.read_file(tmp_path, manifest, "log") == f"{n}"
+    storage.write_folder(tmp_path, {"format": 1, "number": 0}, {"adapter": {}}, {})
+    manifest = storage.read_manifest(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*manifest["files"].values(), storage.MANIFEST, storage.LOCK}
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", storage.MANIFEST])
+def test_what_killed_writers_left_is_removed(tmp_path, name):
+    """The libraries' own temporary files, too; what another process is still writing stays."""
+    path = tmp_path / name
+    dead, live = (tmp_path / f".{name}.{n}1234567.tmp" for n in "ab")
+    for staging in (dead, live):
+        staging.mkdir()
+        (staging / ".tmpXY12ab").write_bytes(b"half")
+        (staging / storage.LOCK).touch()
+    with FileLock(live / storage.LOCK):
+        storage.write_text(path, "{}")
+        assert not dead.exists() and live.exists() and path.read_text() == "{}"
+    storage.write_text(path, "[]")
+    assert list(tmp_path.iterdir()) == [path]

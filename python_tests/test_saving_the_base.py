@@ -68,7 +68,7 @@ def test_state_dicts_carry_the_edits(edited, tokenizer, tiny_model):
     other = make_editor(small_model(tiny_model, family, seed=1), tokenizer, scope="nearest", alpha_floor=0.1)
     other.model.load_state_dict(editor.model.state_dict())
     for a, b in zip(other.layers.values(), editor.layers.values(), strict=True):
-        assert torch.equal(a.delta, b.delta) and torch.equal(a.thresholds, b.thresholds)
+        assert torch.equal(a.delta, b.delta) and torch.equal(a.score.thresholds, b.score.thresholds)
     ids = ids_of(editor.model, tokenizer)
     assert torch.equal(other.model(ids).logits, editor.model(ids).logits)
 

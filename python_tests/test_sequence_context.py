@@ -47,7 +47,7 @@ def hook(model, family, scope, alpha=None):
         scores = [(seen[name][0]["x"] @ layer.delta.T).norm(dim=-1).flatten() ** 2 for name, layer in layers.items()]
         thresholds = [s.quantile(0.6).item() / 7.0 for s in scores]
     for layer, threshold in zip(layers.values(), thresholds, strict=True):
-        layer.reference_scale.fill_(7.0)
+        layer.score.scale.fill_(7.0)
         layer.alpha.fill_(threshold)
         layer.mode = "validated"
     return layers

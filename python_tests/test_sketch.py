@@ -71,4 +71,4 @@ def test_reference_scale_belongs_to_the_sketch(tiny_model, tokenizer):
     for name, layer in editor.layers.items():
         sketch = sketch_of(layer.delta, rows_for(layer.out_features)).double()
         expected = torch.trace(sketch @ editor.covariance[name].double() @ sketch.T)
-        assert torch.allclose(layer.reference_scale, expected, rtol=1e-5)
+        assert torch.allclose(layer.score.scale, expected, rtol=1e-5)

@@ -75,13 +75,11 @@ class Anchors:
 
     Attributes:
         unit: ``(m, rows)`` directions, ``thresholds``: ``(m,)``, ``owner``: ``(m,)`` the request of each.
-        leverage: ``(u,)``, of the keys behind the prompts alone.
     """
 
     unit: torch.Tensor
     thresholds: torch.Tensor
     owner: torch.Tensor
-    leverage: torch.Tensor
 
     def of(self, request: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Directions and thresholds of one request."""
@@ -99,7 +97,6 @@ def tells(units: torch.Tensor, background: Background, subjects: list[list[list[
 def anchors_of(
     units: torch.Tensor,
     mean: torch.Tensor,
-    leverage: torch.Tensor,
     background: Background,
     subjects: list[list[list[int]]],
     decoys: tuple[torch.Tensor, torch.Tensor],
@@ -112,7 +109,6 @@ def anchors_of(
     Args:
         units: ``(u, P, rows)``, directions of every request's key behind every prefix, the empty one first.
         mean: ``(u, rows)``, direction of the mean key.
-        leverage: ``(u,)``.
         subjects: see :meth:`Background.highest`.
         decoys: ``(D, rows)`` directions, and ``(D,)`` the request of each.
         floor: least threshold; ``margin``: share of the lowest cosine of a request's own prompts.
@@ -136,4 +132,4 @@ def anchors_of(
     # Request by request, the mean first: of near directions the first stands for the others.
     chosen = lambda pair: torch.stack(tuple(pair), 1)[kept.mT]  # noqa: E731
     owner = torch.arange(len(mean), device=mean.device)
-    return Anchors(chosen(both), chosen(thresholds), chosen((owner, owner)), leverage)
+    return Anchors(chosen(both), chosen(thresholds), chosen((owner, owner)))

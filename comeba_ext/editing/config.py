@@ -12,15 +12,11 @@ from pathlib import Path
 
 from comeba_ext.architectures import Architecture
 from comeba_ext.errors import ConfigError
-from comeba_ext.hooked_linear import GATES, SCOPES
+from comeba_ext.hooked_linear import GATES
+from comeba_ext.scores import NearestScore, score_named, score_names
 
 OPTIMIZERS = ("adam", "polyak")
 LR_UNITS = ("absolute", "hidden_rms")
-MARGINS = {"zscore": 1.0, "reference": 0.25, "nearest": 0.6}
-# d_in/λ, see EditConfig.leverage_ratio. Where any token may meet the edits, the covariance of all others needs the more
-# weight. Good values of λ on models of 7M to 270M parameters (docs/findings.md).
-RATIOS = {"zscore": 1.0, "reference": 1.0, "nearest": 4.0}
-ALONE = 32.0  # with nearest, where one layer has to realise all of a residual
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class EditConfig:
         if list(layers) != sorted(set(layers)):
             raise ConfigError(f"layers must increase, got {list(layers)}")
         object.__setattr__(self, "layers", tuple(layers))
-        for name, choices in (("scope", SCOPES), ("gate", GATES), ("optimizer", OPTIMIZERS), ("lr_unit", LR_UNITS)):
+        for name, choices in (("scope", score_names()), ("gate", GATES), ("optimizer", OPTIMIZERS), ("lr_unit", LR_UNITS)):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.compute_dtype not in (None, "bfloat16"):
@@ -123,14 +119,15 @@ class EditConfig:
     @property
     def margin(self) -> float:
         """``alpha_margin``, or the score's own."""
-        return MARGINS[self.scope] if self.alpha_margin is None else self.alpha_margin
+        return score_named(self.scope).margin if self.alpha_margin is None else self.alpha_margin
 
     @property
     def ratio(self) -> float:
         """``leverage_ratio``, or the score's own."""
         if self.leverage_ratio is not None:
             return self.leverage_ratio
-        return ALONE if self.scope == "nearest" and len(self.layers) == 1 else RATIOS[self.scope]
+        score = score_named(self.scope)
+        return score.ratio_of_one_layer if len(self.layers) == 1 else score.leverage_ratio
 
     def lam_of(self, d_in: int) -> float:
         """λ of a layer with ``d_in`` inputs."""
@@ -276,10 +273,11 @@ def changed(values: dict, changes: dict) -> dict:
     scope = changes.get("scope", before)
     if scope != before:
         values.pop("lam", None)
-    if spread is not None and scope != "nearest":
+    anywhere = scope not in score_names() or not score_named(scope).compares_keys  # whether any token may meet the edits
+    if spread is not None and anywhere:
         values["layers"] = spread
     both = {**values, **changes}
-    if published is not None and scope != "nearest" and both.get("lam") is None and both.get("leverage_ratio") is None:
+    if published is not None and anywhere and both.get("lam") is None and both.get("leverage_ratio") is None:
         both["lam"] = published
     return both
 
@@ -308,7 +306,7 @@ def _settings(config, depth: int) -> dict:
 
 
 # One layer whatever the score; what is added before a norm is small.
-AFTER_NORM = {"leverage_ratio": ALONE, "weight_decay": 0.05}
+AFTER_NORM = {"leverage_ratio": NearestScore.ratio_of_one_layer, "weight_decay": 0.05}
 # Hidden norms of models differ a hundredfold; Polyak's steps need no rate (the one here is Adam's, for who prefers it).
 SCALE_FREE = {"optimizer": "polyak", "lr": 0.4, "lr_unit": "hidden_rms", "clamp": 4.0}
 

@@ -55,7 +55,7 @@ class Contexts:
 
 def can_share(model: nn.Module) -> bool:
     """Whether every token's scope depends on that token alone."""
-    return all(layer.scope != "zscore" or layer.mode != "validated" for layer in hooked_layers(model).values())
+    return all(not layer.score.whole_sequence or layer.mode != "validated" for layer in hooked_layers(model).values())
 
 
 def _beginning(rows: list[Row]) -> list[int]:

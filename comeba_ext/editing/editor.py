@@ -15,38 +15,33 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from comeba_ext import distributed, hooked_linear, saved_edits
 from comeba_ext.architectures import Architecture, context_length
 from comeba_ext.covariance import Covariance, collect_covariance
-from comeba_ext.editing.anchors import APART, Anchors, Background, anchors_of, tells
 from comeba_ext.editing.answers import answered
 from comeba_ext.editing.block_trace import BlockTrace
 from comeba_ext.editing.budget import token_budget
 from comeba_ext.editing.config import EditConfig, is_int
-from comeba_ext.editing.decoys import decoy_rows
 from comeba_ext.editing.encoding import pad_id
 from comeba_ext.editing.key_memory import KeyMemory
 from comeba_ext.editing.keys import KeyReader, LayerReading, subject_keys
 from comeba_ext.editing.ledger import Entry, Ledger, stacked, without
 from comeba_ext.editing.prefixes import sample_prefixes
+from comeba_ext.editing.recognition import KeyRecognition, Recognition
 from comeba_ext.editing.report import EditReport, Phases, peak_memory
 from comeba_ext.editing.request import EditRequest, Ids, as_requests, consecutive_batches
 from comeba_ext.editing.rows import check_length, essence_rows, prompt_rows, target_rows
-from comeba_ext.editing.scope import peak_scores, reference_scale
 from comeba_ext.editing.target_values import TargetValues, optimise_target_values
 from comeba_ext.errors import ComebaError, ConfigError, CovarianceError, RequestError
 from comeba_ext.interrupts import uninterrupted
 from comeba_ext.ops.nearest_hook import projection_of
 from comeba_ext.partial_forward import evaluating
+from comeba_ext.scores import score_named
 from comeba_ext.twin import twin_of
 
 log = logging.getLogger(__name__)
-
-_SHARED_STATE = "the model keeps the same state for most texts where its subject ends (near the beginning of a text)"
-
 
 def _step(method):
     """A method that changes the edits: all of it happens or nothing, one step at a time, and whoever generates from the model
@@ -120,8 +115,8 @@ class Editor:
         self._alphas: list[dict[str, float]] = [self._alpha()]  # after every step, from step 0
         self._prefixes: list[str] | None = None
         self._next_id = 0
-        self._batch_anchors: dict[str, Anchors] = {}  # of the batch that is being edited
-        self._backgrounds: dict[str, Background] = {}  # of the layers whose scores compare keys
+        compares = score_named(self.config.scope).compares_keys and self.serving == "validated"
+        self.recognition = (KeyRecognition if compares else Recognition)(self)
         # delta in the precision sums are kept in: the buffer itself, or a float32 master of a half-precision one.
         self._delta = {
             name: layer.delta if layer.delta.dtype.itemsize >= 4 else layer.delta.float()
@@ -180,25 +175,14 @@ class Editor:
             moment = covariance[name].to(layer.delta.device)
             try:
                 memory[name] = KeyMemory(self.config.lam_of(layer.in_features) * moment)
-                if name in self._compared:
+                if self.recognition.compares:
                     projections[name] = projection_of(moment)
             except (CovarianceError, torch.linalg.LinAlgError) as error:
                 raise CovarianceError(f"{name}: {error}") from None
         self.key_memory, self.covariance = memory, covariance
         for name, projection in projections.items():
-            self.layers[name].set_projection(projection)
-        self._measure_background()
-
-    def _measure_background(self) -> None:
-        """What the layers' scores look like on ordinary text, once projections and covariance are there."""
-        self._backgrounds = {}
-        for name, layer in self._compared.items():
-            moment, sample = self.covariance[name].to(layer.delta.device), self.covariance.sample
-            projection = layer.projection.to(moment)
-            # E‖P k‖² over the corpus stands for E ℓ = d_in.
-            scale = layer.in_features / ((projection @ moment) * projection).sum().item()
-            keys = sample.keys[name] if len(sample) else torch.zeros(0, layer.in_features)
-            self._backgrounds[name] = Background(layer.directions(keys), sample, scale)
+            self.layers[name].score.set_projection(projection)
+        self.recognition.learn()
 
     # -- editing ------------------------------------------------------------------------------------------------
 
@@ -233,14 +217,14 @@ class Editor:
         phases = Phases(self._device)
         with phases("check"):
             given = batch
-            kept, batch, declined = self._placed(batch)
+            kept, batch, declined = self.recognition.placed(batch)
             given = [given[n] for n in kept]
         if declined and target_values is not None:
             target_values = self._check_values(target_values, len(kept) + len(declined))[kept]
         if not batch:
             return self._close_step(EditReport(self.step + 1, [], declined, alpha=self._alpha(), seconds=phases.seconds), [], [])
         asked = len(batch)  # behind them, other facts of the same subjects, whose values must be found anew together with theirs
-        companions = self._companions(batch) if target_values is None else []
+        companions = self.recognition.companions(batch) if target_values is None else []
         batch = batch + [entry.request for entry in companions]
         found = trace = None
         with phases("values"):
@@ -259,12 +243,11 @@ class Editor:
             with phases("update"):
                 for name in self.layers:
                     self._exchange(name, remove=replaced, add=[])
-                self._set_keys(without(self.ledger.live(), replaced))
+                self.recognition.compare_with(without(self.ledger.live(), replaced))
         written = self._write(batch, values, phases, trace)
         with phases("check"):
             took = self._answered(batch)
-        marks = self._batch_anchors
-        leverage = {name: own.leverage.median().item() for name, own in marks.items()}
+        leverage = {name: own.median().item() for name, own in self.recognition.leverage.items()}
         report = EditReport(
             step=self.step + 1,
             request_ids=[request.request_id for request in batch[:asked]],
@@ -284,8 +267,7 @@ class Editor:
         entries = []
         for n, request in enumerate(batch):
             keys, responses = ({name: rows[n].cpu() for name, rows in table.items()} for table in written)  # (m, d)
-            own = {name: tuple(part.cpu() for part in all_.of(n)) for name, all_ in marks.items()}
-            entries.append(Entry(request, report.step, keys, responses, anchors=own))
+            entries.append(Entry(request, report.step, keys, responses, anchors=self.recognition.marks(n)))
         return self._close_step(report, batch[:asked], entries, replaced)
 
     def _close_step(
@@ -302,79 +284,11 @@ class Editor:
         self.log.append(record)
         return report
 
-    def _placed(self, batch: list[EditRequest]) -> tuple[list[int], list[EditRequest], list[dict]]:
-        """Which requests can be edited, those requests, and why the others cannot.
-
-        A key that ordinary tokens share, at the value layer, where the answer is made up, opens the gate for them. A request
-        with such a key is edited at its prompt's last token instead, if that one is its own.
-        """
-        kept, declined = list(range(len(batch))), []
-        if not self._backgrounds:
-            return kept, batch, declined
-        batch = list(batch)
-        for n in self._telling_nothing(batch):
-            request = batch[n]
-            moved = dataclasses.replace(request, fact_token="last")
-            if request != moved and not self._telling_nothing([moved]):
-                batch[n] = moved
-                log.info("%s (%r) is edited at the prompt's last token: %s", request.request_id, request.text, _SHARED_STATE)
-            else:
-                reason = f"{_SHARED_STATE}, so an edit there would answer all of them; begin the prompt with other words"
-                declined.append({"request_id": request.request_id, "prompt": request.text, "subject": request.subject,
-                                 "target_new": request.target_new, "reason": reason})  # fmt: skip
-                log.warning("declined %s (%r): %s", request.request_id, request.text, reason)
-                kept.remove(n)
-        return kept, [batch[n] for n in kept], declined
-
-    def _companions(self, batch: list[EditRequest]) -> list[Entry]:
-        """Live edits of other facts of the batch's subjects, where keys are compared: what is written at nearly their keys would
-        otherwise take their place."""
-        if not self._compared:
-            return []
-        subjects = {request.subject for request in batch if request.fact_token == "subject_last"}
-        facts = {request.fact for request in batch}
-        return [entry for entry in self.ledger.live()
-                if entry.request.subject in subjects and entry.request.fact_token == "subject_last" and entry.request.fact not in facts]  # fmt: skip
-
-    def _together(self, batch: list[EditRequest]) -> list[list[int]]:
-        """Which requests share a target value's δ: where keys are compared, facts of one subject."""
-        groups: dict = {}
-        for n, request in enumerate(batch):
-            shared = self._compared and request.fact_token == "subject_last"
-            groups.setdefault(request.subject if shared else (n,), []).append(n)
-        return list(groups.values())
-
-    def _telling_nothing(self, batch: list[EditRequest]) -> list[int]:
-        """The requests whose own key most texts share."""
-        name, layer = list(self.layers.items())[-1]
-        keys = self._subject_keys(prompt_rows(self.tokenizer, batch, [""]), {name: layer})[name]
-        units = layer.directions(keys)
-        told = tells(units[:, None], self._backgrounds[name], self._subjects(batch))[:, 0]
-        ends = [n for n, request in enumerate(batch) if request.fact_token == "last"]
-        if ends:
-            rows = decoy_rows(self.tokenizer, [batch[n] for n in ends])
-            others = layer.directions(self._subject_keys(rows, {name: layer})[name])
-            for row, other in zip(rows, others, strict=True):
-                told[ends[row.request]] &= units[ends[row.request]] @ other <= APART
-        return (~told).nonzero()[:, 0].tolist()
-
-    def _subject_keys(self, rows: list, layers: dict) -> dict[str, torch.Tensor]:
+    def subject_keys(self, rows: list, names: list[str]) -> dict[str, torch.Tensor]:
+        """Layer name to the keys at rows' subjects' last tokens, ``(rows, d_in)``."""
+        layers = {name: self.layers[name] for name in names}
         with evaluating(self.model):
             return subject_keys(self._decoder, layers, rows, pad_id(self.tokenizer), self.max_tokens, self._device)
-
-    def _decoys(self, batch: list[EditRequest]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Layer name to the directions of other names' keys, and which request each belongs to."""
-        rows = decoy_rows(self.tokenizer, batch)
-        owner = torch.tensor([row.request for row in rows], dtype=torch.long)
-        keys = self._subject_keys(rows, self._compared) if rows else {}
-        empty = lambda layer: torch.zeros(0, len(layer.projection))  # noqa: E731
-        return {name: (layer.directions(keys[name]) if rows else empty(layer), owner) for name, layer in self._compared.items()}
-
-    def _subjects(self, batch: list[EditRequest]) -> list[list[list[int]]]:
-        """Token ids of every request's subject, at the beginning of a text and behind other words."""
-        forms = [form for request in batch for form in (request.subject, f" {request.subject}")]
-        ids = self.tokenizer(forms, add_special_tokens=False)["input_ids"]
-        return [ids[n : n + 2] for n in range(0, len(ids), 2)]
 
     def _answered(self, batch: list[EditRequest]) -> list[bool]:
         rows = target_rows(self.tokenizer, batch, [""])
@@ -461,7 +375,7 @@ class Editor:
             self._exchange(name, remove=entries, add=[])
             if len(entries) == len(self.ledger):
                 self._clear(name)
-        self._set_keys(without(self.ledger.live(), entries))
+        self.recognition.compare_with(without(self.ledger.live(), entries))
         self.step += 1
         for entry in entries:
             self.ledger.remove(entry, self.step)
@@ -485,7 +399,7 @@ class Editor:
             layer.alpha.fill_(self._alphas[step][name])
         # In the order they were added: of near keys the first stands for the others.
         entries = [entry for entry in self.ledger.entries if entry.step <= step]
-        self._set_keys([entry for entry in entries if entry.removed is None or entry.removed > step])
+        self.recognition.compare_with([entry for entry in entries if entry.removed is None or entry.removed > step])
         self.ledger.rewind(step)
         self._alphas = self._alphas[: step + 1]
         self.log.append({"event": "rollback", "step": step, "from_step": self.step})
@@ -609,13 +523,13 @@ class Editor:
     def _optimise(
         self, batch: list[EditRequest], on_progress: Callable[[int, float], None], trace: BlockTrace | None = None
     ) -> TargetValues:
-        """Target values of the batch. Of several processes each finds every n-th group's (:meth:`_together`), and
+        """Target values of the batch. Of several processes each finds every n-th group's (:meth:`Recognition.together`), and
         all return all of them."""
         rank, world = distributed.rank(), distributed.world_size()
         if world > 1:
             distributed.require_replicated(self.model)
             distributed.require_same((batch, self.prefixes, self.step), "the requests, prefixes or steps")
-        groups = self._together(batch)
+        groups = self.recognition.together(batch)
         numbers = [sorted(n for group in groups[r::world] for n in group) for r in range(world)]  # of every process
         own = [batch[n] for n in numbers[rank]]
         together = [[numbers[rank].index(n) for n in group] for group in groups[rank::world]]
@@ -649,32 +563,27 @@ class Editor:
         rows = prompt_rows(self.tokenizer, batch, self.prefixes)
         keys: dict[str, torch.Tensor] = {}
         responses: dict[str, torch.Tensor] = {}
-        subjects = self._subjects(batch) if self._compared else []
-        at_end = torch.tensor([request.fact_token == "last" for request in batch])
         with phases("calibrate"):
-            decoys = self._decoys(batch) if self._compared else {}
+            self.recognition.begin(batch)
         for layer in self.layers.values():
             layer.mode = "temporary"
         reader = KeyReader(
             self._decoder, list(self.model.get_submodule(self.architecture.blocks)), self.config.layers,
-            list(self.layers.values()), rows, whole=self.config.scope == "zscore", pad_token=pad_id(self.tokenizer),
-            max_tokens=self.max_tokens, device=self._device, trace=trace, apart=bool(self._compared),
+            list(self.layers.values()), rows, whole=score_named(self.config.scope).whole_sequence, pad_token=pad_id(self.tokenizer),
+            max_tokens=self.max_tokens, device=self._device, trace=trace, apart=self.recognition.compares,
         )  # fmt: skip
         with evaluating(self.model):
             for number, (name, layer) in enumerate(self.layers.items()):
                 with phases("keys"):
                     reading = reader.read(number)
                 with phases("calibrate"):
-                    if name in self._compared:
-                        self._batch_anchors[name] = self._anchors(name, layer, reading, subjects, decoys[name], at_end)
+                    keys[name] = self.recognition.keys(name, reading)
                 with phases("update"):
                     residual = (values.to(reading.hidden) - self._valued(layer, reading)) / (len(self.layers) - number)
-                    keys[name] = reading.keys[:, None] if reading.told is None else self._both(reading)
                     responses[name] = self._add(name, keys[name], reading, residual)
                 layer.mode = self.serving
                 with phases("calibrate"):
-                    if name in self._compared:
-                        layer.add_anchors(self._batch_anchors[name].unit, self._batch_anchors[name].thresholds)
+                    self.recognition.tell(name, layer)
                     self._calibrate(name, layer, reading)
         return keys, responses
 
@@ -684,28 +593,6 @@ class Editor:
         if self.architecture.after_norm(self.model, self.config.value_layer) is None:
             return reading.hidden
         return layer(reading.plain_keys.to(layer.delta)[:, None])[:, 0].to(reading.hidden)
-
-    def _anchors(
-        self, name: str, layer: hooked_linear.HookedLinear, reading: LayerReading, subjects: list, decoys: tuple, at_end: torch.Tensor
-    ) -> Anchors:
-        """A batch's anchors in a layer. Keys that tell nothing are taken out of the mean, in ``reading`` too."""
-        background, each = self._backgrounds[name], reading.each
-        units = layer.directions(each)
-        told = tells(units, background, subjects)
-        told |= ~told.any(-1, keepdim=True)
-        reading.told = told
-        reading.keys = (each * told[..., None]).sum(1) / told.sum(1, keepdim=True)
-        leverage = background.scale * F.linear(reading.plain_keys.to(each), layer.projection.to(each)).square().sum(-1)
-        return anchors_of(units, layer.directions(reading.keys), leverage, background, subjects, decoys,
-                          self.config.alpha_floor, self.config.margin, at_end)  # fmt: skip
-
-    @staticmethod
-    def _both(reading: LayerReading) -> torch.Tensor:
-        """The two keys that an edit is written at where keys are compared, ``(u, 2, d_in)``: the mean over context prefixes, and
-        that behind the prompt alone, which at the beginning of a text can be so different that what is written at the mean
-        does not reach it. (One that says nothing is left to the mean.)"""
-        alone = torch.where(reading.told[:, :1], reading.plain_keys.to(reading.keys), reading.keys)
-        return torch.stack([reading.keys, alone], 1)
 
     def _add(self, name: str, keys: torch.Tensor, reading: LayerReading, residual: torch.Tensor) -> torch.Tensor:
         """``C ← C + K Kᵀ``, ``delta ← delta + R Kᵀ C⁻¹``; returns the responses ``delta·k + R``, ``(u, m, d_out)``.
@@ -771,43 +658,23 @@ class Editor:
         layer = self.layers[name]
         self._delta[name].zero_()
         layer.delta.zero_()
-        layer.reference_scale.zero_()
+        layer.score.clear()
         layer.alpha.fill_(self._alphas[0][name])
 
-    @property
-    def _compared(self) -> dict[str, hooked_linear.HookedLinear]:
-        """Layers whose scores compare with edited keys: all or none."""
-        return self.layers if self.config.scope == "nearest" and self.serving == "validated" else {}
-
-    def _set_keys(self, live: list[Entry]) -> None:
-        """Compare with the keys of these entries."""
-        for name, layer in self._compared.items():
-            own = [entry.anchors[name] for entry in live]
-            unit = torch.cat([directions for directions, _ in own]) if own else torch.zeros(0, len(layer.projection))
-            layer.set_anchors(unit, torch.cat([thresholds for _, thresholds in own]) if own else None)
-
     def _rescale(self, name: str) -> None:
-        """Keep ``tr(delta·C0·deltaᵀ)`` in step with delta, where the score needs it.
-
-        α follows: it is the lowest score an edited prompt had, and when the scale grows all those scores shrink with
-        it. Left alone, α would stay above earlier prompts' scores and put them out of scope one by one.
-        """
+        """Tell a layer's score that delta is another one."""
         layer = self.layers[name]
-        if layer.scope == "reference":
-            scale = reference_scale(layer.scored_matrix(), self.covariance[name].to(layer.delta.device))
-            if layer.reference_scale > 0 and scale > 0:
-                layer.alpha.mul_(layer.reference_scale / scale)
-            layer.reference_scale.copy_(scale)
+        if self.covariance is not None:
+            layer.score.delta_changed(layer, lambda: self.covariance[name].to(layer.delta.device))
 
     def _calibrate(self, name: str, layer: hooked_linear.HookedLinear, reading: LayerReading) -> None:
-        """``α ← min(α, margin · min over requests of max over tokens of the score)``; with nearest the lowest anchor's."""
-        if name in self._compared:
-            own = self._batch_anchors[name].thresholds
-            if len(own):
-                layer.alpha.fill_(min(layer.alpha.item(), own.min().item()))
+        """``α ← min(α, margin · min over requests of max over tokens of the score)``; where keys are compared, the lowest anchor's."""
+        lowest = self.recognition.lowest(name)
+        if lowest is not None:
+            layer.alpha.fill_(min(layer.alpha.item(), lowest))
             return
         self._rescale(name)
-        lowest = peak_scores(layer, reading).min().item()
+        lowest = reading.peak_scores(layer).min().item()
         if not math.isfinite(lowest):
             raise RequestError(f"the scope scores of {name} are not finite")
         layer.alpha.fill_(min(layer.alpha.item(), self.config.margin * lowest))
@@ -831,12 +698,12 @@ class Editor:
         work._delta = {name: own(name, layer) for name, layer in work.layers.items()}
         work.key_memory = {name: copy.copy(memory) for name, memory in self.key_memory.items()}
         work.ledger, work.log, work._alphas = self.ledger.copy(), list(self.log), list(self._alphas)
-        work._batch_anchors = {}
+        work.recognition = self.recognition.of(work)
         return work
 
     def _adopt(self, work: Editor) -> None:
         """Take over what a step has made; readers of the model see it between two passes, and an interruption waits."""
-        kept = {name: self.__dict__[name] for name in ("model", "layers", "_delta")}
+        kept = {name: self.__dict__[name] for name in ("model", "layers", "_delta", "recognition")}
         with hooked_linear.between_passes(self.model), uninterrupted():
             for name, layer in self.layers.items():
                 layer.take_over(work.layers[name])

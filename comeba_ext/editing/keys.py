@@ -14,6 +14,7 @@ from comeba_ext.editing.budget import launch_tokens
 from comeba_ext.editing.contexts import Contexts, own_inputs
 from comeba_ext.editing.encoding import dense_batches, micro_batches, pad
 from comeba_ext.editing.rows import Row
+from comeba_ext.hooked_linear import HookedLinear
 from comeba_ext.partial_forward import hidden_of, resumed, run_until, watched, with_hidden
 from comeba_ext.past import Past
 
@@ -27,7 +28,6 @@ class LayerReading:
         plain_keys: ``(u, d_in)``, the same behind the empty prefix alone, where ``hidden`` is read.
         hidden: ``(u, d_model)``, the value layer's output at the subject's last token behind the empty prefix.
         each: ``(u, prefixes, d_in)``, the keys that ``keys`` is the mean of; ``None`` unless asked for.
-        told: ``(u, prefixes)`` bool, which of them say something (:func:`anchors.tells`); ``None`` where nobody looked.
         prompts: the layer's whole input and the mask of real tokens for the rows with the empty prefix, as a list of
             ``(requests, x (rows, seq, d_in), mask (rows, seq))``, what thresholds are calibrated on.
     """
@@ -37,7 +37,14 @@ class LayerReading:
     hidden: torch.Tensor
     prompts: list[tuple[list[int], torch.Tensor, torch.Tensor]]
     each: torch.Tensor | None = None
-    told: torch.Tensor | None = None
+
+    def peak_scores(self, layer: HookedLinear) -> torch.Tensor:
+        """Every request's highest score over the tokens of its prompt, ``(u,)`` float64: the smallest threshold that still lets it
+        use its edit (DESIGN §3, step 3)."""
+        peaks: dict[int, torch.Tensor] = {}
+        for requests, x, mask in self.prompts:
+            peaks |= dict(zip(requests, layer.peak_scores(x, mask), strict=True))
+        return torch.stack([peaks[n] for n in range(len(peaks))]).double()
 
 
 @dataclass

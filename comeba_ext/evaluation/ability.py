@@ -112,7 +112,7 @@ def harness(model: torch.nn.Module, tokenizer, tasks: list[str], folder: str | P
     if unknown:
         raise ComebaError(f"lm-evaluation-harness has no task {', '.join(map(repr, unknown))}; see 'lm_eval --tasks list'")
     # The harness pads its batches without a mask, which a score relative to the sequence (zscore) would count.
-    relative = any(layer.scope == "zscore" and layer.mode == "validated" for layer in hooked_layers(model).values())
+    relative = any(layer.score.whole_sequence and layer.mode == "validated" for layer in hooked_layers(model).values())
     asked = options.pop("batch_size", 8)
     with evaluating(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1 if relative else asked)

@@ -1,0 +1,233 @@
+"""What a score that compares keys must know of a batch, and what follows for the batch.
+
+Such a score lets only those tokens meet the edits whose inputs are like one that was edited. So before a batch is written it is
+asked whose keys are no one's own (:meth:`KeyRecognition.placed`); facts of one subject, whose keys are nearly the same, share a
+value (:meth:`together`, :meth:`companions`); an edit is written at two keys (:meth:`keys`); and every layer's score is told the
+directions to compare with, each with its threshold (:mod:`anchors`). Scores of responses need none of this: :class:`Recognition`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from comeba_ext.editing.anchors import APART, Anchors, Background, anchors_of, tells
+from comeba_ext.editing.decoys import decoy_rows
+from comeba_ext.editing.keys import LayerReading
+from comeba_ext.editing.ledger import Entry
+from comeba_ext.editing.request import EditRequest
+from comeba_ext.editing.rows import prompt_rows
+from comeba_ext.hooked_linear import HookedLinear
+
+if TYPE_CHECKING:
+    from comeba_ext.editing.editor import Editor
+
+log = logging.getLogger(__name__)
+
+_SHARED_STATE = "the model keeps the same state for most texts where its subject ends (near the beginning of a text)"
+
+
+class Recognition:
+    """Of scores that compare no keys: every request is edited where it asks to be, with a value of its own, at its mean key.
+
+    Args:
+        editor: whose layers, model and settings these are.
+
+    Attributes:
+        compares: whether the scores compare keys; then keys behind every prefix are read.
+        leverage: layer name to the leverage of every key of the batch that is being edited, ``(u,)``.
+    """
+
+    compares = False
+
+    def __init__(self, editor: Editor):
+        self.editor = editor
+        self.leverage: dict[str, torch.Tensor] = {}
+
+    def of(self, editor: Editor) -> Recognition:
+        """The same for a twin's editor, with nothing of a batch."""
+        other = copy.copy(self)
+        other.editor, other.leverage = editor, {}
+        return other
+
+    def learn(self) -> None:
+        """The editor's covariance, and the layers' metrics, are there."""
+
+    def placed(self, batch: list[EditRequest]) -> tuple[list[int], list[EditRequest], list[dict]]:
+        """Which requests can be edited, those requests, and why the others cannot."""
+        return list(range(len(batch))), batch, []
+
+    def companions(self, batch: list[EditRequest]) -> list[Entry]:
+        """Live edits that must be written anew together with these."""
+        return []
+
+    def together(self, batch: list[EditRequest]) -> list[list[int]]:
+        """Which requests share a target value's δ."""
+        return [[n] for n in range(len(batch))]
+
+    def begin(self, batch: list[EditRequest]) -> None:
+        """These are going to be written."""
+
+    def keys(self, name: str, reading: LayerReading) -> torch.Tensor:
+        """The keys that a layer's edits are written at, ``(u, m, d_in)``."""
+        return reading.keys[:, None]
+
+    def tell(self, name: str, layer: HookedLinear) -> None:
+        """Tell a layer's score what was written."""
+
+    def marks(self, request: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Layer name to what a request of the batch left with the score: directions and thresholds, on the host."""
+        return {}
+
+    def lowest(self, name: str) -> float | None:
+        """The lowest threshold of the batch, where thresholds follow from keys and not from prompts' scores."""
+        return None
+
+    def compare_with(self, live: list[Entry]) -> None:
+        """Compare with the keys of these entries, and no others."""
+
+
+class KeyRecognition(Recognition):
+    """Of scores that compare inputs with edited keys (:class:`~comeba_ext.scores.nearest.NearestScore`)."""
+
+    compares = True
+
+    def __init__(self, editor: Editor):
+        super().__init__(editor)
+        self.backgrounds: dict[str, Background] = {}
+        self._anchors: dict[str, Anchors] = {}  # of the batch
+        self._subjects: list[list[list[int]]] = []
+        self._decoys: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._at_end = torch.zeros(0, dtype=torch.bool)
+
+    def of(self, editor: Editor) -> KeyRecognition:
+        other = super().of(editor)
+        other._anchors = {}
+        return other
+
+    def learn(self) -> None:
+        """What the layers' scores look like on ordinary text."""
+        self.backgrounds = {}
+        for name, layer in self.editor.layers.items():
+            moment, sample = self.editor.covariance[name].to(layer.delta.device), self.editor.covariance.sample
+            projection = layer.score.projection.to(moment)
+            # E‖P k‖² over the corpus stands for E ℓ = d_in.
+            scale = layer.in_features / ((projection @ moment) * projection).sum().item()
+            keys = sample.keys[name] if len(sample) else torch.zeros(0, layer.in_features)
+            self.backgrounds[name] = Background(layer.score.directions(keys), sample, scale)
+
+    # -- before anything is written -----------------------------------------------------------------------------
+
+    def placed(self, batch: list[EditRequest]) -> tuple[list[int], list[EditRequest], list[dict]]:
+        """Which requests can be edited, those requests, and why the others cannot.
+
+        A key that ordinary tokens share, at the value layer, where the answer is made up, opens the gate for them. A request
+        with such a key is edited at its prompt's last token instead, if that one is its own.
+        """
+        kept, declined = list(range(len(batch))), []
+        if not self.backgrounds:
+            return kept, batch, declined
+        batch = list(batch)
+        for n in self._telling_nothing(batch):
+            request = batch[n]
+            moved = dataclasses.replace(request, fact_token="last")
+            if request != moved and not self._telling_nothing([moved]):
+                batch[n] = moved
+                log.info("%s (%r) is edited at the prompt's last token: %s", request.request_id, request.text, _SHARED_STATE)
+            else:
+                reason = f"{_SHARED_STATE}, so an edit there would answer all of them; begin the prompt with other words"
+                declined.append({"request_id": request.request_id, "prompt": request.text, "subject": request.subject,
+                                 "target_new": request.target_new, "reason": reason})  # fmt: skip
+                log.warning("declined %s (%r): %s", request.request_id, request.text, reason)
+                kept.remove(n)
+        return kept, [batch[n] for n in kept], declined
+
+    def companions(self, batch: list[EditRequest]) -> list[Entry]:
+        """Live edits of other facts of the batch's subjects: what is written at nearly their keys would otherwise take their
+        place."""
+        subjects = {request.subject for request in batch if request.fact_token == "subject_last"}
+        facts = {request.fact for request in batch}
+        return [entry for entry in self.editor.ledger.live()
+                if entry.request.subject in subjects and entry.request.fact_token == "subject_last" and entry.request.fact not in facts]  # fmt: skip
+
+    def together(self, batch: list[EditRequest]) -> list[list[int]]:
+        """Facts of one subject."""
+        groups: dict = {}
+        for n, request in enumerate(batch):
+            groups.setdefault(request.subject if request.fact_token == "subject_last" else (n,), []).append(n)
+        return list(groups.values())
+
+    def _telling_nothing(self, batch: list[EditRequest]) -> list[int]:
+        """The requests whose own key most texts share."""
+        editor = self.editor
+        name, layer = list(editor.layers.items())[-1]
+        units = layer.score.directions(editor.subject_keys(prompt_rows(editor.tokenizer, batch, [""]), [name])[name])
+        told = tells(units[:, None], self.backgrounds[name], self.subjects(batch))[:, 0]
+        ends = [n for n, request in enumerate(batch) if request.fact_token == "last"]
+        if ends:
+            rows = decoy_rows(editor.tokenizer, [batch[n] for n in ends])
+            others = layer.score.directions(editor.subject_keys(rows, [name])[name])
+            for row, other in zip(rows, others, strict=True):
+                told[ends[row.request]] &= units[ends[row.request]] @ other <= APART
+        return (~told).nonzero()[:, 0].tolist()
+
+    # -- while it is written ------------------------------------------------------------------------------------
+
+    def begin(self, batch: list[EditRequest]) -> None:
+        """Subjects' tokens and decoys' keys of the batch."""
+        self._subjects, self._decoys = self.subjects(batch), self.decoys(batch)
+        self._at_end = torch.tensor([request.fact_token == "last" for request in batch])
+
+    def keys(self, name: str, reading: LayerReading) -> torch.Tensor:
+        """The two keys that an edit is written at, ``(u, 2, d_in)``: the mean over context prefixes, and that behind the prompt
+        alone, which at the beginning of a text can be so different that what is written at the mean does not reach it. (One
+        that says nothing is left to the mean, and out of it: in ``reading`` too.)"""
+        layer, background, config = self.editor.layers[name], self.backgrounds[name], self.editor.config
+        each, score = reading.each, layer.score
+        units = score.directions(each)
+        told = tells(units, background, self._subjects)
+        told |= ~told.any(-1, keepdim=True)
+        reading.keys = (each * told[..., None]).sum(1) / told.sum(1, keepdim=True)
+        self.leverage[name] = background.scale * F.linear(reading.plain_keys.to(each), score.projection.to(each)).square().sum(-1)
+        self._anchors[name] = anchors_of(units, score.directions(reading.keys), background, self._subjects,
+                                         self._decoys[name], config.alpha_floor, config.margin, self._at_end)  # fmt: skip
+        alone = torch.where(told[:, :1], reading.plain_keys.to(reading.keys), reading.keys)
+        return torch.stack([reading.keys, alone], 1)
+
+    def tell(self, name: str, layer: HookedLinear) -> None:
+        layer.score.add_anchors(self._anchors[name].unit, self._anchors[name].thresholds)
+
+    def marks(self, request: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        return {name: tuple(part.cpu() for part in anchors.of(request)) for name, anchors in self._anchors.items()}
+
+    def lowest(self, name: str) -> float | None:
+        own = self._anchors[name].thresholds
+        return own.min().item() if len(own) else float("inf")
+
+    def compare_with(self, live: list[Entry]) -> None:
+        for name, layer in self.editor.layers.items():
+            own = [entry.anchors[name] for entry in live]
+            unit = torch.cat([directions for directions, _ in own]) if own else torch.zeros(0, len(layer.score.projection))
+            layer.score.set_anchors(unit, torch.cat([thresholds for _, thresholds in own]) if own else None)
+
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    def decoys(self, batch: list[EditRequest]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Layer name to the directions of other names' keys, and which request each belongs to."""
+        layers, rows = self.editor.layers, decoy_rows(self.editor.tokenizer, batch)
+        owner = torch.tensor([row.request for row in rows], dtype=torch.long)
+        if not rows:
+            return {name: (torch.zeros(0, len(layer.score.projection)), owner) for name, layer in layers.items()}
+        keys = self.editor.subject_keys(rows, list(layers))
+        return {name: (layer.score.directions(keys[name]), owner) for name, layer in layers.items()}
+
+    def subjects(self, batch: list[EditRequest]) -> list[list[list[int]]]:
+        """Token ids of every request's subject, at the beginning of a text and behind other words."""
+        forms = [form for request in batch for form in (request.subject, f" {request.subject}")]
+        ids = self.editor.tokenizer(forms, add_special_tokens=False)["input_ids"]
+        return [ids[n : n + 2] for n in range(0, len(ids), 2)]
