@@ -39,7 +39,7 @@ import comeba_ext.methods  # noqa: F401
 from comeba_ext import cli, testbed
 from comeba_ext.storage import MANIFEST, read_folder, write_folder
 
-IN_A_ROW = 3  # kills before a run is left to finish
+IN_A_ROW = 8  # kills before a run is left to finish
 EXPERIMENT = """title: kills
 protocol: consecutive
 samples: 6

@@ -244,7 +244,7 @@ def test_a_seed_is_another_choice_of_records(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(ISSUE))
 def test_every_shipped_experiment_runs(name, covariance, tmp_path, monkeypatch):
-    monkeypatch.setattr("comeba_ext.cli.PLAIN_TEXTS", 20)
+    monkeypatch.setattr("comeba_ext.cli.measuring.PLAIN_TEXTS", 20)
     result = output("experiment", name, "--samples", 2, "--covariance", covariance, "--out", tmp_path)
     cases = [case.label for case in experiments.load(name).cases]
     assert list(dict.fromkeys(row["case"] for row in result["rows"])) == cases

@@ -1,0 +1,17 @@
+"""The command line: ``comeba demo | edit | eval | ability | covariance | tune | generate | experiment | doctor``.
+
+Every command takes ``--json`` and then prints exactly one JSON object on stdout. Exit codes: 0 done; 1 the input was
+unusable (one clear message, or ``{"error": ...}``); 2 wrong usage; 3 ``doctor`` found something missing; 130 interrupted.
+
+``covariance`` and ``edit`` share their work when ``torchrun`` or ``accelerate launch`` starts several processes; the first
+one prints and saves.
+"""
+
+from comeba_ext.cli import editing, measuring, preparing  # noqa: F401  (in the order of --help)
+from comeba_ext.cli.app import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    app()

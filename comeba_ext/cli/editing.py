@@ -1,0 +1,202 @@
+"""Commands that change what a model says, and show it: ``demo``, ``edit``, ``generate``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from comeba_ext.cli.app import Config, Device, Dtype, Edits, Json, Limit, Model, Scope, Trust, app
+from comeba_ext.cli.inputs import (
+    check_same,
+    continued,
+    edits_folder,
+    loaded,
+    provide_covariance,
+    requests_of,
+    settings_of,
+)
+from comeba_ext.cli.terminal import counted, metric_row, reporting, say_counts, say_settings, size_of
+from comeba_ext.errors import ComebaError
+
+METRICS = ("reliability", "generality", "locality")
+
+
+@app.command()
+def demo(
+    edits: Annotated[int, typer.Option(min=1, help="number of facts to change")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1)] = 10,
+    scope: Annotated[Optional[str], typer.Option(help="zscore, reference or nearest (default: the model's own)")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="also save the edits to this folder")] = None,
+    as_json: Json = False,
+) -> None:
+    """Change facts in the embedded model, batch after batch, and measure after every batch."""
+    from comeba_ext import testbed
+    from comeba_ext.editing.config import EditConfig
+    from comeba_ext.editing.editor import Editor
+    from comeba_ext.evaluation import evaluate, predict_base
+
+    start = time.perf_counter()
+    with reporting(as_json) as report, edits_folder(out):
+        model, tokenizer = testbed.load()
+        requests = testbed.facts()[:edits]
+        if len(requests) < edits:
+            raise ComebaError(f"the embedded model knows {len(requests)} facts; ask for at most that many --edits")
+        config = EditConfig.for_model(model, **({"scope": scope} if scope else {}))
+        editor = Editor(model, tokenizer, config)
+        report.say(f"Embedded model: {size_of(model)}; editing blocks {list(config.layers)}, score {config.scope}, "
+                   f"{edits} facts in batches of {batch_size}.\n")  # fmt: skip
+        editor.collect_covariance(testbed.texts(), progress=not as_json)
+        base = predict_base(model, tokenizer, requests, generate=False)
+        shown = requests[:: max(1, len(requests) // 6)][:6]
+        before = continued(model, tokenizer, [r.text for r in shown], 6)
+        rows, seconds = [], 0.0
+        report.table_head("batch", "edits", *METRICS, "edits/s", "loss")
+        for batch in editor.edit_all(requests, batch_size, progress=False):
+            took = sum(batch.seconds.values())
+            seconds += took
+            done = requests[: min(batch.step * batch_size, edits)]
+            # After every batch: everything edited so far, at most 50 of it while on the way.
+            sample = done if len(done) == edits else done[:: max(1, len(done) // 50)]
+            scores = evaluate(model, tokenizer, sample, base, generate=False)
+            rows.append({"batch": batch.step, "edits": len(done), **{m: scores[m] for m in METRICS},
+                         "seconds": took, "loss": sum(batch.losses) / len(batch.losses)})  # fmt: skip
+            report.table_row(str(batch.step), str(len(done)), *(f"{scores[m]:.3f}" for m in METRICS),
+                             f"{len(batch.request_ids) / took:.1f}", f"{rows[-1]['loss']:.3f}")  # fmt: skip
+        final = evaluate(model, tokenizer, requests, generate=True)
+        after = continued(model, tokenizer, [r.text for r in shown], 6)
+        examples = [
+            {"prompt": r.text, "wanted": r.target_new, "before": b, "after": a}
+            for r, b, a in zip(shown, before, after, strict=True)
+        ]
+        report.say("\nWhat the model writes (greedy):")
+        report.table(("prompt", "before", "edited to say", "after"),
+                     [(e["prompt"], e["before"], e["wanted"], e["after"]) for e in examples])  # fmt: skip
+        report.say(f"\nAll {edits} edits, measured at the end (95 % interval), locality against the unedited model:")
+        report.table(("", "teacher-forced", "exact", "greedy generation"), [metric_row(final, m) for m in METRICS])
+        if out is not None:
+            editor.save_pretrained(out)
+            report.say(f"\nSaved to {out}.")
+        report.say(f"\n{edits} edits in {seconds:.1f} s of editing ({edits / seconds:.1f} edits/s), "
+                   f"{time.perf_counter() - start:.0f} s in all.")  # fmt: skip
+        report.result = {
+            **final.to_dict(), "edits": edits, "batches": rows, "examples": examples, "config": config.to_dict(),
+            "records": {"read": edits, "used": edits, "skipped": []}, "edit_seconds": seconds,
+            "seconds": time.perf_counter() - start, "out": str(out) if out else None,
+        }  # fmt: skip
+
+
+@app.command()
+def edit(
+    model: Model,
+    records: Annotated[
+        Optional[Path], typer.Argument(help="JSON or JSONL: CounterFact, ZsRE, QAEdit, EasyEdit or own records")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="folder for the edits")] = ...,
+    prompt: Annotated[Optional[str], typer.Option(help="instead of a file, one edit: a text with {} for the subject")] = None,
+    subject: Annotated[Optional[str], typer.Option(help="with --prompt")] = None,
+    target: Annotated[Optional[str], typer.Option(help="with --prompt: what the model is to say behind it")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 10,
+    method: Annotated[Optional[str], typer.Option(help="COMEBA-HK (default), MEMIT, ROME, FT …")] = None,
+    scope: Scope = None,
+    config: Config = None,
+    covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance'")] = None,
+    texts: Annotated[Optional[Path], typer.Option(help="corpus to collect the covariance from instead")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the edits in --out: what was edited or declined there is left out")] = False,
+    save_every: Annotated[int, typer.Option(min=1, help="batches between saves of --out")] = 10,
+    limit: Limit = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Edit a model with the records of a file, in consecutive batches, and save the edits."""
+    from comeba_ext import methods
+    from comeba_ext.storage import MANIFEST
+
+    with reporting(as_json, parallel=True) as report, edits_folder(out, resume, report.first):
+        read = requests_of(records, limit, prompt, subject, target)
+        kind = methods.get(method or "COMEBA-HK")
+        net, tokenizer = loaded(model, device, dtype, trust=trust)
+        if resume and (out / MANIFEST).exists():
+            editor = methods.load(net, tokenizer, out)
+            check_same(editor, out, kind if method else None, config, scope, covariance, texts)
+        else:
+            editor = kind(net, tokenizer, settings_of(net, config, kind, scope))
+            if kind.needs_covariance:
+                provide_covariance(editor, model, covariance, texts, not as_json)
+        used, skipped = read.usable(lambda _, request: editor.check([request]), progress=not as_json and report.first)
+        if not used:
+            what = records or "the edit"
+            raise ComebaError(f"{what}: none of {counted(read.read, 'record')} can be used; first reason: {skipped[0]['reason']}")
+        earlier, todo = editor.handled(), []
+        for request in used:
+            if earlier[request.asked]:
+                earlier[request.asked] -= 1
+            else:
+                todo.append(request)
+        steps = []
+        if todo:
+            try:
+                for step in editor.edit_all(todo, batch_size, progress=not as_json and report.first):
+                    steps.append(step.to_dict())
+                    if len(steps) % save_every == 0 and report.first:
+                        editor.save_pretrained(out)
+            finally:  # an interruption keeps the last complete batch
+                if report.first:
+                    editor.save_pretrained(out)
+        counts = {"read": read.read, "used": len(used), "skipped": skipped}
+        seconds = sum(sum(s["seconds"].values()) for s in steps)
+        answered, declined = sum(sum(s["answered"]) for s in steps), [d for s in steps for d in s["declined"]]
+        moved, rewritten = (list(dict.fromkeys(name for s in steps for name in s[what])) for what in ("moved", "rewritten"))
+        report.say(f"{counted(len(todo), 'edit')} in {counted(len(steps), 'batch', 'batches')}, {seconds:.1f} s; saved to {out}.")
+        if len(todo) < len(used):
+            report.say(f"{counted(len(used) - len(todo), 'record')} had been edited or declined there before.")
+        if todo:
+            verb, whose = ("is", "its prompt") if len(todo) == 1 else ("are", "their prompts")
+            report.say(f"{answered} of {len(todo)} {verb} answered behind {whose} right after the batch.")
+            say_settings(report, editor, steps)
+        if rewritten:
+            report.say(f"{counted(len(rewritten), 'earlier edit')} of the same subjects found anew together with them.")
+        if moved:
+            report.say(f"Edited at the prompt's end, for that prompt only, as the subject's own place says nothing: {', '.join(moved)}.")
+        for entry in declined:
+            report.say(f"! declined {entry['request_id']} ({entry['prompt']!r}): {entry['reason']}")
+        say_counts(report, counts)
+        if todo and 2 * answered < len(todo):
+            few = "None" if not answered else "Fewer than half"
+            report.say(f"! {few} of the edits took: these settings do not suit this model (layers, λ, score). 'comeba tune' finds some that do.")
+            report.code = 0 if answered else 1
+        report.result = {"records": counts, "edits": len(todo), "answered": answered, "declined": declined, "moved": moved,
+                         "rewritten": rewritten, "earlier_edits": len(used) - len(todo), "steps": steps, "seconds": seconds,
+                         "out": str(out), "config": editor.config.to_dict()}  # fmt: skip
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[list[str], typer.Argument(help="texts to continue")],
+    edits: Edits = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 20,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Continue prompts greedily, with and without saved edits."""
+    from comeba_ext.hooked_linear import disabled
+
+    with reporting(as_json) as report:
+        net, tokenizer = loaded(model, device, dtype, edits, trust=trust)
+        after = continued(net, tokenizer, prompts, max_new_tokens)
+        with disabled(net):
+            before = continued(net, tokenizer, prompts, max_new_tokens) if edits else [None] * len(prompts)
+        rows = [{"prompt": p, "text": a, "unedited": b} for p, a, b in zip(prompts, after, before, strict=True)]
+        if edits:
+            report.table(("prompt", "unedited", "edited"), [(r["prompt"], r["unedited"], r["text"]) for r in rows])
+        else:
+            report.table(("prompt", "text"), [(r["prompt"], r["text"]) for r in rows])
+        report.result = {"generations": rows,
+                         "records": {"read": len(rows), "used": len(rows), "skipped": []}}  # fmt: skip

@@ -1,0 +1,185 @@
+"""What commands are given: models, settings, records, folders of edits; found, checked and read."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from comeba_ext.cli.app import DTYPES
+from comeba_ext.errors import ComebaError, ConfigError
+
+
+def loaded(name: str, device: str | None, dtype: str, edits: Path | None = None, *, trust: bool = False):
+    """Model and tokenizer, with saved edits if any."""
+    import torch
+
+    from comeba_ext import testbed
+    from comeba_ext.loading import load_model
+    from comeba_ext.saved_edits import load_edits
+
+    if dtype not in DTYPES:
+        raise ComebaError(f"unknown --dtype {dtype!r}; choose {', '.join(DTYPES)}")
+    place = None if device == "auto" and not testbed.folder_of(name) else device_of(device)
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    model, tokenizer = load_model(name, wanted, "auto" if place is None else None, trust_remote_code=trust)
+    if place is not None:
+        model = model.to(place)
+    if edits is not None:
+        load_edits(model, edits)
+    return model, tokenizer
+
+
+def device_of(wanted: str | None) -> str:
+    """The device asked for, or a GPU of this process's own, or the CPU."""
+    import torch
+
+    from comeba_ext import distributed
+
+    count, own = torch.cuda.device_count(), distributed.local_rank()
+    if wanted not in (None, "auto", "cuda"):
+        try:
+            place = torch.device(wanted)
+        except RuntimeError:
+            raise ComebaError(f"unknown --device {wanted!r}; choose cpu, cuda, cuda:N or auto") from None
+        if place.type == "cuda" and count <= (place.index or 0):
+            raise ComebaError(f"--device {wanted}: torch finds {count} GPUs; see 'comeba doctor'")
+        if place.type == "meta":
+            raise ComebaError("--device meta: nothing can be computed there; choose cpu, cuda, cuda:N or auto")
+        try:
+            torch.zeros(1, device=place)
+        except Exception as error:  # of a kind that each backend chooses for itself
+            raise ComebaError(f"--device {wanted}: torch cannot use it ({str(error).strip().splitlines()[0]})") from None
+        return wanted
+    if wanted == "cuda" and not count:
+        raise ComebaError("--device cuda: torch finds no GPU; see 'comeba doctor'")
+    if own >= count > 0:
+        raise ComebaError(f"{own + 1} processes, but {count} GPUs: start one process a GPU, or add --device cpu")
+    return f"cuda:{own}" if count or wanted == "cuda" else "cpu"
+
+
+def settings_of(model, path: Path | None, method=None, scope: str | None = None):
+    """Settings of a method (default COMEBA-HK): the model's defaults, what the file changes, the scope asked for."""
+    from comeba_ext.editing.config import read_settings
+    from comeba_ext.editing.editor import Editor
+    from comeba_ext.methods import default_config
+
+    changes = read_settings(path) if path else {}
+    try:
+        return default_config(method or Editor, model, **{**changes, **({"scope": scope} if scope else {})})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if path else str(error)) from None
+
+
+def requests_of(records: Path | None, limit: int | None, prompt: str | None, subject: str | None, target: str | None):
+    """The records of a file, or the one edit that options name."""
+    from comeba_ext.data import ReadResult, read_requests
+    from comeba_ext.editing.request import EditRequest
+
+    given = {"--prompt": prompt, "--subject": subject, "--target": target}
+    missing = [name for name, value in given.items() if value is None]
+    if (records is None) == (len(missing) == len(given)):
+        raise ComebaError("give a file of records, or one edit with --prompt, --subject and --target")
+    if records is not None:
+        return read_requests(records, limit)
+    if missing:
+        raise ComebaError(f"{' and '.join(missing)} is missing: one edit is --prompt 'The capital of {{}} is' --subject … --target …")
+    return ReadResult([EditRequest(prompt, subject, target)], 1, [])
+
+
+@contextlib.contextmanager
+def edits_folder(out: Path | None, resume: bool = False, first: bool = True):
+    """Inside, this process alone writes to a folder that takes files, and holds no edits unless they are to be gone on with."""
+    from comeba_ext import distributed
+    from comeba_ext.storage import MANIFEST, alone
+
+    def enter() -> None:
+        if out is None or not first:  # of several processes the first one saves
+            return
+        if (out / MANIFEST).exists() and not resume:
+            raise ComebaError(f"{out} holds edits already; add --resume to 'comeba edit' to go on with them, or choose another --out")
+        held.enter_context(alone(out))
+
+    with contextlib.ExitStack() as held:
+        distributed.together(enter)
+        yield
+
+
+def check_same(
+    editor, out: Path, kind, config: Path | None, scope: str | None, covariance: Path | None, texts: Path | None
+) -> None:
+    """Refuse options that say something else than the edits in ``out`` were made with."""
+    from comeba_ext.corpus import digest_of
+    from comeba_ext.covariance import Covariance
+    from comeba_ext.data import read_texts
+    from comeba_ext.editing.config import read_settings
+
+    if kind is not None and kind is not type(editor):
+        raise ComebaError(f"{out} holds edits made by {editor.method}; --method {kind.method} cannot go on with them")
+    given = {**(read_settings(config) if config else {}), **({"scope": scope} if scope else {})}
+    wanted = settings_of(editor.model, config, type(editor), scope) if given else editor.config
+    for key in given:
+        here, there = getattr(wanted, key), getattr(editor.config, key)
+        if here != there:
+            raise ComebaError(f"the edits in {out} were made with {key} {there}, not {here}; their settings cannot change")
+    known = editor.covariance
+    if covariance is not None and known is not None:
+        other = Covariance.load(covariance)
+        if any(name not in other.moments or not other.moments[name].equal(known.moments[name]) for name in known.moments):
+            raise ComebaError(f"the edits in {out} were made with another covariance than {covariance}")
+    if texts is not None and known is not None and known.corpus and digest_of(read_texts(texts), known.texts) != known.corpus:
+        raise ComebaError(f"the covariance of the edits in {out} is of other texts than {texts}")
+
+
+def provide_covariance(editor, model: str, file: Path | None, texts: Path | None, progress: bool) -> None:
+    from comeba_ext import testbed
+    from comeba_ext.data import read_texts
+
+    if file is not None:
+        editor.load_covariance(file)
+    elif texts is not None:
+        editor.collect_covariance(read_texts(texts), progress=progress)
+    elif home := testbed.folder_of(model):
+        editor.collect_covariance(testbed.texts(folder=home), progress=progress)
+    else:
+        raise ComebaError(
+            f"no covariance: run 'comeba covariance {model} TEXTS --out FILE' once and add --covariance FILE, or add "
+            "--texts TEXTS (plain text such as Wikipedia articles)"
+        )
+
+
+def fitting(model, tokenizer, read) -> tuple[list, list[dict]]:
+    """Records whose every prompt fits the model's context, and why the others do not."""
+    from comeba_ext.evaluation.queries import check_context, record_queries
+
+    skipped = list(read.skipped)
+    used = []
+    for position, request in read.placed():
+        try:
+            queries = record_queries(tokenizer, request, position)
+            check_context(model, [query for own in queries.values() for query in own], position, request)
+            used.append(request)
+        except ComebaError as error:
+            skipped.append({"index": position, "reason": str(error)})
+    return used, skipped
+
+
+def continued(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str]:
+    """Greedy continuations, up to the end of the first line."""
+    import torch
+
+    from comeba_ext.architectures import context_length
+    from comeba_ext.editing.encoding import pad, pad_id
+
+    limit = context_length(model)
+    rows = [tokenizer(p)["input_ids"] for p in prompts]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not row:
+            raise ComebaError("a prompt is empty")
+        if limit is not None and len(row) + new_tokens > limit:
+            raise ComebaError(f"prompt {prompt[:40]!r}… and {new_tokens} new tokens exceed the context of {limit}")
+    ids, mask = pad(rows, pad_id(tokenizer), "left", model.get_input_embeddings().weight.device)
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens,
+                             pad_token_id=pad_id(tokenizer))  # fmt: skip
+    texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    return [text.strip().split("\n")[0] for text in texts]

@@ -1,0 +1,161 @@
+"""Commands that measure: ``eval``, ``ability``, ``experiment``."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from comeba_ext.cli.app import Device, Dtype, Edits, Json, Limit, Model, Trust, app
+from comeba_ext.cli.inputs import fitting, loaded
+from comeba_ext.cli.terminal import flat, metric_row, reporting, say_counts
+from comeba_ext.errors import ComebaError
+
+METRICS = ("reliability", "generality", "locality")
+PLAIN_TEXTS = 400  # at most, to measure perplexity on in experiments
+
+
+@app.command(name="eval")
+def evaluate_(
+    model: Model,
+    records: Annotated[Path, typer.Argument(help="JSON or JSONL records")],
+    edits: Edits = None,
+    generate: Annotated[bool, typer.Option(help="also measure greedy generation")] = True,
+    predictions: Annotated[Optional[Path], typer.Option(help="write every record's scores and texts as JSONL")] = None,
+    limit: Limit = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Reliability, generality and locality of a model, with or without saved edits, on the records of a file."""
+    from comeba_ext.data import read_requests
+    from comeba_ext.evaluation import evaluate
+    from comeba_ext.storage import write_text
+
+    with reporting(as_json) as report:
+        if predictions is not None and not predictions.parent.is_dir():
+            raise ComebaError(f"--predictions {predictions}: there is no folder {predictions.parent}")
+        read = read_requests(records, limit)
+        net, tokenizer = loaded(model, device, dtype, edits, trust=trust)
+        used, skipped = fitting(net, tokenizer, read)
+        if not used:
+            raise ComebaError(f"{records}: none of {read.read} records can be used; first reason: {skipped[0]['reason']}")
+        metrics = evaluate(net, tokenizer, used, generate=generate, progress=not as_json)
+        if predictions is not None:
+            write_text(predictions, "".join(json.dumps(row) + "\n" for row in metrics.per_record))
+        names = [m for m in (*METRICS, "portability") if metrics.get(m) is not None]
+        report.table(("", "teacher-forced", "exact", "greedy generation"), [metric_row(metrics, m) for m in names])
+        counts = {"read": read.read, "used": len(used), "skipped": skipped}
+        say_counts(report, counts)
+        report.result = {**metrics.to_dict(), "records": counts, "edits_folder": str(edits) if edits else None}
+
+
+@app.command()
+def ability(
+    model: Model,
+    edits: Edits = None,
+    texts: Annotated[Optional[Path], typer.Option(help="plain texts, as for covariance: perplexity")] = None,
+    tasks: Annotated[Optional[str], typer.Option(help="lm-evaluation-harness tasks, e.g. hellaswag,arc_easy")] = None,
+    task_folder: Annotated[Optional[Path], typer.Option(help="folder of the harness's task files of your own")] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="at most so many texts, and examples a task")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """What a model can do beside its edits, without and with them: perplexity, lm-evaluation-harness."""
+    from comeba_ext.data import read_texts
+    from comeba_ext.evaluation import harness, perplexity
+    from comeba_ext.hooked_linear import disabled
+
+    with reporting(as_json) as report:
+        names = [task for task in (tasks or "").split(",") if task]
+        if texts is None and not names:
+            raise ComebaError("nothing to measure: give --texts, --tasks, or both")
+        chosen = None if texts is None else list(itertools.islice(read_texts(texts), limit))
+        net, tokenizer = loaded(model, device, dtype, edits, trust=trust)
+
+        def measured() -> dict:
+            found = {} if chosen is None else {"perplexity": perplexity(net, tokenizer, chosen)}
+            if names:
+                # It writes to stdout.
+                with contextlib.redirect_stdout(sys.stderr):
+                    found["tasks"] = harness(net, tokenizer, names, task_folder, limit=limit)
+            return found
+
+        with disabled(net):
+            columns = {"unedited": measured()}
+        if edits is not None:
+            columns["edited"] = measured()
+        flat = {name: flat(found) for name, found in columns.items()}
+        report.table(("", *columns), [(row, *(f"{own[row]:.4g}" for own in flat.values())) for row in flat["unedited"]])
+        counts = {"read": len(chosen or ()), "used": len(chosen or ()), "skipped": []}
+        report.result = {**columns, "records": counts, "edits_folder": str(edits) if edits else None}
+
+
+@app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(help="a shipped experiment (table1, table2, fig3 …, scope), or a YAML file")],
+    out: Annotated[Path, typer.Option("--out", help="folder for table, JSON and plots; an unfinished run goes on there")],
+    model: Annotated[str, typer.Option("--model", help="local model folder, hub name, or 'testbed'")] = "testbed",
+    records: Annotated[
+        Optional[list[str]],
+        typer.Option("--records", help="FILE or NAME=FILE, any number (default for testbed: its own facts)"),
+    ] = None,
+    samples: Annotated[Optional[int], typer.Option("--samples", min=1, help="records a data set")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="other than 0: take the records in random order")] = 0,
+    covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance', of all layers edited")] = None,
+    texts: Annotated[Optional[Path], typer.Option(help="corpus for the covariance, and for perplexity")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Run an experiment: methods and settings under one protocol, into a table, JSON and plots."""
+    from comeba_ext import experiments, testbed
+    from comeba_ext.covariance import Covariance
+    from comeba_ext.data import ReadResult, read_requests, read_texts
+    from comeba_ext.experiments.table import cell
+
+    with reporting(as_json) as report:
+        chosen = experiments.load(name)
+        home = testbed.folder_of(model)
+        given = [r.split("=", 1) if "=" in r and not Path(r).exists() else (Path(r).stem, r) for r in records or ()]
+        if not given and home is None:
+            raise ComebaError("no records: add --records FILE (ZsRE, CounterFact, EasyEdit's form, or your own)")
+        datasets = {label: read_requests(file) for label, file in given}
+        if len(datasets) < len(given):
+            raise ComebaError("two --records have the same name; write NAME=FILE")
+        net, tokenizer = loaded(model, device, dtype, trust=trust)
+        if home and not datasets:
+            datasets = {label: ReadResult(own, len(own), []) for label, own in testbed.datasets(home).items()}
+        if home and samples is None:
+            samples = chosen.testbed_samples
+        # Perplexity is measured on other texts than the covariance is collected from: every tenth of the corpus.
+        if texts:
+            corpus = (text for n, text in enumerate(read_texts(texts)) if n % 10)
+            plain = itertools.islice(read_texts(texts), 0, 10 * PLAIN_TEXTS, 10)
+        else:
+            corpus = testbed.texts(folder=home) if home else None
+            plain = itertools.islice(testbed.texts(9, home), PLAIN_TEXTS) if home else ()
+        result = experiments.run(
+            chosen, net, tokenizer, datasets, out, covariance=Covariance.load(covariance) if covariance else None,
+            texts=corpus, plain_texts=list(plain), samples=samples, seed=seed, progress=not as_json,
+        )  # fmt: skip
+        for dataset, counts in result["records"].items():
+            report.say(f"{chosen.title} — {dataset}, {counts['used']} records")
+            own = [row for row in result["rows"] if row["dataset"] == dataset]
+            report.table(("case", "edits", *METRICS, "s/edit"),
+                         [(r["case"], r["edits"], *(cell(r, m) for m in METRICS), cell(r, "seconds_per_edit")) for r in own])
+            for row in own:
+                if "error" in row:
+                    report.say(f"{row['case']} failed after {row['edits']} edits: {row['error']}")
+            say_counts(report, counts)
+        report.say(f"Written to {out}: " + ", ".join([f"{chosen.name}.json", f"{chosen.name}.md", *result["plots"]]))
+        report.result = {**result, "out": str(out)}

@@ -1,0 +1,137 @@
+"""Commands that come first: ``covariance``, ``tune``, ``doctor``."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from comeba_ext.cli.app import Config, Device, Dtype, Json, Model, Scope, Trust, app
+from comeba_ext.cli.inputs import loaded, settings_of
+from comeba_ext.cli.terminal import reporting, size_of
+from comeba_ext.errors import ComebaError
+
+
+@app.command()
+def covariance(
+    model: Model,
+    texts: Annotated[Path, typer.Argument(help=".txt, .csv (text column), .jsonl (text field), or a folder of them")],
+    out: Annotated[Path, typer.Option("--out", help="file; an unfinished one is resumed")],
+    tokens: Annotated[Optional[int], typer.Option(min=1, help="default: 10 per input dimension")] = None,
+    config: Config = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Collect the covariance of all edited layers in one corpus pass."""
+    from comeba_ext import distributed
+    from comeba_ext.covariance import TOKENS_PER_DIMENSION
+    from comeba_ext.data import read_texts
+    from comeba_ext.editing.editor import Editor
+    from comeba_ext.storage import writable
+
+    with reporting(as_json, parallel=True) as report:
+        stream = read_texts(texts)
+        distributed.together(lambda: writable(out) if report.first else None)
+        net, tokenizer = loaded(model, device, dtype, trust=trust)
+        editor = Editor(net, tokenizer, settings_of(net, config))
+        wanted = tokens or TOKENS_PER_DIMENSION * max(layer.in_features for layer in editor.layers.values())
+        start = time.perf_counter()
+        editor.collect_covariance(stream, tokens=tokens, path=out, progress=not as_json)
+        found = editor.covariance
+        seconds = time.perf_counter() - start
+        report.say(f"{found.tokens} tokens of {found.texts} texts, {len(found.moments)} layers, {seconds:.1f} s; "
+                   f"saved to {out}.")  # fmt: skip
+        if found.tokens < wanted:
+            report.say(f"! The corpus ended after {found.tokens} of {wanted} tokens; with more text the covariance gets better.")
+        report.result = {"tokens": found.tokens, "tokens_wanted": wanted, "complete": found.tokens >= wanted,
+                         "layers": list(found.moments), "seconds": seconds, "out": str(out),
+                         "records": {"read": found.texts, "used": found.texts, "skipped": []}}  # fmt: skip
+
+
+@app.command()
+def tune(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="folder for config.yaml, tune.json, tune.png and the covariance; an unfinished search goes on there")],
+    texts: Annotated[Optional[Path], typer.Option("--texts", help="corpus for the covariance")] = None,
+    covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance' of all layers that are tried")] = None,
+    records: Annotated[Optional[Path], typer.Option("--records", help="edits to try (default: shipped facts)")] = None,
+    edits: Annotated[int, typer.Option("--edits", min=2, help="trial edits a setting")] = 20,
+    scope: Scope = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Find settings that edit a model: layers, learning rate, weight of the covariance."""
+    import yaml
+
+    from comeba_ext import testbed
+    from comeba_ext.covariance import Covariance
+    from comeba_ext.data import read_requests, read_texts
+    from comeba_ext.storage import alone, write_text
+    from comeba_ext.tuning import tune as search
+
+    with reporting(as_json) as report, alone(out):
+        net, tokenizer = loaded(model, device, dtype, trust=trust)
+        home = testbed.folder_of(model)
+        if texts is None and covariance is None and not home:
+            raise ComebaError("no corpus: add --texts TEXTS (plain text such as Wikipedia articles), or --covariance FILE")
+        corpus = read_texts(texts) if texts else testbed.texts(folder=home) if home else None
+        read = read_requests(records) if records else None
+        report.say(f"{model}: {size_of(net)}")
+        report.table_head("trial", "layers", "optimiser", "ratio", "reliability", "written", "generality", "locality", "loss", "s/edit")
+        count = itertools.count(1)
+
+        def show(trial) -> None:
+            span, own = trial.settings["layers"], trial.settings
+            optimiser = own.get("optimizer", "default") + (f" {own['lr']:g}" if own.get("lr") else "")
+            report.table_row(str(next(count)), f"{span[0]}-{span[-1]}", optimiser, f"{own.get('leverage_ratio', 'default')}",
+                             *(f"{value:.3f}" for value in (trial.reliability, trial.written, trial.generality, trial.locality, trial.loss, trial.seconds)))  # fmt: skip
+
+        found = search(net, tokenizer, corpus, records=read.requests if read else None, scope=scope, folder=out, edits=edits,
+                       covariance=Covariance.load(covariance) if covariance else None, progress=not as_json, on_trial=show)  # fmt: skip
+        write_text(out / "config.yaml", yaml.safe_dump(found.best, sort_keys=False))
+        write_text(out / "tune.json", json.dumps(found.to_dict(), indent=1) + "\n")
+        from comeba_ext.tuning.plot import draw
+
+        draw(found, out / "tune.png")
+        if found.patching:
+            top = max(range(len(found.patching)), key=found.patching.__getitem__)
+            report.say(f"The model answers {found.known} of {found.facts} facts; the subject's last token decides up to "
+                       f"{max(found.patching):.2f} of them (block {top}).")  # fmt: skip
+        report.say(f"Best: {found.best}")
+        report.say(f"{found.seconds:.0f} s. Written to {out}: config.yaml (for --config), tune.json, tune.png.")
+        counts = {"read": read.read, "used": len(read.requests), "skipped": read.skipped} if read else \
+            {"read": found.facts, "used": found.facts, "skipped": []}  # fmt: skip
+        report.result = {**found.to_dict(), "records": counts, "out": str(out)}
+
+
+@app.command()
+def doctor(
+    model: Annotated[Optional[str], typer.Argument(help="also look at a model: where and how it would be edited")] = None,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Versions, devices, compiled operations; what is missing and how to get it; what editing a model would mean."""
+    from comeba_ext.doctor import examine, examine_model
+
+    with reporting(as_json) as report:
+        found = examine()
+        report.table(("what", "found"), [(k, str(v)) for k, v in found["found"].items()])
+        if model is not None and not found["problems"]:
+            found["model"], hints = examine_model(*loaded(model, "cpu", "auto", trust=trust))
+            found["hints"] += hints
+            report.table((model, ""), [(k, str(v)) for k, v in found["model"].items()])
+        for problem in found["problems"]:
+            report.say(f"! {problem}")
+        for hint in found["hints"]:
+            report.say(f"  {hint}")
+        report.say("Ready." if not found["problems"] else "Not ready.")
+        report.result = found
+        report.code = 3 if found["problems"] else 0
