@@ -23,11 +23,11 @@ from comeba_ext import EditConfig, Editor, EditRequest
 from comeba_ext.covariance import Covariance
 from comeba_ext.data import read_texts
 from comeba_ext.editing import anchors
-from comeba_ext.editing.encoding import encode, micro_batches, pad, pad_id
 from comeba_ext.editing.keys import KeyReader
-from comeba_ext.editing.rows import prompt_rows
+from comeba_ext.forward.partial import run_until
 from comeba_ext.loading import load_model
-from comeba_ext.partial_forward import run_until
+from comeba_ext.text.encoding import encode, micro_batches, pad, pad_id
+from comeba_ext.text.rows import prompt_rows
 
 RATE = 1e-3  # of corpus tokens that one threshold for all lets in
 

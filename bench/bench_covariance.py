@@ -23,10 +23,10 @@ import torch
 from common import DATA, finish, target
 
 from comeba_ext import EditConfig, Editor, testbed
-from comeba_ext.corpus import UNIT_TOKENS, Unfinished, Units
 from comeba_ext.covariance import _accumulator, collect_covariance
-from comeba_ext.editing.encoding import micro_batches, pad, pad_id
-from comeba_ext.partial_forward import run_until
+from comeba_ext.covariance.corpus import UNIT_TOKENS, Unfinished, Units
+from comeba_ext.forward.partial import run_until
+from comeba_ext.text.encoding import micro_batches, pad, pad_id
 
 CONTEXT = 512
 

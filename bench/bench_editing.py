@@ -21,13 +21,13 @@ from common import DATA, finish, target
 from plain_procedure import PlainEditor, target_value
 
 from comeba_ext import EditConfig, Editor, evaluate, testbed
-from comeba_ext.architectures import Architecture
 from comeba_ext.covariance import Covariance
-from comeba_ext.editing.block_trace import BlockTrace
-from comeba_ext.editing.prefixes import sample_prefixes
-from comeba_ext.editing.request import as_requests
 from comeba_ext.editing.target_values import optimise_target_values
+from comeba_ext.forward.activation_recorder import ActivationRecorder
+from comeba_ext.forward.architectures import Architecture
 from comeba_ext.storage import identity
+from comeba_ext.text.prefixes import sample_prefixes
+from comeba_ext.text.request import as_requests
 
 STEPS = 20
 
@@ -126,7 +126,7 @@ def step_rows(quick: bool, rows: list, targets: list) -> None:
         expected = {n: s / few * size for n, s in plain.seconds.items()} | {"update": update}
         for layer in plain.layers.values():
             layer.mode = "off"
-        from comeba_ext import hooked_linear
+        from comeba_ext.layers import hooked_linear
 
         hooked_linear.uninstall(model)
         ratio = sum(expected.values()) / took
@@ -137,7 +137,7 @@ def step_rows(quick: bool, rows: list, targets: list) -> None:
 
 
 def embedded_rows(quick: bool, rows: list, targets: list) -> None:
-    from comeba_ext import hooked_linear
+    from comeba_ext.layers import hooked_linear
 
     count, few = (30, 5) if quick else (200, 60)
     requests = testbed.facts()[:count]
@@ -262,7 +262,7 @@ def peak_of_a_batch(size: int, max_tokens: int) -> str:
     before = high_water()
     architecture = Architecture.of(model)
     block, projection = architecture.block(model, 3), model.get_submodule(architecture.projection_name(3))
-    trace = BlockTrace(block, projection, max_tokens)  # as the editor asks for
+    trace = ActivationRecorder(block, projection, max_tokens)  # as the editor asks for
     optimise_target_values(model, tokenizer, architecture, config, records(size), prefixes, trace=trace)
     return json.dumps({"requests": size, "own_mb": before / 1e6, "above_mb": (high_water() - before) / 1e6})
 

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from common import finish, target
 
-from comeba_ext.editing.budget import free_memory
-from comeba_ext.editing.factor_form import FactorForm
-from comeba_ext.editing.inverse_form import _most_pending
-from comeba_ext.editing.key_memory import KeyMemory
+from comeba_ext.forward.budget import free_memory
+from comeba_ext.memory.factor_form import FactorForm
+from comeba_ext.memory.inverse_form import _most_pending
+from comeba_ext.memory.key_memory import KeyMemory
 
 
 def main() -> None:

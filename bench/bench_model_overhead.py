@@ -15,8 +15,9 @@ import torch
 from common import finish, target
 from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig
 
-from comeba_ext import EditConfig, hooked_linear
-from comeba_ext.architectures import Architecture
+from comeba_ext import EditConfig
+from comeba_ext.forward.architectures import Architecture
+from comeba_ext.layers import hooked_linear
 
 CONFIGS = {
     "gpt2-xl": lambda: GPT2Config(n_embd=1600, n_layer=48, n_head=25),

@@ -23,9 +23,9 @@ from common import finish, target
 from torch import nn
 
 from comeba_ext import Editor, HookedLinear, testbed
-from comeba_ext.editing.encoding import pad_id
-from comeba_ext.editing.rows import batch_inputs, prompt_rows
 from comeba_ext.ops.nearest_hook import ROWS, directions, nearest_scores, projection_of
+from comeba_ext.text.encoding import pad_id
+from comeba_ext.text.rows import batch_inputs, prompt_rows
 
 SIZES = (48, 64, 128, 256, 512)
 KEYS = (100, 1_000, 10_000)

@@ -14,12 +14,12 @@ import time
 import torch
 from torch.nn import functional as F
 
-from comeba_ext import hooked_linear
-from comeba_ext.architectures import Architecture
-from comeba_ext.editing.encoding import pad_id
-from comeba_ext.editing.request import as_requests
-from comeba_ext.editing.rows import batch_inputs, essence_rows, prompt_rows, target_rows
-from comeba_ext.partial_forward import hidden_of, with_hidden
+from comeba_ext.forward.architectures import Architecture
+from comeba_ext.forward.partial import hidden_of, with_hidden
+from comeba_ext.layers import hooked_linear
+from comeba_ext.text.encoding import pad_id
+from comeba_ext.text.request import as_requests
+from comeba_ext.text.rows import batch_inputs, essence_rows, prompt_rows, target_rows
 
 clock = time.perf_counter  # a benchmark on a busy machine may set processor time
 

@@ -7,21 +7,21 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from comeba_ext.editing.config import EditConfig
     from comeba_ext.editing.editor import Editor
     from comeba_ext.editing.report import EditReport
-    from comeba_ext.editing.request import EditRequest
     from comeba_ext.errors import ComebaError
     from comeba_ext.evaluation import evaluate
-    from comeba_ext.hooked_linear import HookedLinear
+    from comeba_ext.layers.hooked_linear import HookedLinear
     from comeba_ext.saved_edits import load_edits
     from comeba_ext.scores import Score, register_score
+    from comeba_ext.text.request import EditRequest
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Editor": "comeba_ext.editing.editor",
     "EditConfig": "comeba_ext.editing.config",
-    "EditRequest": "comeba_ext.editing.request",
+    "EditRequest": "comeba_ext.text.request",
     "EditReport": "comeba_ext.editing.report",
-    "HookedLinear": "comeba_ext.hooked_linear",
+    "HookedLinear": "comeba_ext.layers.hooked_linear",
     "load_edits": "comeba_ext.saved_edits",
     "evaluate": "comeba_ext.evaluation",
     "ComebaError": "comeba_ext.errors",

@@ -56,10 +56,10 @@ def examine_model(model, tokenizer) -> tuple[dict[str, object], list[str]]:
     Raises:
         ArchitectureError: its parts cannot be found.
     """
-    from comeba_ext.architectures import Architecture, context_length
     from comeba_ext.covariance import TOKENS_PER_DIMENSION
     from comeba_ext.editing.config import EditConfig
-    from comeba_ext.hooked_linear import shape_of
+    from comeba_ext.forward.architectures import Architecture, context_length
+    from comeba_ext.layers.hooked_linear import shape_of
 
     config = EditConfig.for_model(model)
     architecture = Architecture.of(model, config.blocks, config.projection)

@@ -17,16 +17,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from comeba_ext import hooked_linear
-from comeba_ext.architectures import Architecture
 from comeba_ext.covariance import Covariance
+from comeba_ext.covariance.key_sample import KeySample
 from comeba_ext.editing.config import EditConfig, is_int
-from comeba_ext.editing.key_memory import KeyMemory
-from comeba_ext.editing.ledger import Entry, stacked
-from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import StorageError
-from comeba_ext.key_sample import KeySample
+from comeba_ext.forward.architectures import Architecture
+from comeba_ext.layers import hooked_linear
+from comeba_ext.memory.key_memory import KeyMemory
+from comeba_ext.memory.ledger import Entry, stacked
 from comeba_ext.storage import check_identity, identity, read_folder, read_manifest, write_folder
+from comeba_ext.text.request import EditRequest
 
 
 def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from comeba_ext import EditConfig, Editor, corpus, covariance, distributed
-from comeba_ext.covariance import Covariance
+from comeba_ext import EditConfig, Editor, covariance, distributed
+from comeba_ext.covariance import Covariance, corpus
 from comeba_ext.errors import RequestError
 
 LAYERS, TOKENS = (0, 1), 701

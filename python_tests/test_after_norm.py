@@ -5,8 +5,8 @@ import torch
 from test_continuation import family_model
 
 from comeba_ext import EditConfig, Editor, EditRequest
-from comeba_ext.architectures import Architecture
 from comeba_ext.errors import ConfigError
+from comeba_ext.forward.architectures import Architecture
 
 FAMILIES = ("gemma3_text", "olmo2")  # Gemma 2's eager attention overflows in float64; its values are tested in float32
 REQUESTS = [

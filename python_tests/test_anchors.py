@@ -6,11 +6,11 @@ from test_editor import TEXTS, make_editor, random_values, small_model, snapshot
 from torch.nn import functional as F
 
 from comeba_ext import EditRequest
+from comeba_ext.covariance.key_sample import TOKENS, KeySample
 from comeba_ext.editing.anchors import CAP, CEILING, STEP, Background, anchors_of, tells
 from comeba_ext.editing.answers import answered
-from comeba_ext.editing.decoys import decoy_rows
-from comeba_ext.editing.rows import Row
-from comeba_ext.key_sample import TOKENS, KeySample
+from comeba_ext.text.decoys import decoy_rows
+from comeba_ext.text.rows import Row
 
 ROWS = 16
 

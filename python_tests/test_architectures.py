@@ -8,9 +8,9 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from comeba_ext.architectures import FAMILIES, Architecture
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.errors import ArchitectureError, ConfigError
+from comeba_ext.forward.architectures import FAMILIES, Architecture
 
 WIDTH, BLOCKS = 16, 3
 GPT = {"n_embd": WIDTH, "n_layer": BLOCKS, "n_head": 2, "n_positions": 32}

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from comeba_ext import EditConfig, Editor
-from comeba_ext.editing import budget
-from comeba_ext.editing.encoding import dense_batches
+from comeba_ext.forward import budget
+from comeba_ext.text.encoding import dense_batches
 
 
 def test_a_given_number_stands(tiny_model):

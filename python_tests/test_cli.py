@@ -74,7 +74,7 @@ def test_edit_refuses_to_overwrite_and_resumes(edited, records):
 def test_interrupted_edit_resumes_to_the_same_state(edited, records, tmp_path, monkeypatch):
     from comeba_ext import load_edits
     from comeba_ext.editing.editor import Editor
-    from comeba_ext.hooked_linear import hooked_layers
+    from comeba_ext.layers.hooked_linear import hooked_layers
 
     original, calls = Editor._edit, []
 

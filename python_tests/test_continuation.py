@@ -8,11 +8,11 @@ import torch
 import transformers
 
 from comeba_ext import EditConfig
-from comeba_ext.architectures import FAMILIES, Architecture
-from comeba_ext.editing.continuation import Continuation, Upper
-from comeba_ext.editing.request import EditRequest
-from comeba_ext.editing.rows import essence_rows, target_rows
 from comeba_ext.editing.target_values import optimise_target_values
+from comeba_ext.forward.architectures import FAMILIES, Architecture
+from comeba_ext.forward.cached_suffix import Continuation, Upper
+from comeba_ext.text.request import EditRequest
+from comeba_ext.text.rows import essence_rows, target_rows
 
 PLAIN = Path(__file__).parents[1] / "bench" / "plain_procedure.py"
 GPT = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}

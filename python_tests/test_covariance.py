@@ -9,8 +9,8 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from comeba_ext import EditConfig, Editor, covariance
-from comeba_ext.corpus import Unfinished, Units
 from comeba_ext.covariance import Covariance
+from comeba_ext.covariance.corpus import Unfinished, Units
 from comeba_ext.errors import CovarianceError, StorageError
 
 WORDS = "the mother tongue of Danielle Darrieux is French capital Norway Oslo Peru Lima Angola located in Africa".split()
@@ -27,8 +27,8 @@ LAYERS = (0, 2)
 @pytest.fixture
 def small_units(monkeypatch):
     """Units of 64 tokens out of pools of 200, so that tiny corpora have many."""
-    monkeypatch.setattr("comeba_ext.corpus.POOL_TOKENS", 200)
-    monkeypatch.setattr("comeba_ext.corpus.UNIT_TOKENS", 64)
+    monkeypatch.setattr("comeba_ext.covariance.corpus.POOL_TOKENS", 200)
+    monkeypatch.setattr("comeba_ext.covariance.corpus.UNIT_TOKENS", 64)
 
 
 @pytest.fixture

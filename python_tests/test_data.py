@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from comeba_ext.data import read_requests, read_texts
-from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import RequestError, StorageError
+from comeba_ext.text.request import EditRequest
 
 OWN = {"prompt": "{} speaks", "subject": "Ann", "target_new": "Latin", "request_id": "a"}
 EASYEDIT = {

@@ -37,8 +37,8 @@ def corpus() -> list[str]:
 def small_units():
     """The units of the worker."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("comeba_ext.corpus.POOL_TOKENS", 200)
-        patch.setattr("comeba_ext.corpus.UNIT_TOKENS", 64)
+        patch.setattr("comeba_ext.covariance.corpus.POOL_TOKENS", 200)
+        patch.setattr("comeba_ext.covariance.corpus.UNIT_TOKENS", 64)
         yield
 
 
@@ -166,7 +166,7 @@ def interrupted_texts():
 
 
 def number_of_units(folder: Path) -> int:
-    from comeba_ext.corpus import Unfinished, Units
+    from comeba_ext.covariance.corpus import Unfinished, Units
 
     with small_units():
         return len(list(Units(build(folder).tokenizer, corpus(), Unfinished(), TOKENS, 128)))

@@ -9,10 +9,10 @@ import torch
 
 from comeba_ext import EditConfig, Editor
 from comeba_ext.covariance import Covariance
-from comeba_ext.editing.decoys import BEGINNINGS
-from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import ComebaError, ConfigError, CovarianceError, RequestError
 from comeba_ext.ops.nearest_hook import SAME, directions
+from comeba_ext.text.decoys import BEGINNINGS
+from comeba_ext.text.request import EditRequest
 
 WORDS = (
     "the mother tongue of Danielle Darrieux is French capital Norway Oslo and Peru Lima Angola located in Africa people "

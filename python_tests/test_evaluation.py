@@ -16,7 +16,7 @@ from comeba_ext.errors import RequestError
 from comeba_ext.evaluation import BasePredictions, Metrics, bootstrap_interval, evaluate, predict_base
 from comeba_ext.evaluation.queries import record_queries
 from comeba_ext.evaluation.scoring import Query, micro_batches, predict
-from comeba_ext.hooked_linear import HookedLinear, install
+from comeba_ext.layers.hooked_linear import HookedLinear, install
 
 FAMILIES = ("gpt2", "gptj", "llama")
 NAMES = ("reliability", "generality", "locality", "portability")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from comeba_ext.errors import ArchitectureError, ComebaError
-from comeba_ext.hooked_linear import HookedLinear
+from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.ops import hooked_linear as ops
 from comeba_ext.ops.sketch import sketch_of
 

@@ -19,7 +19,7 @@ from test_saved_edits import REQUESTS, Editor, make_editor, small_model, values
 from comeba_ext import EditConfig, load_edits, storage, testbed
 from comeba_ext.errors import StorageError
 from comeba_ext.evaluation.protocols import Protocol, run_protocol
-from comeba_ext.hooked_linear import hooked_layers
+from comeba_ext.layers.hooked_linear import hooked_layers
 
 META = {"comeba_ext": "{}"}
 

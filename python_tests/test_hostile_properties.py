@@ -18,10 +18,10 @@ from test_saved_edits import files, logits, make_editor, small_model
 
 from comeba_ext import EditConfig, Editor, load_edits
 from comeba_ext.data import read_requests, read_texts
-from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
 from comeba_ext.experiments.definition import load as load_definition
-from comeba_ext.hooked_linear import HookedLinear, uninstall
+from comeba_ext.layers.hooked_linear import HookedLinear, uninstall
+from comeba_ext.text.request import EditRequest
 
 # The same examples every time: what is new is looked for by hand (--hypothesis-seed=random), not in CI.
 cases = functools.partial(

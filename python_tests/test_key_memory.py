@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from comeba_ext.editing import inverse_form
-from comeba_ext.editing.factor_form import FactorForm
-from comeba_ext.editing.key_memory import KeyMemory
 from comeba_ext.errors import CovarianceError
+from comeba_ext.memory import inverse_form
+from comeba_ext.memory.factor_form import FactorForm
+from comeba_ext.memory.key_memory import KeyMemory
 
 
 def random(*shape, seed=0):

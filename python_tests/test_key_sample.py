@@ -4,10 +4,9 @@ import pytest
 import torch
 from test_covariance import LAYERS, PROJECTIONS, TEXTS, build, make_editor, save_always, small_units  # noqa: F401
 
-from comeba_ext import key_sample
-from comeba_ext.covariance import Covariance
+from comeba_ext.covariance import Covariance, key_sample
+from comeba_ext.covariance.key_sample import FIRST, TOKENS, KeySample
 from comeba_ext.errors import StorageError
-from comeba_ext.key_sample import FIRST, TOKENS, KeySample
 
 
 def collected(tiny_model, tokenizer, family="gpt2", path=None, texts=TEXTS, **changes):

@@ -7,14 +7,15 @@ import torch
 from test_editor import make_editor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from comeba_ext import EditConfig, hooked_linear
-from comeba_ext.architectures import Architecture
-from comeba_ext.editing.block_trace import BlockTrace
+from comeba_ext import EditConfig
 from comeba_ext.editing.keys import KeyReader
-from comeba_ext.editing.request import EditRequest
-from comeba_ext.editing.rows import prompt_rows
 from comeba_ext.editing.target_values import optimise_target_values
-from comeba_ext.partial_forward import watched
+from comeba_ext.forward.activation_recorder import ActivationRecorder
+from comeba_ext.forward.architectures import Architecture
+from comeba_ext.forward.partial import watched
+from comeba_ext.layers import hooked_linear
+from comeba_ext.text.request import EditRequest
+from comeba_ext.text.rows import prompt_rows
 
 REQUESTS = [
     EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English"),
@@ -51,7 +52,7 @@ def hooked(tiny_model, family, scope):
 
 def recorded(model, tokenizer, architecture, layers, max_tokens, limit=10_000):
     """A trace of the target values' run, which meets validated hooks."""
-    trace = BlockTrace(architecture.block(model, LAYERS[0]), layers[0], limit)
+    trace = ActivationRecorder(architecture.block(model, LAYERS[0]), layers[0], limit)
     config = EditConfig(layers=LAYERS, steps=1, max_tokens=max_tokens, scope=layers[0].scope)
     for layer in layers:
         layer.mode = "validated"
@@ -126,10 +127,10 @@ def test_how_often_blocks_run(tiny_model, tokenizer, limit, expected):
 def test_a_step_with_a_trace_is_the_step_without(tiny_model, tokenizer, scope, monkeypatch):
     """Also where rows share contexts with other requests than in the values' run, or only some rows were recorded."""
     found = []
-    real = BlockTrace.padded
+    real = ActivationRecorder.padded
     for known in (lambda rows: False, lambda rows: True, lambda rows: rows[0].plain, lambda rows: not rows[0].plain):
         monkeypatch.setattr(
-            BlockTrace, "padded", lambda self, rows, *rest, known=known: real(self, rows, *rest) if known(rows) else None
+            ActivationRecorder, "padded", lambda self, rows, *rest, known=known: real(self, rows, *rest) if known(rows) else None
         )
         model = tiny_model("llama", num_hidden_layers=6).double()
         editor = make_editor(model, tokenizer, layers=LAYERS, steps=3, prefixes=2, scope=scope)
@@ -171,7 +172,7 @@ def test_a_token_that_goes_on_behind_the_subject_is_not_its_own(tokenizer):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from comeba_ext.editing.encoding import encode
+    from comeba_ext.text.encoding import encode
 
     words = {word: n for n, word in enumerate(["[UNK]", "Who", "made", "Leeds", "(", "6", ")?", ")", "?", "Boat"])}
     split = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))

@@ -27,10 +27,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from comeba_ext import EditConfig, Editor, EditRequest, load_edits, methods
+from comeba_ext.covariance.key_sample import KeySample
 from comeba_ext.editing.recognition import KeyRecognition
 from comeba_ext.errors import ComebaError, CovarianceError, StorageError
-from comeba_ext.hooked_linear import HookedLinear
-from comeba_ext.key_sample import KeySample
+from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.ops import nearest_hook as ops
 from comeba_ext.saved_edits import save
 

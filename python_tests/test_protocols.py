@@ -10,11 +10,11 @@ from test_editor import TEXTS, small_model, some_requests
 
 from comeba_ext import EditConfig, Editor, EditRequest, evaluate, methods
 from comeba_ext.editing.report import peak_memory, reset_peak_memory
-from comeba_ext.editing.request import consecutive_batches
 from comeba_ext.errors import ConfigError, RequestError, StorageError
 from comeba_ext.evaluation import Protocol, predict_base, run_protocol
 from comeba_ext.evaluation.protocols import latest
 from comeba_ext.evaluation.run_log import RunLog
+from comeba_ext.text.request import consecutive_batches
 
 CONFIG = EditConfig(layers=(1, 2), lam=20.0, prefixes=1, prefix_length=4, steps=4, lr=0.1, clamp=2.0)
 

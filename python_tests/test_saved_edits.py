@@ -18,8 +18,8 @@ from filelock import FileLock
 from safetensors.torch import save_file
 
 from comeba_ext import EditConfig, Editor, load_edits, storage
-from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import ArchitectureError, StorageError
+from comeba_ext.text.request import EditRequest
 
 LAYERS = (1, 2)
 SUBJECTS = ["Danielle Darrieux", "Marie Curie", "Norway", "John Lennon", "Toko Yasuda", "Angola", "Peru", "Lima", "Oslo"]

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from comeba_ext.errors import ArchitectureError, ComebaError
-from comeba_ext.hooked_linear import HookedLinear, disabled, hooked_layers, install, uninstall
+from comeba_ext.layers.hooked_linear import HookedLinear, disabled, hooked_layers, install, uninstall
 
 FAMILIES = {
     "gpt2": ("transformer", "transformer.h.{}.mlp.c_proj"),

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from comeba_ext import EditConfig, Editor
-from comeba_ext.architectures import Architecture
 from comeba_ext.editing import target_values as module
-from comeba_ext.editing.continuation import Upper
-from comeba_ext.editing.request import EditRequest
-from comeba_ext.editing.rows import essence_rows, target_rows
 from comeba_ext.editing.target_values import optimise_target_values
 from comeba_ext.errors import RequestError
+from comeba_ext.forward.architectures import Architecture
+from comeba_ext.forward.cached_suffix import Upper
+from comeba_ext.text.request import EditRequest
+from comeba_ext.text.rows import essence_rows, target_rows
 
 SMALL = {"gpt2": {"n_layer": 4, "n_inner": 48}, "gptj": {"n_layer": 4, "n_inner": 48}, "llama": {"num_hidden_layers": 4}}
 BLOCKS = {"gpt2": "transformer.h", "gptj": "transformer.h", "llama": "model.layers"}

@@ -9,9 +9,9 @@ import yaml
 from test_cli import output, run
 
 from comeba_ext import EditConfig, testbed
-from comeba_ext.architectures import Architecture
-from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import ComebaError
+from comeba_ext.forward.architectures import Architecture
+from comeba_ext.text.request import EditRequest
 from comeba_ext.tuning import probes, search
 
 

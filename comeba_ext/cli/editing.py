@@ -186,7 +186,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue prompts greedily, with and without saved edits."""
-    from comeba_ext.hooked_linear import disabled
+    from comeba_ext.layers.hooked_linear import disabled
 
     with reporting(as_json) as report:
         net, tokenizer = loaded(model, device, dtype, edits, trust=trust)

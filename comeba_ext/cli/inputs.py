@@ -73,7 +73,7 @@ def settings_of(model, path: Path | None, method=None, scope: str | None = None)
 def requests_of(records: Path | None, limit: int | None, prompt: str | None, subject: str | None, target: str | None):
     """The records of a file, or the one edit that options name."""
     from comeba_ext.data import ReadResult, read_requests
-    from comeba_ext.editing.request import EditRequest
+    from comeba_ext.text.request import EditRequest
 
     given = {"--prompt": prompt, "--subject": subject, "--target": target}
     missing = [name for name, value in given.items() if value is None]
@@ -108,8 +108,8 @@ def check_same(
     editor, out: Path, kind, config: Path | None, scope: str | None, covariance: Path | None, texts: Path | None
 ) -> None:
     """Refuse options that say something else than the edits in ``out`` were made with."""
-    from comeba_ext.corpus import digest_of
     from comeba_ext.covariance import Covariance
+    from comeba_ext.covariance.corpus import digest_of
     from comeba_ext.data import read_texts
     from comeba_ext.editing.config import read_settings
 
@@ -167,8 +167,8 @@ def continued(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str
     """Greedy continuations, up to the end of the first line."""
     import torch
 
-    from comeba_ext.architectures import context_length
-    from comeba_ext.editing.encoding import pad, pad_id
+    from comeba_ext.forward.architectures import context_length
+    from comeba_ext.text.encoding import pad, pad_id
 
     limit = context_length(model)
     rows = [tokenizer(p)["input_ids"] for p in prompts]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from comeba_ext.editing.request import EditRequest, Ids
 from comeba_ext.errors import ComebaError, StorageError
+from comeba_ext.text.request import EditRequest, Ids
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 TEXT_COLUMN = "text"

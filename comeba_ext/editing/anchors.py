@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from comeba_ext.key_sample import KeySample
+from comeba_ext.covariance.key_sample import KeySample
 
 CEILING = 0.85  # of a corpus token's cosine: closer ones are the same but for rounding and position
 RATE = 1e-3  # of corpus tokens: a name that the corpus has now and then is not what most texts share

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from comeba_ext.editing.encoding import micro_batches
-from comeba_ext.editing.rows import Row, batch_inputs
+from comeba_ext.text.encoding import micro_batches
+from comeba_ext.text.rows import Row, batch_inputs
 
 
 @torch.no_grad()

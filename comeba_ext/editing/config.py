@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from comeba_ext.architectures import Architecture
 from comeba_ext.errors import ConfigError
-from comeba_ext.hooked_linear import GATES
+from comeba_ext.forward.architectures import Architecture
+from comeba_ext.layers.hooked_linear import GATES
 from comeba_ext.scores import NearestScore, score_named, score_names
 
 OPTIMIZERS = ("adam", "polyak")

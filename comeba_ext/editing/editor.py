@@ -17,29 +17,30 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from comeba_ext import distributed, hooked_linear, saved_edits
-from comeba_ext.architectures import Architecture, context_length
+from comeba_ext import distributed, saved_edits
 from comeba_ext.covariance import Covariance, collect_covariance
 from comeba_ext.editing.answers import answered
-from comeba_ext.editing.block_trace import BlockTrace
-from comeba_ext.editing.budget import token_budget
 from comeba_ext.editing.config import EditConfig, is_int
-from comeba_ext.editing.encoding import pad_id
-from comeba_ext.editing.key_memory import KeyMemory
 from comeba_ext.editing.keys import KeyReader, LayerReading, subject_keys
-from comeba_ext.editing.ledger import Entry, Ledger, stacked, without
-from comeba_ext.editing.prefixes import sample_prefixes
 from comeba_ext.editing.recognition import KeyRecognition, Recognition
 from comeba_ext.editing.report import EditReport, Phases, peak_memory
-from comeba_ext.editing.request import EditRequest, Ids, as_requests, consecutive_batches
-from comeba_ext.editing.rows import check_length, essence_rows, prompt_rows, target_rows
 from comeba_ext.editing.target_values import TargetValues, optimise_target_values
 from comeba_ext.errors import ComebaError, ConfigError, CovarianceError, RequestError
+from comeba_ext.forward.activation_recorder import ActivationRecorder
+from comeba_ext.forward.architectures import Architecture, context_length
+from comeba_ext.forward.budget import token_budget
+from comeba_ext.forward.partial import evaluating
 from comeba_ext.interrupts import uninterrupted
+from comeba_ext.layers import hooked_linear
+from comeba_ext.layers.twin import twin_of
+from comeba_ext.memory.key_memory import KeyMemory
+from comeba_ext.memory.ledger import Entry, Ledger, stacked, without
 from comeba_ext.ops.nearest_hook import projection_of
-from comeba_ext.partial_forward import evaluating
 from comeba_ext.scores import score_named
-from comeba_ext.twin import twin_of
+from comeba_ext.text.encoding import pad_id
+from comeba_ext.text.prefixes import sample_prefixes
+from comeba_ext.text.request import EditRequest, Ids, as_requests, consecutive_batches
+from comeba_ext.text.rows import check_length, essence_rows, prompt_rows, target_rows
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ class Editor:
             if target_values is None:
                 if distributed.world_size() == 1:  # else this process runs only its own requests
                     first = self.architecture.block(self.model, self.config.layers[0])
-                    trace = BlockTrace(first, next(iter(self.layers.values())), self.max_tokens)
+                    trace = ActivationRecorder(first, next(iter(self.layers.values())), self.max_tokens)
                 found = self._optimise(batch, on_progress, trace)
                 values = found.values
             else:
@@ -521,7 +522,7 @@ class Editor:
         return values.to(self._device)
 
     def _optimise(
-        self, batch: list[EditRequest], on_progress: Callable[[int, float], None], trace: BlockTrace | None = None
+        self, batch: list[EditRequest], on_progress: Callable[[int, float], None], trace: ActivationRecorder | None = None
     ) -> TargetValues:
         """Target values of the batch. Of several processes each finds every n-th group's (:meth:`Recognition.together`), and
         all return all of them."""
@@ -554,7 +555,7 @@ class Editor:
             [share.steps[k] for share, k in rows],
         )
 
-    def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases, trace: BlockTrace | None = None):
+    def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases, trace: ActivationRecorder | None = None):
         """Step 2 and 3 of DESIGN §3: per layer keys, residual, update, threshold.
 
         Returns:

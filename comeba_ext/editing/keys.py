@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from comeba_ext.editing.block_trace import NAMES, BlockTrace
-from comeba_ext.editing.budget import launch_tokens
-from comeba_ext.editing.contexts import Contexts, own_inputs
-from comeba_ext.editing.encoding import dense_batches, micro_batches, pad
-from comeba_ext.editing.rows import Row
-from comeba_ext.hooked_linear import HookedLinear
-from comeba_ext.partial_forward import hidden_of, resumed, run_until, watched, with_hidden
-from comeba_ext.past import Past
+from comeba_ext.forward.activation_recorder import NAMES, ActivationRecorder
+from comeba_ext.forward.budget import launch_tokens
+from comeba_ext.forward.partial import hidden_of, resumed, run_until, watched, with_hidden
+from comeba_ext.forward.past import Past
+from comeba_ext.forward.shared_prefix import SharedPrefix, own_inputs
+from comeba_ext.layers.hooked_linear import HookedLinear
+from comeba_ext.text.encoding import dense_batches, micro_batches, pad
+from comeba_ext.text.rows import Row
 
 
 @dataclass
@@ -75,7 +75,7 @@ class KeyReader:
     is what it was plus what the layer's own output has changed by, because an MLP's output is added to the hidden state.
     Where a norm follows the layer (Gemma 2 and 3, OLMo 2; found out by a trial), the block runs again from its kept input.
     Rows with a context prefix serve keys only, so they run to the last layer's input; rows with the empty prefix go on to
-    the value layer. What rows with a prefix begin with runs once for all of them (:class:`Contexts`).
+    the value layer. What rows with a prefix begin with runs once for all of them (:class:`SharedPrefix`).
 
     Args:
         decoder: receives token ids and mask.
@@ -101,7 +101,7 @@ class KeyReader:
         pad_token: int,
         max_tokens: int,
         device: torch.device,
-        trace: BlockTrace | None = None,
+        trace: ActivationRecorder | None = None,
         apart: bool = False,
     ):
         self.apart, self.prefixes = apart, max(row.prefix for row in rows) + 1
@@ -111,7 +111,7 @@ class KeyReader:
         self.adds: bool | None = None  # whether a layer's output is added to the hidden state as it is
         self.batches: list[_Batch] = []
         behind = [row for row in rows if not row.plain]
-        contexts = Contexts([] if whole else behind, pad_token, device)
+        contexts = SharedPrefix([] if whole else behind, pad_token, device)
         self.contexts = contexts
         launch = launch_tokens(blocks[layers[0] : layers[0] + 1], device)
         for chosen in ([row for row in rows if row.plain], behind):
@@ -132,7 +132,7 @@ class KeyReader:
             some = [next(row for row in behind if row.prefix == prefix) for prefix in contexts.place]
             self._recall(trace, self.shared, some, [0] * len(some), [len(ids) for ids in contexts.ids])
 
-    def _recall(self, trace: BlockTrace | None, batch: _Batch, rows: list[Row], first: list[int], ends: list[int]) -> None:
+    def _recall(self, trace: ActivationRecorder | None, batch: _Batch, rows: list[Row], first: list[int], ends: list[int]) -> None:
         """Take from the trace what this batch would show at the first edited block."""
         states = trace.padded(rows, first, ends) if trace is not None else None
         if states is not None:

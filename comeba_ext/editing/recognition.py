@@ -17,12 +17,12 @@ import torch
 from torch.nn import functional as F
 
 from comeba_ext.editing.anchors import APART, Anchors, Background, anchors_of, tells
-from comeba_ext.editing.decoys import decoy_rows
 from comeba_ext.editing.keys import LayerReading
-from comeba_ext.editing.ledger import Entry
-from comeba_ext.editing.request import EditRequest
-from comeba_ext.editing.rows import prompt_rows
-from comeba_ext.hooked_linear import HookedLinear
+from comeba_ext.layers.hooked_linear import HookedLinear
+from comeba_ext.memory.ledger import Entry
+from comeba_ext.text.decoys import decoy_rows
+from comeba_ext.text.request import EditRequest
+from comeba_ext.text.rows import prompt_rows
 
 if TYPE_CHECKING:
     from comeba_ext.editing.editor import Editor

@@ -9,7 +9,7 @@ with ‖δ‖ ≤ clamp · ‖h‖, until the loss falls below ``early_stop``, o
 everywhere (ENCORE, arXiv 2502.01636). Polyak's few long steps sometimes end where the new object does not lead; such a
 request is tried again with Adam, from zero. Requests never meet in this objective, so a batch of
 them is optimised at once, with the result each would have alone. What δ cannot reach is computed once
-(:mod:`continuation`), logits only where they are read, and a request that is done leaves the batch.
+(:mod:`cached_suffix`), logits only where they are read, and a request that is done leaves the batch.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from comeba_ext.architectures import Architecture, context_length
-from comeba_ext.editing.block_trace import BlockTrace
-from comeba_ext.editing.budget import token_budget
 from comeba_ext.editing.config import EditConfig
-from comeba_ext.editing.continuation import Continuation, Upper
-from comeba_ext.editing.encoding import dense_batches, pad_id
 from comeba_ext.editing.optimisers import OPTIMISERS, Path
-from comeba_ext.editing.rows import Row, check_length, essence_rows, target_rows
 from comeba_ext.errors import ArchitectureError, RequestError
-from comeba_ext.half_compute import products_in
-from comeba_ext.partial_forward import frozen
+from comeba_ext.forward.activation_recorder import ActivationRecorder
+from comeba_ext.forward.architectures import Architecture, context_length
+from comeba_ext.forward.budget import token_budget
+from comeba_ext.forward.cached_suffix import Continuation, Upper
+from comeba_ext.forward.half_compute import products_in
+from comeba_ext.forward.partial import frozen
+from comeba_ext.text.encoding import dense_batches, pad_id
+from comeba_ext.text.rows import Row, check_length, essence_rows, target_rows
 
 
 @dataclass
@@ -59,7 +59,7 @@ def optimise_target_values(
     requests: list,
     prefixes: list[str],
     on_progress: Callable[[int, float], None] = lambda done, loss: None,
-    trace: BlockTrace | None = None,
+    trace: ActivationRecorder | None = None,
     together: list[list[int]] | None = None,
 ) -> TargetValues:
     """Target values of a batch against the model as it stands (validated hooks active).

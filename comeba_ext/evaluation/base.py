@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from comeba_ext.editing.encoding import pad_id
-from comeba_ext.editing.request import as_requests
 from comeba_ext.errors import RequestError
 from comeba_ext.evaluation.queries import check_context, record_queries, where
 from comeba_ext.evaluation.scoring import Prediction, Query, predict
-from comeba_ext.hooked_linear import disabled, hooked_layers
+from comeba_ext.layers.hooked_linear import disabled, hooked_layers
+from comeba_ext.text.encoding import pad_id
+from comeba_ext.text.request import as_requests
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from collections import Counter
 
 import torch
 
-from comeba_ext.architectures import context_length
-from comeba_ext.editing.encoding import pad, pad_id
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation.metrics import bootstrap_interval
 from comeba_ext.evaluation.scoring import greedy, micro_batches
-from comeba_ext.partial_forward import evaluating
+from comeba_ext.forward.architectures import context_length
+from comeba_ext.forward.partial import evaluating
+from comeba_ext.text.encoding import pad, pad_id
 
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # of bi- and trigram entropy, before their mean
 

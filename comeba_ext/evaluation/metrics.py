@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from comeba_ext.editing.encoding import pad_id
-from comeba_ext.editing.request import as_requests
 from comeba_ext.evaluation.base import BasePredictions, has_edits, predict_base
 from comeba_ext.evaluation.queries import METRICS, check_context, record_queries
 from comeba_ext.evaluation.scoring import Prediction, predict
+from comeba_ext.text.encoding import pad_id
+from comeba_ext.text.request import as_requests
 
 SCORES = ("", "_exact", "_generation")  # suffixes of the three ways each metric is scored
 

@@ -16,12 +16,12 @@ import math
 import torch
 from torch.nn import functional as F
 
-from comeba_ext.editing.encoding import pad, pad_id
-from comeba_ext.editing.request import EditRequest, as_requests
 from comeba_ext.evaluation.metrics import Metrics, bootstrap_interval
 from comeba_ext.evaluation.queries import check_context
 from comeba_ext.evaluation.scoring import Query, micro_batches
-from comeba_ext.partial_forward import evaluating
+from comeba_ext.forward.partial import evaluating
+from comeba_ext.text.encoding import pad, pad_id
+from comeba_ext.text.request import EditRequest, as_requests
 
 NAMES = ("efficacy", "paraphrase", "neighborhood")
 

@@ -28,18 +28,18 @@ import torch
 from tqdm.auto import tqdm
 
 from comeba_ext import __version__
-from comeba_ext.architectures import Architecture
 from comeba_ext.covariance import Covariance
 from comeba_ext.editing.config import EditConfig, is_int
 from comeba_ext.editing.editor import Editor
 from comeba_ext.editing.report import EditReport, reset_peak_memory
-from comeba_ext.editing.request import EditRequest, Ids, as_requests, consecutive_batches
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
 from comeba_ext.evaluation.base import BasePredictions, predict_base
 from comeba_ext.evaluation.metrics import Metrics, evaluate, summarise
 from comeba_ext.evaluation.run_log import RunLog
+from comeba_ext.forward.architectures import Architecture
 from comeba_ext.storage import MANIFEST, alone
 from comeba_ext.storage import identity as identity_of
+from comeba_ext.text.request import EditRequest, Ids, as_requests, consecutive_batches
 
 PROTOCOLS = ("single_round", "consecutive", "sequential")
 Measure = Callable[[Editor, list[EditRequest]], dict]

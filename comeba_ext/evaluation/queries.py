@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from comeba_ext.architectures import context_length
-from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import RequestError
 from comeba_ext.evaluation.scoring import Query
+from comeba_ext.forward.architectures import context_length
+from comeba_ext.text.request import EditRequest
 
 METRICS = ("reliability", "generality", "locality", "portability")
 

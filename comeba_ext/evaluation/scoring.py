@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig
 
-from comeba_ext.editing.encoding import encode, pad
 from comeba_ext.errors import RequestError
-from comeba_ext.partial_forward import evaluating
+from comeba_ext.forward.partial import evaluating
+from comeba_ext.text.encoding import encode, pad
 
 
 @dataclass(frozen=True)

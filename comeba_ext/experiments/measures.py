@@ -9,14 +9,14 @@ from collections.abc import Callable
 import torch
 
 from comeba_ext.editing.editor import Editor
-from comeba_ext.editing.encoding import encode, micro_batches, pad, pad_id
-from comeba_ext.editing.request import EditRequest
 from comeba_ext.evaluation import counterfact_scores, evaluate, fluency
 from comeba_ext.evaluation.ability import Reading, read_text
 from comeba_ext.evaluation.queries import record_queries
 from comeba_ext.evaluation.scoring import predict
+from comeba_ext.forward.partial import evaluating
 from comeba_ext.ops.hooked_linear import in_scope
-from comeba_ext.partial_forward import evaluating
+from comeba_ext.text.encoding import encode, micro_batches, pad, pad_id
+from comeba_ext.text.request import EditRequest
 
 FLUENCY_PROMPTS = 50
 TEXT_TOKENS = 10_000  # of plain text at every checkpoint: a share of 0.005 is then known to 0.0007

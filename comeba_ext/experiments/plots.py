@@ -104,7 +104,8 @@ def _scores(rows: list[dict]):
     figure, axes = plt.subplots(len(rows), len(layers), figsize=(3.1 * len(layers) + 0.6, 2.9 * len(rows) + 1), squeeze=False,
                                 layout="constrained")  # fmt: skip
     for line, row in zip(axes, rows, strict=True):
-        wide = row["settings"]["scope"] == "reference"  # spans orders of magnitude
+        positive = np.array([v for own in row["peak_scores"].values() for layer in own.values() for v in layer if v > 0 and np.isfinite(v)])
+        wide = len(positive) > 0 and positive.max() > 1000 * positive.min() and positive.max() > 20  # spans orders of magnitude
         for axis, name in zip(line, layers, strict=True):
             values = {kind: np.array(own[name]) for kind, own in row["peak_scores"].items()}
             everything = np.concatenate([v[np.isfinite(v)] for v in values.values()])

@@ -16,7 +16,6 @@ from comeba_ext.covariance import Covariance
 from comeba_ext.data import ReadResult
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.editor import Editor
-from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation import Protocol, Result, predict_base, run_protocol
 from comeba_ext.evaluation.metrics import METRICS, SCORES, Metrics
@@ -24,6 +23,7 @@ from comeba_ext.evaluation.queries import check_context, record_queries
 from comeba_ext.experiments import measures, table
 from comeba_ext.experiments.definition import Case, Experiment
 from comeba_ext.storage import make_folder, write_text
+from comeba_ext.text.request import EditRequest
 
 log = logging.getLogger(__name__)
 

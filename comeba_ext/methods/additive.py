@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from comeba_ext.editing.keys import LayerReading
-from comeba_ext.editing.ledger import Entry, stacked
 from comeba_ext.editing.report import Phases
-from comeba_ext.editing.request import EditRequest
+from comeba_ext.memory.ledger import Entry, stacked
 from comeba_ext.methods.without_hooks import WithoutHooks
+from comeba_ext.text.request import EditRequest
 
 
 class Additive(WithoutHooks):

@@ -9,16 +9,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from comeba_ext.editing.config import EditConfig, is_int
-from comeba_ext.editing.encoding import micro_batches, pad_id
-from comeba_ext.editing.ledger import Entry
 from comeba_ext.editing.report import Phases
-from comeba_ext.editing.request import EditRequest
-from comeba_ext.editing.rows import Row, batch_inputs, target_rows
 from comeba_ext.editing.target_values import TargetValues
 from comeba_ext.errors import ConfigError, RequestError
+from comeba_ext.forward.partial import evaluating, frozen
+from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.settings import only_layer
 from comeba_ext.methods.without_hooks import WithoutHooks
-from comeba_ext.partial_forward import evaluating, frozen
+from comeba_ext.text.encoding import micro_batches, pad_id
+from comeba_ext.text.request import EditRequest
+from comeba_ext.text.rows import Row, batch_inputs, target_rows
 
 KEPT = 10  # latest steps a rollback can reach, each a copy of delta on the host
 

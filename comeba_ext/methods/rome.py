@@ -7,9 +7,9 @@ from torch import nn
 
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.report import Phases
-from comeba_ext.editing.request import EditRequest
 from comeba_ext.methods.additive import Additive
 from comeba_ext.methods.settings import only_layer
+from comeba_ext.text.request import EditRequest
 
 
 class ROME(Additive):

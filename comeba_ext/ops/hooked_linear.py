@@ -1,7 +1,7 @@
 """The decision a hook layer takes for every token: edited output or original output (paper section 3.3, DESIGN §3).
 
 ``edit`` is ``x @ deltaᵀ``, the token's response to all edits so far; its L2 norm ``n_t`` is what both scores are made
-of. Three ways to the same result, chosen by :class:`~comeba_ext.hooked_linear.HookedLinear`:
+of. Three ways to the same result, chosen by :class:`~comeba_ext.layers.hooked_linear.HookedLinear`:
 
 - :func:`exact_hook`: the edit of every token is computed, the norm decides, the base output is changed in scope.
 - :func:`gated_hook`: a few rows that keep the norm (a *sketch* of delta) decide, and only the tokens in scope pay for

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from comeba_ext.ops.hooked_linear import in_scope, swap
 
 if TYPE_CHECKING:
-    from comeba_ext.hooked_linear import HookedLinear
+    from comeba_ext.layers.hooked_linear import HookedLinear
 
 
 class Score(nn.Module):

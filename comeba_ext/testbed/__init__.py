@@ -84,7 +84,7 @@ def facts(folder: str | Path = FOLDER, *, same_subject: bool = False) -> list:
     Raises:
         ComebaError: ``same_subject``, and the model knows one fact a subject (as the embedded model does).
     """
-    from comeba_ext.editing.request import EditRequest
+    from comeba_ext.text.request import EditRequest
 
     rng, apart = random.Random(1), random.Random(2)  # the edits are the same either way
     known, more = raw_facts(folder), second_facts(folder)

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from comeba_ext.architectures import Architecture
 from comeba_ext.editing.answers import answered
-from comeba_ext.editing.encoding import encode_all, pad, pad_id
-from comeba_ext.editing.request import EditRequest
-from comeba_ext.editing.rows import target_rows
-from comeba_ext.partial_forward import evaluating, hidden_of, with_hidden
+from comeba_ext.forward.architectures import Architecture
+from comeba_ext.forward.partial import evaluating, hidden_of, with_hidden
+from comeba_ext.text.encoding import encode_all, pad, pad_id
+from comeba_ext.text.request import EditRequest
+from comeba_ext.text.rows import target_rows
 
 FACTS = Path(__file__).parent / "facts.json"
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from torch import nn
 from tqdm.auto import tqdm
 
-from comeba_ext.architectures import Architecture
 from comeba_ext.covariance import Covariance
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.editor import Editor
-from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation import evaluate, predict_base
 from comeba_ext.evaluation.run_log import RunLog
+from comeba_ext.forward.architectures import Architecture
+from comeba_ext.text.request import EditRequest
 from comeba_ext.tuning import probes
 
 CANDIDATES = 4  # value blocks that are tried

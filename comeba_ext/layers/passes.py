@@ -2,7 +2,7 @@
 
 Any number of threads may run a hooked model; an edit becomes visible between their passes, never within one. So a pass says
 when it begins and ends, and whoever changes the hooked layers does it while none is in progress. Changes are prepared beside
-the model (:mod:`comeba_ext.twin`), so that passes wait for a copy of the finished layers and not for an optimisation.
+the model (:mod:`comeba_ext.layers.twin`), so that passes wait for a copy of the finished layers and not for an optimisation.
 """
 
 from __future__ import annotations

@@ -43,14 +43,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from comeba_ext.architectures import FAMILIES, Architecture
-from comeba_ext.editing.block_trace import BlockTrace
-from comeba_ext.editing.budget import launch_tokens
-from comeba_ext.editing.contexts import Contexts, can_share, own_inputs
-from comeba_ext.editing.encoding import dense_batches
-from comeba_ext.editing.rows import Row
-from comeba_ext.partial_forward import hidden_of, only_at, resumed, run_until, watched, with_hidden
-from comeba_ext.past import Past, States, right_aligned
+from comeba_ext.forward.activation_recorder import ActivationRecorder
+from comeba_ext.forward.architectures import FAMILIES, Architecture
+from comeba_ext.forward.budget import launch_tokens
+from comeba_ext.forward.partial import hidden_of, only_at, resumed, run_until, watched, with_hidden
+from comeba_ext.forward.past import Past, States, right_aligned
+from comeba_ext.forward.shared_prefix import SharedPrefix, can_share, own_inputs
+from comeba_ext.text.encoding import dense_batches
+from comeba_ext.text.rows import Row
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Upper:
     value_layer: int
     pad_token: int
     max_tokens: int
-    trace: BlockTrace | None = None
+    trace: ActivationRecorder | None = None
 
     def __post_init__(self) -> None:
         self.decoder = self.model.get_submodule(self.architecture.decoder)
@@ -90,17 +90,17 @@ class Upper:
         below, above = self.blocks[: self.value_layer + 1], self.blocks[self.value_layer + 1 :]
         self.launch_below, self.launch = launch_tokens(below, self.device), launch_tokens(above, self.device, self.last_mlp)
         self.whole = True  # run every token at every step
-        self.contexts: Contexts | None = None
+        self.contexts: SharedPrefix | None = None
         self.context_states: States = {}
 
     def prepare(self, rows: list[Row]) -> None:
         """Find out whether earlier tokens can be cached, and run what rows have in common; ``rows``: all to come."""
         self.whole = not self.caches(rows)
-        contexts = Contexts(rows, self.pad_token, self.device)
+        contexts = SharedPrefix(rows, self.pad_token, self.device)
         if self.whole or not contexts.length or not can_share(self.model):
             return
         past = Past({}, 0)
-        with torch.no_grad(), self.only_states(), self.recorded(BlockTrace.contexts, dict(zip(contexts.place, contexts.ids))):
+        with torch.no_grad(), self.only_states(), self.recorded(ActivationRecorder.contexts, dict(zip(contexts.place, contexts.ids))):
             self.decoder(**contexts.inputs, past_key_values=past, use_cache=True)
         self.contexts, self.context_states = contexts, past.new
 
@@ -241,7 +241,7 @@ class Continuation:
         inputs = own_inputs(rows, [len(row.ids) for row in rows], shared, length, upper.pad_token, upper.device)
         block = upper.blocks[upper.value_layer]
         cache = {"past_key_values": Past(states, length)} if length else {}
-        with upper.recorded(BlockTrace.rows, rows, shared), watched(block, upper.projection) as seen:
+        with upper.recorded(ActivationRecorder.rows, rows, shared), watched(block, upper.projection) as seen:
             run_until(upper.decoder, block, inputs | cache, {}, lambda output: caught.__setitem__("output", output))
         self.form = with_hidden(caught["output"], None)
         hidden = hidden_of(caught["output"])

@@ -23,14 +23,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from comeba_ext import distributed
-from comeba_ext.architectures import context_length
-from comeba_ext.corpus import UNIT_TOKENS, Unfinished, Units, digest_of
-from comeba_ext.editing.encoding import micro_batches, pad, pad_id
+from comeba_ext.covariance.corpus import UNIT_TOKENS, Unfinished, Units, digest_of
+from comeba_ext.covariance.key_sample import Draw, KeySample
 from comeba_ext.errors import CovarianceError, StorageError
+from comeba_ext.forward.architectures import context_length
+from comeba_ext.forward.partial import evaluating, run_until
 from comeba_ext.interrupts import uninterrupted
-from comeba_ext.key_sample import Draw, KeySample
-from comeba_ext.partial_forward import evaluating, run_until
 from comeba_ext.storage import check_identity, identity, read_tensors, write_tensors
+from comeba_ext.text.encoding import micro_batches, pad, pad_id
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from comeba_ext.editing.encoding import pad, pad_id
+from comeba_ext.text.encoding import pad, pad_id
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 TOP_K = 5

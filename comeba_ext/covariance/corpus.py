@@ -17,8 +17,8 @@ import itertools
 from array import array
 from collections.abc import Iterable, Iterator
 
-from comeba_ext.editing.encoding import dense_batches
 from comeba_ext.errors import CovarianceError
+from comeba_ext.text.encoding import dense_batches
 
 POOL_TOKENS = 131072
 UNIT_TOKENS = 4096  # padded

@@ -10,13 +10,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from comeba_ext.editing.encoding import pad
-from comeba_ext.editing.rows import Row
-from comeba_ext.hooked_linear import hooked_layers
-from comeba_ext.past import States, each, right_aligned
+from comeba_ext.forward.past import States, each, right_aligned
+from comeba_ext.text.encoding import pad
+from comeba_ext.text.rows import Row
 
 
-class Contexts:
+class SharedPrefix:
     """The shared beginnings of rows.
 
     Args:
@@ -55,7 +54,7 @@ class Contexts:
 
 def can_share(model: nn.Module) -> bool:
     """Whether every token's scope depends on that token alone."""
-    return all(not layer.score.whole_sequence or layer.mode != "validated" for layer in hooked_layers(model).values())
+    return not any(getattr(module, "reads_sequence", False) for module in model.modules())
 
 
 def _beginning(rows: list[Row]) -> list[int]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from comeba_ext.partial_forward import restore
+from comeba_ext.forward.partial import restore
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from comeba_ext.errors import ArchitectureError, ComebaError
+from comeba_ext.layers.sequence_context import SequenceContext
 from comeba_ext.ops.hooked_linear import decode_hook_available
 from comeba_ext.scores import score_named
 from comeba_ext.scores.base import Score, keep_precise
-from comeba_ext.sequence_context import SequenceContext
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,11 @@ class HookedLinear(nn.Module):
     @property
     def bias(self) -> torch.Tensor | None:
         return getattr(self.base_layer, "bias", None)
+
+    @property
+    def reads_sequence(self) -> bool:
+        """Whether a token's output depends on other tokens, beyond what the base layer does."""
+        return self.score.whole_sequence and self.mode == "validated"
 
     @property
     def mode(self) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from comeba_ext.editing.encoding import Encoded, encode_all, pad
-from comeba_ext.editing.request import EditRequest
 from comeba_ext.errors import RequestError
+from comeba_ext.text.encoding import Encoded, encode_all, pad
+from comeba_ext.text.request import EditRequest
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from comeba_ext.editing.request import EditRequest
+from comeba_ext.text.request import EditRequest
 
 
 @dataclass

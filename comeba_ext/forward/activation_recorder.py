@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from comeba_ext.partial_forward import watched, with_hidden
+from comeba_ext.forward.partial import watched, with_hidden
 
 # A block's output here and in keys: before, after: the block's input and output; x, y: the same of its projection.
 NAMES = ("before", "after", "x", "y")
@@ -30,7 +30,7 @@ class _Run:
     states: dict[str, torch.Tensor]
 
 
-class BlockTrace:
+class ActivationRecorder:
     """A recording of one block, token by token, that forgets everything when it gets too long.
 
     Args:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from comeba_ext.errors import ComebaError
-from comeba_ext.passes import Passes
+from comeba_ext.layers.passes import Passes
 
 
 class _Here(threading.local):

@@ -10,9 +10,9 @@ A request that is edited at its prompt's last token has the same prompt about ot
 
 from __future__ import annotations
 
-from comeba_ext.editing.encoding import encode_all
-from comeba_ext.editing.request import SLOT, EditRequest
-from comeba_ext.editing.rows import Row
+from comeba_ext.text.encoding import encode_all
+from comeba_ext.text.request import SLOT, EditRequest
+from comeba_ext.text.rows import Row
 
 CONTEXT = "The article about the"
 BEGINNINGS = (" Robert", " Northern", " Lake", " Saint Mary", " Gold", " Pakistan")

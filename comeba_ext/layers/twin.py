@@ -10,7 +10,7 @@ import copy
 
 from torch import nn
 
-from comeba_ext.hooked_linear import hooked_layers
+from comeba_ext.layers.hooked_linear import hooked_layers
 
 
 def twin_of(model: nn.Module) -> nn.Module:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from comeba_ext.editing.factor_form import FactorForm
-from comeba_ext.editing.inverse_form import InverseForm, Unfit
 from comeba_ext.errors import CovarianceError
+from comeba_ext.memory.factor_form import FactorForm
+from comeba_ext.memory.inverse_form import InverseForm, Unfit
 
 
 class KeyMemory:

@@ -1,0 +1,1 @@
+"""What an editor remembers: the key memory ``C``, and the ledger of every request."""
