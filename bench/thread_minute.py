@@ -26,17 +26,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--readers", type=int, default=8)
-    parser.add_argument("--scope", default="nearest", choices=["nearest", "reference", "zscore"])
+    parser.add_argument("--scope", nargs="+", default=["nearest", "reference", "zscore"])
     parser.add_argument("--quick", action="store_true", help="ten seconds")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    args.seconds = 10 if args.quick else args.seconds
     torch.set_num_threads(1)  # threads of ours, not torch's
+    rows = []
+    for scope in args.scope:
+        rows.append(minute(scope, 10 if args.quick else args.seconds, args.readers))
+        if not args.json:
+            print(", ".join(f"{key} {value}" for key, value in rows[-1].items()))
+    errors, foreign = sum(len(row["errors"]) for row in rows), sum(row["of no state"] for row in rows)
+    finish(rows, [target("errors", errors, 0, not errors), target("answers of no state", foreign, 0, not foreign)], args.json)
+
+
+def minute(scope: str, seconds: float, count: int) -> dict:
+    """One score's turn."""
     model, tokenizer = testbed.load()
     facts = testbed.facts()[:11]
     prompts = [tokenizer([fact.text], return_tensors="pt") for fact in facts]
-    editor = Editor(model, tokenizer, EditConfig.for_model(model, scope=args.scope))
+    editor = Editor(model, tokenizer, EditConfig.for_model(model, scope=scope))
     editor.collect_covariance(testbed.texts(), tokens=100_000, progress=False)
+    values = editor.target_values(facts[:10])
 
     def answer(n: int) -> torch.Tensor:
         """Logits of the first token that the model would write behind a prompt."""
@@ -44,8 +55,6 @@ def main() -> None:
             **prompts[n], max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
         return found.logits[0][0]
-
-    values = editor.target_values(facts[:10])
 
     def steps():
         """One round: back where it began, through seven states."""
@@ -58,7 +67,7 @@ def main() -> None:
         yield editor.rollback(0)
 
     states = [[answer(n) for n in range(len(prompts))] for _ in steps()]
-    stop, answers, foreign = threading.Event(), [0] * args.readers, [0] * args.readers
+    stop, answers, foreign = threading.Event(), [0] * count, [0] * count
 
     def read(number: int) -> None:
         draw = random.Random(number)
@@ -69,22 +78,18 @@ def main() -> None:
             foreign[number] += not any(torch.allclose(found, state[n], rtol=0, atol=CLOSE) for state in states)
 
     started, edits = time.monotonic(), 0
-    with ThreadPoolExecutor(args.readers) as threads:
-        readers = [threads.submit(read, number) for number in range(args.readers)]
+    with ThreadPoolExecutor(count) as threads:
+        readers = [threads.submit(read, number) for number in range(count)]
         try:
-            while time.monotonic() - started < args.seconds:
+            while time.monotonic() - started < seconds:
                 for _ in steps():
                     edits += 1
-                    if time.monotonic() - started >= args.seconds:
+                    if time.monotonic() - started >= seconds:
                         break
         finally:
             stop.set()
-    errors = [repr(reader.exception()) for reader in readers if reader.exception() is not None]
-    row = {"scope": args.scope, "readers": args.readers, "seconds": round(time.monotonic() - started), "answers": sum(answers),
-           "of no state": sum(foreign), "steps of the editing thread": edits, "errors": errors}  # fmt: skip
-    if not args.json:
-        print(", ".join(f"{key} {value}" for key, value in row.items()))
-    finish([row], [target("errors", len(errors), 0, not errors), target("answers of no state", sum(foreign), 0, not sum(foreign))], args.json)
+    return {"scope": scope, "readers": count, "seconds": round(time.monotonic() - started), "answers": sum(answers), "of no state": sum(foreign),
+            "steps of the editing thread": edits, "errors": [repr(r.exception()) for r in readers if r.exception() is not None]}  # fmt: skip
 
 
 if __name__ == "__main__":

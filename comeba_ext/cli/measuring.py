@@ -13,7 +13,7 @@ import typer
 
 from comeba_ext.cli.app import Device, Dtype, Edits, Json, Limit, Model, Trust, app
 from comeba_ext.cli.inputs import fitting, loaded
-from comeba_ext.cli.terminal import flat, metric_row, reporting, say_counts
+from comeba_ext.cli.terminal import flattened, metric_row, reporting, say_counts
 from comeba_ext.errors import ComebaError
 
 METRICS = ("reliability", "generality", "locality")
@@ -93,7 +93,7 @@ def ability(
             columns = {"unedited": measured()}
         if edits is not None:
             columns["edited"] = measured()
-        flat = {name: flat(found) for name, found in columns.items()}
+        flat = {name: flattened(found) for name, found in columns.items()}
         report.table(("", *columns), [(row, *(f"{own[row]:.4g}" for own in flat.values())) for row in flat["unedited"]])
         counts = {"read": len(chosen or ()), "used": len(chosen or ()), "skipped": []}
         report.result = {**columns, "records": counts, "edits_folder": str(edits) if edits else None}

@@ -145,7 +145,7 @@ def metric_row(metrics, name: str) -> tuple[str, ...]:
     return (name, *(cell(metrics, name + suffix) for suffix in SCORES))
 
 
-def flat(found: dict) -> dict[str, float]:
+def flattened(found: dict) -> dict[str, float]:
     """Perplexity and every metric of every task, one name each."""
     rows = {name: value for name, value in found.items() if name != "tasks"}
     for task, metrics in found.get("tasks", {}).items():

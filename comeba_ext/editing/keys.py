@@ -12,7 +12,7 @@ from torch import nn
 from comeba_ext.forward.activation_recorder import NAMES, ActivationRecorder
 from comeba_ext.forward.budget import launch_tokens
 from comeba_ext.forward.partial import hidden_of, resumed, run_until, watched, with_hidden
-from comeba_ext.forward.past import Past
+from comeba_ext.forward.past import Past, cache_name
 from comeba_ext.forward.shared_prefix import SharedPrefix, own_inputs
 from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.text.encoding import dense_batches, micro_batches, pad
@@ -191,7 +191,7 @@ class KeyReader:
         """Run a batch through the block of this layer, with an empty prefix to the value layer, whose output is returned."""
         plain, final = any(row.plain for row in batch.rows), number + 1 == len(self.layers)
         projection, block, output = self.projections[number], self.blocks[self.layers[number]], None
-        inputs = batch.inputs if past is None else batch.inputs | {"past_key_values": past}
+        inputs = batch.inputs if past is None else batch.inputs | {cache_name(self.decoder): past}
         start, _ = self._start(batch)
         with watched(block, projection) as seen, start:
             if final and not plain:

@@ -40,7 +40,7 @@ class Architecture:
     """Names of a model's parts, as in ``model.named_modules()``.
 
     Attributes:
-        decoder: the module that receives ``input_ids``, ``attention_mask`` and ``past_key_values`` and owns the blocks.
+        decoder: the module that receives ``input_ids``, ``attention_mask`` and the cache and owns the blocks.
         blocks: the module list of transformer blocks.
         projection: the MLP output projection, relative to a block.
         final_norm: the norm before the head.

@@ -47,7 +47,7 @@ from comeba_ext.forward.activation_recorder import ActivationRecorder
 from comeba_ext.forward.architectures import FAMILIES, Architecture
 from comeba_ext.forward.budget import launch_tokens
 from comeba_ext.forward.partial import hidden_of, only_at, resumed, run_until, watched, with_hidden
-from comeba_ext.forward.past import Past, States, right_aligned
+from comeba_ext.forward.past import Past, States, cache_name, right_aligned
 from comeba_ext.forward.shared_prefix import SharedPrefix, can_share, own_inputs
 from comeba_ext.text.encoding import dense_batches
 from comeba_ext.text.rows import Row
@@ -101,7 +101,7 @@ class Upper:
             return
         past = Past({}, 0)
         with torch.no_grad(), self.only_states(), self.recorded(ActivationRecorder.contexts, dict(zip(contexts.place, contexts.ids))):
-            self.decoder(**contexts.inputs, past_key_values=past, use_cache=True)
+            self.decoder(**contexts.inputs, **{cache_name(self.decoder): past}, use_cache=True)
         self.contexts, self.context_states = contexts, past.new
 
     def only_states(self):
@@ -195,7 +195,7 @@ class Continuation:
             return self.base + spread
 
         upper = self.upper
-        cache = {"use_cache": False} if self.past is None else {"past_key_values": self.past, "use_cache": True}
+        cache = {"use_cache": False} if self.past is None else {cache_name(upper.decoder): self.past, "use_cache": True}
         few = upper.last_mlp is not None and 2 * len(read[0]) < self.base.shape[0] * self.base.shape[1]
         with resumed(upper.blocks, upper.value_layer, hidden, self.form):
             with only_at(upper.last_mlp, read) if few else contextlib.nullcontext():
@@ -240,7 +240,7 @@ class Continuation:
         states = contexts.past(upper.context_states, rows) if length else {}
         inputs = own_inputs(rows, [len(row.ids) for row in rows], shared, length, upper.pad_token, upper.device)
         block = upper.blocks[upper.value_layer]
-        cache = {"past_key_values": Past(states, length)} if length else {}
+        cache = {cache_name(upper.decoder): Past(states, length)} if length else {}
         with upper.recorded(ActivationRecorder.rows, rows, shared), watched(block, upper.projection) as seen:
             run_until(upper.decoder, block, inputs | cache, {}, lambda output: caught.__setitem__("output", output))
         self.form = with_hidden(caught["output"], None)
@@ -262,7 +262,7 @@ class Continuation:
         inputs["attention_mask"][:, length:] = 1
         own = Past(states, length)
         with resumed(upper.blocks, upper.value_layer, lambda: hidden[:, :before], self.form), upper.only_states():
-            upper.decoder(**inputs, past_key_values=own, use_cache=True)
+            upper.decoder(**inputs, **{cache_name(upper.decoder): own}, use_cache=True)
 
         def whole(before: torch.Tensor | None, after: torch.Tensor) -> torch.Tensor:
             together = after if before is None else torch.cat((before.to(after), after), -2)

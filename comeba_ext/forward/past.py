@@ -8,10 +8,24 @@ which the model's own mask functions lay sliding windows.
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 
 States = dict[int, tuple[torch.Tensor, torch.Tensor]]  # block -> keys and values, each (rows, heads, tokens, width)
+
+
+def cache_name(decoder: nn.Module) -> str:
+    """The argument that a decoder takes its cache by."""
+    return _cache_name(type(decoder))
+
+
+@functools.cache
+def _cache_name(kind: type[nn.Module]) -> str:
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"  # before Transformers 5.24
 
 
 class Past(Cache):
