@@ -10,7 +10,7 @@ import transformers
 from comeba_ext import EditConfig
 from comeba_ext.editing.target_values import optimise_target_values
 from comeba_ext.forward.architectures import FAMILIES, Architecture
-from comeba_ext.forward.cached_suffix import Continuation, Upper
+from comeba_ext.forward.cached_suffix import CachedRows, Suffix
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import essence_rows, target_rows
 
@@ -87,8 +87,8 @@ def settings(**changes):
 
 
 def pieces(model, tokenizer):
-    upper = Upper(model, Architecture.of(model), 1, 0, 4096)
-    return upper, [*target_rows(tokenizer, REQUESTS, PREFIXES), *essence_rows(tokenizer, REQUESTS)]
+    suffix = Suffix(model, Architecture.of(model), 1, 0, 4096)
+    return suffix, [*target_rows(tokenizer, REQUESTS, PREFIXES), *essence_rows(tokenizer, REQUESTS)]
 
 
 def relative(found, wanted):
@@ -107,15 +107,15 @@ def test_cached_past_gives_what_whole_rows_give(family, attention, tokenizer):
         model = family_model(family, tokenizer, dtype, attn_implementation=attention)
     except ValueError:
         pytest.skip(f"{family} has no {attention} attention")
-    upper, rows = pieces(model, tokenizer)
-    assert upper.caches(rows) == (family != "bloom")
+    suffix, rows = pieces(model, tokenizer)
+    assert suffix.caches(rows) == (family != "bloom")
     if family == "bloom":
         return
-    upper.whole = True
-    whole = Continuation(upper, rows)
-    upper.prepare(rows)
-    assert upper.contexts.length > 5
-    cached = Continuation(upper, rows)
+    suffix.whole = True
+    whole = CachedRows(suffix, rows)
+    suffix.prepare(rows)
+    assert suffix.contexts.length > 5
+    cached = CachedRows(suffix, rows)
     assert whole.past is None and cached.past.length == max(row.subject_last for row in rows)
     shift = torch.randn(len(rows), 32, dtype=dtype, generator=torch.Generator().manual_seed(0))
     order = {id(row): n for n, row in enumerate(rows)}

@@ -10,7 +10,7 @@ from comeba_ext.editing import target_values as module
 from comeba_ext.editing.target_values import optimise_target_values
 from comeba_ext.errors import RequestError
 from comeba_ext.forward.architectures import Architecture
-from comeba_ext.forward.cached_suffix import Upper
+from comeba_ext.forward.cached_suffix import Suffix
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import essence_rows, target_rows
 
@@ -163,9 +163,9 @@ def test_groups_and_order_do_not_matter(tiny_model, tokenizer, monkeypatch):
     sizes = []
     real = module._Objective
 
-    def counted(upper, config, by_request, *args):
+    def counted(suffix, config, by_request, *args):
         sizes.append(len(by_request))
-        return real(upper, config, by_request, *args)
+        return real(suffix, config, by_request, *args)
 
     monkeypatch.setattr(module, "_Objective", counted)
     for max_tokens, groups in ((1, 5), (300, None), (4096, 1)):
@@ -188,9 +188,9 @@ def test_facts_of_one_subject_share_a_delta(tiny_model, tokenizer):
     delta = torch.randn(1, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def loss(own):
-        upper = Upper(model, Architecture.of(model), 2, 0, 4096)
-        upper.prepare(rows + essence)
-        objective = module._Objective(upper, config, [own])
+        suffix = Suffix(model, Architecture.of(model), 2, 0, 4096)
+        suffix.prepare(rows + essence)
+        objective = module._Objective(suffix, config, [own])
         objective.evaluate(torch.zeros_like(objective.h), False)
         return objective.evaluate(delta, False)[0].item()
 
@@ -255,9 +255,9 @@ def test_gradient_against_finite_differences(tiny_model, tokenizer):
     rows = target_rows(tokenizer, REQUESTS[:2], PREFIXES)
     essence = essence_rows(tokenizer, REQUESTS[:2])
     by_request = [[*(row for row in rows if row.request == n), essence[n]] for n in range(2)]
-    upper = Upper(model, Architecture.of(model), 2, 0, 4096)
-    upper.prepare(rows + essence)
-    objective = module._Objective(upper, settings(), by_request)
+    suffix = Suffix(model, Architecture.of(model), 2, 0, 4096)
+    suffix.prepare(rows + essence)
+    objective = module._Objective(suffix, settings(), by_request)
     objective.evaluate(torch.zeros_like(objective.h), False)
     delta = torch.randn(2, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     _, gradient = objective.evaluate(delta, True)
@@ -275,8 +275,8 @@ def test_gradient_against_finite_differences(tiny_model, tokenizer):
 def test_number_of_evaluations_and_steps(tiny_model, tokenizer, monkeypatch):
     model, _ = edited_model(tiny_model, tokenizer, "gpt2")
     evaluations = []
-    real = module.Path.evaluate
-    monkeypatch.setattr(module.Path, "evaluate", lambda *a, **k: evaluations.append(int(a[0].open.sum())) or real(*a, **k))
+    real = module.Descent.evaluate
+    monkeypatch.setattr(module.Descent, "evaluate", lambda *a, **k: evaluations.append(int(a[0].open.sum())) or real(*a, **k))
     found = run(model, tokenizer, settings(steps=4, early_stop=0.0))
     assert evaluations == [5] * 4 and found.steps == [3] * 5
     evaluations.clear()
@@ -349,7 +349,7 @@ def test_interrupted_edits_leave_the_last_complete_batch(tiny_model, tokenizer, 
     model = tiny_model("gpt2", **SMALL["gpt2"])
     editor = Editor(model, tokenizer, settings(steps=4, early_stop=0.0))
     editor.collect_covariance([r.text for r in REQUESTS] * 9, tokens=10**6, progress=False)
-    real, calls = module.Path.evaluate, []
+    real, calls = module.Descent.evaluate, []
 
     def interrupted(*args, **kwargs):
         calls.append(0)
@@ -357,7 +357,7 @@ def test_interrupted_edits_leave_the_last_complete_batch(tiny_model, tokenizer, 
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module.Path, "evaluate", interrupted)
+    monkeypatch.setattr(module.Descent, "evaluate", interrupted)
     states = []
     with pytest.raises(KeyboardInterrupt):
         for _ in editor.edit_all(REQUESTS, batch_size=2, progress=False):

@@ -31,7 +31,7 @@ class Objective(Protocol):
         """These requests, ``(u,)`` bool, need no more evaluations."""
 
 
-class Path:
+class Descent:
     """Where the optimisation of a group stands: what every optimiser keeps, and the rule when a request is done.
 
     Attributes:
@@ -79,25 +79,25 @@ class Path:
         return delta / (delta.norm(dim=-1, keepdim=True) / self.bound).clamp(min=1)
 
 
-def adam(path: Path) -> None:
+def adam(descent: Descent) -> None:
     """Adam (β 0.9 and 0.999, ε 1e-8) with projection after every step, as in the paper.
 
     ``steps`` evaluations at most, with a step between two.
     """
-    first, second = torch.zeros_like(path.delta), torch.zeros_like(path.delta)
-    for step in range(path.config.steps):
-        last = step == path.config.steps - 1
-        _, slope = path.evaluate(path.delta, gradient=not last)
-        if last or not path.open.any():
+    first, second = torch.zeros_like(descent.delta), torch.zeros_like(descent.delta)
+    for step in range(descent.config.steps):
+        last = step == descent.config.steps - 1
+        _, slope = descent.evaluate(descent.delta, gradient=not last)
+        if last or not descent.open.any():
             return
         first = 0.9 * first + 0.1 * slope
         second = 0.999 * second + 0.001 * slope**2
         move = (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
-        path.delta = torch.where(path.open[:, None], path.projected(path.delta - path.rate * move), path.delta)
-        path.steps += path.open
+        descent.delta = torch.where(descent.open[:, None], descent.projected(descent.delta - descent.rate * move), descent.delta)
+        descent.steps += descent.open
 
 
-def polyak(path: Path) -> None:
+def polyak(descent: Descent) -> None:
     """Gradient steps whose length follows from the loss alone: no learning rate, a few evaluations.
 
     The loss is bounded below by zero, and once the new object is likely it falls exponentially along the gradient. So a
@@ -105,21 +105,21 @@ def polyak(path: Path) -> None:
     step ``loss/‖g‖²`` (Introduction to Optimization, 1987, section 5.3), times ``log(loss/target)``. A step is at most
     half the ball's radius. When a loss did not fall, the request returns to its best point and halves its step.
 
-    Far from the paper's path, and shorter: ‖δ‖ is smaller too, because nothing is taken from the signs of small slopes.
+    Far from the paper's descent, and shorter: ‖δ‖ is smaller too, because nothing is taken from the signs of small slopes.
     """
     # Without early stop there is no loss to aim at; a hundredth of the present one keeps the steps bounded.
-    aim = 0.8 * path.config.early_stop
-    best, slope_there = path.delta.clone(), torch.zeros_like(path.delta)
-    least, led = torch.full_like(path.losses, torch.inf), path.leads
+    aim = 0.8 * descent.config.early_stop
+    best, slope_there = descent.delta.clone(), torch.zeros_like(descent.delta)
+    least, led = torch.full_like(descent.losses, torch.inf), descent.leads
     share = torch.ones_like(least)
-    for step in range(path.config.steps):
-        last = step == path.config.steps - 1
-        loss, slope = path.evaluate(path.delta, gradient=not last)
+    for step in range(descent.config.steps):
+        last = step == descent.config.steps - 1
+        loss, slope = descent.evaluate(descent.delta, gradient=not last)
         better = ~(loss >= least)  # NaN, to be reported, counts as better
         least = torch.where(better, loss, least)
-        best = torch.where(better[:, None], path.delta, best)
-        led = torch.where(better, path.leads, led)
-        if last or not path.open.any():
+        best = torch.where(better[:, None], descent.delta, best)
+        led = torch.where(better, descent.leads, led)
+        if last or not descent.open.any():
             break
         slope_there = torch.where(better[:, None], slope, slope_there)
         share = torch.where(better, (1.5 * share).clamp(max=1), 0.5 * share)
@@ -127,12 +127,12 @@ def polyak(path: Path) -> None:
         size = least / slope_there.square().sum(-1).clamp(min=torch.finfo(least.dtype).tiny)
         size = share * size * (least / goal).log().clamp(min=1)
         move = size[:, None] * slope_there
-        move = move / (2 * move.norm(dim=-1, keepdim=True) / path.bound).clamp(min=1)
-        path.delta = torch.where(path.open[:, None], path.projected(best - move), path.delta)
-        path.steps += path.open
-    path.delta = torch.where(path.open[:, None], best, path.delta)
-    path.losses = torch.where(path.open, least, path.losses)
-    path.leads = torch.where(path.open, led, path.leads)
+        move = move / (2 * move.norm(dim=-1, keepdim=True) / descent.bound).clamp(min=1)
+        descent.delta = torch.where(descent.open[:, None], descent.projected(best - move), descent.delta)
+        descent.steps += descent.open
+    descent.delta = torch.where(descent.open[:, None], best, descent.delta)
+    descent.losses = torch.where(descent.open, least, descent.losses)
+    descent.leads = torch.where(descent.open, led, descent.leads)
 
 
 OPTIMISERS = {"adam": adam, "polyak": polyak}

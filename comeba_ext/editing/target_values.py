@@ -24,12 +24,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from comeba_ext.editing.config import EditConfig
-from comeba_ext.editing.optimisers import OPTIMISERS, Path
+from comeba_ext.editing.optimisers import OPTIMISERS, Descent
 from comeba_ext.errors import ArchitectureError, RequestError
 from comeba_ext.forward.activation_recorder import ActivationRecorder
 from comeba_ext.forward.architectures import Architecture, context_length
 from comeba_ext.forward.budget import token_budget
-from comeba_ext.forward.cached_suffix import Continuation, Upper
+from comeba_ext.forward.cached_suffix import CachedRows, Suffix
 from comeba_ext.forward.half_compute import products_in
 from comeba_ext.forward.partial import frozen
 from comeba_ext.text.encoding import dense_batches, pad_id
@@ -84,25 +84,25 @@ def optimise_target_values(
     for row in rows:
         of_request[row.request].append(row)
     budget = token_budget(model, config.max_tokens)
-    upper = Upper(model, architecture, config.value_layer, pad_id(tokenizer), budget, trace)
+    suffix = Suffix(model, architecture, config.value_layer, pad_id(tokenizer), budget, trace)
     results: list[tuple[torch.Tensor, float, int, bool] | None] = [None] * len(requests)
     products = getattr(torch, config.compute_dtype) if config.compute_dtype else None
-    reached = [*upper.blocks[config.value_layer + 1 :], model.get_output_embeddings()]
+    reached = [*suffix.blocks[config.value_layer + 1 :], model.get_output_embeddings()]
 
     def solve(groups: list[list[int]], optimiser: str, progress: Callable[[int, float], None] = lambda done, loss: None) -> None:
         """Values of groups of requests; where there are some already, the better ones stay."""
         by_group = [[row for n in group for row in of_request[n]] + [essence[group[0]]] for group in groups]
         done, losses = 0, 0.0
-        for chosen in _dense(by_group, upper.max_tokens):
+        for chosen in _dense(by_group, suffix.max_tokens):
             sizes = [len(groups[k]) for k in chosen]
 
             def on_step(open_: torch.Tensor, loss: torch.Tensor, done=done, losses=losses, sizes=sizes) -> None:
                 closed = sum(size for size, still in zip(sizes, open_.tolist(), strict=True) if not still)
                 progress(done + closed, (losses + sum(map(mul, sizes, loss.tolist()))) / (done + sum(sizes)))
 
-            path = Path(_Objective(upper, config, [by_group[k] for k in chosen]), config, on_step)
-            OPTIMISERS[optimiser](path)
-            for n, value, loss, steps, leads in _found(path, [groups[k] for k in chosen]):
+            descent = Descent(_Objective(suffix, config, [by_group[k] for k in chosen]), config, on_step)
+            OPTIMISERS[optimiser](descent)
+            for n, value, loss, steps, leads in _found(descent, [groups[k] for k in chosen]):
                 known = results[n]
                 if known is not None and not (leads or loss < known[1]):
                     value, loss = known[:2]
@@ -115,7 +115,7 @@ def optimise_target_values(
         return [group for group in groups if not all(results[n][3] for n in group) and math.isfinite(results[group[0]][1])]
 
     with frozen(model), products_in(products, reached):
-        upper.prepare(rows + essence)
+        suffix.prepare(rows + essence)
         solve(together, config.optimizer, on_progress)
         second = config.optimizer == "polyak" and config.steps > 1
         if second:
@@ -137,12 +137,12 @@ def optimise_target_values(
     return TargetValues(torch.stack([r[0] for r in results]), [r[1] for r in results], [r[2] for r in results])
 
 
-def _found(path: Path, groups: list[list[int]]):
+def _found(descent: Descent, groups: list[list[int]]):
     """``(request, value, loss, steps, whether the target leads)`` of every request of the groups."""
-    per_group = zip(groups, path.delta, path.losses.tolist(), path.steps.tolist(), path.leads.tolist(), strict=True)
+    per_group = zip(groups, descent.delta, descent.losses.tolist(), descent.steps.tolist(), descent.leads.tolist(), strict=True)
     for group, delta, *rest in per_group:
         for n in group:
-            yield n, path.objective.hidden[n] + delta, *rest
+            yield n, descent.objective.hidden[n] + delta, *rest
 
 
 def _dense(by_group: list[list[Row]], max_tokens: int) -> list[list[int]]:
@@ -169,12 +169,12 @@ class _Objective:
         hidden: request number to its own ``h``, in float32 or better; ``h``: the first request's of each group.
     """
 
-    def __init__(self, upper: Upper, config: EditConfig, by_request: list[list[Row]]):
+    def __init__(self, suffix: Suffix, config: EditConfig, by_request: list[list[Row]]):
         self.config = config
         owned = [(n, row) for n, rows in enumerate(by_request) for row in rows]
-        lengths = [row.end - (0 if upper.whole else row.subject_last) for _, row in owned]
-        groups = dense_batches(lengths, upper.max_tokens, upper.launch)
-        self.parts = [_Part(upper, config, [owned[i] for i in group], by_request) for group in groups]
+        lengths = [row.end - (0 if suffix.whole else row.subject_last) for _, row in owned]
+        groups = dense_batches(lengths, suffix.max_tokens, suffix.launch)
+        self.parts = [_Part(suffix, config, [owned[i] for i in group], by_request) for group in groups]
         self.hidden = {n: h.to(torch.promote_types(h.dtype, torch.float32)) for part in self.parts for n, h in part.plain_states()}
         self.h = torch.stack([self.hidden[rows[0].request] for rows in by_request])  # (u, d_model)
         self.rows = torch.tensor([sum(bool(row.target) for row in rows) for rows in by_request], device=self.h.device)
@@ -217,11 +217,11 @@ def _gradient(loss: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
 class _Part:
     """One dense batch of rows and what its outputs contribute to the losses of their requests."""
 
-    def __init__(self, upper: Upper, config: EditConfig, owned: list[tuple[int, Row]], by_request: list):
+    def __init__(self, suffix: Suffix, config: EditConfig, owned: list[tuple[int, Row]], by_request: list):
         owner = {id(row): n for n, row in owned}
-        self.rows = Continuation(upper, [row for _, row in owned])
+        self.rows = CachedRows(suffix, [row for _, row in owned])
         self.owners = [owner[id(row)] for row in self.rows.rows]  # request of every row, in the continuation's order
-        self.head, self.config = upper.head, config
+        self.head, self.config = suffix.head, config
         self.row_counts = [sum(bool(row.target) for row in rows) for rows in by_request]
         self.before: torch.Tensor | None = None  # (essence rows, vocab)
         self._index()

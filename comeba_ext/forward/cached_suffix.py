@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Upper:
+class Suffix:
     """The blocks above the value layer of a model, and how they are run.
 
     Args:
@@ -125,7 +125,7 @@ class Upper:
             with torch.no_grad():
                 ends = []
                 for self.whole in (True, False):
-                    ends.append(Continuation(self, trial).read_last())
+                    ends.append(CachedRows(self, trial).read_last())
         except Exception as error:
             log.info("%s: earlier tokens are run again at every step (%s)", config.model_type, error)
             return False
@@ -136,11 +136,11 @@ class Upper:
         return True
 
 
-class Continuation:
+class CachedRows:
     """A batch of rows, prepared to be run above the value layer any number of times.
 
     Args:
-        upper: the blocks to run.
+        suffix: the blocks to run.
         rows: the rows.
 
     Attributes:
@@ -151,13 +151,13 @@ class Continuation:
         at: ``(rows,)``, the column of the subject's last token among those.
     """
 
-    def __init__(self, upper: Upper, rows: list[Row]):
-        self.upper, device = upper, upper.device
-        shared = [0] * len(rows) if upper.contexts is None else upper.contexts.counts(rows)
+    def __init__(self, suffix: Suffix, rows: list[Row]):
+        self.suffix, device = suffix, suffix.device
+        shared = [0] * len(rows) if suffix.contexts is None else suffix.contexts.counts(rows)
         own = [len(row.ids) - count for row, count in zip(rows, shared, strict=True)]
-        chunks = dense_batches(own, upper.max_tokens, upper.launch_below)
+        chunks = dense_batches(own, suffix.max_tokens, suffix.launch_below)
         self.rows = [rows[n] for chunk in chunks for n in chunk]
-        starts = [0 if upper.whole else row.subject_last for row in self.rows]
+        starts = [0 if suffix.whole else row.subject_last for row in self.rows]
         self.starts = torch.tensor(starts, device=device)
         self.at = torch.tensor([row.subject_last for row in self.rows], device=device) - self.starts
         past, width = max(starts), max(row.end - start for row, start in zip(self.rows, starts, strict=True))
@@ -172,8 +172,8 @@ class Continuation:
         if past:
             joined = {n: tuple(map(torch.cat, zip(*(s[n] for s in states), strict=True))) for n in states[0]}
             self.past = Past(joined, past)
-        self.h = self.base[self._index(), self.at.to(self.base.device)] if upper.norm is None else torch.cat(outputs)
-        self.inputs = own_inputs(self.rows, [row.end for row in self.rows], starts, past, upper.pad_token, device)
+        self.h = self.base[self._index(), self.at.to(self.base.device)] if suffix.norm is None else torch.cat(outputs)
+        self.inputs = own_inputs(self.rows, [row.end for row in self.rows], starts, past, suffix.pad_token, device)
         # Padding after a row is not masked: no earlier token sees it, and its own softmax must be over something.
         self.inputs["attention_mask"][:, past:] = 1
 
@@ -190,16 +190,16 @@ class Continuation:
 
         def hidden() -> torch.Tensor:
             spread = torch.zeros_like(self.base)
-            moved = shift if upper.norm is None else upper.norm(self.h + shift.to(self.h)) - upper.norm(self.h)
+            moved = shift if suffix.norm is None else suffix.norm(self.h + shift.to(self.h)) - suffix.norm(self.h)
             spread[self._index(), self.at.to(spread.device)] = moved.to(spread)
             return self.base + spread
 
-        upper = self.upper
-        cache = {"use_cache": False} if self.past is None else {cache_name(upper.decoder): self.past, "use_cache": True}
-        few = upper.last_mlp is not None and 2 * len(read[0]) < self.base.shape[0] * self.base.shape[1]
-        with resumed(upper.blocks, upper.value_layer, hidden, self.form):
-            with only_at(upper.last_mlp, read) if few else contextlib.nullcontext():
-                out = upper.decoder(**self.inputs, **cache)[0]
+        suffix = self.suffix
+        cache = {"use_cache": False} if self.past is None else {cache_name(suffix.decoder): self.past, "use_cache": True}
+        few = suffix.last_mlp is not None and 2 * len(read[0]) < self.base.shape[0] * self.base.shape[1]
+        with resumed(suffix.blocks, suffix.value_layer, hidden, self.form):
+            with only_at(suffix.last_mlp, read) if few else contextlib.nullcontext():
+                out = suffix.decoder(**self.inputs, **cache)[0]
         return out[tuple(i.to(out.device) for i in read)]
 
     def columns(self) -> list[list[int]]:
@@ -234,24 +234,24 @@ class Continuation:
             of the tokens before, right-aligned in ``past`` columns; with a norm behind the MLP, the projection's output at
             the subject's last token, ``(rows, d_model)``.
         """
-        upper, caught, contexts = self.upper, {}, self.upper.contexts
+        suffix, caught, contexts = self.suffix, {}, self.suffix.contexts
         shared = [0] * len(rows) if contexts is None else contexts.counts(rows)
         length = 0 if contexts is None else contexts.length
-        states = contexts.past(upper.context_states, rows) if length else {}
-        inputs = own_inputs(rows, [len(row.ids) for row in rows], shared, length, upper.pad_token, upper.device)
-        block = upper.blocks[upper.value_layer]
-        cache = {cache_name(upper.decoder): Past(states, length)} if length else {}
-        with upper.recorded(ActivationRecorder.rows, rows, shared), watched(block, upper.projection) as seen:
-            run_until(upper.decoder, block, inputs | cache, {}, lambda output: caught.__setitem__("output", output))
+        states = contexts.past(suffix.context_states, rows) if length else {}
+        inputs = own_inputs(rows, [len(row.ids) for row in rows], shared, length, suffix.pad_token, suffix.device)
+        block = suffix.blocks[suffix.value_layer]
+        cache = {cache_name(suffix.decoder): Past(states, length)} if length else {}
+        with suffix.recorded(ActivationRecorder.rows, rows, shared), watched(block, suffix.projection) as seen:
+            run_until(suffix.decoder, block, inputs | cache, {}, lambda output: caught.__setitem__("output", output))
         self.form = with_hidden(caught["output"], None)
         hidden = hidden_of(caught["output"])
         output = None
-        if upper.norm is not None:
+        if suffix.norm is not None:
             last = [row.subject_last - count for row, count in zip(rows, shared, strict=True)]
             output = seen["y"].reshape(hidden.shape)[torch.arange(len(rows)), last]
         real = inputs["attention_mask"][:, length:].bool().to(hidden.device)
         hidden = hidden.masked_fill(~real[..., None], 0)
-        first = torch.tensor(shared, device=upper.device)
+        first = torch.tensor(shared, device=suffix.device)
         base = _columns(hidden, starts - first, width)
         if not past:
             return base, {}, output
@@ -261,8 +261,8 @@ class Continuation:
         }
         inputs["attention_mask"][:, length:] = 1
         own = Past(states, length)
-        with resumed(upper.blocks, upper.value_layer, lambda: hidden[:, :before], self.form), upper.only_states():
-            upper.decoder(**inputs, **{cache_name(upper.decoder): own}, use_cache=True)
+        with resumed(suffix.blocks, suffix.value_layer, lambda: hidden[:, :before], self.form), suffix.only_states():
+            suffix.decoder(**inputs, **{cache_name(suffix.decoder): own}, use_cache=True)
 
         def whole(before: torch.Tensor | None, after: torch.Tensor) -> torch.Tensor:
             together = after if before is None else torch.cat((before.to(after), after), -2)
