@@ -24,7 +24,7 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FACE = {("editing.editor", "saved_edits")}  # Editor.save_pretrained, from_pretrained: the public face offers what lies above
-LONG = {"editing/editor.py": 730}  # on its way down to 400
+LONG = {"editing/editor.py": 680}  # on its way down to 400
 
 
 def imports(tree: ast.AST) -> set[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import logging
 import math
@@ -20,10 +19,12 @@ from tqdm.auto import tqdm
 from comeba_ext import distributed, saved_edits
 from comeba_ext.covariance import Covariance, collect_covariance
 from comeba_ext.editing.answers import answered
+from comeba_ext.editing.batches import check_consistent, handled, with_ids
 from comeba_ext.editing.config import EditConfig, is_int
 from comeba_ext.editing.keys import KeyReader, LayerReading, subject_keys
 from comeba_ext.editing.recognition import KeyRecognition, Recognition
 from comeba_ext.editing.report import EditReport, Phases, peak_memory
+from comeba_ext.editing.sharing import shared_target_values
 from comeba_ext.editing.target_values import TargetValues, optimise_target_values
 from comeba_ext.errors import ComebaError, ConfigError, CovarianceError, RequestError
 from comeba_ext.forward.activation_recorder import ActivationRecorder
@@ -328,22 +329,14 @@ class Editor:
             for batch in batches:
                 with self._one_step:
                     # The rest was checked. Ids are given batch by batch, so that a run that goes on later gives the same.
-                    report = self._edit(self._named(self._consistent(batch), given), None, on_progress)
+                    report = self._edit(self._named(check_consistent(batch, self.ledger), given), None, on_progress)
                 bar.update(len(batch))
                 yield report
 
     def handled(self) -> Counter[tuple[str, str, str]]:
         """What the steps so far were asked for, edited or declined: ``(text, subject, new object)``, how often. What was rolled
         back does not count; what was superseded or retracted does."""
-        found: list[tuple[int, tuple[str, str, str]]] = []
-        for event in self.log:
-            if event["event"] == "edit":
-                edited = (EditRequest.from_record(record) for record in event["requests"])
-                found += [(event["step"], request.asked) for request in edited]
-                found += [(event["step"], (d["prompt"], d.get("subject", ""), d.get("target_new", ""))) for d in event["declined"]]
-            elif event["event"] == "rollback":
-                found = [(step, asked) for step, asked in found if step <= event["step"]]
-        return Counter(asked for _, asked in found)
+        return handled(self.log)
 
     def check(self, requests: Iterable[EditRequest | Mapping]) -> None:
         """Raise what :meth:`edit` would raise on this batch before it starts; changes nothing."""
@@ -469,42 +462,14 @@ class Editor:
         return self._named(self._validate(as_requests(requests)))
 
     def _named(self, batch: list[EditRequest], given: Iterable[str] = ()) -> list[EditRequest]:
-        """The same requests, each with an id: its own, or one that neither they, nor those ``given``, nor a live edit uses."""
-        taken = {request.request_id for request in batch} | set(given)
-        named = []
-        for request in batch:
-            if request.request_id is None:
-                while self.ledger.by_id(f"edit-{self._next_id}") or f"edit-{self._next_id}" in taken:
-                    self._next_id += 1
-                request = dataclasses.replace(request, request_id=f"edit-{self._next_id}")
-                self._next_id += 1
-            named.append(request)
+        """The same requests, each with an id that is not ``given`` to another."""
+        named, self._next_id = with_ids(batch, self.ledger, self._next_id, given)
         return named
 
     def _validate(self, batch: list[EditRequest]) -> list[EditRequest]:
-        self._consistent(batch)
+        check_consistent(batch, self.ledger)
         rows = target_rows(self.tokenizer, batch, self.prefixes, wordings=True) + essence_rows(self.tokenizer, batch)
         check_length(rows, batch, context_length(self.model))
-        return batch
-
-    def _consistent(self, batch: list[EditRequest]) -> list[EditRequest]:
-        """The checks that depend on the batch's mates and on the live edits."""
-        if not batch:
-            raise RequestError("the batch is empty; give at least one request")
-        targets: dict[tuple[str, str], str] = {}
-        ids: set[str] = set()
-        for request in batch:
-            before = targets.setdefault(request.fact, request.target_new)
-            if before != request.target_new:
-                raise RequestError(
-                    f"two requests of the batch contradict each other: {request.text!r} -> {before!r} and "
-                    f"{request.target_new!r}"
-                )
-            if request.request_id is not None:
-                live = self.ledger.by_id(request.request_id)
-                if request.request_id in ids or (live is not None and live.request.fact != request.fact):
-                    raise RequestError(f"request_id {request.request_id!r} is used by another request; ids must differ")
-                ids.add(request.request_id)
         return batch
 
     def _need_covariance(self) -> None:
@@ -524,36 +489,18 @@ class Editor:
     def _optimise(
         self, batch: list[EditRequest], on_progress: Callable[[int, float], None], trace: ActivationRecorder | None = None
     ) -> TargetValues:
-        """Target values of the batch. Of several processes each finds every n-th group's (:meth:`Recognition.together`), and
-        all return all of them."""
-        rank, world = distributed.rank(), distributed.world_size()
-        if world > 1:
+        """Target values of the batch, shared among processes; facts of one subject together (:meth:`Recognition.together`)."""
+        if distributed.world_size() > 1:
             distributed.require_replicated(self.model)
             distributed.require_same((batch, self.prefixes, self.step), "the requests, prefixes or steps")
-        groups = self.recognition.together(batch)
-        numbers = [sorted(n for group in groups[r::world] for n in group) for r in range(world)]  # of every process
-        own = [batch[n] for n in numbers[rank]]
-        together = [[numbers[rank].index(n) for n in group] for group in groups[rank::world]]
 
-        def work() -> TargetValues | None:
-            if not own:
-                return None
+        def find(own: list[EditRequest], together: list[list[int]]) -> TargetValues:
             with evaluating(self.model):
-                found = optimise_target_values(
+                return optimise_target_values(
                     self.model, self.tokenizer, self.architecture, self.config, own, self.prefixes, on_progress, trace, together
                 )
-            return found if world == 1 else dataclasses.replace(found, values=found.values.cpu())
 
-        shares = distributed.together(work)
-        if world == 1:
-            return shares[0]
-        place = {n: (shares[r], k) for r, own in enumerate(numbers) for k, n in enumerate(own)}
-        rows = [place[n] for n in range(len(batch))]
-        return TargetValues(
-            torch.stack([share.values[k] for share, k in rows]).to(self._device),
-            [share.losses[k] for share, k in rows],
-            [share.steps[k] for share, k in rows],
-        )
+        return shared_target_values(find, batch, self.recognition.together(batch), self._device)
 
     def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases, trace: ActivationRecorder | None = None):
         """Step 2 and 3 of DESIGN §3: per layer keys, residual, update, threshold.

@@ -1,0 +1,73 @@
+"""A batch before it is edited: what its requests must agree on, and their ids."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+
+from comeba_ext.errors import RequestError
+from comeba_ext.memory.ledger import Ledger
+from comeba_ext.text.request import EditRequest
+
+
+def check_consistent(batch: list[EditRequest], ledger: Ledger) -> list[EditRequest]:
+    """The batch, after the checks that depend on a request's mates and on the live edits.
+
+    Raises:
+        RequestError: it is empty, contradicts itself, or an id is another fact's.
+    """
+    if not batch:
+        raise RequestError("the batch is empty; give at least one request")
+    targets: dict[tuple[str, str], str] = {}
+    ids: set[str] = set()
+    for request in batch:
+        before = targets.setdefault(request.fact, request.target_new)
+        if before != request.target_new:
+            raise RequestError(
+                f"two requests of the batch contradict each other: {request.text!r} -> {before!r} and "
+                f"{request.target_new!r}"
+            )
+        if request.request_id is not None:
+            live = ledger.by_id(request.request_id)
+            if request.request_id in ids or (live is not None and live.request.fact != request.fact):
+                raise RequestError(f"request_id {request.request_id!r} is used by another request; ids must differ")
+            ids.add(request.request_id)
+    return batch
+
+
+def with_ids(
+    batch: list[EditRequest], ledger: Ledger, number: int, given: Iterable[str] = ()
+) -> tuple[list[EditRequest], int]:
+    """The same requests, each with an id: its own, or one that neither they, nor those ``given``, nor a live edit uses.
+
+    Args:
+        number: of the first id to try, ``edit-<number>``.
+
+    Returns:
+        The requests, and the number to go on with.
+    """
+    taken = {request.request_id for request in batch} | set(given)
+    named = []
+    for request in batch:
+        if request.request_id is None:
+            while ledger.by_id(f"edit-{number}") or f"edit-{number}" in taken:
+                number += 1
+            request = dataclasses.replace(request, request_id=f"edit-{number}")
+            number += 1
+        named.append(request)
+    return named, number
+
+
+def handled(log: list[dict]) -> Counter[tuple[str, str, str]]:
+    """What the steps of an editor's log were asked for, edited or declined: ``(text, subject, new object)``, how often. What was
+    rolled back does not count; what was superseded or retracted does."""
+    found: list[tuple[int, tuple[str, str, str]]] = []
+    for event in log:
+        if event["event"] == "edit":
+            edited = (EditRequest.from_record(record) for record in event["requests"])
+            found += [(event["step"], request.asked) for request in edited]
+            found += [(event["step"], (d["prompt"], d.get("subject", ""), d.get("target_new", ""))) for d in event["declined"]]
+        elif event["event"] == "rollback":
+            found = [(step, asked) for step, asked in found if step <= event["step"]]
+    return Counter(asked for _, asked in found)
