@@ -52,7 +52,6 @@ class EditRequest:
             value = getattr(self, field)
             if not isinstance(value, str) or not value.strip():
                 raise RequestError(f"{where}: {field!r} must be non-empty text, got {value!r}")
-        _encodable(where, self)
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen dataclass)
         set_("subject", self.subject.strip())
         set_("target_new", self.target_new.strip())
@@ -78,6 +77,7 @@ class EditRequest:
             raise RequestError(f"{where}: fact_token must be one of {', '.join(FACT_TOKENS)}, got {self.fact_token!r}")
         set_("locality_prompts", _pairs(self.locality_prompts, where, "locality_prompts"))
         set_("portability_prompts", _pairs(self.portability_prompts, where, "portability_prompts"))
+        _encodable(where, self)
 
     @property
     def text(self) -> str:
@@ -288,7 +288,7 @@ def _encodable(where: str, request: EditRequest) -> None:
 
 def _texts(values, where: str) -> tuple[str, ...]:
     values = (values,) if isinstance(values, str) else values
-    if not isinstance(values, Iterable):
+    if not isinstance(values, Iterable) or isinstance(values, Mapping):
         raise RequestError(f"{where} must be texts, got {values!r}")
     values = tuple(values)
     for value in values:
@@ -299,7 +299,7 @@ def _texts(values, where: str) -> tuple[str, ...]:
 
 def _pairs(values, where: str, field: str) -> tuple[tuple[str, str | None], ...]:
     values = (values,) if isinstance(values, str) else values
-    if not isinstance(values, Iterable):
+    if not isinstance(values, Iterable) or isinstance(values, Mapping):
         raise RequestError(f"{where}: {field} must be texts or (prompt, answer) pairs, got {values!r}")
     pairs = []
     for value in values:
