@@ -68,6 +68,12 @@ class EditRequest:
         elif prompt.count(SLOT) > 1:
             raise RequestError(f"{where}: prompt {prompt!r} has {prompt.count(SLOT)} slots {SLOT}, expected one")
         set_("prompt", prompt)
+        truth = self.ground_truth
+        if isinstance(truth, (list, tuple)):  # aliases, in some records: the first one
+            truth = next(_strings(truth), None)
+        if truth is not None and not isinstance(truth, str):
+            raise RequestError(f"{where}: ground_truth must be text, got {truth!r}")
+        set_("ground_truth", truth)
         for field in ("rephrase_prompts", "wordings"):
             set_(field, tuple(_fill(p, self.subject) for p in _texts(getattr(self, field), f"{where}: {field}")))
         for wording in self.wordings:
