@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 
 import torch
-from common import DATA, finish, target
+from common import DATA, counterfact, finish, target
 from torch.nn import functional as F
 
 from comeba_ext import EditConfig, Editor, EditRequest
@@ -57,8 +56,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     count = 40 if args.quick else args.subjects
-    records = json.loads((DATA / "counterfact" / "counterfact-train.json").read_text())[:count]
-    requests = [EditRequest.from_record(record) for record in records]
+    requests = [EditRequest.from_record(record) for record in counterfact("train", count)]
     model, tokenizer = load_model(args.model)
     editor = Editor(model, tokenizer, EditConfig.for_model(model, scope="nearest"))
     editor.set_covariance(Covariance.load(args.covariance))

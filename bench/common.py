@@ -16,6 +16,11 @@ import comeba_ext
 DATA = Path(os.environ.get("COMEBA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
+def counterfact(part: str, count: int | None = None) -> list[dict]:
+    """The first records of ``counterfact-train.json`` or ``counterfact-edit.json``."""
+    return json.loads((DATA / "counterfact" / f"counterfact-{part}.json").read_text())[:count]
+
+
 def machine() -> dict:
     cpu = platform.processor() or platform.machine()
     try:

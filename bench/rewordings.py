@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import DATA, finish, target
+from common import DATA, counterfact, finish, target
 from tqdm.auto import tqdm
 
 from comeba_ext import EditConfig, Editor, EditRequest
@@ -62,8 +62,7 @@ def holds(answers: list[str], objects: list[str]) -> list[bool]:
 
 def facts_of(part: str) -> list[dict]:
     """Statement, question, subject, new and true object."""
-    records = json.loads((DATA / "counterfact" / f"counterfact-{part}.json").read_text())
-    known = {(record["subject"], record["target_new"]): record for record in records}
+    known = {(record["subject"], record["target_new"]): record for record in counterfact(part)}
     found = []
     for asked in json.loads((DATA / "counterfact" / "counterfact_qna.json").read_text()):
         record = known.get((asked["subject"], asked["answer"]))

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 
 import torch
-from common import DATA, finish, target
+from common import DATA, counterfact, finish, target
 
 from comeba_ext import EditConfig, Editor, EditRequest, evaluate
 from comeba_ext.covariance import Covariance
@@ -56,8 +55,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     count = 4 if args.quick else args.records
-    records = json.loads((DATA / "counterfact" / "counterfact-train.json").read_text())[:count]
-    requests = [EditRequest.from_record(record) for record in records]
+    requests = [EditRequest.from_record(record) for record in counterfact("train", count)]
     texts = [middle(text) for text in itertools.islice(read_texts(DATA / "text" / "wikipedia_train_1000.csv"), count)]
     model, tokenizer = load_model(args.model)
     rows = []

@@ -19,13 +19,13 @@ from torch import nn
 
 from comeba_ext.covariance import Covariance
 from comeba_ext.covariance.key_sample import KeySample
-from comeba_ext.editing.config import EditConfig, is_int
+from comeba_ext.editing.config import EditConfig, is_int, is_number
 from comeba_ext.errors import StorageError
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.layers import hooked_linear
 from comeba_ext.memory.key_memory import KeyMemory
 from comeba_ext.memory.ledger import Entry, stacked
-from comeba_ext.storage import check_identity, identity, read_folder, read_manifest, write_folder
+from comeba_ext.storage import check_identity, identity, read_folder, write_folder
 from comeba_ext.text.request import EditRequest
 
 
@@ -43,10 +43,10 @@ def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
         StorageError: truncated, foreign, or of another base model; the model is as it was.
     """
     whole = model
+    manifest, (tensors,) = read_folder(folder, "adapter")
     with _complete(folder):
-        model = _named_as(model, read_manifest(folder))
-    manifest, tensors = _read(model, folder)
-    with _complete(folder):
+        model = _named_as(model, manifest)
+        check_identity(manifest["model"], model, f"the folder {folder}")
         names = list(manifest["layers"])
         config = EditConfig.from_dict(manifest["config"], str(folder))
         architecture = Architecture.of(model, config.blocks, config.projection)
@@ -125,7 +125,9 @@ def save(editor, folder: str | Path, inference_only: bool) -> None:
 
 def load_editor(cls, model: nn.Module, tokenizer, folder: str | Path):
     """An editor as it was when saved."""
-    manifest, adapter, state, log = _read(model, folder, "state", "log")
+    manifest, (adapter, state, log) = read_folder(folder, "adapter", "state", "log")
+    with _complete(folder):
+        check_identity(manifest["model"], model, f"the folder {folder}")
     try:
         log = [json.loads(line) for line in log.splitlines()]
     except ValueError as error:
@@ -193,15 +195,7 @@ def _progress(manifest: dict) -> tuple[int, list[dict[str, float]], list[str] | 
 
 
 def _threshold(value) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value))
-
-
-def _read(model: nn.Module, folder: str | Path, *kinds: str) -> tuple:
-    """The manifest, the adapter's tensors, and what the other kinds hold, of one save."""
-    manifest, found = read_folder(folder, "adapter", *kinds)
-    with _complete(folder):
-        check_identity(manifest["model"], model, f"the folder {folder}")
-    return manifest, *found
+    return value is None or is_number(value)
 
 
 # What a layer's tensors must be like, by the ends of their names; n is any number. Thresholds may be infinite where nothing

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def alone(folder: str | Path):
     """
     folder = Path(folder)
     made, lock = not folder.exists(), FileLock(folder / LOCK, timeout=0, is_singleton=True)
+    outermost = not lock.is_locked
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -76,8 +78,9 @@ def alone(folder: str | Path):
     except OSError as error:
         raise StorageError(f"{folder}: cannot be a folder to write to ({error.strerror})") from None
     try:
-        with suppress(OSError, StorageError):
-            _clear(folder, set(read_manifest(folder)["files"].values()) if (folder / MANIFEST).exists() else set())
+        if outermost:  # what is inside clears up after itself
+            with suppress(OSError, StorageError):
+                _clear(folder, set(read_manifest(folder)["files"].values()) if (folder / MANIFEST).exists() else set())
         yield
     finally:
         lock.release()
@@ -268,16 +271,9 @@ def identity(model: nn.Module, layers: list[str]) -> dict:
     Weights are sampled at fixed places and compared up to half-precision rounding, so that edits made on a float32 copy
     fit the bfloat16 one, but a fine-tuned sibling of the same shape is refused. Weights that PEFT adds count for nothing.
     """
-    config = model.config
-    facts = {
-        "model_type": config.model_type,
-        "hidden_size": config.hidden_size,
-        "num_blocks": config.num_hidden_layers,
-        "vocab_size": config.vocab_size,
-    }
     matrices = [(name, weight) for name, weight in _weights(model).items() if weight.dim() > 1]
     elsewhere = {name: _sample(weight, 4) for name, weight in matrices[:: -(-len(matrices) // 64) or 1]}
-    return {**facts, "layers": {name: _sample(_weight(model.get_submodule(name))) for name in layers}, "elsewhere": elsewhere}
+    return {**_shape(model), "layers": _of_layers(model, layers), "elsewhere": elsewhere}
 
 
 def check_identity(found: dict, model: nn.Module, what: str) -> None:
@@ -287,22 +283,35 @@ def check_identity(found: dict, model: nn.Module, what: str) -> None:
         StorageError: shapes or sampled weights differ.
     """
     try:
-        here = identity(model, list(found["layers"]))
+        layers = _of_layers(model, found["layers"])
     except AttributeError as error:
         raise StorageError(f"{what} belongs to another model: {error}") from None
-    for key in ("model_type", "hidden_size", "num_blocks", "vocab_size"):
-        if found.get(key) != here[key]:
-            raise StorageError(f"{what} belongs to another model: {key} is {found.get(key)} there and {here[key]} here")
+    for key, value in _shape(model).items():
+        if found.get(key) != value:
+            raise StorageError(f"{what} belongs to another model: {key} is {found.get(key)} there and {value} here")
     weights = _weights(model)
-    elsewhere = {name: theirs for name, theirs in found.get("elsewhere", {}).items() if name in weights}
-    samples = [(name, theirs, here["layers"][name]) for name, theirs in found["layers"].items()]
-    samples += [(name, theirs, _sample(weights[name], 4)) for name, theirs in elsewhere.items()]
+    samples = [(name, theirs, layers[name]) for name, theirs in found["layers"].items()]
+    samples += [(name, theirs, _sample(weights[name], 4)) for name, theirs in found.get("elsewhere", {}).items() if name in weights]
     for name, theirs, ours in samples:
         if theirs is None or ours is None:  # quantised weights cannot be compared
             continue
         a, b = torch.tensor(theirs), torch.tensor(ours)
         if a.shape != b.shape or ((a - b).abs() > 2**-7 * a.abs() + 1e-7).any():
             raise StorageError(f"{what} belongs to another model: the weights of {name} differ")
+
+
+def _shape(model: nn.Module) -> dict:
+    config = model.config
+    return {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_blocks": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _of_layers(model: nn.Module, names: Iterable[str]) -> dict[str, list[float] | None]:
+    return {name: _sample(_weight(model.get_submodule(name))) for name in names}
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -154,6 +154,13 @@ def folder(request, tmp_path_factory):
     return path, model, words, logits(model, words)
 
 
+def copied(folder):
+    """The sound folder once more, to be damaged."""
+    path = folder[0]
+    shutil.rmtree(path / "bad", ignore_errors=True)
+    return shutil.copytree(path / "edits", path / "bad")
+
+
 def refused(folder, bad) -> bool:
     """Load a folder for use and to go on editing: either works on sound numbers, or it is refused and the model as it was."""
     _, model, words, before = folder
@@ -179,10 +186,7 @@ def refused(folder, bad) -> bool:
 @cases(max_examples=600)
 @given(st.data())
 def test_manifests(folder, data):
-    path = folder[0]
-    bad = path / "bad"
-    shutil.rmtree(bad, ignore_errors=True)
-    shutil.copytree(path / "edits", bad)
+    bad = copied(folder)
     manifest = next(file for file in files(bad) if file.suffix == ".json")
     manifest.write_text(json.dumps(damaged(data.draw, json.loads(manifest.read_text()))))
     refused(folder, bad)
@@ -191,10 +195,7 @@ def test_manifests(folder, data):
 @cases(max_examples=150)
 @given(st.data())
 def test_files_of_a_folder(folder, data):
-    path = folder[0]
-    bad = path / "bad"
-    shutil.rmtree(bad, ignore_errors=True)
-    shutil.copytree(path / "edits", bad)
+    bad = copied(folder)
     file = data.draw(st.sampled_from(sorted(files(bad))))
     content = file.read_bytes()
     at = data.draw(st.integers(0, len(content) - 1))

@@ -642,7 +642,7 @@ def test_a_bad_covariance_changes_nothing(tiny_model, tokenizer, monkeypatch):
             raise torch.linalg.LinAlgError("not positive definite")
         return real(covariance)
 
-    monkeypatch.setattr("comeba_ext.editing.editor.projection_of", failing)
+    monkeypatch.setattr(ops, "projection_of", failing)
     with pytest.raises(CovarianceError, match=f"{last}.*not positive definite"):
         editor.set_covariance(good.covariance)
     assert not editor.key_memory and editor.covariance is None

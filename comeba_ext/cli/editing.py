@@ -18,10 +18,8 @@ from comeba_ext.cli.inputs import (
     requests_of,
     settings_of,
 )
-from comeba_ext.cli.terminal import counted, metric_row, reporting, say_counts, say_settings, size_of
+from comeba_ext.cli.terminal import METRICS, counted, metric_row, reporting, say_counts, say_settings, size_of
 from comeba_ext.errors import ComebaError
-
-METRICS = ("reliability", "generality", "locality")
 
 
 @app.command()

@@ -149,14 +149,13 @@ def provide_covariance(editor, model: str, file: Path | None, texts: Path | None
 
 def fitting(model, tokenizer, read) -> tuple[list, list[dict]]:
     """Records whose every prompt fits the model's context, and why the others do not."""
-    from comeba_ext.evaluation.queries import check_context, record_queries
+    from comeba_ext.evaluation.queries import check_record
 
     skipped = list(read.skipped)
     used = []
     for position, request in read.placed():
         try:
-            queries = record_queries(tokenizer, request, position)
-            check_context(model, [query for own in queries.values() for query in own], position, request)
+            check_record(model, tokenizer, position, request)
             used.append(request)
         except ComebaError as error:
             skipped.append({"index": position, "reason": str(error)})

@@ -13,10 +13,9 @@ import typer
 
 from comeba_ext.cli.app import Device, Dtype, Edits, Json, Limit, Model, Trust, app
 from comeba_ext.cli.inputs import fitting, loaded
-from comeba_ext.cli.terminal import flattened, metric_row, reporting, say_counts
+from comeba_ext.cli.terminal import METRICS, flattened, metric_row, reporting, say_counts
 from comeba_ext.errors import ComebaError
 
-METRICS = ("reliability", "generality", "locality")
 PLAIN_TEXTS = 400  # at most, to measure perplexity on in experiments
 
 

@@ -12,6 +12,8 @@ import typer
 from comeba_ext import __version__
 from comeba_ext.errors import ComebaError
 
+METRICS = ("reliability", "generality", "locality")  # of every table
+
 
 class Report:
     """Where a command's output goes: tables and sentences, or one JSON object at the end."""

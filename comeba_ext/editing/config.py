@@ -105,12 +105,12 @@ class EditConfig:
                 continue
             positive = name in ("lam", "leverage_ratio", "lr", "clamp")
             whole = name in ("steps", "lead_steps", "prefixes", "prefix_length", "max_tokens", "seed")
-            if not (is_int(value) if whole else _is_number(value)) or value < low or (positive and value <= 0):
+            if not (is_int(value) if whole else is_number(value)) or value < low or (positive and value <= 0):
                 kind = "a whole number" if whole else "a finite number"
                 raise ConfigError(f"{name} must be {kind} {'>' if positive else '>='} {low}, got {value!r}")
-        if self.alpha_margin is not None and not (_is_number(self.alpha_margin) and 0 < self.alpha_margin <= 1):
+        if self.alpha_margin is not None and not (is_number(self.alpha_margin) and 0 < self.alpha_margin <= 1):
             raise ConfigError(f"alpha_margin must be null or a number > 0 and <= 1, got {self.alpha_margin!r}")
-        if self.alpha is not None and not (self.alpha in (math.inf, -math.inf) or _is_number(self.alpha)):
+        if self.alpha is not None and not (self.alpha in (math.inf, -math.inf) or is_number(self.alpha)):
             raise ConfigError(f"alpha must be a number or null, got {self.alpha!r}")
         for name in ("blocks", "projection"):
             if not isinstance(getattr(self, name), (str, type(None))):
@@ -328,5 +328,5 @@ def is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -36,7 +36,6 @@ from comeba_ext.layers import hooked_linear
 from comeba_ext.layers.twin import twin_of
 from comeba_ext.memory.key_memory import KeyMemory
 from comeba_ext.memory.ledger import Entry, Ledger, stacked, without
-from comeba_ext.ops.nearest_hook import projection_of
 from comeba_ext.scores import score_named
 from comeba_ext.text.encoding import pad_id
 from comeba_ext.text.prefixes import sample_prefixes
@@ -172,18 +171,19 @@ class Editor:
         if self.step:
             raise CovarianceError("edits were made with another covariance already; start from a new Editor")
         covariance.check(self.model, {name: layer.in_features for name, layer in self.layers.items()})
-        memory, projections = {}, {}
+        memory, fitted = {}, {}
         for name, layer in self.layers.items():
             moment = covariance[name].to(layer.delta.device)
             try:
                 memory[name] = KeyMemory(self.config.lam_of(layer.in_features) * moment)
-                if self.recognition.compares:
-                    projections[name] = projection_of(moment)
+                if self.serving == "validated":  # else no score decides
+                    fitted[name] = copy.deepcopy(layer.score)
+                    fitted[name].fit(moment)
             except (CovarianceError, torch.linalg.LinAlgError) as error:
                 raise CovarianceError(f"{name}: {error}") from None
         self.key_memory, self.covariance = memory, covariance
-        for name, projection in projections.items():
-            self.layers[name].score.set_projection(projection)
+        for name, score in fitted.items():
+            self.layers[name].score.take_over(score)
         self.recognition.learn()
 
     # -- editing ------------------------------------------------------------------------------------------------
@@ -445,10 +445,6 @@ class Editor:
     @property
     def _decoder(self) -> nn.Module:
         return self.model.get_submodule(self.architecture.decoder)
-
-    @property
-    def _value_block(self) -> nn.Module:
-        return self.architecture.block(self.model, self.config.value_layer)
 
     @property
     def _device(self) -> torch.device:

@@ -43,6 +43,12 @@ def check_context(model: torch.nn.Module, queries: list[Query], index: int, requ
         )
 
 
+def check_record(model: torch.nn.Module, tokenizer, index: int, request: EditRequest) -> None:
+    """Raises a RequestError that names the record when one of its prompts cannot be asked."""
+    queries = record_queries(tokenizer, request, index)
+    check_context(model, [query for own in queries.values() for query in own], index, request)
+
+
 def where(index: int, request: EditRequest) -> str:
     """How messages name a record."""
     return f"record {index}" if request.request_id is None else f"record {index} (request {request.request_id!r})"

@@ -19,7 +19,7 @@ from comeba_ext.editing.editor import Editor
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation import Protocol, Result, predict_base, run_protocol
 from comeba_ext.evaluation.metrics import METRICS, SCORES, Metrics
-from comeba_ext.evaluation.queries import check_context, record_queries
+from comeba_ext.evaluation.queries import check_record
 from comeba_ext.experiments import measures, table
 from comeba_ext.experiments.definition import Case, Experiment
 from comeba_ext.storage import make_folder, write_text
@@ -115,8 +115,7 @@ def _usable(model, tokenizer, name: str, read: ReadResult, samples: int, seed: i
     editor = Editor(model, tokenizer)
 
     def check(position: int, request: EditRequest) -> None:
-        queries = record_queries(tokenizer, request, position)
-        check_context(model, [q for own in queries.values() for q in own], position, request)
+        check_record(model, tokenizer, position, request)
         editor.check([dataclasses.replace(request, request_id=None)])  # with the prefixes that editing puts before it
 
     try:
