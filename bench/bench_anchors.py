@@ -43,7 +43,7 @@ def inputs_of(editor: Editor, texts: list[list[int]]) -> dict[str, list[torch.Te
                 found[name][n] = unit[row, : int(mask[row].sum())]
 
         taps = {layer: lambda x, name=name, keep=keep: keep(x, name) for name, layer in editor.layers.items()}
-        run_until(editor._decoder, list(editor.layers.values())[-1], {"input_ids": ids, "attention_mask": mask}, taps, before=True)
+        run_until(editor.session.decoder, list(editor.layers.values())[-1], {"input_ids": ids, "attention_mask": mask}, taps, before=True)
     return found
 
 
@@ -60,11 +60,11 @@ def main() -> None:
     model, tokenizer = load_model(args.model)
     editor = Editor(model, tokenizer, EditConfig.for_model(model, scope="nearest"))
     editor.set_covariance(Covariance.load(args.covariance))
-    _kept, placed, declined = editor.recognition.placed(editor._named(requests))
+    _kept, placed, declined = editor.method.recognition.placed(editor._named(requests))
     requests = [request for request in placed if request.fact_token == "subject_last"]
-    subjects, decoys = editor.recognition.subjects(requests), editor.recognition.decoys(requests)
+    subjects, decoys = editor.method.recognition.subjects(requests), editor.method.recognition.decoys(requests)
     reader = KeyReader(
-        editor._decoder, list(model.get_submodule(editor.architecture.blocks)), editor.config.layers, list(editor.layers.values()),
+        editor.session.decoder, list(model.get_submodule(editor.architecture.blocks)), editor.config.layers, list(editor.layers.values()),
         prompt_rows(tokenizer, requests, editor.prefixes), whole=False, pad_token=pad_id(tokenizer), max_tokens=2048,
         device=torch.device("cpu"), apart=True,
     )  # fmt: skip
@@ -75,7 +75,7 @@ def main() -> None:
     units = inputs_of(editor, asked)
     inside: dict[str, list] = {}
     for number, (name, layer) in enumerate(editor.layers.items()):
-        background, each = editor.recognition.backgrounds[name], reader.read(number).each
+        background, each = editor.method.recognition.backgrounds[name], reader.read(number).each
         unit = layer.score.directions(each)
         told = anchors.tells(unit, background, subjects)
         mean = layer.score.directions((each * told[..., None]).sum(1))

@@ -76,7 +76,7 @@ class PerLayer:
         return {name: self.of_layer(name, layer) for name, layer in self.editor.layers.items()}
 
     def of_layer(self, name: str, layer) -> torch.Tensor:
-        editor, device = self.editor, self.editor._device
+        editor, device = self.editor, self.editor.session.device
         blocks = editor.model.get_submodule(editor.architecture.blocks)
         number = list(editor.layers).index(name)
         last = blocks[editor.config.layers[number]] if self.stop else blocks[-1]
@@ -90,7 +90,7 @@ class PerLayer:
                     keys = x[mask.bool()]
                     moment.add_(keys.mT @ keys)
 
-                run_until(editor._decoder, last, {"input_ids": ids, "attention_mask": mask}, {layer: add})
+                run_until(editor.session.decoder, last, {"input_ids": ids, "attention_mask": mask}, {layer: add})
         return moment
 
 
@@ -107,11 +107,11 @@ def collection_row(label: str, editor: Editor, texts: list[str], tokens: int, ro
     opponents = {"whole": PerLayer(editor, ids, stop=False), "stopped": PerLayer(editor, ids, stop=True)}
     ways = {name: opponent.collect for name, opponent in opponents.items()}
     ways["ours"] = lambda: collect_covariance(
-        editor.model, editor.tokenizer, texts, editor.layers, editor._decoder, tokens=tokens, context=CONTEXT, progress=False
+        editor.model, editor.tokenizer, texts, editor.layers, editor.session.decoder, tokens=tokens, context=CONTEXT, progress=False
     )
     seconds = {name: [] for name in ways}
     with editor.disabled():
-        collect_covariance(editor.model, editor.tokenizer, texts[:2], editor.layers, editor._decoder, tokens=50,
+        collect_covariance(editor.model, editor.tokenizer, texts[:2], editor.layers, editor.session.decoder, tokens=50,
                            progress=False)  # warm-up
         for _ in range(rounds):
             for name, way in ways.items():

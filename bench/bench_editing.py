@@ -126,9 +126,9 @@ def step_rows(quick: bool, rows: list, targets: list) -> None:
         expected = {n: s / few * size for n, s in plain.seconds.items()} | {"update": update}
         for layer in plain.layers.values():
             layer.mode = "off"
-        from comeba_ext.layers import hooked_linear
+        from comeba_ext.layers.attachment import detach
 
-        hooked_linear.uninstall(model)
+        detach(model)
         ratio = sum(expected.values()) / took
         rows.append({"what": "whole step", "model": "gpt2-124m", "compute": "float32", "requests": size,
                      "edits_per_second": size / took, "plain_edits_per_second": size / sum(expected.values()),
@@ -137,7 +137,7 @@ def step_rows(quick: bool, rows: list, targets: list) -> None:
 
 
 def embedded_rows(quick: bool, rows: list, targets: list) -> None:
-    from comeba_ext.layers import hooked_linear
+    from comeba_ext.layers.attachment import detach
 
     count, few = (30, 5) if quick else (200, 60)
     requests = testbed.facts()[:count]
@@ -150,7 +150,7 @@ def embedded_rows(quick: bool, rows: list, targets: list) -> None:
         plain = PlainEditor(model, tokenizer, config, covariance, prefixes)
         for start in range(0, few, size):
             plain.edit(requests[:few][start : start + size])
-        hooked_linear.uninstall(model)
+        detach(model)
         for optimizer in ("adam", "polyak"):
             editor = Editor(model, tokenizer, config.replace(optimizer=optimizer))
             editor.set_covariance(covariance)

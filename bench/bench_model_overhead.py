@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConf
 
 from comeba_ext import EditConfig
 from comeba_ext.forward.architectures import Architecture
+from comeba_ext.layers.attachment import detach
 from comeba_ext.layers import hooked_linear
 
 CONFIGS = {
@@ -104,7 +105,7 @@ def main() -> None:
                         layer.score.refresh(layer)
                 taken[gate].append(run())
                 if gate != "unhooked":
-                    hooked_linear.uninstall(model)
+                    detach(model)
         for n, phase in enumerate(("prefill", "decode")):
             plain = statistics.median(times[n] for times in taken["unhooked"])
             row = {"model": name, "dtype": dtype, "phase": phase, "tokens": tokens if n == 0 else 1,

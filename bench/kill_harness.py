@@ -32,7 +32,7 @@ from safetensors import safe_open
 sys.path.insert(0, str(Path(__file__).parent))
 import common
 
-import comeba_ext.editing.editor
+import comeba_ext.editor
 import comeba_ext.evaluation.protocols
 import comeba_ext.experiments.runner
 import comeba_ext.methods  # noqa: F401

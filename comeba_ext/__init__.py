@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from comeba_ext.editing.config import EditConfig
-    from comeba_ext.editing.editor import Editor
+    from comeba_ext.editor import Editor
     from comeba_ext.editing.report import EditReport
     from comeba_ext.errors import ComebaError
     from comeba_ext.evaluation import evaluate
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
 __version__ = "0.1.0"
 
 _HOME = {
-    "Editor": "comeba_ext.editing.editor",
+    "Editor": "comeba_ext.editor",
     "EditConfig": "comeba_ext.editing.config",
     "EditRequest": "comeba_ext.text.request",
     "EditReport": "comeba_ext.editing.report",

@@ -60,7 +60,7 @@ def outcome(work) -> str:
 @contextlib.contextmanager
 def saving_always():
     """A checkpoint after every unit."""
-    import comeba_ext.editing.editor as module
+    import comeba_ext.editor as module
 
     real = covariance.collect_covariance
     with changed(module, "collect_covariance", lambda *a, **k: real(*a, save_seconds=0, **k)):
@@ -79,7 +79,7 @@ def covariances(folder: Path, texts: list[str], rank: int) -> dict:
         found[f"{dtype} files"] = sorted(p.name for p in folder.iterdir() if p.name.startswith(path.name))
     one_unit = build(folder)
     few = covariance.collect_covariance(
-        one_unit.model, one_unit.tokenizer, texts, one_unit.layers, one_unit._decoder, tokens=5, progress=False
+        one_unit.model, one_unit.tokenizer, texts, one_unit.layers, one_unit.session.decoder, tokens=5, progress=False
     )
     found["fewer units than processes"] = {name: few[name] for name in few.moments}
     return found
@@ -116,7 +116,7 @@ def refusals(folder: Path, texts: list[str], requests: list[dict], rank: int) ->
     editor = build(folder)
     editor.collect_covariance(texts, tokens=TOKENS, progress=False)
     before = {name: layer.delta.clone() for name, layer in editor.layers.items()}
-    import comeba_ext.editing.editor as module
+    import comeba_ext.methods.comeba_hk as module
 
     for error in (RequestError("not finite"), RuntimeError("broken")):
         broken = failing(module.optimise_target_values, 1, error if rank == 1 else None)

@@ -118,7 +118,7 @@ def with_a_common_key(tiny_model, tokenizer, last=True, **changes):
         sample.tokens[n, -1] = tokenizer.eos_token_id  # not the subject itself
     handle.remove()
     sample._mentions.clear()
-    editor.recognition.learn()
+    editor.method.recognition.learn()
     return editor, request
 
 

@@ -73,8 +73,8 @@ def test_edit_refuses_to_overwrite_and_resumes(edited, records):
 
 def test_interrupted_edit_resumes_to_the_same_state(edited, records, tmp_path, monkeypatch):
     from comeba_ext import load_edits
-    from comeba_ext.editing.editor import Editor
-    from comeba_ext.layers.hooked_linear import hooked_layers
+    from comeba_ext.editor import Editor
+    from comeba_ext.layers.attachment import attachments
 
     original, calls = Editor._edit, []
 
@@ -90,7 +90,7 @@ def test_interrupted_edit_resumes_to_the_same_state(edited, records, tmp_path, m
     assert stopped.exit_code == 130 and "interrupted" in json.loads(stopped.stdout)["error"]
     rest = output("edit", "testbed", records, "--out", tmp_path / "o", "--batch-size", 3, "--resume")
     assert (rest["earlier_edits"], rest["edits"]) == (3, 3)
-    whole, resumed = (hooked_layers(load_edits(testbed.load()[0], f)) for f in (edited[0], tmp_path / "o"))
+    whole, resumed = (attachments(load_edits(testbed.load()[0], f)) for f in (edited[0], tmp_path / "o"))
     for name in whole:
         scale = whole[name].delta.abs().max()
         assert (whole[name].delta - resumed[name].delta).abs().max() <= 1e-4 * scale

@@ -35,7 +35,7 @@ def small_units(monkeypatch):
 def save_always(monkeypatch):
     """A checkpoint after every unit."""
     real = covariance.collect_covariance
-    monkeypatch.setattr("comeba_ext.editing.editor.collect_covariance", lambda *a, **k: real(*a, save_seconds=0, **k))
+    monkeypatch.setattr("comeba_ext.editor.collect_covariance", lambda *a, **k: real(*a, save_seconds=0, **k))
 
 
 def corpus(count=40, seed=0):

@@ -9,6 +9,7 @@ import torch
 
 from comeba_ext import EditConfig, Editor
 from comeba_ext.covariance import Covariance
+from comeba_ext.methods import ComebaHK
 from comeba_ext.errors import ComebaError, ConfigError, CovarianceError, RequestError
 from comeba_ext.ops.nearest_hook import SAME, directions
 from comeba_ext.text.decoys import BEGINNINGS
@@ -78,7 +79,7 @@ def compared(layer):
 def snapshot(editor):
     return {
         "layers": {
-            name: [t.clone() for t in (layer.delta, editor._delta[name], layer.alpha, scale(layer), *compared(layer))]
+            name: [t.clone() for t in (layer.delta, editor.method.masters[name], layer.alpha, scale(layer), *compared(layer))]
             for name, layer in editor.layers.items()
         },
         "memory": {name: memory.matrix().clone() for name, memory in editor.key_memory.items()},
@@ -86,7 +87,7 @@ def snapshot(editor):
         "live": [e.request.request_id for e in editor.ledger.live()],
         "log": copy.deepcopy(editor.log),
         "step": editor.step,
-        "alphas": copy.deepcopy(editor._alphas),
+        "alphas": copy.deepcopy(editor.method.alphas),
     }
 
 
@@ -336,7 +337,7 @@ def test_error_in_the_middle_changes_nothing(tiny_model, tokenizer, monkeypatch,
     requests = some_requests(4)
     editor.edit(requests[:2], target_values=random_values(2))
     before = snapshot(editor)
-    real, last = getattr(Editor, where), list(editor.layers)[-1]
+    real, last = getattr(ComebaHK, where), list(editor.layers)[-1]
 
     def failing(self, name, *args):
         result = real(self, name, *args)
@@ -344,7 +345,7 @@ def test_error_in_the_middle_changes_nothing(tiny_model, tokenizer, monkeypatch,
             raise error("in the middle")
         return result
 
-    monkeypatch.setattr(Editor, where, failing)
+    monkeypatch.setattr(ComebaHK, where, failing)
     # one new fact, and one that supersedes
     batch = [requests[2], EditRequest(requests[0].prompt, requests[0].subject, "Warsaw")]
     with pytest.raises(error, match="in the middle"):
@@ -367,14 +368,14 @@ def test_error_while_taking_back_changes_nothing(tiny_model, tokenizer, monkeypa
     for n, request in enumerate(some_requests(3)):
         editor.edit([request], target_values=random_values(1, seed=n))
     before, last = snapshot(editor), list(editor.layers)[-1]
-    real = Editor._exchange
+    real = ComebaHK._exchange
 
     def failing(self, name, **changes):
         real(self, name, **changes)
         if name == last:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Editor, "_exchange", failing)
+    monkeypatch.setattr(ComebaHK, "_exchange", failing)
     with pytest.raises(KeyboardInterrupt):
         editor.retract(["edit-0"]) if what == "retract" else editor.rollback(1)
     assert_same(before, snapshot(editor))
@@ -832,7 +833,7 @@ def test_bfloat16(tiny_model, tokenizer):
     for n, request in enumerate(some_requests(8)):
         editor.edit([request], target_values=None if n == 0 else random_values(1, seed=n))
     for name, layer in editor.layers.items():
-        master = editor._delta[name]
+        master = editor.method.masters[name]
         assert master.dtype == torch.float32 and layer.delta.dtype == torch.bfloat16
         assert relative(master, expected_delta(editor, name)) < 1e-5
         assert torch.equal(layer.delta, master.to(torch.bfloat16))

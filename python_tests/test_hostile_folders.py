@@ -19,7 +19,7 @@ from test_saved_edits import REQUESTS, Editor, make_editor, small_model, values
 from comeba_ext import EditConfig, load_edits, storage, testbed
 from comeba_ext.errors import StorageError
 from comeba_ext.evaluation.protocols import Protocol, run_protocol
-from comeba_ext.layers.hooked_linear import hooked_layers
+from comeba_ext.layers.attachment import attachments
 
 META = {"comeba_ext": "{}"}
 
@@ -60,7 +60,7 @@ def refused(tiny_model, tokenizer, folder, match="."):
         model = small_model(tiny_model)
         with pytest.raises(StorageError, match=match):
             load(model)
-        assert not hooked_layers(model) and "save_pretrained" not in vars(model)
+        assert not attachments(model) and "save_pretrained" not in vars(model)
 
 
 ENDS = {"zscore": ("left", "right", "alpha", "reference_scale"), "nearest": ("left", "projection", "anchors", "thresholds", "alpha")}
@@ -110,9 +110,8 @@ def test_layers_that_the_settings_do_not_name(made, tiny_model, tokenizer, tmp_p
     manifest = json.loads((folder / storage.MANIFEST).read_text())
     manifest_with(folder, config={**manifest["config"], "layers": [0, 2]})
     refused(tiny_model, tokenizer, folder, match="settings name")
-    manifest_with(folder, config=manifest["config"], mode="sometimes")
-    with pytest.raises(StorageError, match="mode"):
-        load_edits(small_model(tiny_model), folder)
+    manifest_with(folder, config=manifest["config"], method="COMEBA-KH")
+    refused(tiny_model, tokenizer, folder, match="not here: unknown method 'COMEBA-KH' .nearest: 'COMEBA-HK'")
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../adapter.safetensors", "/dev/zero", "pipe", "x\0y", "comeba_adapter-01234567.safetensors/.."])
@@ -181,7 +180,7 @@ def test_a_reader_during_saves_sees_one_complete_save(tiny_model, tokenizer, tmp
     try:
         expected = next(iter(editor.layers.values())).delta
         for _ in range(60):
-            found = next(iter(hooked_layers(load_edits(small_model(tiny_model), tmp_path)).values())).delta
+            found = next(iter(attachments(load_edits(small_model(tiny_model), tmp_path)).values())).delta
             assert torch.allclose(found, expected, rtol=0, atol=1e-5)
     finally:
         stop.set()

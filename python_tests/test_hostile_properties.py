@@ -20,7 +20,8 @@ from comeba_ext import EditConfig, Editor, load_edits
 from comeba_ext.data import read_requests, read_texts
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
 from comeba_ext.experiments.definition import load as load_definition
-from comeba_ext.layers.hooked_linear import HookedLinear, uninstall
+from comeba_ext.layers.attachment import detach
+from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.text.request import EditRequest
 
 # The same examples as long as nothing that they are drawn from changes; what is new is looked for with derandomize=False, by hand.
@@ -177,7 +178,7 @@ def refused(folder, bad) -> bool:
                 assert not any(isinstance(module, HookedLinear) for module in model.modules())
                 errors += 1
             finally:
-                uninstall(model)
+                detach(model)
         assert all(torch.equal(a, b) for a, b in zip(logits(model, words), before, strict=True))
     assert sorted((path.name, path.stat().st_size) for path in files(bad)) == found
     return errors == 2

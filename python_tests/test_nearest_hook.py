@@ -21,7 +21,7 @@ from test_editor import (
     some_requests,
 )
 from test_hooked_linear import captured
-from test_methods import LAYERS, NAMES, given, make_method
+from test_methods import LAYERS, NO_SHARES, WITH_VALUES, given, make_method
 from test_sketch import scopes
 from torch import nn
 from torch.nn import functional as F
@@ -32,7 +32,7 @@ from comeba_ext.editing.recognition import KeyRecognition
 from comeba_ext.errors import ComebaError, CovarianceError, StorageError
 from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.ops import nearest_hook as ops
-from comeba_ext.saved_edits import save
+from comeba_ext.methods import ComebaHK
 
 D_IN, D_OUT = 24, 10
 
@@ -653,7 +653,7 @@ def test_a_bad_covariance_changes_nothing(tiny_model, tokenizer, monkeypatch):
     assert_compares_with_the_live_keys(editor)
 
 
-@pytest.mark.parametrize("where", [(Editor, "_exchange"), (KeyRecognition, "compare_with")], ids=["exchange", "compare"])
+@pytest.mark.parametrize("where", [(ComebaHK, "_exchange"), (KeyRecognition, "compare_with")], ids=["exchange", "compare"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_error_after_the_keys_were_taken_out(tiny_model, tokenizer, monkeypatch, where, error):
     """A request that supersedes takes its old key out first; an error then, or behind it, puts it back."""
@@ -734,7 +734,7 @@ def test_what_a_folder_for_inference_holds(tiny_model, tokenizer, tmp_path):
     from comeba_ext import storage
 
     editor, _ = edited(tiny_model, tokenizer, batches=2)
-    save(editor, tmp_path, True)
+    editor.save_pretrained(tmp_path, inference_only=True)
     saved = storage.read_file(tmp_path, storage.read_manifest(tmp_path), "adapter")
     for name, layer in editor.layers.items():
         assert len(layer.score.anchors) == 64 and saved[f"{name}.anchors"].shape == (layer.score.known_keys(), 48)
@@ -759,19 +759,19 @@ def test_what_a_folder_for_inference_holds(tiny_model, tokenizer, tmp_path):
 # -- other methods --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*WITH_VALUES, "FT", "FT-L"])
 def test_every_method_edits_saves_and_loads(tiny_model, tokenizer, tmp_path, name):
     changes = {"alpha": 0.4} if name == "COMEBA-HK fixed threshold" else {}
     editor = make_method(name, small_model(tiny_model), tokenizer, scope="nearest", **changes)
     requests = some_requests(4)
     editor.edit(requests[:2], **given(editor, 2))
     editor.edit([requests[2], EditRequest(requests[0].prompt, requests[0].subject, "Warsaw")], **given(editor, 2, seed=1))
-    if not name.startswith("FT"):
+    if name not in NO_SHARES:
         editor.retract("edit-1")
     editor.save_pretrained(tmp_path)
     assert len(editor.layers) == len(LAYERS.get(name, (1, 2)))
     used = load_edits(small_model(tiny_model), tmp_path)
-    again = methods.load(small_model(tiny_model), tokenizer, tmp_path)
+    again = Editor.from_pretrained(small_model(tiny_model), tokenizer, tmp_path)
     with torch.no_grad():
         for request in requests:
             ids = ids_of(editor.model, tokenizer, request.text)
@@ -782,7 +782,7 @@ def test_every_method_edits_saves_and_loads(tiny_model, tokenizer, tmp_path, nam
         each.edit(requests[3:], **given(each, 1, seed=2))
     for layer, other in zip(editor.layers.values(), again.layers.values()):
         assert torch.equal(layer.delta, other.delta)
-    if editor.serving == "validated":
+    if editor.method.scored:
         assert_compares_with_the_live_keys(editor)
         if "fixed" in name:
             assert {layer.alpha.item() for layer in editor.layers.values()} == {0.4}

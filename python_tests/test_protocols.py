@@ -38,7 +38,7 @@ def setting(tiny_model, tokenizer):
     return model, tokenizer, covariance
 
 
-def run(setting, folder, requests, protocol, method=Editor, config=CONFIG, **options):
+def run(setting, folder, requests, protocol, method="COMEBA-HK", config=CONFIG, **options):
     model, tokenizer, covariance = setting
     return run_protocol(model, tokenizer, requests, protocol, folder, method=method, config=config, covariance=covariance,
                         **options)  # fmt: skip
@@ -96,7 +96,7 @@ def test_single_round_edits_every_batch_into_the_unedited_model(setting, tmp_pat
 @pytest.mark.parametrize("protocol", [Protocol(batch_size=2, checkpoints=(4,), save_every=2, generate=False),
                                       Protocol("single_round", batch_size=2, generate=False)])  # fmt: skip
 def test_stopped_anywhere_it_ends_in_the_same_table(setting, tmp_path, monkeypatch, name, protocol):
-    method, config = methods.get(name), CONFIG
+    method, config = methods.method_named(name), CONFIG
     if name == "FT":
         config = method.config_class(layers=(1,), lr=0.01, steps=3, weight_decay=0.0)
     requests = requests_with_prompts(7)

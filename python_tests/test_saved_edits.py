@@ -78,13 +78,13 @@ def state(editor):
         "numbers": [
             t.clone()
             for name, layer in editor.layers.items()
-            for t in (layer.delta, editor._delta[name], layer.alpha, *layer.score.tensors().values(), editor.covariance[name],
+            for t in (layer.delta, editor.method.masters[name], layer.alpha, *layer.score.tensors().values(), editor.covariance[name],
                       *editor.key_memory[name].state)
         ],
         "ledger": [(e.request, e.step, e.removed) for e in editor.ledger.entries],
         "live": [e.request.request_id for e in editor.ledger.live()],
         "vectors": [t for e in editor.ledger.entries for table in (e.keys, e.responses) for t in table.values()],
-        "rest": [editor.step, editor.log, editor._alphas, editor.prefixes, editor.config],
+        "rest": [editor.step, editor.log, editor.method.alphas, editor.prefixes, editor.config],
     }  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def test_float32_edits_on_the_bfloat16_model(tiny_model, tokenizer, tmp_path):
         assert loaded.alpha.item() == layer.alpha.item()
     again = Editor.from_pretrained(small_model(tiny_model).to(torch.bfloat16), tokenizer, tmp_path)
     for name, layer in editor.layers.items():
-        assert torch.equal(again._delta[name], layer.delta)
+        assert torch.equal(again.method.masters[name], layer.delta)
     again.edit(REQUESTS[4:5])
     assert all(torch.isfinite(x).all() for x in logits(again.model, tokenizer))
 

@@ -9,7 +9,7 @@ from test_editor import ids_of, make_editor, random_values, small_model, some_re
 from transformers import AutoModelForCausalLM
 
 from comeba_ext import load_edits
-from comeba_ext.layers.hooked_linear import disabled
+from comeba_ext.layers.attachment import disabled
 
 
 @pytest.fixture(params=["gpt2", "llama"])

@@ -13,7 +13,8 @@ import torch
 from transformers import DynamicCache
 
 from comeba_ext.errors import ArchitectureError, ComebaError
-from comeba_ext.layers.hooked_linear import HookedLinear, disabled, hooked_layers, install, uninstall
+from comeba_ext.layers.attachment import attachments, detach, disabled
+from comeba_ext.layers.hooked_linear import HookedLinear, install
 
 FAMILIES = {
     "gpt2": ("transformer", "transformer.h.{}.mlp.c_proj"),
@@ -323,7 +324,7 @@ def test_a_copied_model_is_independent(tiny_model, how, scope):
     batch = padded(sequences(), "left") | {"use_cache": False}
     logits, scopes = run(model, layers, **batch)
     other = how(model)
-    other_layers = hooked_layers(other)
+    other_layers = attachments(other)
     assert list(other_layers) == list(layers)
     other_logits, other_scopes = run(other, other_layers, **batch)
     assert torch.equal(other_logits, logits) and torch.equal(other_scopes, scopes)
@@ -333,8 +334,8 @@ def test_a_copied_model_is_independent(tiny_model, how, scope):
     assert not torch.equal(run(other, other_layers, **batch)[0], logits)
     assert torch.equal(run(model, layers, **batch)[0], logits)
 
-    uninstall(other)
-    assert not hooked_layers(other)
+    detach(other)
+    assert not attachments(other)
     again, scopes_again = run(model, layers, **batch)
     assert torch.equal(again, logits) and torch.equal(scopes_again, scopes)
     with disabled(model), torch.no_grad():
@@ -398,18 +399,18 @@ def test_install_and_uninstall(tiny_model, family):
         assert unchanged()
 
     layers = install(model, names, decoder, "zscore", None)
-    assert list(layers) == list(hooked_layers(model)) == names
+    assert list(layers) == list(attachments(model)) == names
     for name in names:
         assert isinstance(model.get_submodule(name), HookedLinear) and not layers[name].training
         assert layers[name].base_layer is before[name]
     hooked_listeners = _listeners(model)
     with pytest.raises(ArchitectureError, match="hooked already"):
         install(model, names[1:], decoder, "zscore", None)
-    assert hooked_layers(model) == layers and _listeners(model) == hooked_listeners
-    uninstall(model)
+    assert attachments(model) == layers and _listeners(model) == hooked_listeners
+    detach(model)
     assert unchanged()
     install(model, names, decoder, "reference", None)
-    uninstall(model)
+    detach(model)
     assert unchanged()
 
 

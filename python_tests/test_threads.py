@@ -23,7 +23,9 @@ from test_editor import (
 )
 
 from comeba_ext.errors import ComebaError
-from comeba_ext.layers.hooked_linear import HookedLinear, disabled
+from comeba_ext.layers.attachment import disabled
+from comeba_ext.layers.hooked_linear import HookedLinear
+from comeba_ext.methods import ComebaHK
 from comeba_ext.layers.passes import Passes
 from comeba_ext.layers.twin import twin_of
 
@@ -170,13 +172,13 @@ def test_an_interruption_while_a_step_is_taken_over_waits(edited, tokenizer, mon
 @pytest.mark.parametrize("what", ["edit", "retract", "rollback"])
 def test_an_interruption_before_changes_nothing(edited, tokenizer, monkeypatch, what):
     before = snapshot(edited)
-    shift = type(edited)._shift
+    shift = ComebaHK._shift
 
     def interrupted(self, name, change):
         shift(self, name, change)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(edited), "_shift", interrupted)
+    monkeypatch.setattr(ComebaHK, "_shift", interrupted)
     with pytest.raises(KeyboardInterrupt):
         {"edit": lambda: edited.edit(some_requests(6)[4:], random_values(2)), "retract": lambda: edited.retract("edit-0"),
          "rollback": lambda: edited.rollback(0)}[what]()  # fmt: skip

@@ -33,7 +33,7 @@ def demo(
     """Change facts in the embedded model, batch after batch, and measure after every batch."""
     from comeba_ext import testbed
     from comeba_ext.editing.config import EditConfig
-    from comeba_ext.editing.editor import Editor
+    from comeba_ext.editor import Editor
     from comeba_ext.evaluation import evaluate, predict_base
 
     start = time.perf_counter()
@@ -111,18 +111,19 @@ def edit(
     as_json: Json = False,
 ) -> None:
     """Edit a model with the records of a file, in consecutive batches, and save the edits."""
-    from comeba_ext import methods
+    from comeba_ext.editor import Editor
+    from comeba_ext.methods import method_named
     from comeba_ext.storage import MANIFEST
 
     with reporting(as_json, parallel=True) as report, edits_folder(out, resume, report.first):
         read = requests_of(records, limit, prompt, subject, target)
-        kind = methods.get(method or "COMEBA-HK")
+        kind = method_named(method or "COMEBA-HK")
         net, tokenizer = loaded(model, device, dtype, trust=trust)
         if resume and (out / MANIFEST).exists():
-            editor = methods.load(net, tokenizer, out)
+            editor = Editor.from_pretrained(net, tokenizer, out)
             check_same(editor, out, kind if method else None, config, scope, covariance, texts)
         else:
-            editor = kind(net, tokenizer, settings_of(net, config, kind, scope))
+            editor = Editor(net, tokenizer, settings_of(net, config, kind, scope), method=kind)
             if kind.needs_covariance:
                 provide_covariance(editor, model, covariance, texts, not as_json)
         used, skipped = read.usable(lambda _, request: editor.check([request]), progress=not as_json and report.first)
@@ -184,7 +185,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue prompts greedily, with and without saved edits."""
-    from comeba_ext.layers.hooked_linear import disabled
+    from comeba_ext.layers.attachment import disabled
 
     with reporting(as_json) as report:
         net, tokenizer = loaded(model, device, dtype, edits, trust=trust)

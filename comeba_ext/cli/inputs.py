@@ -60,12 +60,11 @@ def device_of(wanted: str | None) -> str:
 def settings_of(model, path: Path | None, method=None, scope: str | None = None):
     """Settings of a method (default COMEBA-HK): the model's defaults, what the file changes, the scope asked for."""
     from comeba_ext.editing.config import read_settings
-    from comeba_ext.editing.editor import Editor
     from comeba_ext.methods import default_config
 
     changes = read_settings(path) if path else {}
     try:
-        return default_config(method or Editor, model, **{**changes, **({"scope": scope} if scope else {})})
+        return default_config(method or "COMEBA-HK", model, **{**changes, **({"scope": scope} if scope else {})})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}" if path else str(error)) from None
 
@@ -113,10 +112,10 @@ def check_same(
     from comeba_ext.data import read_texts
     from comeba_ext.editing.config import read_settings
 
-    if kind is not None and kind is not type(editor):
-        raise ComebaError(f"{out} holds edits made by {editor.method}; --method {kind.method} cannot go on with them")
+    if kind is not None and kind is not type(editor.method):
+        raise ComebaError(f"{out} holds edits made by {editor.method.name}; --method {kind.name} cannot go on with them")
     given = {**(read_settings(config) if config else {}), **({"scope": scope} if scope else {})}
-    wanted = settings_of(editor.model, config, type(editor), scope) if given else editor.config
+    wanted = settings_of(editor.model, config, type(editor.method), scope) if given else editor.config
     for key in given:
         here, there = getattr(wanted, key), getattr(editor.config, key)
         if here != there:
@@ -167,10 +166,12 @@ def continued(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str
     import torch
 
     from comeba_ext.forward.architectures import context_length
+    from comeba_ext.layers.attachment import prompt_rewriter
     from comeba_ext.text.encoding import pad, pad_id
 
     limit = context_length(model)
-    rows = [tokenizer(p)["input_ids"] for p in prompts]
+    rewrite = prompt_rewriter(model) or (lambda prompt: prompt)
+    rows = [tokenizer(rewrite(p))["input_ids"] for p in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
             raise ComebaError("a prompt is empty")

@@ -71,7 +71,7 @@ def ability(
     """What a model can do beside its edits, without and with them: perplexity, lm-evaluation-harness."""
     from comeba_ext.data import read_texts
     from comeba_ext.evaluation import harness, perplexity
-    from comeba_ext.layers.hooked_linear import disabled
+    from comeba_ext.layers.attachment import disabled
 
     with reporting(as_json) as report:
         names = [task for task in (tasks or "").split(",") if task]

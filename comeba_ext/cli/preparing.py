@@ -32,7 +32,7 @@ def covariance(
     from comeba_ext import distributed
     from comeba_ext.covariance import TOKENS_PER_DIMENSION
     from comeba_ext.data import read_texts
-    from comeba_ext.editing.editor import Editor
+    from comeba_ext.editor import Editor
     from comeba_ext.storage import writable
 
     with reporting(as_json, parallel=True) as report:

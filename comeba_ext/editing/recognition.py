@@ -25,7 +25,7 @@ from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import prompt_rows
 
 if TYPE_CHECKING:
-    from comeba_ext.editing.editor import Editor
+    from comeba_ext.methods.comeba_hk import ComebaHK
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Recognition:
     """Of scores that compare no keys: every request is edited where it asks to be, with a value of its own, at its mean key.
 
     Args:
-        editor: whose layers, model and settings these are.
+        method: whose layers, model and settings these are.
 
     Attributes:
         compares: whether the scores compare keys; then keys behind every prefix are read.
@@ -45,18 +45,18 @@ class Recognition:
 
     compares = False
 
-    def __init__(self, editor: Editor):
-        self.editor = editor
+    def __init__(self, method: ComebaHK):
+        self.method = method
         self.leverage: dict[str, torch.Tensor] = {}
 
-    def of(self, editor: Editor) -> Recognition:
-        """The same for a twin's editor, with nothing of a batch."""
+    def of(self, method: ComebaHK) -> Recognition:
+        """The same for a method at work on a twin, with nothing of a batch."""
         other = copy.copy(self)
-        other.editor, other.leverage = editor, {}
+        other.method, other.leverage = method, {}
         return other
 
     def learn(self) -> None:
-        """The editor's covariance, and the layers' metrics, are there."""
+        """The method's covariance, and the layers' metrics, are there."""
 
     def placed(self, batch: list[EditRequest]) -> tuple[list[int], list[EditRequest], list[dict]]:
         """Which requests can be edited, those requests, and why the others cannot."""
@@ -97,24 +97,24 @@ class KeyRecognition(Recognition):
 
     compares = True
 
-    def __init__(self, editor: Editor):
-        super().__init__(editor)
+    def __init__(self, method: ComebaHK):
+        super().__init__(method)
         self.backgrounds: dict[str, Background] = {}
         self._anchors: dict[str, Anchors] = {}  # of the batch
         self._subjects: list[list[list[int]]] = []
         self._decoys: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._at_end = torch.zeros(0, dtype=torch.bool)
 
-    def of(self, editor: Editor) -> KeyRecognition:
-        other = super().of(editor)
+    def of(self, method: ComebaHK) -> KeyRecognition:
+        other = super().of(method)
         other._anchors = {}
         return other
 
     def learn(self) -> None:
         """What the layers' scores look like on ordinary text."""
         self.backgrounds = {}
-        for name, layer in self.editor.layers.items():
-            moment, sample = self.editor.covariance[name].to(layer.delta.device), self.editor.covariance.sample
+        for name, layer in self.method.layers.items():
+            moment, sample = self.method.covariance[name].to(layer.delta.device), self.method.covariance.sample
             projection = layer.score.projection.to(moment)
             # E‖P k‖² over the corpus stands for E ℓ = d_in.
             scale = layer.in_features / ((projection @ moment) * projection).sum().item()
@@ -152,7 +152,7 @@ class KeyRecognition(Recognition):
         place."""
         subjects = {request.subject for request in batch if request.fact_token == "subject_last"}
         facts = {request.fact for request in batch}
-        return [entry for entry in self.editor.ledger.live()
+        return [entry for entry in self.method.session.ledger.live()
                 if entry.request.subject in subjects and entry.request.fact_token == "subject_last" and entry.request.fact not in facts]  # fmt: skip
 
     def together(self, batch: list[EditRequest]) -> list[list[int]]:
@@ -164,14 +164,14 @@ class KeyRecognition(Recognition):
 
     def _telling_nothing(self, batch: list[EditRequest]) -> list[int]:
         """The requests whose own key most texts share."""
-        editor = self.editor
-        name, layer = list(editor.layers.items())[-1]
-        units = layer.score.directions(editor.subject_keys(prompt_rows(editor.tokenizer, batch, [""]), [name])[name])
+        method, tokenizer = self.method, self.method.session.tokenizer
+        name, layer = list(method.layers.items())[-1]
+        units = layer.score.directions(method.subject_keys(prompt_rows(tokenizer, batch, [""]), [name])[name])
         told = tells(units[:, None], self.backgrounds[name], self.subjects(batch))[:, 0]
         ends = [n for n, request in enumerate(batch) if request.fact_token == "last"]
         if ends:
-            rows = decoy_rows(editor.tokenizer, [batch[n] for n in ends])
-            others = layer.score.directions(editor.subject_keys(rows, [name])[name])
+            rows = decoy_rows(tokenizer, [batch[n] for n in ends])
+            others = layer.score.directions(method.subject_keys(rows, [name])[name])
             for row, other in zip(rows, others, strict=True):
                 told[ends[row.request]] &= units[ends[row.request]] @ other <= APART
         return (~told).nonzero()[:, 0].tolist()
@@ -187,7 +187,7 @@ class KeyRecognition(Recognition):
         """The two keys that an edit is written at, ``(u, 2, d_in)``: the mean over context prefixes, and that behind the prompt
         alone, which at the beginning of a text can be so different that what is written at the mean does not reach it. (One
         that says nothing is left to the mean, and out of it: in ``reading`` too.)"""
-        layer, background, config = self.editor.layers[name], self.backgrounds[name], self.editor.config
+        layer, background, config = self.method.layers[name], self.backgrounds[name], self.method.config
         each, score = reading.each, layer.score
         units = score.directions(each)
         told = tells(units, background, self._subjects)
@@ -210,7 +210,7 @@ class KeyRecognition(Recognition):
         return own.min().item() if len(own) else float("inf")
 
     def compare_with(self, live: list[Entry]) -> None:
-        for name, layer in self.editor.layers.items():
+        for name, layer in self.method.layers.items():
             own = [entry.anchors[name] for entry in live]
             unit = torch.cat([directions for directions, _ in own]) if own else torch.zeros(0, len(layer.score.projection))
             layer.score.set_anchors(unit, torch.cat([thresholds for _, thresholds in own]) if own else None)
@@ -219,15 +219,15 @@ class KeyRecognition(Recognition):
 
     def decoys(self, batch: list[EditRequest]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Layer name to the directions of other names' keys, and which request each belongs to."""
-        layers, rows = self.editor.layers, decoy_rows(self.editor.tokenizer, batch)
+        layers, rows = self.method.layers, decoy_rows(self.method.session.tokenizer, batch)
         owner = torch.tensor([row.request for row in rows], dtype=torch.long)
         if not rows:
             return {name: (torch.zeros(0, len(layer.score.projection)), owner) for name, layer in layers.items()}
-        keys = self.editor.subject_keys(rows, list(layers))
+        keys = self.method.subject_keys(rows, list(layers))
         return {name: (layer.score.directions(keys[name]), owner) for name, layer in layers.items()}
 
     def subjects(self, batch: list[EditRequest]) -> list[list[list[int]]]:
         """Token ids of every request's subject, at the beginning of a text and behind other words."""
         forms = [form for request in batch for form in (request.subject, f" {request.subject}")]
-        ids = self.editor.tokenizer(forms, add_special_tokens=False)["input_ids"]
+        ids = self.method.session.tokenizer(forms, add_special_tokens=False)["input_ids"]
         return [ids[n : n + 2] for n in range(0, len(ids), 2)]

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
+
+from comeba_ext import distributed
 
 
 @dataclass
@@ -88,3 +91,15 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
+
+
+@contextlib.contextmanager
+def values_bar(total: int, progress: bool):
+    """A progress bar over the target values of one batch, in the first process only."""
+    with tqdm(total=total, unit="value", desc="target values", disable=not progress or distributed.rank() > 0) as bar:
+
+        def on_progress(done: int, loss: float) -> None:
+            bar.update(done - bar.n)
+            bar.set_postfix(loss=f"{loss:.3f}")
+
+        yield on_progress

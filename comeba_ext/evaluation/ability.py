@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from comeba_ext.errors import ComebaError
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.partial import evaluating
-from comeba_ext.layers.hooked_linear import hooked_layers
+from comeba_ext.layers.attachment import attachments
 from comeba_ext.text.encoding import micro_batches, pad, pad_id
 
 MAX_NLL = 700.0  # whose exponential is still a float64
@@ -112,7 +112,7 @@ def harness(model: torch.nn.Module, tokenizer, tasks: list[str], folder: str | P
     if unknown:
         raise ComebaError(f"lm-evaluation-harness has no task {', '.join(map(repr, unknown))}; see 'lm_eval --tasks list'")
     # The harness pads its batches without a mask, which a score relative to the sequence (zscore) would count.
-    relative = any(layer.reads_sequence for layer in hooked_layers(model).values())
+    relative = any(layer.reads_sequence for layer in attachments(model).values())
     asked = options.pop("batch_size", 8)
     with evaluating(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1 if relative else asked)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from comeba_ext.errors import RequestError
 from comeba_ext.evaluation.queries import check_context, record_queries, where
 from comeba_ext.evaluation.scoring import Prediction, Query, predict
-from comeba_ext.layers.hooked_linear import disabled, hooked_layers
+from comeba_ext.layers.attachment import attachments, disabled
 from comeba_ext.text.encoding import pad_id
 from comeba_ext.text.request import as_requests
 
@@ -87,7 +87,7 @@ def has_edits(model: torch.nn.Module) -> bool:
     Raises:
         RequestError: layers of another kind wrap the model's own, which only their maker can switch off.
     """
-    if hooked_layers(model) or hasattr(model, "disable_adapter") or getattr(model, "_hf_peft_config_loaded", False):
+    if attachments(model) or hasattr(model, "disable_adapter") or getattr(model, "_hf_peft_config_loaded", False):
         return True
     foreign = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "base_layer")})
     if foreign:
@@ -101,7 +101,7 @@ def has_edits(model: torch.nn.Module) -> bool:
 @contextmanager
 def unedited(model: torch.nn.Module):
     """Inside, the model without its edits: hooked layers off; where there are none, PEFT's adapters."""
-    if hooked_layers(model) or not has_edits(model):
+    if attachments(model) or not has_edits(model):
         with disabled(model):
             yield
     elif hasattr(model, "disable_adapter"):

@@ -16,6 +16,7 @@ from comeba_ext.evaluation.metrics import bootstrap_interval
 from comeba_ext.evaluation.scoring import greedy, micro_batches
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.partial import evaluating
+from comeba_ext.layers.attachment import prompt_rewriter
 from comeba_ext.text.encoding import pad, pad_id
 
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # of bi- and trigram entropy, before their mean
@@ -42,7 +43,8 @@ def fluency(
         ComebaError: there is no prompt, or one leaves no room for the new tokens in the model's context.
     """
     limit = context_length(model)
-    rows = {prompt: tokenizer(prompt)["input_ids"] for prompt in prompts}
+    rewrite = prompt_rewriter(model) or (lambda prompt: prompt)
+    rows = {prompt: tokenizer(rewrite(prompt))["input_ids"] for prompt in prompts}
     if not rows:
         raise ComebaError("no prompt to measure fluency on")
     for prompt, ids in rows.items():
@@ -54,8 +56,8 @@ def fluency(
         for batch in micro_batches(list(rows), max_tokens, size=lambda p: len(rows[p]) + new_tokens):
             ids, mask = pad([rows[p] for p in batch], pad_id(tokenizer), "left", device)
             out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
-            texts = tokenizer.batch_decode(out, skip_special_tokens=True)
-            values |= {prompt: ngram_entropy(text) for prompt, text in zip(batch, texts, strict=True)}
+            texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            values |= {prompt: ngram_entropy(prompt + text) for prompt, text in zip(batch, texts, strict=True)}
     found = [values[prompt] for prompt in prompts]
     return {"fluency": sum(found) / len(found), "fluency_interval": bootstrap_interval(found, seed)}
 

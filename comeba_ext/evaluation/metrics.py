@@ -11,6 +11,7 @@ from tqdm import tqdm
 from comeba_ext.evaluation.base import BasePredictions, has_edits, predict_base
 from comeba_ext.evaluation.queries import METRICS, check_context, record_queries
 from comeba_ext.evaluation.scoring import Prediction, predict
+from comeba_ext.layers.attachment import prompt_rewriter
 from comeba_ext.text.encoding import pad_id
 from comeba_ext.text.request import as_requests
 
@@ -82,7 +83,9 @@ def evaluate(
     """
     requests = as_requests(records)
     queries = [record_queries(tokenizer, request, index) for index, request in enumerate(requests)]
-    for index, (request, own) in enumerate(zip(requests, queries)):
+    rewrite = prompt_rewriter(model)  # of in-context methods; base predictions are of the prompts as they are
+    asked = queries if rewrite is None else [record_queries(tokenizer, r, n, rewrite) for n, r in enumerate(requests)]
+    for index, (request, own) in enumerate(zip(requests, asked)):
         check_context(model, [query for name in METRICS for query in own[name]], index, request)
     if isinstance(base, BasePredictions):
         base.check([own["locality"] for own in queries], requests, generate)
@@ -99,8 +102,8 @@ def evaluate(
     # Locality is run on its own, as predict_base does: with the same batches, rounding cannot make a difference
     # between two equal models.
     pools = [
-        dict.fromkeys(query for own in queries for name in METRICS if name != "locality" for query in own[name]),
-        dict.fromkeys(query for own in queries for query in own["locality"]),
+        dict.fromkeys(query for own in asked for name in METRICS if name != "locality" for query in own[name]),
+        dict.fromkeys(query for own in asked for query in own["locality"]),
     ]
     total = sum(map(len, pools)) * (1 + generate)
     with tqdm(total=total, disable=not progress, desc="evaluate") as bar:
@@ -108,27 +111,30 @@ def evaluate(
             model, pool, pad_token=pad_id(tokenizer), max_tokens=max_tokens, generate=generate, bar=bar
         )
         edited, local = map(run, pools)
-    unedited = local if base is None else base.predictions
+    unedited = local if base is None else base.predictions  # without a base there is nothing that rewrites
 
     rows = []
-    for request, own in zip(requests, queries):
+    for request, own, put in zip(requests, queries, asked):
         row = {field: getattr(request, field) for field in ("request_id", "prompt", "subject", "target_new")}
         answers = []
         for name in METRICS:
             found = local if name == "locality" else edited
-            wanted = [(unedited[q].forced, unedited[q].generated) if name == "locality" else (q.target_ids,) * 2
-                      for q in own[name]]  # fmt: skip
-            scores = [_score(found[q], *pair) for q, pair in zip(own[name], wanted, strict=True)]
+            if name == "locality":
+                wanted = [(unedited[q].forced, unedited[q].generated) for q in own[name]]
+            else:
+                wanted = [(q.target_ids,) * 2 for q in put[name]]
+            answered = [found[q] for q in put[name]]
+            scores = [_score(answer, *pair) for answer, pair in zip(answered, wanted, strict=True)]
             for n, suffix in enumerate(SCORES):
                 row[name + suffix] = _mean([score[n] for score in scores])
             answers += [
                 {"metric": name, "prompt": _text(tokenizer, q.prompt_ids), "wanted": _text(tokenizer, pair[0]),
                  **({"unedited": _text(tokenizer, pair[1])} if name == "locality" else {}),
-                 "predicted": _text(tokenizer, found[q].forced), "generated": _text(tokenizer, found[q].generated),
+                 "predicted": _text(tokenizer, answer.forced), "generated": _text(tokenizer, answer.generated),
                  "score": score[0], "tokens": len(q.prompt_ids)}
-                for q, pair, score in zip(own[name], wanted, scores, strict=True)
+                for q, pair, score, answer in zip(own[name], wanted, scores, answered, strict=True)
             ]  # fmt: skip
-        answer = edited[own["reliability"][0]]
+        answer = edited[put["reliability"][0]]
         row["predicted"] = _text(tokenizer, answer.forced)
         row["generated"] = _text(tokenizer, answer.generated)
         row["answers"] = answers

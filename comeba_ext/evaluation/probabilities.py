@@ -12,6 +12,7 @@ MEMIT's evaluation. For a record with the new object ``o*`` and the true one ``o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -20,6 +21,7 @@ from comeba_ext.evaluation.metrics import Metrics, bootstrap_interval
 from comeba_ext.evaluation.queries import check_context
 from comeba_ext.evaluation.scoring import Query, micro_batches
 from comeba_ext.forward.partial import evaluating
+from comeba_ext.layers.attachment import prompt_rewriter
 from comeba_ext.text.encoding import pad, pad_id
 from comeba_ext.text.request import EditRequest, as_requests
 
@@ -46,7 +48,8 @@ def counterfact_scores(
         RequestError: a record cannot be used or a text is longer than the model's context.
     """
     requests = as_requests(records)
-    pairs = [_pairs(tokenizer, request) for request in requests]
+    rewrite = prompt_rewriter(model) or (lambda prompt: prompt)
+    pairs = [_pairs(tokenizer, request, rewrite) for request in requests]
     for index, (request, own) in enumerate(zip(requests, pairs)):
         check_context(model, [q for name in NAMES for pair in own[name] for q in pair], index, request)
     queries = dict.fromkeys(q for own in pairs for name in NAMES for pair in own[name] for q in pair)
@@ -80,10 +83,10 @@ def probabilities(model, queries, *, pad_token: int, max_tokens: int) -> dict[Qu
     return found
 
 
-def _pairs(tokenizer, request: EditRequest) -> dict[str, list[tuple[Query, Query]]]:
+def _pairs(tokenizer, request: EditRequest, rewrite: Callable[[str], str]) -> dict[str, list[tuple[Query, Query]]]:
     """``(wanted to win, wanted to lose)`` by score."""
     new, true = request.target_new, request.ground_truth
-    pair = lambda prompt, a, b: (Query.of(tokenizer, prompt, a), Query.of(tokenizer, prompt, b))  # noqa: E731
+    pair = lambda prompt, a, b: tuple(Query.of(tokenizer, rewrite(prompt), answer) for answer in (a, b))  # noqa: E731
     known = true is not None and true.strip()
     answered = [(p, answer) for p, answer in request.locality_prompts if answer and answer.strip()]
     return {

@@ -30,13 +30,14 @@ from tqdm.auto import tqdm
 from comeba_ext import __version__
 from comeba_ext.covariance import Covariance
 from comeba_ext.editing.config import EditConfig, is_int
-from comeba_ext.editing.editor import Editor
+from comeba_ext.editor import Editor
 from comeba_ext.editing.report import EditReport, reset_peak_memory
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
 from comeba_ext.evaluation.base import BasePredictions, predict_base
 from comeba_ext.evaluation.metrics import Metrics, evaluate, summarise
 from comeba_ext.evaluation.run_log import RunLog
 from comeba_ext.forward.architectures import Architecture
+from comeba_ext.methods import Method, default_config, method_named
 from comeba_ext.storage import MANIFEST, alone
 from comeba_ext.storage import identity as identity_of
 from comeba_ext.text.request import EditRequest, Ids, as_requests, consecutive_batches
@@ -117,7 +118,7 @@ def run_protocol(
     protocol: Protocol,
     folder: str | Path,
     *,
-    method: type[Editor] = Editor,
+    method: str | type[Method] = "COMEBA-HK",
     config: EditConfig | None = None,
     covariance: Covariance | None = None,
     base: BasePredictions | None = None,
@@ -130,7 +131,7 @@ def run_protocol(
     Args:
         model: unedited; hooked meanwhile, and given back as it came.
         requests: anything :func:`as_requests` accepts.
-        method: an :class:`Editor` or one of :mod:`comeba_ext.methods`.
+        method: name or class of one of :mod:`comeba_ext.methods`.
         config: default: the method's own for the model.
         covariance: needed by every method but fine-tuning.
         base: predictions of the unedited model for these requests, where they are known already.
@@ -147,8 +148,9 @@ def run_protocol(
     if not requests:
         raise RequestError("there is no request to edit")
     Ids(requests)
-    config = config or method.default_config(model)
-    header = {"method": method.method, "protocol": protocol.name, "batch_size": protocol.batch_size, "seed": protocol.seed,
+    method = method_named(method)
+    config = config or default_config(method, model)
+    header = {"method": method.name, "protocol": protocol.name, "batch_size": protocol.batch_size, "seed": protocol.seed,
               "checkpoints": list(protocol.checkpoints), "generate": protocol.generate, "records": len(requests),
               "requests": _digest([r.to_record() for r in requests]), "config": config.to_dict(), "version": __version__, "model": _model(model, config),
               "covariance": _covariance(covariance), **(identity or {})}  # fmt: skip
@@ -194,14 +196,14 @@ def _single_round(
     done = _up_to_last_checkpoint(log.records)
     log.keep(done)
     edited = max((r["edits"] for r in done if r["event"] == "checkpoint"), default=0)
-    editor = method(model, tokenizer, config)
+    editor = Editor(model, tokenizer, config, method=method)
     try:
         if covariance is not None:
             editor.set_covariance(covariance)
         plan = _checked(editor, requests, protocol)
         start = {name: memory.state for name, memory in editor.key_memory.items()}
         count = 0
-        with tqdm(total=len(requests), initial=edited, disable=not progress, unit="edit", desc=method.method) as bar:
+        with tqdm(total=len(requests), initial=edited, disable=not progress, unit="edit", desc=method.name) as bar:
             for batch in plan:
                 count += len(batch)
                 if count <= edited:
@@ -224,11 +226,11 @@ def _consecutive(
 ) -> None:
     saved = folder / "edits"
     if (saved / MANIFEST).exists():
-        editor = method.from_pretrained(model, tokenizer, saved)
+        editor = Editor.from_pretrained(model, tokenizer, saved)
     else:
-        editor = method(model, tokenizer, config)
+        editor = Editor(model, tokenizer, config, method=method)
     try:
-        if not editor.step and covariance is not None and not editor.key_memory:
+        if not editor.step and covariance is not None and editor.covariance is None:
             editor.set_covariance(covariance)
         log.keep([r for r in _up_to_last_checkpoint(log.records, steps=editor.step) if r.get("step", 0) <= editor.step])
         evaluated = {r["edits"] for r in log.records if r["event"] == "checkpoint"}
@@ -236,7 +238,7 @@ def _consecutive(
         ends = [sum(map(len, plan[: n + 1])) for n in range(len(plan))]
         stops = {next(end for end in ends if end >= wanted) for wanted in protocol.checkpoints if wanted <= ends[-1]}
         stops.add(ends[-1])
-        with tqdm(total=len(requests), disable=not progress, unit="edit", desc=method.method) as bar:
+        with tqdm(total=len(requests), disable=not progress, unit="edit", desc=method.name) as bar:
             for number, (batch, end) in enumerate(zip(plan, ends, strict=True), 1):
                 if number > editor.step:
                     report = _edited(editor, batch, end, log)

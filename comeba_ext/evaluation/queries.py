@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from comeba_ext.errors import RequestError
@@ -12,8 +14,13 @@ from comeba_ext.text.request import EditRequest
 METRICS = ("reliability", "generality", "locality", "portability")
 
 
-def record_queries(tokenizer, request: EditRequest, index: int) -> dict[str, list[Query]]:
+def record_queries(
+    tokenizer, request: EditRequest, index: int, rewrite: Callable[[str], str] | None = None
+) -> dict[str, list[Query]]:
     """The queries of a request by metric; a metric without prompts has an empty list.
+
+    Args:
+        rewrite: how the model is to be asked (:func:`~comeba_ext.layers.attachment.prompt_rewriter`).
 
     Portability prompts without an answer cannot be scored and are left out. Locality prompts without one are compared
     in the next token.
@@ -27,8 +34,9 @@ def record_queries(tokenizer, request: EditRequest, index: int) -> dict[str, lis
         "locality": request.locality_prompts,
         "portability": [(p, answer) for p, answer in request.portability_prompts if answer and answer.strip()],
     }
+    asked = rewrite or (lambda prompt: prompt)
     try:
-        return {name: [Query.of(tokenizer, p, answer) for p, answer in texts[name]] for name in METRICS}
+        return {name: [Query.of(tokenizer, asked(p), answer) for p, answer in texts[name]] for name in METRICS}
     except RequestError as error:
         raise RequestError(f"{where(index, request)}: {error}") from None
 

@@ -162,7 +162,7 @@ _CASE_KINDS = {  # what a case's settings hold beside the method's config
 
 
 def _cases(methods: list, settings: list, path: Path) -> tuple[Case, ...]:
-    from comeba_ext.methods import get
+    from comeba_ext.methods import method_named
 
     cases = []
     for method in methods:
@@ -174,7 +174,7 @@ def _cases(methods: list, settings: list, path: Path) -> tuple[Case, ...]:
                     raise ConfigError(f"{path}: {key} must be {kind}, got {both[key]!r}")
             if both.get("alpha") == "inf":  # YAML's own is .inf
                 both["alpha"] = float("inf")
-            name = get(both.pop("method", None)).method
+            name = method_named(both.pop("method", None)).name
             labels = [str(part["label"]) for part in (own, setting) if part.get("label")]
             if not own.get("label"):
                 labels = [name, *labels] if len(methods) > 1 or not labels else labels

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from comeba_ext.editing.editor import Editor
+from comeba_ext.editor import Editor
 from comeba_ext.evaluation import counterfact_scores, evaluate, fluency
 from comeba_ext.evaluation.ability import Reading, read_text
 from comeba_ext.evaluation.queries import record_queries

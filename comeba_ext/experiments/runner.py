@@ -15,7 +15,7 @@ from comeba_ext import __version__, methods
 from comeba_ext.covariance import Covariance
 from comeba_ext.data import ReadResult
 from comeba_ext.editing.config import EditConfig
-from comeba_ext.editing.editor import Editor
+from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation import Protocol, Result, predict_base, run_protocol
 from comeba_ext.evaluation.metrics import METRICS, SCORES, Metrics
@@ -69,7 +69,7 @@ def run(
         raise ComebaError("the measure 'text' needs texts: add --texts")
     samples = samples or experiment.samples
     configs = {case.label: case.config(model) for case in experiment.cases}
-    needing = [c for case, c in zip(experiment.cases, configs.values()) if methods.get(case.method).needs_covariance]
+    needing = [c for case, c in zip(experiment.cases, configs.values()) if methods.method_named(case.method).needs_covariance]
     if needing and covariance is None:
         covariance = _collect(model, tokenizer, texts, needing, out / "covariance.safetensors", progress)
     identity = {"measures": list(experiment.measures), "texts": hashlib.sha256("\n".join(plain_texts).encode()).hexdigest()[:16]}
@@ -81,7 +81,7 @@ def run(
         base = predict_base(model, tokenizer, used, generate=experiment.generate)
         for case in experiment.cases:
             protocol = _protocol(experiment, case, len(used), seed)
-            method = methods.get(case.method)
+            method = methods.method_named(case.method)
             result = run_protocol(
                 model, tokenizer, used, protocol, out / experiment.name / _slug(dataset) / _slug(case.label),
                 method=method, config=configs[case.label], covariance=covariance if method.needs_covariance else None,

@@ -29,7 +29,7 @@ class _Here(threading.local):
         mask: ``(batch, seq)`` bool of real tokens, or ``None`` when every token is real or no pass is in progress.
         statistics: layer name to ``(batch, 3)`` statistics of the tokens before this pass (:func:`ops.zscore`).
         updated: the same after this pass, filled in by the layers.
-        off: whether this thread wants the unedited model (:func:`hooked_linear.disabled`), so many times over.
+        off: whether this thread wants the unedited model (:func:`attachment.disabled`), so many times over.
     """
 
     shape: tuple[int, int] | None = None

@@ -10,13 +10,13 @@ import copy
 
 from torch import nn
 
-from comeba_ext.layers.hooked_linear import hooked_layers
+from comeba_ext.layers.attachment import attachments
 
 
 def twin_of(model: nn.Module) -> nn.Module:
-    """A copy of the model with its own modules and hooks, and the hooked layers' buffers; weights and configuration are
+    """A copy of the model with its own modules and hooks, and the attachments' buffers; weights and configuration are
     shared."""
-    own = {id(buffer) for layer in hooked_layers(model).values() for part in (layer, layer.score) for buffer in part.buffers(recurse=False)}
+    own = {id(buffer) for attachment in attachments(model).values() for buffer in attachment.own_buffers().values()}
     memo = {id(buffer): buffer for buffer in model.buffers() if id(buffer) not in own}
     for parameter in model.parameters():
         # Its own parameter, where that is plain, so that freezing the twin does not freeze the model.

@@ -5,7 +5,7 @@ what it was asked to answer to that key. Sequential updates ``delta ← delta + 
 
     delta · C = Σ v_i k_iᵀ   over the keys of the live requests,
 
-and a request can be removed, or put back, exactly: see :meth:`Editor._exchange`. Memory: ``d_in + d_out`` floats a key
+and a request can be removed, or put back, exactly: see :meth:`ComebaHK._exchange`. Memory: ``d_in + d_out`` floats a key
 and layer, on the host.
 """
 
@@ -26,15 +26,16 @@ class Entry:
     Attributes:
         step: the step that added it.
         removed: the step that superseded or retracted it, ``None`` while live.
-        keys, responses: layer name to ``(m, d_in)`` and ``(m, d_out)``, float32 or better, on the host.
+        keys, responses: layer name to ``(m, d_in)`` and ``(m, d_out)``, float32 or better, on the host; empty with methods that
+            keep none.
         anchors: layer name to directions ``(m, rows)`` and thresholds ``(m,)`` (:mod:`anchors`), on the host; empty with
             scores that do not compare keys.
     """
 
     request: EditRequest
     step: int
-    keys: dict[str, torch.Tensor]
-    responses: dict[str, torch.Tensor]
+    keys: dict[str, torch.Tensor] = field(default_factory=dict)
+    responses: dict[str, torch.Tensor] = field(default_factory=dict)
     removed: int | None = None
     anchors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 

@@ -1,57 +1,41 @@
-"""COMEBA-HK and what it is compared with, behind one interface: every method is an :class:`Editor`.
+"""Methods: how facts get into a model. One file a method, known by name; an :class:`~comeba_ext.Editor` has one.
 
-    Method = methods.get("MEMIT")
-    editor = Method(model, tokenizer)                  # settings: methods.default_config("MEMIT", model)
+    editor = Editor(model, tokenizer, method="MEMIT")     # settings: default_config("MEMIT", model)
     editor.collect_covariance(texts)
     editor.edit(requests); editor.rollback(0); editor.save_pretrained("edits")
-    editor = methods.load(model, tokenizer, "edits")   # whichever method made them
+    editor = Editor.from_pretrained(model, tokenizer, "edits")   # whichever method made them
 
-All share target values, keys, covariance and key memory with the editor; a file here holds only what makes its method
-different. None writes a base weight: what a method would add to a weight is the ``delta`` of the hooked layer, and
-methods without hooks let the edited output through everywhere.
+:func:`register_method`, or the entry-point group ``comeba_ext.methods``, adds another one. None writes a base weight: what a method
+would add to a weight is the ``delta`` of a hooked layer, which methods without hooks let through everywhere.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-
-from torch import nn
-
-from comeba_ext.editing.editor import Editor
-from comeba_ext.errors import ConfigError
+from comeba_ext.methods.alphaedit import AlphaEdit, BetaEdit
+from comeba_ext.methods.base import Method, Outcome
+from comeba_ext.methods.comeba_hk import ComebaHK
+from comeba_ext.methods.emmet import EMMET
 from comeba_ext.methods.fixed_threshold import FixedThreshold
 from comeba_ext.methods.ft import FT, FTL
+from comeba_ext.methods.grace import GRACE
+from comeba_ext.methods.in_context import ICE, IKE
 from comeba_ext.methods.memit import MEMIT
+from comeba_ext.methods.memoir import MEMOIR
+from comeba_ext.methods.names import METHODS, method_named, method_names, register_method
 from comeba_ext.methods.pmet import PMET
+from comeba_ext.methods.r_rome import RROME
 from comeba_ext.methods.rome import ROME
 from comeba_ext.methods.settings import default_config
+from comeba_ext.methods.ultraedit import UltraEdit
+from comeba_ext.methods.wise import WISE
 from comeba_ext.methods.without_hooks import WithoutHooks
-from comeba_ext.storage import read_manifest
 
-METHODS: dict[str, type[Editor]] = {
-    cls.method: cls for cls in (Editor, WithoutHooks, MEMIT, ROME, PMET, FT, FTL, FixedThreshold)
-}
+for _method in (
+    ComebaHK, WithoutHooks, MEMIT, AlphaEdit, BetaEdit, ROME, RROME, EMMET, PMET, UltraEdit, FT, FTL, GRACE, WISE, MEMOIR, IKE, ICE,
+    FixedThreshold,
+):  # fmt: skip
+    register_method(_method)
 
-__all__ = ["FT", "FTL", "MEMIT", "METHODS", "PMET", "ROME", "FixedThreshold", "WithoutHooks", "default_config", "get", "load"]
-
-
-def get(name: str) -> type[Editor]:
-    """The class of a method; case, spaces and dashes in its name do not matter.
-
-    Raises:
-        ConfigError: there is no such method; the message lists those there are.
-    """
-    plain = lambda text: "".join(c for c in text.lower() if c.isalnum())  # noqa: E731
-    for known, cls in METHODS.items():
-        if isinstance(name, str) and plain(name) == plain(known):
-            return cls
-    raise ConfigError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
-
-
-def load(model: nn.Module, tokenizer, folder: str | Path) -> Editor:
-    """Go on editing from a saved folder with the method that made it.
-
-    Raises:
-        StorageError: as :meth:`Editor.from_pretrained`.
-    """
-    return get(read_manifest(folder).get("method", Editor.method)).from_pretrained(model, tokenizer, folder)
+__all__ = [
+    "EMMET", "FT", "FTL", "GRACE", "ICE", "IKE", "MEMIT", "MEMOIR", "METHODS", "PMET", "ROME", "RROME", "WISE", "AlphaEdit", "BetaEdit",
+    "ComebaHK", "FixedThreshold", "Method", "Outcome", "UltraEdit", "WithoutHooks",
+    "default_config", "method_named", "method_names", "register_method",
+]  # fmt: skip

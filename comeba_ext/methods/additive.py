@@ -41,7 +41,7 @@ class Additive(WithoutHooks):
         return self._batch_directions, residuals
 
     def _add(self, name: str, keys: torch.Tensor, reading: LayerReading, residual: torch.Tensor) -> torch.Tensor:
-        memory, delta = self.key_memory[name], self._delta[name]
+        memory, delta = self.key_memory[name], self.masters[name]
         parts = (t.to(memory.device, memory.dtype).mT for t in (reading.keys, reading.plain_keys, residual))
         directions, residual = self._directions(name, *parts)
         self._shift(name, residual @ directions.mT)
@@ -50,10 +50,10 @@ class Additive(WithoutHooks):
         return residual.mT.to(wide)[:, None]
 
     def _exchange(self, name: str, remove: list[Entry], add: list[Entry]) -> None:
-        directions, residuals = (t.to(self._delta[name].device).double() for t in stacked(add + remove, name))
-        residuals[:, len(add) :] *= -1  # one column an entry
+        directions, residuals = (t.to(self.masters[name].device).double() for t in stacked(add + remove, name))
+        residuals[:, sum(len(entry.keys[name]) for entry in add) :] *= -1
         self._shift(name, residuals @ directions.mT)
 
-    def _factors(self, name: str, live: list[Entry]):
+    def factors(self, name: str, live: list[Entry]):
         directions, residuals = stacked(live, name)
         return residuals, directions.mT

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from comeba_ext.editing.editor import Editor
-from comeba_ext.methods.settings import default_config
+from comeba_ext.methods.comeba_hk import ComebaHK
 
 
-class FixedThreshold(Editor):
+class FixedThreshold(ComebaHK):
     """α stays at ``config.alpha``: a prompt whose score does not reach it never meets its own edit."""
 
-    method = "COMEBA-HK fixed threshold"
-
-    @classmethod
-    def default_config(cls, model):
-        return default_config(cls, model)
+    name = "COMEBA-HK fixed threshold"
 
     def _calibrate(self, name, layer, reading) -> None:
         alpha = layer.alpha.clone()

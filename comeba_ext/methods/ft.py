@@ -5,22 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from comeba_ext.editing.config import EditConfig, is_int
 from comeba_ext.editing.report import Phases
-from comeba_ext.editing.target_values import TargetValues
-from comeba_ext.errors import ConfigError, RequestError
+from comeba_ext.errors import ConfigError
 from comeba_ext.forward.partial import evaluating, frozen
-from comeba_ext.memory.ledger import Entry
-from comeba_ext.methods.settings import only_layer
-from comeba_ext.methods.without_hooks import WithoutHooks
-from comeba_ext.text.encoding import micro_batches, pad_id
+from comeba_ext.methods.base import OnProgress, only_layer
+from comeba_ext.methods.deltas import Deltas
+from comeba_ext.methods.training import TrainingRows
 from comeba_ext.text.request import EditRequest
-from comeba_ext.text.rows import Row, batch_inputs, target_rows
-
-KEPT = 10  # latest steps a rollback can reach, each a copy of delta on the host
+from comeba_ext.text.rows import Row, target_rows
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ class FTConfig(EditConfig):
             raise ConfigError(f"lr_unit must be absolute: it is a weight that is trained, got {self.lr_unit!r}")
 
 
-class FT(WithoutHooks):
+class FT(Deltas):
     """Adam on the whole weight of one MLP output projection, at most ``steps`` passes over a batch.
 
     The loss is the new object's NLL behind the prompt alone: mean over its tokens, teacher-forced, then over the
@@ -58,75 +52,52 @@ class FT(WithoutHooks):
     ``prompt_last``, ask for all object tokens at the prompt's last position; with objects of one token there is no
     difference.) Adam starts anew with every batch. Nothing of the covariance is used.
 
-    A trained weight has no share of a single request: :meth:`retract` is refused, an earlier request about the same
-    fact is simply trained over, and :meth:`rollback` reaches step 0 and the latest ten steps, as far back as the
-    one that was loaded.
+    A trained weight has no share of a single request: retraction is refused, an earlier request about the same fact is simply
+    trained over, and a rollback reaches step 0 and the latest ten steps, as far back as the one that was loaded.
 
     Raises:
         ConfigError: the settings name more than one layer.
     """
 
-    method = "FT"
+    name = "FT"
     config_class = FTConfig
-    needs_covariance = False
 
-    def __init__(self, model: nn.Module, tokenizer, config: FTConfig | None = None):
-        super().__init__(model, tokenizer, only_layer(config or self.default_config(model), self.method))
-        self._states: dict[int, dict[str, torch.Tensor]] = {}  # step -> delta after it
+    @classmethod
+    def check(cls, config, model, architecture) -> None:
+        super().check(config, model, architecture)
+        only_layer(config, cls.name)
 
-    def retract(self, request_ids) -> None:
-        """Raises :class:`RequestError`."""
-        raise RequestError(f"{self.method} trains a weight on whole batches, so no single request can be taken back; use rollback")
-
-    def target_values(self, requests, *, progress: bool = False) -> torch.Tensor:
-        """Raises :class:`RequestError`."""
-        raise RequestError(f"{self.method} has no target values")
-
-    def _check_values(self, values, count: int):
-        raise RequestError(f"{self.method} has no target values")
-
-    def _optimise(self, batch: list[EditRequest], on_progress, trace=None) -> TargetValues:
-        self._trained = TargetValues(torch.zeros(len(batch), 0))  # losses and steps follow when it has been trained
-        return self._trained
-
-    def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases, trace=None):
+    def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         ((name, layer),) = self.layers.items()
-        if self.step and self.step not in self._states:  # loaded; step 0 needs no copy
-            self._states[self.step] = {name: self._delta[name].cpu().clone()}
-        with phases("update"), evaluating(self.model), frozen(self.model):
-            losses, passes = self._train(layer, self._delta[name], target_rows(self.tokenizer, batch, [""]))
-        self._trained.losses += losses
-        self._trained.steps += [passes] * len(batch)
-        if not torch.isfinite(self._delta[name]).all():
-            raise RequestError(f"fine-tuning {name} diverged; lower the learning rate")
-        self._states[self.step + 1] = {name: self._delta[name].cpu().clone()}
-        for step in sorted(self._states)[:-KEPT]:
-            del self._states[step]
-        return {name: torch.zeros(len(batch), 1, 0)}, {name: torch.zeros(len(batch), 1, 0)}
+        model = self.session.model
+        with phases("update"), evaluating(model), frozen(model):
+            found, passes = self._train(layer, self.masters[name], target_rows(self.session.tokenizer, batch, [""]))
+        return found, [passes] * len(batch)
 
     def _train(self, layer, weight: torch.Tensor, rows: list[Row]) -> tuple[list[float], int]:
         """Train ``weight`` (``delta``, or its float32 master); returns the last losses ``(u,)`` and the passes made."""
         start = weight.clone()
         size = self.config.chunk or len(rows)
-        chunks = [rows[n : n + size] for n in range(0, len(rows), size)]
-        optimiser = torch.optim.Adam([weight], lr=self.config.lr, weight_decay=self.config.weight_decay)
+        (block,), config = self.config.layers, self.config
+        chunks = [TrainingRows(self.session, rows[n : n + size], block) for n in range(0, len(rows), size)]
+        optimiser = torch.optim.Adam([weight], lr=config.lr, weight_decay=config.weight_decay)
         layer.delta.requires_grad_(True)
         try:
-            for done in range(self.config.steps + 1):
-                losses: list[float] = []
+            for done in range(config.steps + 1):
+                last: list[float] = []
                 for chunk in chunks:
                     layer.delta.grad = None
-                    found = self._losses(chunk, train=done < self.config.steps)
-                    losses += found
-                    if done < self.config.steps and not sum(found) / len(found) < self.config.early_stop:  # a NaN goes on
+                    found = chunk.losses(backward=done < config.steps)
+                    last += found
+                    if done < config.steps and not sum(found) / len(found) < config.early_stop:  # a NaN goes on
                         weight.grad = layer.delta.grad.to(weight)
                         self._step(optimiser, layer, weight, start)
-                if sum(losses) / len(losses) < self.config.early_stop:
+                if sum(last) / len(last) < config.early_stop:
                     break
         finally:
             layer.delta.requires_grad_(False)
             layer.delta.grad = weight.grad = None
-        return losses, done
+        return last, done
 
     @torch.no_grad()
     def _step(self, optimiser, layer, weight: torch.Tensor, start: torch.Tensor) -> None:
@@ -137,44 +108,6 @@ class FT(WithoutHooks):
         if layer.delta is not weight:
             layer.delta.copy_(weight)
 
-    def _losses(self, rows: list[Row], train: bool) -> list[float]:
-        """Loss of every request; with ``train`` the gradient of their mean is left in ``layer.delta.grad``."""
-        losses = [0.0] * len(rows)
-        for group in micro_batches([len(row.ids) for row in rows], self.max_tokens):
-            chosen = [rows[n] for n in group]
-            with torch.set_grad_enabled(train):
-                logits = self.model(**batch_inputs(chosen, pad_id(self.tokenizer), self._device), use_cache=False).logits
-                wide = torch.promote_types(logits.dtype, torch.float32)
-                found = [
-                    F.cross_entropy(logits[i, row.predicts.start : row.predicts.stop].to(wide), _ids(row, logits))
-                    for i, row in enumerate(chosen)
-                ]
-                if train:
-                    (sum(found) / len(rows)).backward()
-            for n, loss in zip(group, found, strict=True):
-                losses[n] = loss.item()
-        return losses
-
-    def _exchange(self, name: str, remove: list[Entry], add: list[Entry]) -> None:
-        pass  # the earlier request is trained over
-
-    def _revert(self, name: str, step: int, added: list[Entry], removed: list[Entry]) -> None:
-        if step == self.step:
-            return
-        if step == 0:
-            state = torch.zeros_like(self._delta[name])
-        elif step in self._states:
-            state = self._states[step][name]
-        else:
-            kept = [s for s in sorted(self._states) if s < self.step]
-            raise RequestError(f"{self.method} keeps the latest {KEPT} steps; cannot roll back to step {step}, only to {[0, *kept]}")
-        self._delta[name].copy_(state)
-        self.layers[name].delta.copy_(state)
-        self._states = {kept: value for kept, value in self._states.items() if kept <= step}
-
-    def _factors(self, name: str, live: list[Entry]):
-        return None
-
 
 class FTL(FT):
     """FT with every entry of a batch's change bounded by ``norm_constraint`` (FT+L in ROME's appendix E.1; the bound
@@ -184,14 +117,10 @@ class FTL(FT):
         ConfigError: the settings hold no ``norm_constraint``.
     """
 
-    method = "FT-L"
+    name = "FT-L"
 
-    def __init__(self, model: nn.Module, tokenizer, config: FTConfig | None = None):
-        config = only_layer(config or self.default_config(model), self.method)
+    @classmethod
+    def check(cls, config, model, architecture) -> None:
+        super().check(config, model, architecture)
         if config.norm_constraint is None:
             raise ConfigError("FT-L bounds every entry's change: give norm_constraint a number, or use FT")
-        super().__init__(model, tokenizer, config)
-
-
-def _ids(row: Row, logits: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(row.target, device=logits.device)

@@ -13,7 +13,7 @@ class MEMIT(Additive):
     The key memory stays at ``λ·C0``: what earlier batches edited is not among the things to be preserved.
     """
 
-    method = "MEMIT"
+    name = "MEMIT"
 
     def _directions(self, name: str, keys: torch.Tensor, plain: torch.Tensor, residual: torch.Tensor):
         memory = self.key_memory[name]

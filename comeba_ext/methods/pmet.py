@@ -19,7 +19,7 @@ class PMET(MEMIT):
     writing, not the rule of optimising.
     """
 
-    method = "PMET"
+    name = "PMET"
 
     def _directions(self, name: str, keys: torch.Tensor, plain: torch.Tensor, residual: torch.Tensor):
         left = len(self.layers) - list(self.layers).index(name)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.report import Phases
 from comeba_ext.methods.additive import Additive
-from comeba_ext.methods.settings import only_layer
+from comeba_ext.methods.base import only_layer
 from comeba_ext.text.request import EditRequest
 
 
@@ -28,10 +26,12 @@ class ROME(Additive):
         ConfigError: the settings name more than one layer.
     """
 
-    method = "ROME"
+    name = "ROME"
 
-    def __init__(self, model: nn.Module, tokenizer, config: EditConfig | None = None):
-        super().__init__(model, tokenizer, only_layer(config or self.default_config(model), self.method))
+    @classmethod
+    def check(cls, config, model, architecture) -> None:
+        super().check(config, model, architecture)
+        only_layer(config, cls.name)
 
     def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases, trace=None):
         parts = [super(ROME, self)._write([r], values[n : n + 1], phases) for n, r in enumerate(batch)]

@@ -1,12 +1,14 @@
-"""Default settings of a method on a model, from ``defaults/<method>.yaml``.
+"""Default settings of a method on a model, from ``defaults/<method>.yaml`` beside its file.
 
 Each file is a list of entries; the first one whose ``match`` agrees with the model's ``config.json`` counts. An entry
 names its ``source`` and its ``settings``; what these leave out is COMEBA-HK's setting on the same model
-(:meth:`EditConfig.for_model`). ``layers: middle`` or ``layers: last`` picks one of COMEBA-HK's layers.
+(:meth:`EditConfig.for_model`). ``layers: middle`` or ``layers: last`` picks one of COMEBA-HK's layers, ``layers: 0.84`` the block at
+that share of the model's depth, ``layers: [0.64, 0.93]`` those from one share to another.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -14,12 +16,12 @@ import yaml
 from torch import nn
 
 from comeba_ext.editing.config import EditConfig, changed
-from comeba_ext.errors import ConfigError
+from comeba_ext.forward.architectures import Architecture
+from comeba_ext.methods.base import Method
+from comeba_ext.methods.names import method_named
 
-FOLDER = Path(__file__).parent / "defaults"
 
-
-def default_config(method, model: nn.Module, **changes) -> EditConfig:
+def default_config(method: str | type[Method], model: nn.Module, **changes) -> EditConfig:
     """Settings of a method for a model; keyword arguments replace single values.
 
     Args:
@@ -28,46 +30,37 @@ def default_config(method, model: nn.Module, **changes) -> EditConfig:
     Raises:
         ConfigError: an unknown method, or a replaced value is out of range or unknown.
     """
-    if isinstance(method, str):
-        from comeba_ext.methods import get
-
-        method = get(method)
-    own = dict(entry(method.method, model.config)["settings"])
-    # Where every token meets the edits, no score decides anything, and the covariance has the weight that none takes from it.
-    scoreless = method.serving == "temporary"
+    method = method_named(method)
+    own = dict(entry(method, model.config)["settings"])
+    # Where no score decides anything, the covariance has the weight that none takes from it.
+    scoreless = not method.scored
     scope = "reference" if scoreless else changes.get("scope", own.get("scope"))
     names = {key: changes[key] for key in ("blocks", "projection") if key in changes}
     settings = EditConfig.for_model(model, **({"scope": scope} if scope else {}), **names).to_dict()
-    if own.get("layers") in ("middle", "last"):
-        layers = settings["layers"]
-        own["layers"] = [layers[len(layers) // 2] if own["layers"] == "middle" else layers[-1]]
+    layers = own.get("layers")
+    if layers in ("middle", "last"):
+        own["layers"] = [settings["layers"][len(settings["layers"]) // 2 if layers == "middle" else -1]]
+    elif isinstance(layers, float) or isinstance(layers, list) and isinstance(layers[0], float):
+        depth = Architecture.of(model, **names).num_blocks(model)
+        ends = [max(0, min(round(share * depth), depth - 2)) for share in (layers if isinstance(layers, list) else [layers])]
+        own["layers"] = list(range(ends[0], ends[-1] + 1))  # never the last block, after which nothing reads the edit
     own = {**settings, **own}
     if scoreless and {"lam", "leverage_ratio"} & set(changes):  # one takes the place of the other
         own |= {"lam": None, "leverage_ratio": None}
-    return method.config_class.from_dict({**own, **changes} if scoreless else changed(own, changes), method.method)
+    return method.config_class.from_dict({**own, **changes} if scoreless else changed(own, changes), method.name)
 
 
-def entry(name: str, config) -> dict:
-    """The entry of a method's file that matches a model's configuration; the last one matches every model."""
-    for found in _entries(name):
+def entry(method: type[Method], config) -> dict:
+    """The entry of a method's file that matches a model's configuration; the last one matches every model. A method without a file
+    has COMEBA-HK's settings."""
+    for found in _entries(method):
         if all(getattr(config, key, None) == value for key, value in found["match"].items()):
             return found
-    raise AssertionError(f"the defaults of {name} have no entry for every model")
+    return {"source": "those of COMEBA-HK (EditConfig.for_model)", "settings": {}}
 
 
 @cache
-def _entries(name: str) -> list[dict]:
-    path = FOLDER / f"{name.lower().replace(' ', '-')}.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-def only_layer(config: EditConfig, method: str) -> EditConfig:
-    """``config``, if it names one layer.
-
-    Raises:
-        ConfigError: it names several.
-    """
-    if len(config.layers) != 1:
-        raise ConfigError(f"{method} edits one layer, got layers {list(config.layers)}")
-    return config
-
+def _entries(method: type[Method]) -> list[dict]:
+    folder = Path(sys.modules[method.__module__].__file__).parent / "defaults"  # beside the method, wherever that is
+    path = folder / f"{method.name.lower().replace(' ', '-')}.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else []

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from comeba_ext.editing.config import EditConfig
-from comeba_ext.editing.editor import Editor
-from comeba_ext.methods.settings import default_config
+from comeba_ext.methods.comeba_hk import ComebaHK
 
 
-class WithoutHooks(Editor):
+class WithoutHooks(ComebaHK):
     """COMEBA-HK with the edited output everywhere: no token is kept out of scope.
 
-    The key memory still accumulates every key; there are no thresholds to calibrate. Base of all baselines, which edit
-    weights and so let every token see every edit.
+    The key memory still accumulates every key; there are no thresholds to calibrate. Base of all methods that edit weights and so
+    let every token see every edit. (The literature knows the same as MEMIT-seq, MEMIT with accumulated keys.)
     """
 
-    method = "COMEBA without hooks"
+    name = "COMEBA without hooks"
+    scored = False
     serving = "temporary"
-
-    def __init__(self, model: nn.Module, tokenizer, config: EditConfig | None = None):
-        super().__init__(model, tokenizer, config)
-        for layer in self.layers.values():
-            layer.alpha.zero_()  # decides nothing; a finite number, where the score's start may be infinite
-        self._alphas = [self._alpha()]
-
-    @classmethod
-    def default_config(cls, model: nn.Module) -> EditConfig:
-        return default_config(cls, model)
 
     def _calibrate(self, name, layer, reading) -> None:
         pass

@@ -62,6 +62,12 @@ def target_rows(tokenizer, requests: list[EditRequest], prefixes: list[str], wor
     return [Row(n, e.ids[:-1], e.subject_last, e.target_ids, number) for (n, number), e in zip(places, encoded, strict=True)]
 
 
+def answer_rows(tokenizer, asked: list[tuple[str, str]]) -> list[Row]:
+    """``prompt + target`` without the target's last token, for prompts and targets with no subject in particular."""
+    encoded = encode_all(tokenizer, [(prompt.rstrip(), target, None) for prompt, target in asked])
+    return [Row(n, e.ids[:-1], -1, e.target_ids, 0) for n, e in enumerate(encoded)]
+
+
 def essence_rows(tokenizer, requests: list[EditRequest]) -> list[Row]:
     """``"{subject} is a"``: the rows on which the model must go on knowing what the subject is (KL)."""
     texts = [f"{request.subject} is a" for request in requests]

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from comeba_ext.covariance import Covariance
 from comeba_ext.editing.config import EditConfig
-from comeba_ext.editing.editor import Editor
+from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation import evaluate, predict_base
 from comeba_ext.evaluation.run_log import RunLog

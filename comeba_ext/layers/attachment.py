@@ -1,0 +1,289 @@
+"""What a method puts into a model: attachments around its layers (or beside them), which can be switched off and taken out again.
+
+An :class:`Attachment` owns buffers, never parameters, and calls the layer that it wraps as a module. So the base weights stay as
+they came, and with every attachment off the model is the unedited one, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from comeba_ext.errors import ArchitectureError, ComebaError
+from comeba_ext.layers.sequence_context import SequenceContext
+
+log = logging.getLogger(__name__)
+
+
+class Attachment(nn.Module):
+    """A module of a method's own in somebody's model.
+
+    Class attributes:
+        modes: names of what it may do; ``"off"``, the base output bit for bit, is one.
+
+    Attributes:
+        base_layer: the layer it wraps; absent where it stands beside the model's own.
+        context: what the pass is about, the same object for all attachments of a model; ``None`` outside of one.
+        name: in the model.
+        mode: one of ``modes``.
+    """
+
+    modes: ClassVar[tuple[str, ...]] = ("off", "on")
+
+    def __init__(self, base: nn.Module | None = None, mode: str = "on"):
+        super().__init__()
+        if isinstance(base, Attachment):
+            raise ArchitectureError("the layer is hooked already; edit through the editor that holds it")
+        if base is not None:
+            self.base_layer = base
+        self._mode = mode
+        self.context: SequenceContext | None = None
+        self.name = ""
+
+    @property
+    def mode(self) -> str:
+        """Inside :func:`disabled`, for the thread that is, ``"off"``."""
+        return "off" if self.context is not None and self.context.here.off else self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        if mode not in self.modes:
+            raise ComebaError(f"unknown mode {mode!r}; choose one of {', '.join(self.modes)}")
+        self._mode = mode
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return getattr(self.base_layer, "bias", None)
+
+    @property
+    def reads_sequence(self) -> bool:
+        """Whether a token's output depends on other tokens, beyond what the base layer does."""
+        return False
+
+    def past(self) -> torch.Tensor | None:
+        """What the sequence's earlier tokens left behind, in cached decoding."""
+        return self.context.here.statistics.get(self.name) if self.context is not None else None
+
+    def leave(self, left: torch.Tensor | None) -> None:
+        """What later tokens of the sequences will find in :meth:`past`: ``(batch, …)``, carried with the cache."""
+        if self.context is not None and left is not None:
+            self.context.here.updated[self.name] = left
+
+    def as_sequences(self, x: torch.Tensor, mask: torch.Tensor | None, whole: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``x`` as ``(batch, seq, d)`` and its mask; some families (OPT) flatten tokens before the MLP.
+
+        Args:
+            mask: ``(batch, seq)`` of real tokens, where it is known here.
+            whole: look for it in the model's own; only who looks at more than the token needs it.
+        """
+        here = self.context.here if self.context is not None else None
+        if mask is None and here is not None and whole:
+            mask = here.mask
+        if mask is not None:
+            mask = mask.to(x.device)
+            return x.reshape(*mask.shape, x.shape[-1]), mask
+        if x.dim() == 3:
+            return x, None
+        if here is not None and here.shape is not None:
+            return x.reshape(*here.shape, x.shape[-1]), None
+        length = x.shape[-2] if x.dim() > 1 else 1
+        return x.reshape(-1, length, x.shape[-1]), None
+
+    def own_buffers(self) -> dict[str, torch.Tensor]:
+        """What the edits are kept in, by names: every buffer but those of the base layer."""
+        return {name: buffer for name, buffer in self.named_buffers() if not name.startswith("base_layer.")}
+
+    @torch.no_grad()
+    def take_over(self, other: Attachment) -> None:
+        """What another one of this kind holds; buffers stay where they are as long as they fit."""
+        take_over_buffers(self, other, "base_layer.")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a saved folder needs of it, by names, for :meth:`restore`."""
+        return self.own_buffers()
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Raises :class:`ValueError` for what does not fit, ``KeyError`` for what is missing. Buffers may have grown: what may differ
+        is a buffer's first dimension."""
+        for name, own in self.own_buffers().items():
+            tensor = tensors[name]
+            if tensor.dim() != own.dim() or tensor.shape[1:] != own.shape[1:] or tensor.is_floating_point() != own.is_floating_point():
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {own.dtype} (any, {', '.join(map(str, own.shape[1:]))})")
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} has NaN or infinite entries")
+            _set_buffer(self, name, tensor.to(own).clone())
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> Attachment:
+        """What PEFT asks for when it takes its adapters out (``merge_and_unload``): out of the base layer, the edits stay."""
+        base = self.base_layer
+        if hasattr(base, "get_base_layer"):
+            if merge:
+                base.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            self.base_layer = base.get_base_layer()
+        return self
+
+
+class PromptRewriter(Attachment):
+    """Stands beside a model's layers and changes none: says how the edited model is to be asked. (A tensor's worth of state must be in
+    buffers, so that it is taken over, saved and loaded like any other.)"""
+
+    def rewrite(self, prompt: str) -> str:
+        """The text to ask instead of ``prompt``."""
+        raise NotImplementedError
+
+
+def prompt_rewriter(model: nn.Module) -> Callable[[str], str] | None:
+    """How prompts for a model are to be rewritten; ``None``, as for most models: not at all."""
+    found = [own for own in attachments(model).values() if isinstance(own, PromptRewriter) and own.mode != "off"]
+    if not found:
+        return None
+
+    def rewrite(prompt: str) -> str:
+        for own in found:
+            prompt = own.rewrite(prompt)
+        return prompt
+
+    return rewrite
+
+
+def take_over_buffers(module: nn.Module, other: nn.Module, except_for: str = " ") -> None:
+    """The buffers of another module of this kind; they stay where they are as long as they fit."""
+    own = dict(module.named_buffers())
+    for name, buffer in other.named_buffers():
+        if name.startswith(except_for):
+            continue
+        if own[name].shape == buffer.shape:
+            own[name].copy_(buffer)
+        else:
+            _set_buffer(module, name, buffer.clone())
+
+
+def _set_buffer(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, last = name.rpartition(".")
+    setattr(module.get_submodule(owner), last, value)
+
+
+def attach(model: nn.Module, found: dict[str, Attachment], decoder: str) -> dict[str, Attachment]:
+    """Put attachments into a model, all listening to one :class:`SequenceContext`.
+
+    Args:
+        model: changed in place; its weights are not.
+        found: name of the layer that each wraps, or a new name at the model's top, to the attachment.
+        decoder: name of the module that receives the attention mask.
+
+    Raises:
+        ArchitectureError: the model has attachments already; then it is as before.
+    """
+    if attachments(model):
+        raise ArchitectureError("the model is edited already; edit through the editor that holds it, or close that one first")
+    context = SequenceContext(model.get_submodule(decoder))
+    for name, attachment in found.items():
+        attachment.context, attachment.name = context, name
+        if hasattr(attachment, "base_layer"):
+            attachment.train(attachment.base_layer.training)
+            model.set_submodule(name, attachment)
+        else:
+            model.add_module(name, attachment)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _SaveBase(model)
+    return found
+
+
+def attachments(model: nn.Module) -> dict[str, Attachment]:
+    """Every attachment of a model by name, in the order of the blocks."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Attachment)}
+
+
+def detach(model: nn.Module) -> None:
+    """Put every base layer back and stop listening: the model as it was before :func:`attach`."""
+    contexts = set()
+    for name, attachment in attachments(model).items():
+        contexts.add(attachment.context)
+        if hasattr(attachment, "base_layer"):
+            model.set_submodule(name, attachment.base_layer)
+        else:
+            owner, _, last = name.rpartition(".")
+            delattr(model.get_submodule(owner), last)
+    for context in contexts - {None}:
+        context.detach()
+    if isinstance(vars(model).get("save_pretrained"), _SaveBase):
+        del model.save_pretrained
+
+
+@contextmanager
+def disabled(model: nn.Module):
+    """Inside, in this thread, every attachment is off: the original model, bit for bit. Other threads go on as they were."""
+    found = attachments(model).values()
+    alone = {attachment: attachment.mode for attachment in found if attachment.context is None}  # put into the model by hand
+    contexts = {attachment.context for attachment in found} - {None}
+    try:
+        for context in contexts:
+            context.here.off += 1
+        for attachment in alone:
+            attachment.mode = "off"
+        yield model
+    finally:
+        for context in contexts:
+            context.here.off -= 1
+        for attachment, mode in alone.items():
+            attachment.mode = mode
+
+
+@contextmanager
+def between_passes(model: nn.Module):
+    """Inside, no other thread is in a forward pass of the model (compiled ones do not say so)."""
+    with ExitStack() as stack:
+        for context in {attachment.context for attachment in attachments(model).values()} - {None}:
+            stack.enter_context(context.passes.between())
+        yield
+
+
+class _SaveBase:
+    """``model.save_pretrained`` of an edited model: the base model as it came.
+
+    Under the attachments' names no other program would find the base weights, and would start those layers at random.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model  # a copy of the model has a copy of this, with the copy in it
+
+    def __call__(self, *args, state_dict: dict | None = None, **kwargs):
+        log.warning("save_pretrained writes the base model without its edits; Editor.save_pretrained saves the edits")
+        save = functools.partial(type(self.model).save_pretrained, self.model, *args, **kwargs)
+        if type(self.model).__module__.startswith("peft"):
+            # It looks for its adapters among the modules, so for the time of the save there are no attachments.
+            found = {name: own for name, own in attachments(self.model).items() if hasattr(own, "base_layer")}
+            try:
+                for name, attachment in found.items():
+                    self.model.set_submodule(name, attachment.base_layer)
+                return save()
+            finally:
+                for name, attachment in found.items():
+                    self.model.set_submodule(name, attachment)
+        state = self.model.state_dict() if state_dict is None else state_dict
+        return save(state_dict=base_state(self.model, state))
+
+
+def base_state(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An edited model's state dict with the base weights under the base model's names, and nothing of the edits."""
+    names = sorted(attachments(model), key=len)
+    found = {}
+    for key, value in state.items():
+        name = next((name for name in names if key.startswith(f"{name}.")), None)
+        inner = None if name is None else key[len(name) + 1 :]
+        if inner is None:
+            found[key] = value
+        elif inner.startswith("base_layer."):
+            found[f"{name}.{inner[len('base_layer.') :]}"] = value
+    return found

@@ -1,0 +1,51 @@
+"""EMMET: ROME for a batch, by equality constraints (Gupta et al. 2024, arXiv 2403.14236)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from comeba_ext.editing.config import EditConfig, is_number
+from comeba_ext.errors import ConfigError
+from comeba_ext.methods.additive import Additive
+from comeba_ext.methods.base import only_layer
+
+
+@dataclass(frozen=True)
+class EmmetConfig(EditConfig):
+    """Settings of EMMET.
+
+    Args:
+        ridge: added to ``Kᵀ C⁻¹ K``, without which near keys of a batch make it singular.
+    """
+
+    ridge: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.ridge) or self.ridge < 0:
+            raise ConfigError(f"ridge must be a finite number >= 0, got {self.ridge!r}")
+
+
+class EMMET(Additive):
+    """One layer; per batch ``Δ = R (Kᵀ C⁻¹ K + ridge·I)⁻¹ Kᵀ C⁻¹`` with ``C = λ·C0`` (equation 9), so that without the ridge every key
+    of the batch gets its value exactly. With one request it is ROME.
+
+    Raises:
+        ConfigError: the settings name more than one layer.
+    """
+
+    name = "EMMET"
+    config_class = EmmetConfig
+
+    @classmethod
+    def check(cls, config, model, architecture) -> None:
+        super().check(config, model, architecture)
+        only_layer(config, cls.name)
+
+    def _directions(self, name: str, keys: torch.Tensor, plain: torch.Tensor, residual: torch.Tensor):
+        solved = self.key_memory[name].solve(keys)  # C⁻¹ K
+        among = keys.mT @ solved
+        among.diagonal().add_(self.config.ridge)
+        return torch.linalg.solve(among, solved.mT).mT, residual

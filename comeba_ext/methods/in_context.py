@@ -1,0 +1,182 @@
+"""Editing without weights: the new fact stands before the question (Zheng et al. 2023, IKE, arXiv 2305.12740)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from comeba_ext.data import read_requests
+from comeba_ext.editing.config import EditConfig, is_int
+from comeba_ext.editing.report import Phases
+from comeba_ext.editing.session import Session
+from comeba_ext.errors import ComebaError, ConfigError
+from comeba_ext.forward.architectures import context_length
+from comeba_ext.layers.attachment import PromptRewriter
+from comeba_ext.memory.ledger import Entry
+from comeba_ext.methods.base import OnProgress
+from comeba_ext.methods.snapshots import Snapshots
+from comeba_ext.text.request import EditRequest
+from comeba_ext.text.rows import answer_rows, check_length
+from comeba_ext.text.retrieval import BM25
+
+PLACE = "comeba_facts"  # where the edited facts stand in the model
+
+
+@dataclass(frozen=True)
+class InContextConfig(EditConfig):
+    """Settings of in-context editing; ``layers`` and all that concerns them mean nothing.
+
+    Args:
+        facts: how many edited facts, the most similar to the question, stand before it.
+        demonstrations: IKE: file of records to show how a fact is used, none of which is to be edited or asked.
+        shown: IKE: how many demonstrations a fact has.
+    """
+
+    layers: tuple[int, ...] = (0,)
+    facts: int = 1
+    demonstrations: str | None = None
+    shown: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("facts", "shown"):
+            if not is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be a whole number > 0, got {getattr(self, name)!r}")
+        if not isinstance(self.demonstrations, (str, type(None))):
+            raise ConfigError(f"demonstrations must be a file's name or null, got {self.demonstrations!r}")
+
+
+class Facts(PromptRewriter):
+    """Edited facts, and the prompt that goes before a question.
+
+    Attributes:
+        packed: what it holds, as JSON in bytes: a list of ``id``, ``fact`` and what stands before it, ``shown``; and ``count``, how
+            many of them a question is given.
+    """
+
+    def __init__(self, count: int, device=None):
+        super().__init__()
+        self.register_buffer("packed", torch.zeros(0, dtype=torch.uint8, device=device))
+        self.count = count
+
+    @property
+    def facts(self) -> list[dict]:
+        return json.loads(self.packed.cpu().numpy().tobytes()) if len(self.packed) else []
+
+    @facts.setter
+    def facts(self, facts: list[dict]) -> None:
+        text = bytearray(json.dumps(facts).encode()) if facts else bytearray()
+        packed = torch.frombuffer(text, dtype=torch.uint8) if text else torch.zeros(0, dtype=torch.uint8)
+        self.packed = packed.to(self.packed.device)
+        self._forget()
+
+    def rewrite(self, prompt: str) -> str:
+        facts, index = self._index
+        chosen = [facts[n] for n in index.nearest(prompt, self.count)][::-1]  # the most similar one is next to the question
+        before = "".join(part for own in chosen for part in (*own["shown"], f"New Fact: {own['fact']}\n"))
+        return f"{before}Prompt: {prompt}" if chosen else prompt
+
+    def take_over(self, other: Facts) -> None:
+        super().take_over(other)
+        self._forget()
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().restore(tensors)
+        self._forget()
+        for own in self.facts:
+            if set(own) != {"id", "fact", "shown"}:
+                raise ValueError("a fact is malformed")
+
+    @cached_property
+    def _index(self) -> tuple[list[dict], BM25]:
+        facts = self.facts
+        return facts, BM25([own["fact"] for own in facts])
+
+    def _forget(self) -> None:
+        self.__dict__.pop("_index", None)
+
+
+class ICE(Snapshots):
+    """The edited fact that is most similar to the question (BM25) stands before it: "New Fact: … Prompt: …".
+
+    Nothing in the model changes: whoever asks it must ask as :func:`~comeba_ext.layers.attachment.prompt_rewriter` says, as ``evaluate``
+    and the command line do.
+    """
+
+    name = "ICE"
+    config_class = InContextConfig
+
+    @classmethod
+    def build(cls, model, config: InContextConfig, architecture) -> dict[str, Facts]:
+        return {PLACE: Facts(config.facts, model.get_input_embeddings().weight.device)}
+
+    @classmethod
+    def targets(cls, config, architecture) -> list[str]:
+        return []
+
+    def validate(self, batch: list[EditRequest]) -> None:
+        super().validate(batch)
+        for request in batch:
+            asked = f"{''.join(self.shown(request))}New Fact: {request.text} {request.target_new}\nPrompt: {request.text}"
+            check_length(answer_rows(self.session.tokenizer, [(asked, request.target_new)]), [request], context_length(self.session.model))
+
+    def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
+        with phases("update"):
+            new = [{"id": r.request_id, "fact": f"{r.text} {r.target_new}", "shown": self.shown(r)} for r in batch]
+            self.attachments[PLACE].facts = self.attachments[PLACE].facts + new
+        return [], []
+
+    def shown(self, request: EditRequest) -> list[str]:
+        """What stands before a request's fact."""
+        return []
+
+    def take_out(self, entries: list[Entry]) -> None:
+        gone = {entry.request.request_id for entry in entries}
+        facts = self.attachments[PLACE]
+        facts.facts = [own for own in facts.facts if own["id"] not in gone]
+
+
+class IKE(ICE):
+    """ICE behind demonstrations of how a fact is used (IKE, section 3.2): the records most similar to it (BM25; published: cosine of
+    sentence embeddings), in turn copying it, applying it to another wording, and keeping an unrelated answer as it was (1 : 3 : 4).
+
+    Raises:
+        ConfigError: no demonstrations are named, or there is no usable one.
+    """
+
+    name = "IKE"
+    kinds = ("copy", "update", "update", "update", "retain", "retain", "retain", "retain")
+
+    def __init__(self, session: Session):
+        self.known = _demonstrations(session.config.demonstrations)  # before the model is touched
+        self.index = BM25([f"{r.text} {r.target_new}" for r in self.known])
+        super().__init__(session)
+
+    def shown(self, request: EditRequest) -> list[str]:
+        chosen = self.index.nearest(f"{request.text} {request.target_new}", self.config.shown)
+        texts = []
+        for place, number in enumerate(chosen):
+            other, kind = self.known[number], self.kinds[place % len(self.kinds)]
+            fact = f"{other.text} {other.target_new}"
+            asked = fact
+            if kind == "update" and other.rephrase_prompts:
+                asked = f"{other.rephrase_prompts[0]} {other.target_new}"
+            elif kind == "retain":
+                asked = next((f"{p} {a}" for p, a in other.locality_prompts if a), fact)
+            texts.append(f"New Fact: {fact}\nPrompt: {asked}\n\n")
+        return texts[::-1]  # the most similar one next to the fact
+
+
+def _demonstrations(file: str | None) -> list[EditRequest]:
+    if file is None:
+        raise ConfigError("IKE shows demonstrations: give 'demonstrations', a file of records, or use ICE, which shows none")
+    try:
+        found = read_requests(file).requests
+    except ComebaError as error:
+        raise ConfigError(f"demonstrations: {error}") from None
+    if not found:
+        raise ConfigError(f"demonstrations: {file} holds no usable record")
+    return found

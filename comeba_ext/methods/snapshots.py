@@ -1,0 +1,115 @@
+"""Methods whose edits cannot be told apart afterwards: a rollback returns to a state that was kept."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+
+import torch
+
+from comeba_ext.editing.report import Phases
+from comeba_ext.editing.session import Session
+from comeba_ext.errors import RequestError
+from comeba_ext.memory.ledger import Entry
+from comeba_ext.methods.base import Method, OnProgress, Outcome
+from comeba_ext.text.request import EditRequest
+
+KEPT = 10  # latest steps a rollback can reach, each a copy of the state on the host
+
+
+class Snapshots(Method):
+    """Keeps the state at step 0 and after the latest ten steps, as far back as the one that was loaded.
+
+    A subclass edits with :meth:`apply`, and names its state with :meth:`memory` where that is more than its attachments' buffers,
+    and with ``notes`` where it is no tensors. It may take single edits out with :meth:`take_out`, which then also happens to those
+    whose place a batch takes.
+
+    Attributes:
+        notes: what else it must know to go on, as JSON can hold it.
+    """
+
+    def __init__(self, session: Session):
+        super().__init__(session)
+        self.notes: dict = self.blank()
+        self.first = self._copy()
+        self.kept: dict[int, tuple[dict[str, torch.Tensor], dict]] = {}  # step -> state and notes after it
+
+    def blank(self) -> dict:
+        """Notes before any edit."""
+        return {}
+
+    @abstractmethod
+    def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
+        """Edit a batch; returns its final losses and optimiser steps, one each a request (or none)."""
+
+    def take_out(self, entries: list[Entry]) -> None:
+        """Take single edits out.
+
+        Raises:
+            RequestError: that cannot be done here.
+        """
+        raise RequestError(f"{self.name} trains on whole batches, so no single request can be taken back; use rollback")
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        """The state, by names."""
+        return {f"{name}.{what}": own for name, a in self.attachments.items() for what, own in a.own_buffers().items()}
+
+    def recall(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Return to a state that :meth:`memory` gave."""
+        for name, attachment in self.attachments.items():
+            own = {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+            attachment.restore(own)
+
+    # -- what follows for every such method ---------------------------------------------------------------------
+
+    def edit(self, batch: list[EditRequest], values: None, phases: Phases, on_progress: OnProgress) -> Outcome:
+        replaced = self.superseded(batch)
+        self._keep(self.session.step)
+        if replaced and type(self).take_out is not Snapshots.take_out:
+            self.take_out(replaced)
+        losses, steps = self.apply(batch, phases, on_progress)
+        if any(not torch.isfinite(own).all() for own in self.memory().values() if own.is_floating_point()):
+            raise RequestError(f"{self.name} diverged on this batch; lower the learning rate")
+        self._keep(self.session.step + 1)
+        entries = [Entry(request, self.session.step + 1) for request in batch]
+        return Outcome(batch, entries, len(batch), replaced, losses=losses, optimizer_steps=steps)
+
+    def retract(self, entries: list[Entry]) -> None:
+        self._keep(self.session.step)
+        self.take_out(entries)
+        self._keep(self.session.step + 1)
+
+    def revert(self, step: int, added: list[Entry], removed: list[Entry]) -> None:
+        if step == self.session.step:
+            return
+        if step and step not in self.kept:
+            there = [s for s in sorted(self.kept) if s < self.session.step]
+            raise RequestError(f"{self.name} keeps the latest {KEPT} steps; cannot roll back to step {step}, only to {[0, *there]}")
+        tensors, self.notes = copy.deepcopy(self.kept[step] if step else self.first)
+        self.recall(tensors)
+        self.kept = {kept: state for kept, state in self.kept.items() if kept <= step}
+
+    def on(self, session: Session) -> Snapshots:
+        other = super().on(session)
+        other.kept, other.notes = dict(self.kept), copy.deepcopy(self.notes)
+        return other
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        return self.memory(), {"notes": self.notes}
+
+    def load_state(self, tensors: dict[str, torch.Tensor], manifest: dict) -> None:
+        notes = manifest.get("notes", self.notes)
+        if not isinstance(notes, dict) or set(notes) != set(self.notes):
+            raise ValueError("notes is malformed")
+        self.recall(tensors)
+        self.notes = notes
+
+    def _copy(self) -> tuple[dict[str, torch.Tensor], dict]:
+        return {name: own.detach().cpu().clone() for name, own in self.memory().items()}, copy.deepcopy(self.notes)
+
+    def _keep(self, step: int) -> None:
+        """Note the state as it is now, after ``step`` (of which there is one already in the course of a run)."""
+        if step and step not in self.kept:  # step 0 is `first`
+            self.kept[step] = self._copy()
+            for old in sorted(self.kept)[:-KEPT]:
+                del self.kept[old]

@@ -1,0 +1,78 @@
+"""What methods that train have in common: the new object's loss, teacher-forced behind the prompt, and inputs of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from comeba_ext.editing.session import Session
+from comeba_ext.forward.partial import hidden_of, resumed, run_until
+from comeba_ext.text.encoding import micro_batches
+from comeba_ext.text.rows import Row, batch_inputs
+
+
+class TrainingRows:
+    """Rows that are run again and again while something in one block is trained: what lies below it runs once.
+
+    Args:
+        rows: with targets (:func:`~comeba_ext.text.rows.target_rows`, :func:`~comeba_ext.text.rows.answer_rows`).
+        block: number of the first block whose output may change.
+    """
+
+    def __init__(self, session: Session, rows: list[Row], block: int):
+        self.session, self.rows, self.block = session, rows, block
+        self.groups = []  # numbers of rows, their inputs, and the output of the block below
+        for group in micro_batches([len(row.ids) for row in rows], session.max_tokens):
+            inputs = batch_inputs([rows[n] for n in group], session.pad_token, session.device)
+            below: list = [None]
+            if block:
+                run_until(session.decoder, session.blocks[block - 1], inputs, {}, lambda output, below=below: below.__setitem__(0, output))
+            self.groups.append((group, inputs, below[0]))
+
+    def losses(self, *, backward: bool = False, about: Callable[[list[int]], None] | None = None) -> list[float]:
+        """NLL of every row's target, mean over its tokens.
+
+        Args:
+            backward: leave the gradient of the rows' mean where gradients are kept.
+            about: told the numbers of the rows before they are run.
+        """
+        found = [0.0] * len(self.rows)
+        for group, inputs, below in self.groups:
+            if about is not None:
+                about(group)
+            with torch.set_grad_enabled(backward):
+                logits = self._logits(inputs, below)
+                wide = torch.promote_types(logits.dtype, torch.float32)
+                own = []
+                for place, n in enumerate(group):
+                    predicts, target = self.rows[n].predicts, torch.tensor(self.rows[n].target, device=logits.device)
+                    own.append(F.cross_entropy(logits[place, predicts.start : predicts.stop].to(wide), target))
+                if backward:
+                    (sum(own) / len(self.rows)).backward()
+            for n, loss in zip(group, own, strict=True):
+                found[n] = loss.item()
+        return found
+
+    def _logits(self, inputs: dict, below) -> torch.Tensor:
+        model = self.session.model
+        if below is None:
+            return model(**inputs, use_cache=False).logits
+        with resumed(self.session.blocks, self.block - 1, lambda: hidden_of(below), below):
+            return model(**inputs, use_cache=False).logits
+
+
+@torch.no_grad()
+def inputs_of(session: Session, layer: nn.Module, rows: list[Row]) -> list[torch.Tensor]:
+    """A layer's inputs at every token of every row, each ``(tokens, d_in)``."""
+    found: list[torch.Tensor | None] = [None] * len(rows)
+    for group in micro_batches([len(row.ids) for row in rows], session.max_tokens):
+        seen: list[torch.Tensor] = []
+        inputs = batch_inputs([rows[n] for n in group], session.pad_token, session.device)
+        run_until(session.decoder, layer, inputs, {layer: seen.append}, before=True)
+        whole = seen[0].reshape(len(group), -1, seen[0].shape[-1])  # some families flatten tokens before the MLP
+        for place, n in enumerate(group):
+            found[n] = whole[place, : len(rows[n].ids)]
+    return found

@@ -1,0 +1,169 @@
+"""UltraEdit: one backward pass a batch, no subject, no covariance (Gu et al. 2025, arXiv 2505.14679), and StableEdit's switches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+
+from comeba_ext.editing.config import EditConfig, is_int, is_number
+from comeba_ext.editing.report import Phases
+from comeba_ext.editing.session import Session
+from comeba_ext.errors import ConfigError, RequestError
+from comeba_ext.forward.architectures import Architecture
+from comeba_ext.forward.partial import evaluating, frozen
+from comeba_ext.methods.base import OnProgress
+from comeba_ext.methods.deltas import Deltas
+from comeba_ext.text.encoding import micro_batches
+from comeba_ext.text.request import EditRequest
+from comeba_ext.text.rows import answer_rows, batch_inputs
+
+CLOSE = torch.finfo(torch.float32).eps  # added to a spread that is divided by
+
+
+@dataclass(frozen=True)
+class UltraEditConfig(EditConfig):
+    """Settings of UltraEdit; ``lr`` is the share of the gradient that is taken.
+
+    Args:
+        modules: name of a linear layer inside a block to the blocks in which it is edited; empty: the MLP output projections of ``layers``.
+        ridge: weight of the identity: 1, or StableEdit's 10.
+        warm_up: StableEdit: so many edits whose statistics are taken before any is written.
+    """
+
+    lr: float = 1e-6
+    modules: dict = field(default_factory=dict)
+    ridge: float = 1.0
+    warm_up: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = isinstance(self.modules, dict) and all(
+            isinstance(name, str) and isinstance(blocks, (list, tuple)) and blocks and all(is_int(n) and n >= 0 for n in blocks)
+            for name, blocks in self.modules.items()
+        )
+        if not known:
+            raise ConfigError(f"modules must map a layer's name inside a block to a list of block numbers, got {self.modules!r}")
+        if not is_number(self.ridge) or self.ridge <= 0:
+            raise ConfigError(f"ridge must be a finite number > 0, got {self.ridge!r}")
+        if not is_int(self.warm_up) or self.warm_up < 0:
+            raise ConfigError(f"warm_up must be a whole number >= 0, got {self.warm_up!r}")
+
+
+class UltraEdit(Deltas):
+    """For every edited layer, with the inputs ``h`` and the loss's gradients ``g`` with respect to the outputs at the tokens that give
+    the new object, both normalised by their running mean and spread over all edits so far (a lifelong normalisation):
+
+        V = −lr · ‖ĥ‖² · ĝ,    Δᵀ = (Ĥᵀ Ĥ + ridge·I)⁻¹ Ĥᵀ V    (equations 5 to 8)
+
+    A batch is one forward and one backward pass; requests are not looked at one by one, so none can be taken back alone.
+    """
+
+    name = "UltraEdit"
+    config_class = UltraEditConfig
+
+    @classmethod
+    def check(cls, config: UltraEditConfig, model, architecture: Architecture) -> None:
+        super().check(config, model, architecture)
+        known = dict(model.named_modules())
+        for name in cls.targets(config, architecture):
+            if name not in known:
+                raise ConfigError(f"modules: the model has no {name!r}; see model.named_modules()")
+
+    @classmethod
+    def targets(cls, config: UltraEditConfig, architecture: Architecture) -> list[str]:
+        if not config.modules:
+            return super().targets(config, architecture)
+        return [f"{architecture.blocks}.{block}.{name}" for name, blocks in config.modules.items() for block in blocks]
+
+    def __init__(self, session: Session):
+        self.statistics: dict[str, torch.Tensor] = {}  # layer name to count, mean and sum of squares of [h, g], (3, d_in + d_out)
+        super().__init__(session)
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        deltas = super().memory()
+        for name, layer in self.layers.items():
+            self.statistics.setdefault(name, torch.zeros(3, layer.in_features + layer.out_features, dtype=torch.float64))
+        return {**deltas, **{f"{name}.statistics": own for name, own in self.statistics.items()}}
+
+    def recall(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().recall(tensors)
+        for name, own in self.statistics.items():
+            found = tensors[f"{name}.statistics"]
+            if found.shape != own.shape:
+                raise ValueError(f"{name}.statistics is {tuple(found.shape)}, expected {tuple(own.shape)}")
+            self.statistics[name] = found.to(own).clone()
+
+    def on(self, session: Session) -> UltraEdit:
+        other = super().on(session)
+        other.statistics = dict(self.statistics)
+        return other
+
+    def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
+        with phases("keys"), evaluating(self.session.model), frozen(self.session.model):
+            found, losses = self._read(batch)
+        with phases("update"):
+            for name, (inputs, gradients) in found.items():
+                self._write_layer(name, inputs.double(), gradients.double())
+        on_progress(len(batch), sum(losses) / len(losses))
+        return losses, [1] * len(batch)
+
+    def _read(self, batch: list[EditRequest]) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[float]]:
+        """Layer name to inputs ``(tokens, d_in)`` and gradients ``(tokens, d_out)`` at all tokens that give the new objects, and losses."""
+        session = self.session
+        rows = answer_rows(session.tokenizer, [(request.text, request.target_new) for request in batch])
+        inputs: dict[str, list[torch.Tensor]] = {name: [] for name in self.layers}
+        gradients: dict[str, list[torch.Tensor]] = {name: [] for name in self.layers}
+        losses = [0.0] * len(rows)
+        for group in micro_batches([len(row.ids) for row in rows], session.max_tokens):
+            chosen = [rows[n] for n in group]
+            seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+            handles = [layer.register_forward_hook(self._noting(name, seen)) for name, layer in self.layers.items()]
+            try:
+                logits = session.model(**batch_inputs(chosen, session.pad_token, session.device), use_cache=False).logits
+            finally:
+                for handle in handles:
+                    handle.remove()
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            own = [F.cross_entropy(logits[i, list(row.predicts)].to(wide), torch.tensor(row.target, device=logits.device))
+                   for i, row in enumerate(chosen)]  # fmt: skip
+            outputs = [output for _, output in seen.values()]
+            found = torch.autograd.grad(sum(own) / len(rows), outputs)
+            where = torch.tensor([[i, place] for i, row in enumerate(chosen) for place in row.predicts], device=logits.device).unbind(1)
+            for (name, (x, _)), gradient in zip(seen.items(), found, strict=True):
+                shape = (len(chosen), -1)
+                inputs[name].append(x.reshape(*shape, x.shape[-1])[where])
+                gradients[name].append(gradient.reshape(*shape, gradient.shape[-1])[where])
+            for n, loss in zip(group, own, strict=True):
+                losses[n] = loss.item()
+        return {name: (torch.cat(inputs[name]), torch.cat(gradients[name])) for name in self.layers}, losses
+
+    @staticmethod
+    def _noting(name: str, seen: dict):
+        def note(module, args, output):
+            output = output if output.requires_grad else output.detach().requires_grad_(True)  # the first layer's starts the graph
+            seen[name] = (args[0].detach(), output)
+            return output
+
+        return note
+
+    def _write_layer(self, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        d_in = inputs.shape[1]
+        both = torch.cat([inputs, gradients], 1)
+        count, mean, squares = self.statistics[name].to(both).unbind()
+        total = count + len(both)  # of every feature the same
+        after = mean + (both - mean).sum(0) / total
+        squares = squares + ((both - mean) * (both - after)).sum(0)  # Welford's, of a batch
+        self.statistics[name] = torch.stack([total, after, squares]).to(self.statistics[name])
+        if len(self.session.ledger.entries) < self.config.warm_up:
+            return
+        normal = (both - after) / ((squares / (total - 1).clamp(min=1)).sqrt() + CLOSE)
+        h, g = normal[:, :d_in], normal[:, d_in:]
+        values = -self.config.lr * h.square().sum(1, keepdim=True) * g
+        system = h.mT @ h
+        system.diagonal().add_(self.config.ridge)
+        change = torch.linalg.solve(system, h.mT @ values).mT  # (d_out, d_in)
+        if not torch.isfinite(change).all():
+            raise RequestError(f"the update of {name} is not finite")
+        self.write(name, self.masters[name] + change.to(self.masters[name]))

@@ -1,0 +1,220 @@
+"""WISE: a side memory beside one projection, and a router between the two (Wang et al. 2024, arXiv 2405.14768)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from comeba_ext.editing.config import EditConfig, is_int, is_number
+from comeba_ext.editing.report import Phases
+from comeba_ext.errors import ConfigError, RequestError
+from comeba_ext.forward.partial import evaluating, frozen
+from comeba_ext.methods.base import OnProgress, only_layer
+from comeba_ext.methods.side_memory import SideMemory, mean_over_tokens
+from comeba_ext.methods.snapshots import Snapshots
+from comeba_ext.methods.training import TrainingRows, inputs_of
+from comeba_ext.text.request import EditRequest
+from comeba_ext.text.rows import Row, answer_rows, target_rows
+
+
+@dataclass(frozen=True)
+class WiseConfig(EditConfig):
+    """Settings of WISE: ``layers`` (one), ``lr``, ``steps`` and ``early_stop`` mean SGD on the side memory.
+
+    Args:
+        weight_decay: of SGD.
+        norm_constraint: bound on every entry's distance from the weight.
+        mask_ratio: share ρ of the entries that a shard's edits may change.
+        low, high, margin: the routing loss's bounds on the activation of unrelated and of edited prompts, and their distance (α, β, γ).
+        threshold_share: share of the lowest activation of an edit that a prompt must reach.
+        save_every: edits a shard takes, and ``merge_every``: edits after which shards are merged into one.
+        density: of the merge: share of the largest entries of each shard that counts (TIES).
+    """
+
+    lr: float = 1.0
+    steps: int = 70
+    weight_decay: float = 1e-5
+    early_stop: float = 0.01
+    norm_constraint: float = 1.0
+    mask_ratio: float = 0.2
+    low: float = 5.0
+    high: float = 20.0
+    margin_loss: float = 10.0
+    threshold_share: float = 0.88
+    save_every: int = 500
+    merge_every: int = 1000
+    density: float = 0.53
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("norm_constraint", "mask_ratio", "low", "high", "margin_loss", "threshold_share", "density"):
+            if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be a finite number > 0, got {getattr(self, name)!r}")
+        for name in ("mask_ratio", "threshold_share", "density"):
+            if getattr(self, name) > 1:
+                raise ConfigError(f"{name} must be at most 1, got {getattr(self, name)!r}")
+        for name in ("save_every", "merge_every"):
+            if not is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be a whole number > 0, got {getattr(self, name)!r}")
+
+
+class WiseMemory(SideMemory):
+    """Routes a sequence to the shard whose change of the output, ``‖(W′ − W) x‖`` in the mean over tokens, is the highest above its
+    threshold.
+
+    Attributes:
+        thresholds: ``(memories,)``; infinite before a shard's first edit.
+    """
+
+    def __init__(self, base: nn.Module):
+        super().__init__(base, 0)
+        self.register_buffer("thresholds", torch.zeros(0, device=base.weight.device))
+
+    def activations(self, x: torch.Tensor, mask: torch.Tensor | None, memory: int) -> torch.Tensor:
+        """``(batch,)`` for rows ``(batch, seq, d_in)``."""
+        return mean_over_tokens(F.linear(x, self.weight_of(memory)).norm(dim=-1), mask)
+
+    def route(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        share = torch.stack([self.activations(x, mask, n) / self.thresholds[n] for n in range(len(self.delta))], 1)
+        best = share.max(1)
+        return torch.where(best.values > 1, best.indices, -1)
+
+
+class WISE(Snapshots):
+    """Edits go into a copy of one projection's weight, the side memory, by SGD on a random share of its entries; a sequence takes it
+    when it changes the layer's output as much as edits do. Every shard of ``save_every`` edits has entries of its own, and shards
+    are merged (TIES) every ``merge_every``.
+
+    The loss is the new object's NLL under all context prefixes, plus, with d the activation of the edited and d̄ of the record's
+    locality prompt, the means of the positive entries of ``d̄ − d + γ``, ``d̄ − α`` and ``β − d`` (equation 6).
+
+    A batch is trained together (published: one request at a time, which is a batch of one). As with fine-tuning no single edit can be
+    taken back.
+
+    Raises:
+        ConfigError: the settings name more than one layer.
+    """
+
+    name = "WISE"
+    config_class = WiseConfig
+
+    @classmethod
+    def check(cls, config, model, architecture) -> None:
+        super().check(config, model, architecture)
+        only_layer(config, cls.name)
+
+    @classmethod
+    def build(cls, model: nn.Module, config: WiseConfig, architecture) -> dict[str, WiseMemory]:
+        return {name: WiseMemory(model.get_submodule(name)) for name in cls.targets(config, architecture)}
+
+    def blank(self) -> dict:
+        return {"shards": [], "unmerged": 0}  # how many edits every shard holds, and how many there are since the last merge
+
+    def validate(self, batch: list[EditRequest]) -> None:
+        super().validate(batch)
+        for request in batch:
+            if not request.locality_prompts:
+                raise RequestError(f"{self.name} learns from a prompt that an edit is not to touch, and {request.text!r} has no locality prompt")
+
+    @property
+    def memory_layer(self) -> WiseMemory:
+        (found,) = self.attachments.values()
+        return found
+
+    def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
+        session, layer = self.session, self.memory_layer
+        if not self.notes["shards"] or self.notes["shards"][-1] >= self.config.save_every:
+            self._open()
+        rows = target_rows(session.tokenizer, batch, session.prefixes)
+        local = answer_rows(session.tokenizer, [(p, a or ".") for p, a in (request.locality_prompts[0] for request in batch)])
+        with phases("keys"), evaluating(session.model):
+            inputs, others = ([x.float() for x in inputs_of(session, layer, own)] for own in (rows, local))
+        with phases("update"), evaluating(session.model), frozen(session.model):
+            found, steps = self._train(rows, inputs, others, on_progress)
+        with torch.no_grad():
+            plain = torch.stack([self._activation(x) for row, x in zip(rows, inputs, strict=True) if row.plain])
+        layer.thresholds[-1] = torch.minimum(layer.thresholds[-1], plain.min() * self.config.threshold_share)
+        self.notes["shards"][-1] += len(batch)
+        self.notes["unmerged"] += len(batch)
+        if self.notes["unmerged"] >= self.config.merge_every:
+            self._merge()
+        return found, [steps] * len(batch)
+
+    def _train(self, rows: list[Row], inputs: list[torch.Tensor], others: list[torch.Tensor], on_progress: OnProgress):
+        """SGD on the last shard; every request's last loss on its own rows, and the steps made.
+
+        Args:
+            inputs: the layer's inputs at every token of every row, and
+            others: of every request's locality prompt.
+        """
+        config, layer = self.config, self.memory_layer
+        (block,) = config.layers
+        running = TrainingRows(self.session, rows, block)
+        allowed = self._mask(len(self.notes["shards"]) - 1).to(layer.delta.device)
+        weight = layer.delta[-1].clone().requires_grad_(True)
+        optimiser = torch.optim.SGD([weight], lr=config.lr, weight_decay=config.weight_decay)
+        layer.trained, layer.forced = weight, len(layer.delta) - 1
+        try:
+            for step in range(config.steps + 1):
+                optimiser.zero_grad()
+                found = running.losses(backward=step < config.steps)
+                routing = self._routing_loss(rows, inputs, others)
+                total = sum(found) / len(found) + routing.item()
+                on_progress(0, total)
+                if step == config.steps or total < config.early_stop:
+                    break
+                if routing.requires_grad:
+                    routing.backward()
+                weight.grad *= allowed
+                optimiser.step()
+                with torch.no_grad():
+                    weight.clamp_(-config.norm_constraint, config.norm_constraint)
+        finally:
+            layer.trained = layer.forced = None
+        layer.delta[-1] = weight.detach()
+        own = [[loss for row, loss in zip(rows, found, strict=True) if row.request == n] for n in range(len(others))]
+        return [sum(losses) / len(losses) for losses in own], step
+
+    def _activation(self, x: torch.Tensor) -> torch.Tensor:
+        """``‖(W′ − W) x‖`` of the last shard, mean over the tokens ``(tokens, d_in)``."""
+        weight = self.memory_layer.weight_of(len(self.memory_layer.delta) - 1)
+        return ((x @ weight.mT).square().sum(-1) + 1e-12).sqrt().mean()  # at zero the norm has no gradient
+
+    def _routing_loss(self, rows: list[Row], inputs: list[torch.Tensor], others: list[torch.Tensor]) -> torch.Tensor:
+        """Equation 6: means of the positive entries of ``d̄ − d + γ``, ``d̄ − α``, ``β − d``."""
+        inside = torch.stack([self._activation(x) for x in inputs])
+        outside = torch.stack([self._activation(x) for x in others])[[row.request for row in rows]]
+        terms = (outside - inside + self.config.margin_loss, outside - self.config.low, self.config.high - inside)
+        return sum(term[term > 0].mean() for term in terms if (term > 0).any()) + 0.0 * inside.sum()
+
+    def _mask(self, shard: int) -> torch.Tensor:
+        """The entries that a shard may change, ``(d_out, d_in)``."""
+        layer, generator = self.memory_layer, torch.Generator().manual_seed(self.config.seed + shard)
+        return torch.rand(layer.out_features, layer.in_features, generator=generator) < self.config.mask_ratio
+
+    def _open(self) -> None:
+        """A new shard, equal to the weight."""
+        layer = self.memory_layer
+        layer.delta = torch.cat([layer.delta, layer.delta.new_zeros(1, layer.out_features, layer.in_features)])
+        layer.thresholds = torch.cat([layer.thresholds, layer.thresholds.new_full((1,), float("inf"))])
+        self.notes["shards"].append(0)
+
+    def _merge(self) -> None:
+        """All shards into one."""
+        layer = self.memory_layer
+        layer.delta, layer.thresholds = ties(layer.delta, self.config.density)[None], layer.thresholds.min()[None]
+        self.notes = {"shards": [self.config.save_every], "unmerged": 0}  # full: the next edit opens another one
+
+
+def ties(deltas: torch.Tensor, density: float) -> torch.Tensor:
+    """TIES merging (Yadav et al. 2023, arXiv 2306.01708) of ``(n, …)`` changes of one weight: of each the share ``density`` of its largest
+    entries, the sign that has more weight in every entry, and the mean of those that agree with it."""
+    count = max(1, round(density * deltas[0].numel()))
+    least = deltas.abs().flatten(1).topk(count, 1).values[:, -1]
+    trimmed = torch.where(deltas.abs() >= least.reshape(-1, *[1] * (deltas.dim() - 1)), deltas, 0)
+    sign = trimmed.sum(0).sign()
+    agree = (trimmed.sign() == sign) & (trimmed != 0)
+    return (trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
