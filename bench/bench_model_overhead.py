@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConf
 
 from comeba_ext import EditConfig
 from comeba_ext.forward.architectures import Architecture
-from comeba_ext.layers.attachment import detach
 from comeba_ext.layers import hooked_linear
+from comeba_ext.layers.attachment import detach
 
 CONFIGS = {
     "gpt2-xl": lambda: GPT2Config(n_embd=1600, n_layer=48, n_head=25),

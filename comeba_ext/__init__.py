@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from comeba_ext.editing.config import EditConfig
-    from comeba_ext.editor import Editor
     from comeba_ext.editing.report import EditReport
+    from comeba_ext.editor import Editor
     from comeba_ext.errors import ComebaError
     from comeba_ext.evaluation import evaluate
     from comeba_ext.layers.hooked_linear import HookedLinear

@@ -9,8 +9,8 @@ import torch
 
 from comeba_ext import EditConfig, Editor
 from comeba_ext.covariance import Covariance
-from comeba_ext.methods import ComebaHK
 from comeba_ext.errors import ComebaError, ConfigError, CovarianceError, RequestError
+from comeba_ext.methods import ComebaHK
 from comeba_ext.ops.nearest_hook import SAME, directions
 from comeba_ext.text.decoys import BEGINNINGS
 from comeba_ext.text.request import EditRequest

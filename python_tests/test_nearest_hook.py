@@ -26,13 +26,13 @@ from test_sketch import scopes
 from torch import nn
 from torch.nn import functional as F
 
-from comeba_ext import EditConfig, Editor, EditRequest, load_edits, methods
+from comeba_ext import EditConfig, Editor, EditRequest, load_edits
 from comeba_ext.covariance.key_sample import KeySample
 from comeba_ext.editing.recognition import KeyRecognition
 from comeba_ext.errors import ComebaError, CovarianceError, StorageError
 from comeba_ext.layers.hooked_linear import HookedLinear
-from comeba_ext.ops import nearest_hook as ops
 from comeba_ext.methods import ComebaHK
+from comeba_ext.ops import nearest_hook as ops
 
 D_IN, D_OUT = 24, 10
 

@@ -25,9 +25,9 @@ from test_editor import (
 from comeba_ext.errors import ComebaError
 from comeba_ext.layers.attachment import disabled
 from comeba_ext.layers.hooked_linear import HookedLinear
-from comeba_ext.methods import ComebaHK
 from comeba_ext.layers.passes import Passes
 from comeba_ext.layers.twin import twin_of
+from comeba_ext.methods import ComebaHK
 
 SCOPES = ("zscore", "reference", "nearest")
 TEXTS = ("The capital of Norway is", "Marie Curie was born in Warsaw and worked in the field of physics", "Angola")

@@ -30,20 +30,22 @@ def covariance(
 ) -> None:
     """Collect the covariance of all edited layers in one corpus pass."""
     from comeba_ext import distributed
-    from comeba_ext.covariance import TOKENS_PER_DIMENSION
+    from comeba_ext.covariance import TOKENS_PER_DIMENSION, covariance_of_blocks
     from comeba_ext.data import read_texts
-    from comeba_ext.editor import Editor
+    from comeba_ext.forward.architectures import Architecture
+    from comeba_ext.forward.budget import token_budget
     from comeba_ext.storage import writable
 
     with reporting(as_json, parallel=True) as report:
         stream = read_texts(texts)
         distributed.together(lambda: writable(out) if report.first else None)
         net, tokenizer = loaded(model, device, dtype, trust=trust)
-        editor = Editor(net, tokenizer, settings_of(net, config))
-        wanted = tokens or TOKENS_PER_DIMENSION * max(layer.in_features for layer in editor.layers.values())
+        settings = settings_of(net, config)
+        architecture = Architecture.of(net, settings.blocks, settings.projection)
         start = time.perf_counter()
-        editor.collect_covariance(stream, tokens=tokens, path=out, progress=not as_json)
-        found = editor.covariance
+        found = covariance_of_blocks(net, tokenizer, stream, settings.layers, architecture, tokens=tokens,
+                                     max_tokens=token_budget(net, settings.max_tokens), path=out, progress=not as_json)  # fmt: skip
+        wanted = tokens or TOKENS_PER_DIMENSION * max(len(moment) for moment in found.moments.values())
         seconds = time.perf_counter() - start
         report.say(f"{found.tokens} tokens of {found.texts} texts, {len(found.moments)} layers, {seconds:.1f} s; "
                    f"saved to {out}.")  # fmt: skip

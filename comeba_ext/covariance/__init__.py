@@ -25,10 +25,11 @@ from tqdm.auto import tqdm
 from comeba_ext import distributed
 from comeba_ext.covariance.corpus import UNIT_TOKENS, Unfinished, Units, digest_of
 from comeba_ext.covariance.key_sample import Draw, KeySample
-from comeba_ext.errors import CovarianceError, StorageError
-from comeba_ext.forward.architectures import context_length
+from comeba_ext.errors import ConfigError, CovarianceError, StorageError
+from comeba_ext.forward.architectures import Architecture, context_length
 from comeba_ext.forward.partial import evaluating, run_until
 from comeba_ext.interrupts import uninterrupted
+from comeba_ext.layers.hooked_linear import shape_of
 from comeba_ext.storage import check_identity, identity, read_tensors, write_tensors
 from comeba_ext.text.encoding import micro_batches, pad, pad_id
 
@@ -126,6 +127,22 @@ class Covariance:
                 )
 
 
+def covariance_of_blocks(
+    model: nn.Module, tokenizer, texts: Iterable[str], blocks: Iterable[int], architecture: Architecture, **options
+) -> Covariance:
+    """:func:`collect_covariance` of the MLP output projections of some blocks, of a model that need not be edited by them all.
+
+    Raises:
+        ConfigError: the model has no such block.
+    """
+    depth, blocks = architecture.num_blocks(model), sorted(set(blocks))
+    if not blocks or blocks[-1] >= depth:
+        raise ConfigError(f"layers {blocks}: the model has blocks 0 to {depth - 1}")
+    names = [architecture.projection_name(block) for block in blocks]
+    layers = {name: model.get_submodule(name) for name in names}
+    return collect_covariance(model, tokenizer, texts, layers, model.get_submodule(architecture.decoder), **options)
+
+
 def collect_covariance(
     model: nn.Module,
     tokenizer,
@@ -164,7 +181,7 @@ def collect_covariance(
     if tokens is not None and tokens < 1:
         raise CovarianceError(f"tokens must be at least 1, got {tokens}")
     distributed.require_replicated(model)
-    widths = {name: layer.in_features for name, layer in layers.items()}
+    widths = {name: shape_of(layer)[0] for name, layer in layers.items()}
     wanted = tokens if tokens is not None else TOKENS_PER_DIMENSION * max(widths.values())
     rank, world = distributed.rank(), distributed.world_size()
     path = Path(path) if path is not None else None

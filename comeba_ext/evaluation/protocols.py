@@ -30,8 +30,8 @@ from tqdm.auto import tqdm
 from comeba_ext import __version__
 from comeba_ext.covariance import Covariance
 from comeba_ext.editing.config import EditConfig, is_int
-from comeba_ext.editor import Editor
 from comeba_ext.editing.report import EditReport, reset_peak_memory
+from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
 from comeba_ext.evaluation.base import BasePredictions, predict_base
 from comeba_ext.evaluation.metrics import Metrics, evaluate, summarise

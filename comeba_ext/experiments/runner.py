@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from comeba_ext import __version__, methods
-from comeba_ext.covariance import Covariance
+from comeba_ext.covariance import Covariance, covariance_of_blocks
 from comeba_ext.data import ReadResult
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editor import Editor
@@ -22,6 +22,8 @@ from comeba_ext.evaluation.metrics import METRICS, SCORES, Metrics
 from comeba_ext.evaluation.queries import check_record
 from comeba_ext.experiments import measures, table
 from comeba_ext.experiments.definition import Case, Experiment
+from comeba_ext.forward.architectures import Architecture
+from comeba_ext.layers.hooked_linear import shape_of
 from comeba_ext.storage import make_folder, write_text
 from comeba_ext.text.request import EditRequest
 
@@ -70,6 +72,8 @@ def run(
     samples = samples or experiment.samples
     configs = {case.label: case.config(model) for case in experiment.cases}
     needing = [c for case, c in zip(experiment.cases, configs.values()) if methods.method_named(case.method).needs_covariance]
+    for config in needing if covariance is not None else ():  # before the first case, not before the one that needs it
+        covariance.check(model, _widths(model, config))
     if needing and covariance is None:
         covariance = _collect(model, tokenizer, texts, needing, out / "covariance.safetensors", progress)
     identity = {"measures": list(experiment.measures), "texts": hashlib.sha256("\n".join(plain_texts).encode()).hexdigest()[:16]}
@@ -137,13 +141,16 @@ def _collect(model, tokenizer, texts, configs: list[EditConfig], path: Path, pro
     """The covariance of every layer that any case edits, from one corpus pass."""
     if texts is None and not path.exists():
         raise ComebaError("no covariance: add --covariance FILE (see 'comeba covariance'), or --texts to collect it from")
-    layers = sorted({layer for config in configs for layer in config.layers})
-    editor = Editor(model, tokenizer, EditConfig.for_model(model, layers=layers))
-    try:
-        editor.collect_covariance(texts or [], path=path, progress=progress)
-    finally:
-        editor.close()
-    return editor.covariance
+    blocks = {block for config in configs for block in config.layers}
+    architecture = Architecture.of(model, configs[0].blocks, configs[0].projection)
+    return covariance_of_blocks(model, tokenizer, texts or [], blocks, architecture, path=path, progress=progress)
+
+
+def _widths(model, config: EditConfig) -> dict[str, int]:
+    """Name to ``d_in`` of every layer that a case edits."""
+    architecture = Architecture.of(model, config.blocks, config.projection)
+    names = [architecture.projection_name(block) for block in config.layers]
+    return {name: shape_of(model.get_submodule(name))[0] for name in names}
 
 
 def _rows(result: Result) -> list[dict]:

@@ -19,8 +19,8 @@ from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.snapshots import Snapshots
 from comeba_ext.text.request import EditRequest
-from comeba_ext.text.rows import answer_rows, check_length
 from comeba_ext.text.retrieval import BM25
+from comeba_ext.text.rows import answer_rows, check_length
 
 PLACE = "comeba_facts"  # where the edited facts stand in the model
 

@@ -40,7 +40,7 @@ def default_config(method: str | type[Method], model: nn.Module, **changes) -> E
     layers = own.get("layers")
     if layers in ("middle", "last"):
         own["layers"] = [settings["layers"][len(settings["layers"]) // 2 if layers == "middle" else -1]]
-    elif isinstance(layers, float) or isinstance(layers, list) and isinstance(layers[0], float):
+    elif isinstance(layers, float) or (isinstance(layers, list) and isinstance(layers[0], float)):
         depth = Architecture.of(model, **names).num_blocks(model)
         ends = [max(0, min(round(share * depth), depth - 2)) for share in (layers if isinstance(layers, list) else [layers])]
         own["layers"] = list(range(ends[0], ends[-1] + 1))  # never the last block, after which nothing reads the edit

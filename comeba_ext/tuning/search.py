@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 from tqdm.auto import tqdm
 
-from comeba_ext.covariance import Covariance
+from comeba_ext.covariance import Covariance, covariance_of_blocks
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError
@@ -123,13 +123,8 @@ def tune(
         log.keep(log.records)
         made_before = [Trial(**record["trial"]) for record in log.records]
     if covariance is None:
-        editor = Editor(model, tokenizer, default.replace(layers=layers))
-        try:
-            path = None if folder is None else Path(folder) / "covariance.safetensors"
-            editor.collect_covariance(texts or [], path=path, progress=progress)
-            covariance = editor.covariance
-        finally:
-            editor.close()
+        path = None if folder is None else Path(folder) / "covariance.safetensors"
+        covariance = covariance_of_blocks(model, tokenizer, texts or [], layers, architecture, path=path, progress=progress)
     base = predict_base(model, tokenizer, chosen, generate=False)
     stages = [[{"layers": list(span)} for span in spans], OPTIMISERS,
               [{"leverage_ratio": factor * default.ratio, "lam": None} for factor in RATIOS]]  # fmt: skip
