@@ -53,7 +53,7 @@ class Editor:
         model: a Hugging Face causal language model; a method's attachments are put in place, weights are never written.
         tokenizer: its tokenizer.
         config: default: the method's own for the model (:func:`~comeba_ext.methods.default_config`).
-        method: name or class of a :class:`~comeba_ext.methods.Method`; default COMEBA-HK.
+        method: name or class of a :class:`~comeba_ext.methods.Method`.
 
     Raises:
         ArchitectureError: not a decoder-only language model, its parts cannot be found, or it is edited already.
@@ -111,7 +111,7 @@ class Editor:
 
     @property
     def max_tokens(self) -> int:
-        """Padded tokens per forward pass: the configuration's, or what the free memory has room for now."""
+        """Padded tokens per forward pass (:attr:`Session.max_tokens`)."""
         return self.session.max_tokens
 
     @property
@@ -148,11 +148,10 @@ class Editor:
         if not self.method.needs_covariance:
             return
         with self.disabled():
-            covariance = collect_covariance(
-                self.model, self.tokenizer, texts, self.layers, self.session.decoder, tokens=tokens,
-                max_tokens=self.max_tokens, path=path, progress=progress,
-            )  # fmt: skip
-        self.set_covariance(covariance)
+            self.set_covariance(collect_covariance(
+                self.model, self.tokenizer, texts, self.layers, self.session.decoder, tokens=tokens, max_tokens=self.max_tokens, path=path,
+                progress=progress,
+            ))  # fmt: skip
 
     def load_covariance(self, path: str | Path) -> None:
         """Raises :class:`CovarianceError`/:class:`StorageError` for another model's, a broken or a foreign file."""
@@ -188,8 +187,8 @@ class Editor:
         """One consecutive batch (algorithm 1; DESIGN §3). Either all of it happens or nothing.
 
         Args:
-            requests: any number; see :meth:`EditRequest.from_record` for the forms. A request about a fact edited
-                before (same prompt and subject) takes the earlier one's place.
+            requests: any number; see :meth:`EditRequest.from_record` for the forms. One about a fact edited before (same prompt and
+                subject) takes the earlier one's place.
             target_values: ``(u, d_model)``, to skip their optimisation.
 
         Raises:
@@ -385,7 +384,7 @@ class Editor:
             ComebaError: its layers are no longer in the model.
         """
         modules = dict(self.model.named_modules())
-        if any(modules.get(name) is not layer for name, layer in self.layers.items()):
+        if any(modules.get(name) is not own for name, own in self.layers.items()):
             raise ComebaError("this editor was closed, or its hooked layers were taken out of the model; make a new one")
         work = copy.copy(self)
         work.session = self.session.on(twin_of(self.model))

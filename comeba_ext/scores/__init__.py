@@ -11,6 +11,8 @@ from comeba_ext.scores.nearest import NearestScore
 from comeba_ext.scores.reference import ReferenceScore
 from comeba_ext.scores.zscore import ZScore
 
+__all__ = ["SCORES", "NearestScore", "ReferenceScore", "Score", "ZScore", "register_score", "score_named", "score_names"]
+
 SCORES = Registry("score", "scope", "comeba_ext.scores", ComebaError)
 register_score = SCORES.register
 score_named = SCORES.named

@@ -1,0 +1,350 @@
+"""Methods of others against the rules of their papers, written plainly: each test fails when its rule is changed."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from test_editor import ids_of, small_model, some_requests
+from test_methods import SETTINGS, demonstrations, held, make_method, requests_of  # noqa: F401  (a fixture)
+
+from comeba_ext import EditRequest, evaluate
+from comeba_ext.errors import RequestError
+from comeba_ext.evaluation import predict_base
+from comeba_ext.layers.attachment import prompt_rewriter
+from comeba_ext.methods.wise import ties
+from comeba_ext.text.retrieval import BM25
+
+
+def layer_io(model, tokenizer, text, block=1):
+    """Input and output of a block's MLP output projection at every token of a text."""
+    seen = []
+    handle = model.transformer.h[block].mlp.c_proj.register_forward_hook(lambda m, args, out: seen.append((args[0][0], out[0])))
+    with torch.no_grad():
+        model(torch.tensor([tokenizer(text)["input_ids"]]))
+    handle.remove()
+    return seen[0]
+
+
+# -- UltraEdit ------------------------------------------------------------------------------------------------------
+
+
+def test_ultraedit_is_its_equations(tiny_model, tokenizer):
+    """Inputs and gradients normalised over all edits so far, then ridge regression (equations 5 to 8), one text at a time."""
+    model = small_model(tiny_model).double()
+    plain = copy.deepcopy(model)
+    editor = make_method("UltraEdit", model, tokenizer, lr=1e-2, layers=(1, 2))
+    requests = some_requests(5)
+    requests[1] = EditRequest(requests[1].prompt, requests[1].subject, "Warsaw, the capital of Angola")
+    seen = {n: [] for n in (1, 2)}
+    for batch in (requests[:3], requests[3:]):
+        editor.edit(batch)
+        own = {n: [] for n in seen}
+        for request in batch:
+            prompt, whole = (tokenizer(text)["input_ids"] for text in (request.text, f"{request.text} {request.target_new}"))
+            caught = {}
+            handles = [plain.transformer.h[n].mlp.c_proj.register_forward_hook(lambda m, args, out, n=n: caught.__setitem__(n, (args[0], out)))
+                       for n in seen]  # fmt: skip
+            log_p = plain(torch.tensor([whole])).logits[0].log_softmax(-1)
+            loss = -sum(log_p[i - 1, whole[i]] for i in range(len(prompt), len(whole))) / (len(whole) - len(prompt))
+            for n, gradient in zip(seen, torch.autograd.grad(loss / len(batch), [caught[n][1] for n in seen]), strict=True):
+                places = slice(len(prompt) - 1, len(whole) - 1)
+                own[n].append(torch.cat([caught[n][0][0, places], gradient[0, places]], 1).detach())
+            for handle in handles:
+                handle.remove()
+        for n in seen:
+            rows = torch.cat(own[n])
+            seen[n].append(rows)
+            everything = torch.cat(seen[n])
+            normal = (rows - everything.mean(0)) / (everything.std(0) + torch.finfo(torch.float32).eps)
+            h, g = normal[:, :48], normal[:, 48:]
+            values = -1e-2 * h.norm(dim=1, keepdim=True) ** 2 * g
+            change = torch.linalg.inv(h.T @ h + torch.eye(48)) @ h.T @ values  # (d_in, d_out), as Conv1D holds it
+            with torch.no_grad():
+                plain.transformer.h[n].mlp.c_proj.weight += change
+    ids = ids_of(model, tokenizer)
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-6)
+    assert (model(ids).logits - small_model(tiny_model).double()(ids).logits).abs().max() > 1e-3
+
+
+def test_ultraedit_warm_up(tiny_model, tokenizer):
+    editor = make_method("UltraEdit", small_model(tiny_model), tokenizer, lr=1e-2, warm_up=2)
+    requests = some_requests(4)
+    editor.edit(requests[:2])
+    assert all(not layer.delta.any() for layer in editor.layers.values())  # statistics only
+    editor.edit(requests[2:])
+    assert all(layer.delta.any() for layer in editor.layers.values())
+
+
+# -- GRACE ----------------------------------------------------------------------------------------------------------
+
+
+def test_grace_places_keys_as_algorithm_1(tiny_model, tokenizer):
+    """Far: a new ball of the first radius. Near, another object: two balls that halve the distance. Near, the same: one ball that grows."""
+    editor = make_method("GRACE", small_model(tiny_model).double(), tokenizer, radius=1e-3, steps=1)
+    method, book = editor.method, editor.method.codebook
+    start = torch.randn(48)
+    direction = torch.nn.functional.normalize(torch.randn(48), dim=0)
+    request = lambda name, target: EditRequest("{} is", name, target, request_id=name)  # noqa: E731
+    for radius, distance, target, wanted in (
+        (1.0, 5.0, "Rome", ([1.0, 1.0], 2)),  # further than 1 + 1
+        (1.0, 1.5, "Oslo", ([0.75 - 1e-5, 0.75], 2)),
+        (1.0, 1.5, "Rome", ([1.5], 1)),
+        (1.0, 0.5, "Rome", ([1.0], 1)),  # inside already
+    ):
+        method.notes, book.keys, book.values, book.radii = method.blank(), torch.zeros(0, 48), torch.zeros(0, 32), torch.zeros(0)
+        object.__setattr__(editor.config, "radius", radius)
+        method._place(request("a", "Rome"), start)
+        method._place(request("b", target), start + distance * direction)
+        assert book.radii.tolist() == pytest.approx(wanted[0], abs=1e-6) and len(book.keys) == len(book.values) == wanted[1]
+        assert method.notes["owners"] == ([["a"], ["b"]] if wanted[1] == 2 else [["a", "b"]])
+
+
+def test_grace_replaces_the_output_of_tokens_in_a_ball(tiny_model, tokenizer):
+    editor = make_method("GRACE", small_model(tiny_model), tokenizer, radius=1e-2, steps=20, lr=0.5)
+    requests = some_requests(3)
+    report = editor.edit(requests)
+    book = editor.method.codebook
+    plain = small_model(tiny_model)
+    for request in requests:
+        x, out = layer_io(plain, tokenizer, request.text)
+        _, changed = layer_io(SimpleModel(editor.model), tokenizer, request.text)
+        distance = torch.cdist(x, book.keys)
+        for token in range(len(x)):
+            near = distance[token].argmin()
+            wanted = book.values[near] if distance[token, near] <= book.radii[near] else out[token]
+            assert torch.allclose(changed[token], wanted, atol=1e-5)
+        assert (distance[-1].min() <= 1e-5) and (distance[:-1].min(1).values > 1e-2).all()  # the prompt's last token and no other
+    assert report.losses[0] < 5 and max(report.optimizer_steps) == 20
+
+
+class SimpleModel:
+    """A hooked GPT-2 as :func:`layer_io` wants one: its projection is the attachment around it."""
+
+    def __init__(self, model):
+        self.transformer = model.transformer
+        self.model = model
+
+    def __call__(self, *args):
+        return self.model(*args)
+
+
+def test_grace_values_are_adam_on_the_request_alone(tiny_model, tokenizer):
+    """A batch's values are the same as each alone, for requests whose keys are far apart."""
+    requests = some_requests(3)
+    together = make_method("GRACE", small_model(tiny_model).double(), tokenizer, radius=1e-6, steps=7, lr=0.3)
+    found = together.edit(requests)
+    for n, request in enumerate(requests):
+        alone = make_method("GRACE", small_model(tiny_model).double(), tokenizer, radius=1e-6, steps=7, lr=0.3, seed=n)  # as its place in the batch
+        report = alone.edit([request])
+        assert report.losses[0] == pytest.approx(found.losses[n], rel=1e-4)
+        assert torch.allclose(alone.method.codebook.values[0], together.method.codebook.values[n], atol=1e-4)
+
+
+# -- WISE -----------------------------------------------------------------------------------------------------------
+
+
+def test_wise_routes_by_activation(tiny_model, tokenizer):
+    """A sequence takes the shard whose change of the output, mean over tokens, is the highest above its threshold."""
+    editor = make_method("WISE", small_model(tiny_model), tokenizer, save_every=2, merge_every=100)
+    requests = requests_of(4)
+    editor.edit(requests[:2])
+    editor.edit(requests[2:])
+    side = editor.method.memory_layer
+    assert len(side.delta) == 2 and editor.method.notes == {"shards": [2, 2], "unmerged": 4}
+    plain = small_model(tiny_model)
+    x = [layer_io(plain, tokenizer, request.text)[0] for request in requests]
+    for n, rows in enumerate(x):
+        share = [(rows @ d.T).norm(dim=-1).mean() / t for d, t in zip(side.delta, side.thresholds, strict=True)]
+        wanted = int(torch.stack(share).argmax()) if max(share) > 1 else -1
+        assert side.route(rows[None], None).tolist() == [wanted]
+        padded = torch.cat([rows, torch.full((3, rows.shape[1]), 100.0)])  # padding counts for nothing
+        assert side.route(padded[None], torch.arange(len(padded))[None] < len(rows)).tolist() == [wanted]
+        assert side.route(0 * rows[None], None).tolist() == [-1], n
+    for shard, own in ((0, requests[:2]), (1, requests[2:])):  # threshold: share of the lowest activation of an edit
+        rows = [layer_io(plain, tokenizer, f"{r.text} {r.target_new}")[0] for r in own]
+        ends = [len(tokenizer(f"{r.text} {r.target_new}")["input_ids"]) - 1 for r in own]  # the object's last token is not fed
+        low = min((row[:end] @ side.delta[shard].T).norm(dim=-1).mean() for row, end in zip(rows, ends, strict=True))
+        assert side.thresholds[shard] == pytest.approx(0.88 * low.item(), rel=1e-4)
+
+
+def test_wise_shards_have_their_own_entries_and_stay_near_the_weight(tiny_model, tokenizer):
+    editor = make_method("WISE", small_model(tiny_model), tokenizer, save_every=2, norm_constraint=0.01, mask_ratio=0.2, lr=5.0)
+    requests = requests_of(4)
+    editor.edit(requests[:2])
+    editor.edit(requests[2:])
+    side = editor.method.memory_layer
+    changed = side.delta != 0
+    assert 0.1 < changed[0].float().mean() <= 0.25 and 0.1 < changed[1].float().mean() <= 0.25
+    assert (changed[0] & changed[1]).float().mean() < 0.08  # 0.2², were they independent
+    assert side.delta.abs().max() == pytest.approx(0.01)
+
+
+def test_wise_loss_is_equation_6(tiny_model, tokenizer):
+    editor = make_method("WISE", small_model(tiny_model), tokenizer, low=0.5, high=2.0, margin_loss=1.0)
+    method = editor.method
+    method._open()
+    side = method.memory_layer
+    side.delta = torch.randn_like(side.delta) * 0.1
+    rows = [type("Row", (), {"request": n})() for n in (0, 0, 1)]
+    inputs, others = [torch.randn(4, 48) * s for s in (0.1, 1.0, 3.0)], [torch.randn(3, 48) * s for s in (0.5, 2.0)]
+    d = [float((x @ side.delta[0].T).norm(dim=1).mean()) for x in inputs]
+    e = [float((others[n] @ side.delta[0].T).norm(dim=1).mean()) for n in (0, 0, 1)]
+    mean = lambda values: sum(v for v in values if v > 0) / max(1, sum(v > 0 for v in values))  # noqa: E731
+    wanted = mean([b - a + 1.0 for a, b in zip(d, e)]) + mean([b - 0.5 for b in e]) + mean([2.0 - a for a in d])
+    assert method._routing_loss(rows, inputs, others).item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_wise_merges_its_shards(tiny_model, tokenizer):
+    editor = make_method("WISE", small_model(tiny_model), tokenizer, save_every=2, merge_every=4)
+    requests = requests_of(5)
+    for n in (0, 2):
+        editor.edit(requests[n : n + 2])
+    side = editor.method.memory_layer
+    assert len(side.delta) == 1
+    editor.edit(requests[4:])
+    assert len(side.delta) == 2  # the merged one is full
+    # TIES by hand: the two largest of each, the sign with more weight, the mean of those that agree
+    merged = ties(torch.tensor([[4.0, -3.0, 1.0, 0.5], [-2.0, -5.0, 0.1, 0.0]]), 0.5)
+    assert merged.tolist() == [4.0, -4.0, 0.0, 0.0]
+
+
+# -- MEMOIR ---------------------------------------------------------------------------------------------------------
+
+
+def test_memoir_masks_and_overlap(tiny_model, tokenizer):
+    editor = make_method("MEMOIR", small_model(tiny_model), tokenizer, active=0.25, overlap=0.6)
+    requests = some_requests(3)
+    editor.edit(requests)
+    side, plain = editor.method.side, small_model(tiny_model)
+    masks = []
+    for request in requests:
+        x = layer_io(plain, tokenizer, request.text)[0]
+        size = (x.mean(0) - side.centre).abs()
+        largest = sorted(range(48), key=lambda n: -size[n].item())[:12]
+        masks.append({int(side.order[n]) for n in largest})  # through a fixed random order
+    for mask, stored in zip(masks, side.masks, strict=True):
+        assert mask == set(stored.nonzero()[:, 0].tolist())
+    for text in [r.text for r in requests] + ["Water is a thing that", "Perhaps " + requests[0].text]:
+        x = layer_io(plain, tokenizer, text)[0]
+        own = {int(side.order[n]) for n in sorted(range(48), key=lambda n: -(x.mean(0) - side.centre).abs()[n].item())[:12]}
+        shares = [len(own & mask) / 12 for mask in masks]
+        wanted = max(range(3), key=lambda n: shares[n]) if max(shares) >= 0.6 else -1
+        assert side.route(x[None], None).tolist() == [wanted]
+        if wanted >= 0:  # the memory sees the inputs through the stored mask
+            seen = torch.zeros(48)
+            seen[list(masks[wanted])] = 1
+            _, base = layer_io(plain, tokenizer, text)
+            _, out = layer_io(SimpleModel(editor.model), tokenizer, text)
+            assert torch.allclose(out, base + (x * seen) @ side.delta[0].T, atol=1e-5)
+
+
+def test_memoir_touches_its_own_columns(tiny_model, tokenizer):
+    editor = make_method("MEMOIR", small_model(tiny_model), tokenizer, active=0.25, weight_decay=0.0)
+    editor.edit(some_requests(1))
+    side = editor.method.side
+    assert side.delta[0][:, side.masks[0]].any() and not side.delta[0][:, ~side.masks[0]].any()
+
+
+def test_memoir_forgets_the_way_of_a_retracted_edit(tiny_model, tokenizer):
+    editor = make_method("MEMOIR", small_model(tiny_model), tokenizer, overlap=1.0)
+    first, second = some_requests(2)
+    editor.edit([first, second])
+    editor.retract("edit-0")
+    ids = ids_of(editor.model, tokenizer, first.text)
+    with torch.no_grad():
+        assert torch.equal(editor.model(ids).logits, small_model(tiny_model)(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["WISE", "MEMOIR", "GRACE"])
+def test_a_cached_generation_goes_the_way_of_its_prompt(tiny_model, tokenizer, name):
+    editor = make_method(name, small_model(tiny_model), tokenizer)
+    requests = requests_of(3)
+    editor.edit(requests)
+    model = editor.model
+    ids = ids_of(model, tokenizer, requests[0].text)
+    out = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    with torch.no_grad():
+        cached = model(ids, use_cache=True)
+        step = model(out[:, ids.shape[1] : ids.shape[1] + 1], past_key_values=cached.past_key_values, use_cache=True)
+    side = next(iter(editor.layers.values()))
+    if name == "GRACE":
+        assert torch.equal(out[0, ids.shape[1] + 1], step.logits[0, -1].argmax())
+    else:
+        way = side.route(layer_io(small_model(tiny_model), tokenizer, requests[0].text)[0][None], None)
+        assert way.tolist() != [-1] and cached.past_key_values.comeba_statistics[side.name].tolist() == way.tolist()
+
+
+# -- in context -----------------------------------------------------------------------------------------------------
+
+
+def test_bm25_is_its_formula():
+    texts = ["the cat sat on the mat", "a dog sat", "the dog and the cat and the dog"]
+    index = BM25(texts)
+    words = [text.split() for text in texts]
+    mean = sum(map(len, words)) / 3
+
+    def score(query, own):
+        total = 0.0
+        for word in set(query.split()):
+            n = sum(word in other for other in words)
+            count = own.count(word)
+            total += math.log(1 + (3 - n + 0.5) / (n + 0.5)) * count * 2.5 / (count + 1.5 * (0.25 + 0.75 * len(own) / mean))
+        return total
+
+    for query in ("dog", "cat sat", "mat", "the", "nothing"):
+        wanted = sorted(range(3), key=lambda n: -score(query, words[n]))
+        assert index.nearest(query, 3) == wanted
+    assert BM25([]).nearest("x", 2) == []
+
+
+def test_ice_and_ike_ask_as_the_paper_does(tiny_model, tokenizer):
+    first, second = (EditRequest("{} lives in", name, target) for name, target in (("Ann", "Rome"), ("Bob", "Oslo")))
+    editor = make_method("ICE", small_model(tiny_model), tokenizer)
+    assert prompt_rewriter(editor.model)("Bob lives in") == "Bob lives in"  # nothing edited yet
+    editor.edit([first, second])
+    rewrite = prompt_rewriter(editor.model)
+    assert rewrite("Bob lives in") == "New Fact: Bob lives in Oslo\nPrompt: Bob lives in"
+    assert rewrite("Where is Ann?") == "New Fact: Ann lives in Rome\nPrompt: Where is Ann?"
+    with editor.disabled():
+        assert prompt_rewriter(editor.model) is None
+    editor.close()
+    assert prompt_rewriter(editor.model) is None and not hasattr(editor.model, "comeba_facts")
+    shown = json.loads(open(SETTINGS["IKE"]["demonstrations"]).read())
+    fact = lambda n: f"The capital of {shown[n]['subject']} is Rome"  # noqa: E731
+    copied = f"New Fact: {fact(0)}\nPrompt: {fact(0)}\n\n"
+    updated = [f"New Fact: {fact(n)}\nPrompt: {shown[n]['subject']}'s capital is Rome\n\n" for n in (1, 2)]
+    editor = make_method("IKE", small_model(tiny_model), tokenizer, shown=3)
+    assert editor.method.shown(first) == [updated[1], updated[0], copied]
+    with pytest.raises(RequestError, match="exceed the model's context"):
+        editor.edit([first])
+    editor.close()
+    editor = make_method("IKE", small_model(tiny_model), tokenizer, shown=1)
+    editor.edit([first])
+    assert prompt_rewriter(editor.model)("Ann lives in") == f"{copied}New Fact: Ann lives in Rome\nPrompt: Ann lives in"
+
+
+def test_evaluation_asks_what_an_in_context_method_says(tiny_model, tokenizer):
+    """Scores are those of the rewritten prompts; locality is against the plain prompts of the unedited model."""
+    model = small_model(tiny_model)
+    requests = requests_of(2)
+    base = predict_base(model, tokenizer, requests)
+    editor = make_method("ICE", model, tokenizer)
+    editor.edit(requests)
+    rewrite = prompt_rewriter(model)
+    found = evaluate(model, tokenizer, requests, base)
+    for request, row in zip(requests, found.per_record, strict=True):
+        with torch.no_grad():
+            ids = tokenizer(f"{rewrite(request.text)} {request.target_new}")["input_ids"]
+            asked = len(tokenizer(rewrite(request.text))["input_ids"])
+            said = model(torch.tensor([ids])).logits[0].argmax(-1)[asked - 1 : -1].tolist()
+            share = sum(a == b for a, b in zip(said, ids[asked:], strict=True)) / len(said)
+            assert row["reliability"] == share and row["predicted"] == tokenizer.decode(said).strip()
+            local, answer = request.locality_prompts[0]
+            both = []
+            for text in (local, rewrite(local)):
+                ids = tokenizer(f"{text} {answer}")["input_ids"]
+                both.append(model(torch.tensor([ids])).logits[0].argmax(-1)[len(tokenizer(text)["input_ids"]) - 1 : -1].tolist())
+            assert row["locality"] == sum(a == b for a, b in zip(*both, strict=True)) / len(both[0])
