@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from comeba_ext.errors import ComebaError
     from comeba_ext.evaluation import evaluate
     from comeba_ext.layers.hooked_linear import HookedLinear
+    from comeba_ext.methods import Method, register_method
     from comeba_ext.saved_edits import load_edits
     from comeba_ext.scores import Score, register_score
     from comeba_ext.text.request import EditRequest
@@ -27,10 +28,12 @@ _HOME = {
     "ComebaError": "comeba_ext.errors",
     "Score": "comeba_ext.scores",
     "register_score": "comeba_ext.scores",
+    "Method": "comeba_ext.methods",
+    "register_method": "comeba_ext.methods",
 }
 __all__ = [
-    "ComebaError", "EditConfig", "EditReport", "EditRequest", "Editor", "HookedLinear", "Score", "evaluate", "load_edits",
-    "register_score", "__version__",
+    "ComebaError", "EditConfig", "EditReport", "EditRequest", "Editor", "HookedLinear", "Method", "Score", "evaluate", "load_edits",
+    "register_method", "register_score", "__version__",
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from comeba_ext.methods.pmet import PMET
 from comeba_ext.methods.r_rome import RROME
 from comeba_ext.methods.rome import ROME
 from comeba_ext.methods.settings import default_config
+from comeba_ext.methods.snapshots import Snapshots
 from comeba_ext.methods.ultraedit import UltraEdit
 from comeba_ext.methods.wise import WISE
 from comeba_ext.methods.without_hooks import WithoutHooks
@@ -36,6 +37,6 @@ for _method in (
 
 __all__ = [
     "EMMET", "FT", "FTL", "GRACE", "ICE", "IKE", "MEMIT", "MEMOIR", "METHODS", "PMET", "ROME", "RROME", "WISE", "AlphaEdit", "BetaEdit",
-    "ComebaHK", "FixedThreshold", "Method", "Outcome", "UltraEdit", "WithoutHooks",
+    "ComebaHK", "FixedThreshold", "Method", "Outcome", "Snapshots", "UltraEdit", "WithoutHooks",
     "default_config", "method_named", "method_names", "register_method",
 ]  # fmt: skip
