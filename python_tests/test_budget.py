@@ -5,6 +5,7 @@ import torch
 
 from comeba_ext import EditConfig, Editor
 from comeba_ext.forward import budget
+from comeba_ext.forward.logits import logits_at, room_for_logits
 from comeba_ext.text.encoding import dense_batches
 
 
@@ -72,3 +73,28 @@ def test_groups_cost_least(launch):
         assert cost([[lengths[n] for n in group] for group in groups]) == best
         for group in dense_batches(lengths, 20, launch):
             assert len(group) == 1 or len(group) * max(lengths[n] for n in group) <= 20
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text", "opt"])
+def test_logits_where_they_are_read_are_the_models_own(tiny_model, family):
+    model = tiny_model(family).double()
+    ids = torch.randint(5, 50, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    places = [[0, 3], range(2, 5), [6]]
+    with torch.no_grad():
+        whole = model(input_ids=ids, attention_mask=mask).logits
+        found = logits_at(model, {"input_ids": ids, "attention_mask": mask}, places)
+        model.forward = lambda input_ids, attention_mask, use_cache: type(model).forward(model, input_ids, attention_mask, use_cache=use_cache)
+        without = logits_at(model, {"input_ids": ids, "attention_mask": mask}, places)  # of a model that cannot leave any out
+    for n, row in enumerate(places):
+        for own in (found, without):
+            assert own[n].shape == (len(row), whole.shape[-1]) and torch.allclose(own[n], whole[n, list(row)], atol=1e-10)
+
+
+def test_room_for_logits(tiny_model):
+    model = tiny_model("gpt2")
+    assert room_for_logits(model, 4096) == 4096
+    model.config.vocab_size = 262_144
+    assert room_for_logits(model, 4096) == 512  # half a gigabyte of float32
+    assert room_for_logits(model, 100) == 100

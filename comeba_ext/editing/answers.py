@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from comeba_ext.forward.logits import logits_at, room_for_logits
 from comeba_ext.text.encoding import micro_batches
 from comeba_ext.text.rows import Row, batch_inputs
 
@@ -14,8 +15,8 @@ def answered(model: nn.Module, rows: list[Row], pad_token: int, max_tokens: int)
     """Whether every target token is the model's first choice, teacher-forced, for every row of :func:`rows.target_rows`."""
     device = model.get_input_embeddings().weight.device
     found = [False] * len(rows)
-    for group in micro_batches([len(row.ids) for row in rows], max_tokens):
-        logits = model(**batch_inputs([rows[n] for n in group], pad_token, device), use_cache=False).logits
-        for place, n in enumerate(group):
-            found[n] = logits[place, list(rows[n].predicts)].argmax(-1).tolist() == rows[n].target
+    for group in micro_batches([len(row.ids) for row in rows], room_for_logits(model, max_tokens)):
+        logits = logits_at(model, batch_inputs([rows[n] for n in group], pad_token, device), [rows[n].predicts for n in group])
+        for own, n in zip(logits, group, strict=True):
+            found[n] = own.argmax(-1).tolist() == rows[n].target
     return found

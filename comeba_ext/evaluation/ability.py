@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from comeba_ext.errors import ComebaError
 from comeba_ext.forward.architectures import context_length
+from comeba_ext.forward.logits import room_for_logits
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.attachment import attachments
 from comeba_ext.text.encoding import micro_batches, pad, pad_id
@@ -67,7 +68,7 @@ def read_text(
     device = model.get_input_embeddings().weight.device
     total, count, found = 0.0, 0, []
     with evaluating(model), tqdm(total=sum(map(len, rows)), unit="token", desc="text", disable=not progress) as bar:
-        for group in micro_batches([len(row) for row in rows], max_tokens):
+        for group in micro_batches([len(row) for row in rows], room_for_logits(model, max_tokens)):
             ids, mask = pad([rows[i] for i in group], pad_id(tokenizer), device=device)
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             real = mask[:, 1:].bool()

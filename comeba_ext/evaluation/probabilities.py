@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from comeba_ext.evaluation.metrics import Metrics, bootstrap_interval
 from comeba_ext.evaluation.queries import check_context
 from comeba_ext.evaluation.scoring import Query, micro_batches
+from comeba_ext.forward.logits import logits_at, room_for_logits
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.attachment import prompt_rewriter
 from comeba_ext.text.encoding import pad, pad_id
@@ -73,11 +74,10 @@ def probabilities(model, queries, *, pad_token: int, max_tokens: int) -> dict[Qu
     found: dict[Query, float] = {}
     device = model.get_input_embeddings().weight.device
     with evaluating(model):
-        for batch in micro_batches(queries, max_tokens, size=lambda q: len(q.ids)):
+        for batch in micro_batches(queries, room_for_logits(model, max_tokens), size=lambda q: len(q.ids)):
             ids, mask = pad([list(q.ids) for q in batch], pad_token, "right", device)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (batch, seq, vocabulary)
-            for row, q in zip(logits, batch, strict=True):
-                read = row[len(q.prompt_ids) - 1 : len(q.ids) - 1]
+            logits = logits_at(model, {"input_ids": ids, "attention_mask": mask}, [range(len(q.prompt_ids) - 1, len(q.ids) - 1) for q in batch])
+            for read, q in zip(logits, batch, strict=True):
                 target = torch.tensor(q.target_ids, device=device)
                 found[q] = math.exp(-F.cross_entropy(read.to(torch.promote_types(read.dtype, torch.float32)), target).item())
     return found

@@ -16,6 +16,7 @@ import torch
 from transformers import GenerationConfig
 
 from comeba_ext.errors import RequestError
+from comeba_ext.forward.logits import logits_at, room_for_logits
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.text.encoding import encode, pad
 
@@ -96,6 +97,7 @@ def predict(
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    max_tokens = room_for_logits(model, max_tokens)
     queries = list(dict.fromkeys(queries))
     forced: dict[Query, tuple[int, ...]] = {}
     generated: dict[Query, tuple[int, ...]] = {}
@@ -133,11 +135,9 @@ def _forced(model, batch: list[Query], pad_token: int) -> list[tuple[int, ...]]:
     # The last target token is fed although nothing behind it is read: a scope that looks at the whole sequence (the
     # paper's score) depends on it, and EasyEdit feeds it.
     ids, mask = pad([list(query.ids) for query in batch], pad_token, "right", _device(model))  # (batch, seq)
-    rows = [n for n, query in enumerate(batch) for _ in range(query.length)]
-    columns = [len(query.prompt_ids) - 1 + i for query in batch for i in range(query.length)]
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (batch, seq, vocabulary)
-    found = iter(logits[rows, columns].argmax(-1).tolist())  # one token a compared position
-    return [tuple(next(found) for _ in range(query.length)) for query in batch]
+    columns = [range(len(query.prompt_ids) - 1, len(query.prompt_ids) - 1 + query.length) for query in batch]
+    logits = logits_at(model, {"input_ids": ids, "attention_mask": mask}, columns)
+    return [tuple(own.argmax(-1).tolist()) for own in logits]
 
 
 def _generated(model, batch: list[Query], pad_token: int) -> list[tuple[int, ...]]:

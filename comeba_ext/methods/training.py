@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from comeba_ext.editing.session import Session
+from comeba_ext.forward.logits import logits_at
 from comeba_ext.forward.partial import hidden_of, resumed, run_until
 from comeba_ext.text.encoding import micro_batches
 from comeba_ext.text.rows import Row, batch_inputs
@@ -44,24 +45,22 @@ class TrainingRows:
             if about is not None:
                 about(group)
             with torch.set_grad_enabled(backward):
-                logits = self._logits(inputs, below)
-                wide = torch.promote_types(logits.dtype, torch.float32)
-                own = []
-                for place, n in enumerate(group):
-                    predicts, target = self.rows[n].predicts, torch.tensor(self.rows[n].target, device=logits.device)
-                    own.append(F.cross_entropy(logits[place, predicts.start : predicts.stop].to(wide), target))
+                read = self._logits(inputs, below, [self.rows[n].predicts for n in group])
+                wide = torch.promote_types(read[0].dtype, torch.float32)
+                targets = [torch.tensor(self.rows[n].target, device=read[0].device) for n in group]
+                own = [F.cross_entropy(logits.to(wide), target) for logits, target in zip(read, targets, strict=True)]
                 if backward:
                     (sum(own) / len(self.rows)).backward()
             for n, loss in zip(group, own, strict=True):
                 found[n] = loss.item()
         return found
 
-    def _logits(self, inputs: dict, below) -> torch.Tensor:
+    def _logits(self, inputs: dict, below, places: list[range]) -> list[torch.Tensor]:
         model = self.session.model
         if below is None:
-            return model(**inputs, use_cache=False).logits
+            return logits_at(model, inputs, places)
         with resumed(self.session.blocks, self.block - 1, lambda: hidden_of(below), below):
-            return model(**inputs, use_cache=False).logits
+            return logits_at(model, inputs, places)
 
 
 @torch.no_grad()

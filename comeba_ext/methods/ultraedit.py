@@ -12,6 +12,7 @@ from comeba_ext.editing.report import Phases
 from comeba_ext.editing.session import Session
 from comeba_ext.errors import ConfigError, RequestError
 from comeba_ext.forward.architectures import Architecture
+from comeba_ext.forward.logits import logits_at
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.deltas import Deltas
@@ -121,16 +122,15 @@ class UltraEdit(Deltas):
             seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
             handles = [layer.register_forward_hook(self._noting(name, seen)) for name, layer in self.layers.items()]
             try:
-                logits = session.model(**batch_inputs(chosen, session.pad_token, session.device), use_cache=False).logits
+                read = logits_at(session.model, batch_inputs(chosen, session.pad_token, session.device), [row.predicts for row in chosen])
             finally:
                 for handle in handles:
                     handle.remove()
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            own = [F.cross_entropy(logits[i, list(row.predicts)].to(wide), torch.tensor(row.target, device=logits.device))
-                   for i, row in enumerate(chosen)]  # fmt: skip
+            wide, device = torch.promote_types(read[0].dtype, torch.float32), read[0].device
+            own = [F.cross_entropy(logits.to(wide), torch.tensor(row.target, device=device)) for logits, row in zip(read, chosen, strict=True)]
             outputs = [output for _, output in seen.values()]
             found = torch.autograd.grad(sum(own) / len(rows), outputs)
-            where = torch.tensor([[i, place] for i, row in enumerate(chosen) for place in row.predicts], device=logits.device).unbind(1)
+            where = torch.tensor([[i, place] for i, row in enumerate(chosen) for place in row.predicts], device=device).unbind(1)
             for (name, (x, _)), gradient in zip(seen.items(), found, strict=True):
                 shape = (len(chosen), -1)
                 inputs[name].append(x.reshape(*shape, x.shape[-1])[where])
