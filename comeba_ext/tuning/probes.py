@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from comeba_ext.editing.answers import answered
 from comeba_ext.forward.architectures import Architecture
+from comeba_ext.forward.logits import logits_at
 from comeba_ext.forward.partial import evaluating, hidden_of, with_hidden
 from comeba_ext.text.encoding import encode_all, pad, pad_id
 from comeba_ext.text.request import EditRequest
@@ -52,15 +54,23 @@ def shipped(seed: int = 0) -> list[Fact]:
 
 def of_records(records: list[EditRequest]) -> list[Fact]:
     """Facts of edit records that name their true answer."""
-    return [Fact(r.prompt, r.subject, r.ground_truth, r.prompt) for r in records if r.ground_truth]
+    return [Fact(r.prompt, r.subject, r.ground_truth, r.prompt) for r in records if r.ground_truth][:MOST]
 
 
-def known(model: nn.Module, tokenizer, facts: list[Fact], max_tokens: int = 4096) -> list[Fact]:
+MOST = 2000  # records that are looked at: some hundred known facts are plenty
+AT_ONCE = 200
+
+
+def known(model: nn.Module, tokenizer, facts: list[Fact], max_tokens: int = 4096, progress: bool = False) -> list[Fact]:
     """The facts that the model answers, every token of the answer its first choice."""
-    asked = [EditRequest(fact.prompt, fact.subject, fact.answer) for fact in facts]
-    with evaluating(model):
-        right = answered(model, target_rows(tokenizer, asked, [""]), pad_id(tokenizer), max_tokens)
-    return [fact for fact, own in zip(facts, right, strict=True) if own]
+    rows = target_rows(tokenizer, [EditRequest(fact.prompt, fact.subject, fact.answer) for fact in facts], [""])
+    found = []
+    with evaluating(model), tqdm(total=len(facts), unit="fact", desc="known facts", disable=not progress) as bar:
+        for start in range(0, len(facts), AT_ONCE):
+            right = answered(model, rows[start : start + AT_ONCE], pad_id(tokenizer), max_tokens)
+            found += [fact for fact, own in zip(facts[start : start + AT_ONCE], right, strict=True) if own]
+            bar.update(len(right))
+    return found
 
 
 def trial_edits(facts: list[Fact], keep: list[Fact], count: int, seed: int = 0) -> list[EditRequest]:
@@ -132,8 +142,8 @@ def patching(model: nn.Module, tokenizer, architecture: Architecture, facts: lis
 
     def run(side: int) -> torch.Tensor:
         ids, mask = inputs[side]
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return logits[rows, ends[side]].argmax(-1)
+        logits = logits_at(model, {"input_ids": ids, "attention_mask": mask}, [[end] for end in ends[side].tolist()])
+        return torch.cat(logits).argmax(-1)
 
     with evaluating(model):
         handles = [block.register_forward_hook(take(n)) for n, block in enumerate(blocks)]

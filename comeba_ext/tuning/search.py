@@ -101,7 +101,7 @@ def tune(
     default = EditConfig.for_model(model, **scoped)
     architecture = Architecture.of(model, default.blocks, default.projection)
     asked = probes.shipped() if records is None else probes.of_records(records)
-    right = probes.known(model, tokenizer, asked) if asked else []
+    right = probes.known(model, tokenizer, asked, progress=progress) if asked else []
     flips = probes.patching(model, tokenizer, architecture, right)
     found = Tuning(len(asked), len(right), flips)
     if records is None:
