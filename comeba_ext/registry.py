@@ -36,8 +36,9 @@ class Registry:
         name = getattr(cls, "name", None)
         if not isinstance(name, str) or not _plain(name):
             raise ComebaError(f"{cls.__name__} has no name; give the class an attribute 'name'")
-        known = next((own for other, own in self._known.items() if _plain(other) == _plain(name)), None)
-        if known is not None and known is not cls:
+        names = {_plain(own) for own in _names_of(cls)}
+        known = next((own for own in self._known.values() if own is not cls and names & {_plain(other) for other in _names_of(own)}), None)
+        if known is not None:
             raise ComebaError(f"there is a {self.what} {name!r} already ({known.__module__}.{known.__qualname__}); choose another name")
         self._known[name] = cls
         return cls
@@ -49,8 +50,8 @@ class Registry:
             ComebaError: of the registry's kind, with the nearest name and all there are.
         """
         known = self.all()
-        for other, cls in known.items():
-            if isinstance(name, str) and _plain(name) == _plain(other):
+        for cls in known.values():
+            if isinstance(name, str) and _plain(name) in map(_plain, _names_of(cls)):
                 return cls
         near = difflib.get_close_matches(str(name).lower(), [own.lower() for own in known], 1)
         hint = f" (nearest: {next(own for own in known if own.lower() == near[0])!r})" if near else ""
@@ -72,6 +73,10 @@ class Registry:
                     raise ComebaError(f"the installed {self.what} {point.value} cannot be loaded: {type(error).__name__}: {error}") from None
             self._searched = True
         return self._known
+
+
+def _names_of(cls: type) -> tuple[str, ...]:
+    return (cls.name, *vars(cls).get("aliases", ()))  # a subclass has its parent's attributes
 
 
 def _plain(text: str) -> str:

@@ -92,7 +92,7 @@ class PlainComeba:
 
         In the package: ``editing/target_values.py`` (all requests at once, logits where they are read, only the blocks above).
         """
-        before, after = request.prompt.split("{}")
+        before = request.prompt.split("{}")[0]
         rows = [(prefix + request.text + " " + request.target_new, len(prefix + before + request.subject)) for prefix in self.prefixes]
         essence = (f"{request.subject} is a", len(request.subject))
         target = len(self.tokenizer(" " + request.target_new)["input_ids"])

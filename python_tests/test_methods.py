@@ -513,8 +513,9 @@ def test_a_method_whose_needs_are_not_met(tiny_model, tokenizer, tmp_path):
 
 def test_names():
     assert methods.method_named("comeba-hk") is methods.ComebaHK
+    assert methods.method_named("COMEBA without hooks") is methods.method_named("memit-seq") is methods.WithoutHooks
     assert methods.method_named("ft-l") is methods.method_named("FTL") is methods.FTL
-    with pytest.raises(ConfigError, match="COMEBA without hooks"):
+    with pytest.raises(ConfigError, match="unknown method .MEND.*MEMIT-seq"):
         methods.method_named("MEND")
     with pytest.raises(ConfigError, match="norm_constraint"):
         FTConfig(layers=(1,), norm_constraint=-1)

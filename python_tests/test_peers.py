@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_ultraedit_is_its_equations(tiny_model, tokenizer):
         for request in batch:
             prompt, whole = (tokenizer(text)["input_ids"] for text in (request.text, f"{request.text} {request.target_new}"))
             caught = {}
-            handles = [plain.transformer.h[n].mlp.c_proj.register_forward_hook(lambda m, args, out, n=n: caught.__setitem__(n, (args[0], out)))
+            handles = [plain.transformer.h[n].mlp.c_proj.register_forward_hook(lambda m, args, out, n=n, caught=caught: caught.__setitem__(n, (args[0], out)))
                        for n in seen]  # fmt: skip
             log_p = plain(torch.tensor([whole])).logits[0].log_softmax(-1)
             loss = -sum(log_p[i - 1, whole[i]] for i in range(len(prompt), len(whole))) / (len(whole) - len(prompt))
@@ -312,7 +313,7 @@ def test_ice_and_ike_ask_as_the_paper_does(tiny_model, tokenizer):
         assert prompt_rewriter(editor.model) is None
     editor.close()
     assert prompt_rewriter(editor.model) is None and not hasattr(editor.model, "comeba_facts")
-    shown = json.loads(open(SETTINGS["IKE"]["demonstrations"]).read())
+    shown = json.loads(Path(SETTINGS["IKE"]["demonstrations"]).read_text())
     fact = lambda n: f"The capital of {shown[n]['subject']} is Rome"  # noqa: E731
     copied = f"New Fact: {fact(0)}\nPrompt: {fact(0)}\n\n"
     updated = [f"New Fact: {fact(n)}\nPrompt: {shown[n]['subject']}'s capital is Rome\n\n" for n in (1, 2)]

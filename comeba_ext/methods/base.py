@@ -62,7 +62,7 @@ class Method:
     """A way to edit a model.
 
     Class attributes:
-        name: in ``--method``, saved folders and tables.
+        name: in ``--method``, saved folders and tables; ``aliases``: other names that it is found by.
         config_class: of its settings.
         needs_covariance: whether nothing can be edited without one.
         scored: whether a score decides which tokens are in scope (so ``scope`` is a setting of it).
@@ -74,6 +74,7 @@ class Method:
     """
 
     name: ClassVar[str] = ""
+    aliases: ClassVar[tuple[str, ...]] = ()
     config_class: ClassVar[type[EditConfig]] = EditConfig
     needs_covariance: ClassVar[bool] = False
     scored: ClassVar[bool] = False

@@ -61,6 +61,6 @@ def entry(method: type[Method], config) -> dict:
 
 @cache
 def _entries(method: type[Method]) -> list[dict]:
-    folder = Path(sys.modules[method.__module__].__file__).parent / "defaults"  # beside the method, wherever that is
-    path = folder / f"{method.name.lower().replace(' ', '-')}.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else []
+    file = getattr(sys.modules.get(method.__module__), "__file__", None)  # none where it was typed in
+    path = Path(file or ".").parent / "defaults" / f"{method.name.lower().replace(' ', '-')}.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if file and path.exists() else []

@@ -1,4 +1,4 @@
-"""COMEBA without hooks: the paper's ablation (arXiv 2403.05330, section 4.4)."""
+"""MEMIT with accumulated keys: the paper's ablation "COMEBA without hooks" (arXiv 2403.05330, section 4.4)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from comeba_ext.methods.comeba_hk import ComebaHK
 class WithoutHooks(ComebaHK):
     """COMEBA-HK with the edited output everywhere: no token is kept out of scope.
 
-    The key memory still accumulates every key; there are no thresholds to calibrate. Base of all methods that edit weights and so
-    let every token see every edit. (The literature knows the same as MEMIT-seq, MEMIT with accumulated keys.)
+    The key memory still accumulates every key; there are no thresholds to calibrate. Base of all methods that write by target values
+    and let every token see every edit. (MEMIT-seq is what the literature calls it.)
     """
 
-    name = "COMEBA without hooks"
+    name = "MEMIT-seq"
+    aliases = ("COMEBA without hooks",)
     scored = False
     serving = "temporary"
 
