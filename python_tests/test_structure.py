@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import comeba_ext
+from comeba_ext.methods import METHODS
 
 ROOT = Path(comeba_ext.__file__).parent
 # From the ground up; a room may use those in the rows before its own.
@@ -78,6 +79,18 @@ def test_no_score_is_told_by_its_name():
     for name, path in modules():
         if name.partition(".")[0] in ("scores", "ops"):
             continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                texts = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+                found += [(name, node.lineno)] if texts & names else []
+    assert not found
+
+
+def test_no_method_is_told_by_its_name():
+    """What depends on a method is the method's own (comeba_ext/methods)."""
+    names = {name for method in METHODS.all().values() for name in (method.name, *method.aliases)}
+    found = []
+    for name, path in modules():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare):
                 texts = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)}
