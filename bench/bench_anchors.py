@@ -64,13 +64,23 @@ def main() -> None:
     requests = [request for request in placed if request.fact_token == "subject_last"]
     subjects, decoys = editor.method.recognition.subjects(requests), editor.method.recognition.decoys(requests)
     reader = KeyReader(
-        editor.session.decoder, list(model.get_submodule(editor.architecture.blocks)), editor.config.layers, list(editor.layers.values()),
-        prompt_rows(tokenizer, requests, editor.prefixes), whole=False, pad_token=pad_id(tokenizer), max_tokens=2048,
-        device=torch.device("cpu"), apart=True,
-    )  # fmt: skip
+        editor.session.decoder,
+        list(model.get_submodule(editor.architecture.blocks)),
+        editor.config.layers,
+        list(editor.layers.values()),
+        prompt_rows(tokenizer, requests, editor.prefixes),
+        whole=False,
+        pad_token=pad_id(tokenizer),
+        max_tokens=2048,
+        device=torch.device("cpu"),
+        apart=True,
+    )
     wordings = [(n, p) for n, r in enumerate(requests) for p in r.rephrase_prompts if r.subject in p]
     others = [p for r in requests for p, _ in r.locality_prompts]
-    texts = [tokenizer(text)["input_ids"][:256] for text in itertools.islice(read_texts(DATA / "text" / "wikipedia_val_500.csv"), 20 if args.quick else 60)]
+    texts = [
+        tokenizer(text)["input_ids"][:256]
+        for text in itertools.islice(read_texts(DATA / "text" / "wikipedia_val_500.csv"), 20 if args.quick else 60)
+    ]
     asked = [encode(tokenizer, p).ids for _, p in wordings] + [encode(tokenizer, p).ids for p in others] + texts
     units = inputs_of(editor, asked)
     inside: dict[str, list] = {}
@@ -91,20 +101,27 @@ def main() -> None:
             hits = [tokens @ found.unit.T >= found.thresholds for tokens in units[name]]
             first, rest = hits[: len(wordings)], hits[len(wordings) :]
             own = [bool(hit[:, found.owner == n].any()) for (n, _), hit in zip(wordings, first, strict=True)]
-            inside.setdefault(label, []).append((own, [bool(h.any()) for h in rest[: len(others)]], torch.cat([h.any(-1) for h in rest[len(others) :]])))
+            inside.setdefault(label, []).append(
+                (own, [bool(h.any()) for h in rest[: len(others)]], torch.cat([h.any(-1) for h in rest[len(others) :]]))
+            )
     rows = []
     for label in ("one for all", "own, without decoys", "own, with decoys"):
         own, other, text = zip(*inside[label], strict=True)
         share = lambda values: torch.tensor(values, dtype=torch.float64).mean().item()  # noqa: E731
-        rows.append({
-            "thresholds": label, "wordings in scope": share([share(v) for v in own]),
-            "other subjects' prompts, any layer": share([any(v) for v in zip(*other, strict=True)]),
-            "text tokens, per layer": share([v.double().mean().item() for v in text]),
-            "text tokens, any layer": torch.stack(text).any(0).double().mean().item(),
-        })  # fmt: skip
+        rows.append(
+            {
+                "thresholds": label,
+                "wordings in scope": share([share(v) for v in own]),
+                "other subjects' prompts, any layer": share([any(v) for v in zip(*other, strict=True)]),
+                "text tokens, per layer": share([v.double().mean().item() for v in text]),
+                "text tokens, any layer": torch.stack(text).any(0).double().mean().item(),
+            }
+        )
     if not args.json:
-        print(f"{len(requests)} subjects ({len(declined)} declined), {len(wordings)} other wordings, {len(others)} prompts of other "
-              f"subjects, {sum(map(len, texts))} tokens of text, blocks {list(editor.config.layers)}")  # fmt: skip
+        print(
+            f"{len(requests)} subjects ({len(declined)} declined), {len(wordings)} other wordings, {len(others)} prompts of other "
+            f"subjects, {sum(map(len, texts))} tokens of text, blocks {list(editor.config.layers)}"
+        )
         for row in rows:
             print("  ".join(f"{key} {value if isinstance(value, str) else f'{value:.4f}'}" for key, value in row.items()))
     last = rows[-1]["text tokens, per layer"]

@@ -111,8 +111,9 @@ def collection_row(label: str, editor: Editor, texts: list[str], tokens: int, ro
     )
     seconds = {name: [] for name in ways}
     with editor.disabled():
-        collect_covariance(editor.model, editor.tokenizer, texts[:2], editor.layers, editor.session.decoder, tokens=50,
-                           progress=False)  # warm-up
+        collect_covariance(
+            editor.model, editor.tokenizer, texts[:2], editor.layers, editor.session.decoder, tokens=50, progress=False
+        )  # warm-up
         for _ in range(rounds):
             for name, way in ways.items():
                 took, found = timed(way, device)
@@ -123,10 +124,19 @@ def collection_row(label: str, editor: Editor, texts: list[str], tokens: int, ro
     error = max(((found.moments[n] - w).norm() / w.norm()).item() for n, w in wanted.items())
     best = {name: min(times) for name, times in seconds.items()}
     blocks = len(editor.model.get_submodule(editor.architecture.blocks))
-    return {"what": "collection", "model": label, "layers": list(editor.config.layers), "blocks": blocks,
-            "tokens": tokens, "texts": count,
-            "seconds": best, "all_seconds": seconds, "whole / ours": best["whole"] / best["ours"],
-            "stopped / ours": best["stopped"] / best["ours"], "largest_relative_difference": error}  # fmt: skip
+    return {
+        "what": "collection",
+        "model": label,
+        "layers": list(editor.config.layers),
+        "blocks": blocks,
+        "tokens": tokens,
+        "texts": count,
+        "seconds": best,
+        "all_seconds": seconds,
+        "whole / ours": best["whole"] / best["ours"],
+        "stopped / ours": best["stopped"] / best["ours"],
+        "largest_relative_difference": error,
+    }
 
 
 def padding_row(label: str, tokenizer, texts: list[str]) -> dict:
@@ -141,9 +151,15 @@ def padding_row(label: str, tokenizer, texts: list[str]) -> dict:
             lengths, pool = lengths + pool, []
     units = [rows for _, rows in Units(tokenizer, texts, Unfinished(), 10**9, CONTEXT)]
     padded = sum(len(rows) * max(map(len, rows)) for rows in units)
-    return {"what": "padding", "corpus": label, "texts": len(texts), "tokens": sum(lengths), "units": len(units),
-            "units_percent": 100 * (1 - sum(lengths) / padded),
-            "small_pools_percent": 100 * (1 - small[0] / small[1])}  # fmt: skip
+    return {
+        "what": "padding",
+        "corpus": label,
+        "texts": len(texts),
+        "tokens": sum(lengths),
+        "units": len(units),
+        "units_percent": 100 * (1 - sum(lengths) / padded),
+        "small_pools_percent": 100 * (1 - small[0] / small[1]),
+    }
 
 
 def product_row(width: int, tokens: int, rounds: int, device: str) -> dict:

@@ -35,9 +35,7 @@ STEPS = 20
 def gpt2_124m():
     from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-    tokenizer = GPT2Tokenizer(
-        vocab=str(DATA / "gpt2_bpe" / "vocab.json"), merges=str(DATA / "gpt2_bpe" / "merges.txt")
-    )
+    tokenizer = GPT2Tokenizer(vocab=str(DATA / "gpt2_bpe" / "vocab.json"), merges=str(DATA / "gpt2_bpe" / "merges.txt"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config()).eval()
@@ -68,6 +66,7 @@ def values_rows(quick: bool, rows: list, targets: list) -> None:
     seconds = {}
     found = {}
     for name, changes in (("float32", {}), ("bfloat16", {"compute_dtype": "bfloat16"})):
+
         def run(requests=requests, **more):
             changed = config.replace(**changes, **more)  # noqa: B023
             return optimise_target_values(model, tokenizer, architecture, changed, requests, prefixes)
@@ -77,19 +76,26 @@ def values_rows(quick: bool, rows: list, targets: list) -> None:
         seconds[name], found[name] = min(t for t, _ in times) / len(requests), times[0][1]
     plain = {}
     for name, twice in (("as published", True), ("logits once", False)):
-        took, wanted = timed(
-            lambda twice=twice: [target_value(model, tokenizer, config, r, prefixes, twice)[0] for r in some]
-        )
+        took, wanted = timed(lambda twice=twice: [target_value(model, tokenizer, config, r, prefixes, twice)[0] for r in some])
         plain[name] = took / len(some)
     where = [requests.index(request) for request in some]
     worst = max(relative(found["float32"].values[n], w) for n, w in zip(where, wanted, strict=True))
     h = optimise_target_values(model, tokenizer, architecture, config.replace(steps=1), requests, prefixes).values
     delta, half = (found[name].values - h for name in ("float32", "bfloat16"))
     for name, each in seconds.items():
-        rows.append({"what": "target values", "model": "gpt2-124m", "compute": name, "requests": len(requests),
-                     "edits_per_second": 1 / each, "plain_edits_per_second": 1 / plain["as published"],
-                     "plain_requests": len(some), "ratio": plain["as published"] / each,
-                     "ratio_to_plain_with_logits_once": plain["logits once"] / each})  # fmt: skip
+        rows.append(
+            {
+                "what": "target values",
+                "model": "gpt2-124m",
+                "compute": name,
+                "requests": len(requests),
+                "edits_per_second": 1 / each,
+                "plain_edits_per_second": 1 / plain["as published"],
+                "plain_requests": len(some),
+                "ratio": plain["as published"] / each,
+                "ratio_to_plain_with_logits_once": plain["logits once"] / each,
+            }
+        )
     rows[-1]["difference_of_delta_from_float32"] = relative(half, delta)
     rows[-1]["mean_loss"], rows[-2]["mean_loss"] = (statistics.mean(found[n].losses) for n in ("bfloat16", "float32"))
     targets.append(target("target values float32, ours / plain", rows[-2]["ratio"], 8.0, rows[-2]["ratio"] >= 8))
@@ -130,9 +136,20 @@ def step_rows(quick: bool, rows: list, targets: list) -> None:
 
         detach(model)
         ratio = sum(expected.values()) / took
-        rows.append({"what": "whole step", "model": "gpt2-124m", "compute": "float32", "requests": size,
-                     "edits_per_second": size / took, "plain_edits_per_second": size / sum(expected.values()),
-                     "plain_requests": few, "ratio": ratio, "seconds": report.seconds, "plain_seconds": expected})  # fmt: skip
+        rows.append(
+            {
+                "what": "whole step",
+                "model": "gpt2-124m",
+                "compute": "float32",
+                "requests": size,
+                "edits_per_second": size / took,
+                "plain_edits_per_second": size / sum(expected.values()),
+                "plain_requests": few,
+                "ratio": ratio,
+                "seconds": report.seconds,
+                "plain_seconds": expected,
+            }
+        )
         targets.append(target(f"whole step, batch {size}, ours / plain", ratio, 8.0, ratio >= 8))
 
 
@@ -162,14 +179,27 @@ def embedded_rows(quick: bool, rows: list, targets: list) -> None:
             expected = {n: s / few * count for n, s in plain.seconds.items()}
             expected["update"] = plain.seconds["update"] / len(range(0, few, size)) * len(reports)
             ratio = sum(expected.values()) / took
-            rows.append({"what": "whole step, early stop", "model": "embedded", "compute": "float32", "optimizer": optimizer,
-                         "requests": count, "batch_size": size, "edits_per_second": count / took,
-                         "mean_steps": statistics.mean(s for r in reports for s in r.optimizer_steps),
-                         "plain_edits_per_second": count / sum(expected.values()), "plain_requests": few, "ratio": ratio,
-                         "seconds": {n: sum(r.seconds[n] for r in reports) for n in reports[0].seconds},
-                         "plain_seconds": expected, **{n: scores[n] for n in ("reliability", "generality", "locality")}})  # fmt: skip
-            targets.append(target(f"embedded model with early stop, batches of {size}, {optimizer}, ours / plain", ratio, 15.0,
-                                  ratio >= 15))  # fmt: skip
+            rows.append(
+                {
+                    "what": "whole step, early stop",
+                    "model": "embedded",
+                    "compute": "float32",
+                    "optimizer": optimizer,
+                    "requests": count,
+                    "batch_size": size,
+                    "edits_per_second": count / took,
+                    "mean_steps": statistics.mean(s for r in reports for s in r.optimizer_steps),
+                    "plain_edits_per_second": count / sum(expected.values()),
+                    "plain_requests": few,
+                    "ratio": ratio,
+                    "seconds": {n: sum(r.seconds[n] for r in reports) for n in reports[0].seconds},
+                    "plain_seconds": expected,
+                    **{n: scores[n] for n in ("reliability", "generality", "locality")},
+                }
+            )
+            targets.append(
+                target(f"embedded model with early stop, batches of {size}, {optimizer}, ours / plain", ratio, 15.0, ratio >= 15)
+            )
 
 
 def flat_rows(quick: bool, rows: list, targets: list) -> None:
@@ -207,9 +237,11 @@ def flat_rows(quick: bool, rows: list, targets: list) -> None:
     def measured(edits: int) -> None:
         sample = facts[: min(edits, 1250)][::5]
         scores = evaluate(editor.model, editor.tokenizer, sample, generate=False)
-        rows.append({"what": "metrics", "model": "embedded", "edits": edits, "facts": len(sample)}
-                    | {f"{n}{s}": scores[f"{n}{s}"] for n in ("reliability", "generality", "locality") for s in ("", "_interval")}
-                    | {"seconds": spent})  # fmt: skip
+        rows.append(
+            {"what": "metrics", "model": "embedded", "edits": edits, "facts": len(sample)}
+            | {f"{n}{s}": scores[f"{n}{s}"] for n in ("reliability", "generality", "locality") for s in ("", "_interval")}
+            | {"seconds": spent}
+        )
         print(rows[-1], file=sys.stderr, flush=True)
 
     for number, report in enumerate(editor.edit_all(requests[:-last], 10, progress=False), 1):
@@ -226,13 +258,25 @@ def flat_rows(quick: bool, rows: list, targets: list) -> None:
     measured(len(requests))
     whole = [[sum(seconds.values()) for seconds in pair] for pair in pairs]
     ratio = statistics.median(old / new for old, new in whole)
-    phases = {f"{name}_{age}": statistics.median(pair[n][name] for pair in pairs)
-              for n, age in enumerate(("old", "young")) for name in pairs[0][0]}  # fmt: skip
-    rows.append({"what": "step time", "model": "embedded", "edits": len(requests), "pairs": len(pairs), "ratio": ratio,
-                 "seconds_old": statistics.median(p[0] for p in whole), "seconds_young": statistics.median(p[1] for p in whole),
-                 "keys": {name: layer.score.known_keys() for name, layer in editor.layers.items()}, **phases})  # fmt: skip
-    targets.append(target(f"step time, the last {len(pairs)} batches of {len(requests)} edits / the first", ratio, 1.1,
-                          ratio <= 1.1))  # fmt: skip
+    phases = {
+        f"{name}_{age}": statistics.median(pair[n][name] for pair in pairs)
+        for n, age in enumerate(("old", "young"))
+        for name in pairs[0][0]
+    }
+    rows.append(
+        {
+            "what": "step time",
+            "model": "embedded",
+            "edits": len(requests),
+            "pairs": len(pairs),
+            "ratio": ratio,
+            "seconds_old": statistics.median(p[0] for p in whole),
+            "seconds_young": statistics.median(p[1] for p in whole),
+            "keys": {name: layer.score.known_keys() for name, layer in editor.layers.items()},
+            **phases,
+        }
+    )
+    targets.append(target(f"step time, the last {len(pairs)} batches of {len(requests)} edits / the first", ratio, 1.1, ratio <= 1.1))
 
 
 def memory_rows(quick: bool, rows: list, targets: list) -> None:
@@ -275,9 +319,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer requests and batches")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
-    parser.add_argument(
-        "--processor-time", action="store_true", help="one thread, its processor time: for a machine that does other work"
-    )
+    parser.add_argument("--processor-time", action="store_true", help="one thread, its processor time: for a machine that does other work")
     parser.add_argument("--plot", help="write a PNG of where the time goes")
     args = parser.parse_args()
     if args.processor_time:

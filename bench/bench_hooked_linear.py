@@ -42,9 +42,7 @@ class Clock:
         once = {name: self._prepare(call) for name, call in calls.items()}
         taken: dict[str, list[float]] = {name: [] for name in calls}
         start = time.perf_counter()
-        while len(taken[next(iter(taken))]) < rounds or (
-            time.perf_counter() - start < seconds and len(taken[next(iter(taken))]) < 50
-        ):
+        while len(taken[next(iter(taken))]) < rounds or (time.perf_counter() - start < seconds and len(taken[next(iter(taken))]) < 50):
             for name, run in once.items():
                 taken[name].append(run())
         return taken
@@ -120,12 +118,25 @@ def measure(shape: str, tokens: int, dtype: str, share: float, device: str, cloc
         output, edit = F.linear(x, both, bias).split(d_out, -1)
         return ops.exact_hook(output, edit, None, None, exact.alpha, exact.score.scale, "reference", inplace=True)
 
-    calls = {"plain": lambda: base(x), "reference": reference, "exact": lambda: exact(x), "stacked": stacked,
-             "gated": lambda: layers["sketch"](x)}  # fmt: skip
+    calls = {
+        "plain": lambda: base(x),
+        "reference": reference,
+        "exact": lambda: exact(x),
+        "stacked": stacked,
+        "gated": lambda: layers["sketch"](x),
+    }
     taken = clock(calls, seconds, 7)
     median = {name: statistics.median(times) for name, times in taken.items()}
-    row = {"shape": shape, "d_in": d_in, "d_out": d_out, "tokens": tokens, "dtype": dtype, "in_scope": share,
-           "calls": len(taken["plain"]), "plain_ms": median["plain"] * 1e3}  # fmt: skip
+    row = {
+        "shape": shape,
+        "d_in": d_in,
+        "d_out": d_out,
+        "tokens": tokens,
+        "dtype": dtype,
+        "in_scope": share,
+        "calls": len(taken["plain"]),
+        "plain_ms": median["plain"] * 1e3,
+    }
     bandwidth, rate = rates
     item = x.element_size()
     for name, products in (("plain", 1), ("exact", 2), ("gated", 1 + share)):
@@ -152,19 +163,30 @@ def targets_of(rows: list[dict], device: str) -> list[dict]:
     main = "bf16" if gpu else "fp32"
     rows = [row for row in rows if row["dtype"] == main and "skipped" not in row]
     at_most = [
-        ("exact hook / plain, 2048 tokens and more", "exact_ratio", 2.05 if gpu else 2.10,
-         lambda r: r["tokens"] >= 2048),
+        ("exact hook / plain, 2048 tokens and more", "exact_ratio", 2.05 if gpu else 2.10, lambda r: r["tokens"] >= 2048),
         ("gated hook / plain, nothing in scope", "gated_ratio", 1.08 if gpu else 1.15, lambda r: not r["in_scope"]),
-        ("gated hook / plain, 1 token in 512 in scope, prefill", "gated_ratio", 1.15 if gpu else 1.30,
-         lambda r: 0 < r["in_scope"] < 0.01 and r["tokens"] >= 512),
-    ]  # fmt: skip
+        (
+            "gated hook / plain, 1 token in 512 in scope, prefill",
+            "gated_ratio",
+            1.15 if gpu else 1.30,
+            lambda r: 0 < r["in_scope"] < 0.01 and r["tokens"] >= 512,
+        ),
+    ]
     if gpu:
         at_most += [
-            ("exact hook / torch reference, decode, GPT2-XL", "exact_to_reference", 0.6,
-             lambda r: r["tokens"] <= 64 and r["shape"] == "GPT2-XL"),
-            ("exact hook / torch reference, decode, other shapes", "exact_to_reference", 0.85,
-             lambda r: r["tokens"] <= 64 and r["shape"] != "GPT2-XL"),
-        ]  # fmt: skip
+            (
+                "exact hook / torch reference, decode, GPT2-XL",
+                "exact_to_reference",
+                0.6,
+                lambda r: r["tokens"] <= 64 and r["shape"] == "GPT2-XL",
+            ),
+            (
+                "exact hook / torch reference, decode, other shapes",
+                "exact_to_reference",
+                0.85,
+                lambda r: r["tokens"] <= 64 and r["shape"] != "GPT2-XL",
+            ),
+        ]
     found = []
     for name, column, limit, keep in at_most:
         value = worst(rows, column, keep)
@@ -189,8 +211,11 @@ def plot(rows: list[dict], path) -> None:
     figure, axes = pyplot.subplots(1, len(shapes), figsize=(3.2 * len(shapes), 3.2), sharey=True, squeeze=False)
     for axis, shape in zip(axes[0], shapes, strict=True):
         own = [row for row in rows if row["shape"] == shape]
-        for name, colour, label in (("reference", "#999999", "torch reference"), ("exact", "#D55E00", "exact hook"),
-                                    ("gated", "#0072B2", "gated hook")):  # fmt: skip
+        for name, colour, label in (
+            ("reference", "#999999", "torch reference"),
+            ("exact", "#D55E00", "exact hook"),
+            ("gated", "#0072B2", "gated hook"),
+        ):
             axis.plot([r["tokens"] for r in own], [r[f"{name}_ratio"] for r in own], "o-", color=colour, label=label)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xscale("log", base=2)
@@ -226,10 +251,19 @@ def main() -> None:
                     d_in, d_out = SHAPES[shape]
                     expected = 8 * 2 * tokens * d_in * d_out / rates[1]  # all variants once
                     if expected > (4 if args.quick else 40):
-                        rows.append({"shape": shape, "tokens": tokens, "dtype": dtype, "in_scope": share,
-                                     "skipped": f"a round would take {expected:.0f} s on this machine"})  # fmt: skip
+                        rows.append(
+                            {
+                                "shape": shape,
+                                "tokens": tokens,
+                                "dtype": dtype,
+                                "in_scope": share,
+                                "skipped": f"a round would take {expected:.0f} s on this machine",
+                            }
+                        )
                         continue
-                    rows.append(measure(shape, tokens, dtype, share, args.device, clock, rates, 0.5 if gpu else 4.0 if args.quick else 10.0))
+                    rows.append(
+                        measure(shape, tokens, dtype, share, args.device, clock, rates, 0.5 if gpu else 4.0 if args.quick else 10.0)
+                    )
                     print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), file=sys.stderr, flush=True)
     if args.plot:
         plot(rows, args.plot)

@@ -40,11 +40,17 @@ def main() -> None:
     parser.add_argument("--plot", help="write a PNG")
     args = parser.parse_args()
     # Inputs of MLP projections: 6400 GPT-2-XL, 14336 Llama-3-8B, 16384 GPT-J, 18944 Qwen2.5-7B.
-    shapes = [(1600, 10, 1), (6400, 10, 1)] if args.quick else [
-        *((1600, u, 1) for u in (1, 10, 100, 1000)), (1600, 10, 6),
-        *((6400, u, 1) for u in (1, 10, 100, 1000)), (6400, 10, 6),
-        *((d, 10, 1) for d in (14336, 16384, 18944)),
-    ]  # fmt: skip
+    shapes = (
+        [(1600, 10, 1), (6400, 10, 1)]
+        if args.quick
+        else [
+            *((1600, u, 1) for u in (1, 10, 100, 1000)),
+            (1600, 10, 6),
+            *((6400, u, 1) for u in (1, 10, 100, 1000)),
+            (6400, 10, 6),
+            *((d, 10, 1) for d in (14336, 16384, 18944)),
+        ]
+    )
     rows = []
     for d, u, layers in shapes:
         reason = unfit(d, layers, args.device)
@@ -60,10 +66,14 @@ def main() -> None:
     headline = next(r for r in rows if (r.get("d"), r.get("u"), r.get("layers")) == (6400, 10, 1))
     ratio = headline["ours_mean"] / headline["solve"]
     error = max(r["error"] for r in rows if "error" in r)
-    finish(rows, [
-        target("update+solve / linalg.solve, d = 6400, u = 10, float64", ratio, 1 / 20, ratio <= 1 / 20),
-        {"name": "relative error of C⁻¹K after 1,000 batches", "value": error, "limit": 1e-9, "holds": error <= 1e-9},
-    ], args.json)  # fmt: skip
+    finish(
+        rows,
+        [
+            target("update+solve / linalg.solve, d = 6400, u = 10, float64", ratio, 1 / 20, ratio <= 1 / 20),
+            {"name": "relative error of C⁻¹K after 1,000 batches", "value": error, "limit": 1e-9, "holds": error <= 1e-9},
+        ],
+        args.json,
+    )
 
 
 def unfit(d: int, layers: int, device: str) -> str | None:
@@ -120,8 +130,13 @@ def measure(d: int, u: int, layers: int, device: str, quick: bool) -> dict:
     times = seconds_of(ours, cycle * max(1, -(-(3 if d * u >= 10**6 else 12) // cycle)), device)
     forms = {memory.form for memory in memories}
     del memories[1:]
-    row = {"form": "/".join(sorted(forms)), "ours_median": statistics.median(times), "ours_mean": statistics.mean(times),
-           "ours_worst": max(times), "ours_batches": len(times)}  # fmt: skip
+    row = {
+        "form": "/".join(sorted(forms)),
+        "ours_median": statistics.median(times),
+        "ours_mean": statistics.mean(times),
+        "ours_worst": max(times),
+        "ours_batches": len(times),
+    }
 
     few = 2 if quick or d * u >= 10**6 else 3
     probe, lower = keys[0], torch.linalg.cholesky(matrix)
@@ -146,8 +161,12 @@ def errors(device: str, d: int, batches: int) -> list[dict]:
     random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     rotation = torch.linalg.qr(random(d, d))[0]
     rows = []
-    for condition, lam, kind in ((1e4, 1000.0, "corpus-like"), (1e6, 1000.0, "corpus-like"), (1e6, 1.0, "corpus-like"),
-                                 (1e6, 1.0, "isotropic")):  # fmt: skip
+    for condition, lam, kind in (
+        (1e4, 1000.0, "corpus-like"),
+        (1e6, 1000.0, "corpus-like"),
+        (1e6, 1.0, "corpus-like"),
+        (1e6, 1.0, "isotropic"),
+    ):
         root = rotation * torch.logspace(0, -np.log10(condition) / 2, d, dtype=torch.float64)
 
         def draw(u: int, kind=kind, root=root) -> torch.Tensor:
@@ -171,13 +190,20 @@ def errors(device: str, d: int, batches: int) -> list[dict]:
         fresh = torch.linalg.cholesky(torch.from_numpy(total.astype(np.float64)))
         probe = torch.cat([draw(10), live[-1]], 1)
         exact = refined(total, fresh, probe)
-        rows.append({
-            "d": d, "batches": batches, "u": 10, "keys": kind, "condition": condition, "lambda": lam,
-            "batches_as_inverse": as_inverse,
-            "error": worst(memory.solve(probe.to(device)), exact),
-            "error_factor_form": worst(factor.solve(probe.to(device)), exact),
-            "error_fresh_factorisation": worst(torch.cholesky_solve(probe, fresh), exact),
-        })  # fmt: skip
+        rows.append(
+            {
+                "d": d,
+                "batches": batches,
+                "u": 10,
+                "keys": kind,
+                "condition": condition,
+                "lambda": lam,
+                "batches_as_inverse": as_inverse,
+                "error": worst(memory.solve(probe.to(device)), exact),
+                "error_factor_form": worst(factor.solve(probe.to(device)), exact),
+                "error_fresh_factorisation": worst(torch.cholesky_solve(probe, fresh), exact),
+            }
+        )
     return rows
 
 
@@ -203,20 +229,36 @@ def plot(rows: list[dict], path: str) -> None:
 
     figure, (time_axes, error_axes) = plt.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
     timed = [r for r in rows if "solve" in r]
-    ways = {"ours_mean": ("this package", "#0072B2"), "factor": ("updated Cholesky factor", "#56B4E9"),
-            "refactorise": ("refactorise + solve", "#E69F00"), "solve": ("torch.linalg.solve", "#D55E00")}  # fmt: skip
+    ways = {
+        "ours_mean": ("this package", "#0072B2"),
+        "factor": ("updated Cholesky factor", "#56B4E9"),
+        "refactorise": ("refactorise + solve", "#E69F00"),
+        "solve": ("torch.linalg.solve", "#D55E00"),
+    }
     for n, (name, (label, colour)) in enumerate(ways.items()):
         time_axes.bar([x + 0.2 * n - 0.3 for x in range(len(timed))], [r[name] for r in timed], 0.2, label=label, color=colour)
-    time_axes.set_xticks(range(len(timed)), [f"{r['d']}\nu={r['u']}" + (f"\n×{r['layers']}" if r["layers"] > 1 else "") for r in timed], fontsize=8)
-    time_axes.set(yscale="log", ylabel="seconds a batch", xlabel="keys' dimension, keys a batch, layers", title=f"C += K Kᵀ and C⁻¹K, float64 ({timed[0]['device']})")
+    time_axes.set_xticks(
+        range(len(timed)), [f"{r['d']}\nu={r['u']}" + (f"\n×{r['layers']}" if r["layers"] > 1 else "") for r in timed], fontsize=8
+    )
+    time_axes.set(
+        yscale="log",
+        ylabel="seconds a batch",
+        xlabel="keys' dimension, keys a batch, layers",
+        title=f"C += K Kᵀ and C⁻¹K, float64 ({timed[0]['device']})",
+    )
     time_axes.legend(fontsize=8)
     checked = [r for r in rows if "error" in r]
-    kinds = {"error": ("this package", "#0072B2"), "error_factor_form": ("updated factor", "#56B4E9"),
-             "error_fresh_factorisation": ("fresh factorisation", "#E69F00")}  # fmt: skip
+    kinds = {
+        "error": ("this package", "#0072B2"),
+        "error_factor_form": ("updated factor", "#56B4E9"),
+        "error_fresh_factorisation": ("fresh factorisation", "#E69F00"),
+    }
     for n, (name, (label, colour)) in enumerate(kinds.items()):
         error_axes.bar([x + 0.25 * n - 0.25 for x in range(len(checked))], [r[name] for r in checked], 0.25, label=label, color=colour)
     error_axes.axhline(1e-9, color="0.4", linewidth=1, linestyle="--")
-    error_axes.set_xticks(range(len(checked)), [f"{r['keys']}\ncond {r['condition']:.0e}\nλ = {r['lambda']:.0f}" for r in checked], fontsize=8)
+    error_axes.set_xticks(
+        range(len(checked)), [f"{r['keys']}\ncond {r['condition']:.0e}\nλ = {r['lambda']:.0f}" for r in checked], fontsize=8
+    )
     error_axes.set(yscale="log", ylabel="relative error of C⁻¹K", title="after 1,000 batches; dashed: target")
     error_axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)

@@ -23,9 +23,16 @@ from comeba_ext.layers.attachment import detach
 CONFIGS = {
     "gpt2-xl": lambda: GPT2Config(n_embd=1600, n_layer=48, n_head=25),
     "gpt-j": lambda: GPTJConfig(),
-    "llama-3-8b": lambda: LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                                      num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0),
-}  # fmt: skip
+    "llama-3-8b": lambda: LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        rope_theta=500000.0,
+    ),
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -108,8 +115,14 @@ def main() -> None:
                     detach(model)
         for n, phase in enumerate(("prefill", "decode")):
             plain = statistics.median(times[n] for times in taken["unhooked"])
-            row = {"model": name, "dtype": dtype, "phase": phase, "tokens": tokens if n == 0 else 1,
-                   "hooked_layers": len(names), "unhooked_ms": round(plain * 1e3, 3)}  # fmt: skip
+            row = {
+                "model": name,
+                "dtype": dtype,
+                "phase": phase,
+                "tokens": tokens if n == 0 else 1,
+                "hooked_layers": len(names),
+                "unhooked_ms": round(plain * 1e3, 3),
+            }
             for gate in ("exact", "sketch"):
                 ratios = sorted(own[n] / base[n] for own, base in zip(taken[gate], taken["unhooked"], strict=True))
                 row[f"{gate}_ratio"] = round(statistics.median(ratios), 4)

@@ -122,12 +122,24 @@ def apart(count: int, sizes: tuple[int, ...], as_json: bool) -> list[dict]:
             wide = projection_of(moment if metric == "C0" else torch.eye(width), size).float()
             projection, anchors = wide.to(dtype), directions(keys[name], wide).to(dtype)
             edited, rephrased, other = (inputs.peaks(name, projection, anchors) for inputs in sets.values())
-            row = {"part": "apart", "block": block, "metric": metric, "rows": size, "dtype": str(dtype)[6:],
-                   "facts": len(facts), "rephrased": len(rephrased), "others": len(other),
-                   "edited_lowest": edited.min(), "rephrased_q01": rephrased.quantile(0.01), "others_median": other.median(),
-                   "others_q95": other.quantile(0.95), "others_above_0.6": (other > 0.6).float().mean(),
-                   "others_above_0.7": (other > 0.7).float().mean(), "auc": auc(edited, other),
-                   "auc_rephrased": auc(rephrased, other)}  # fmt: skip
+            row = {
+                "part": "apart",
+                "block": block,
+                "metric": metric,
+                "rows": size,
+                "dtype": str(dtype)[6:],
+                "facts": len(facts),
+                "rephrased": len(rephrased),
+                "others": len(other),
+                "edited_lowest": edited.min(),
+                "rephrased_q01": rephrased.quantile(0.01),
+                "others_median": other.median(),
+                "others_q95": other.quantile(0.95),
+                "others_above_0.6": (other > 0.6).float().mean(),
+                "others_above_0.7": (other > 0.7).float().mean(),
+                "auc": auc(edited, other),
+                "auc_rephrased": auc(rephrased, other),
+            }
             rows.append(rounded(row, as_json))
     return rows
 
@@ -155,9 +167,17 @@ def cost(tokens: int, seconds: float, clock: Clock, as_json: bool) -> list[dict]
     for name, times in taken.items():
         ratios = sorted(own / other for own, other in zip(times, plain, strict=True))
         gate, (size, count) = ("nearest", name) if isinstance(name, tuple) else (name, (None, None))
-        row = {"part": "cost", "hook": gate, "rows": size, "keys": count, "tokens": tokens, "calls": len(plain),
-               "plain_ms": statistics.median(plain) * 1e3, "ratio": statistics.median(ratios),
-               "spread": [round(ratios[len(ratios) // 10], 4), round(ratios[-1 - len(ratios) // 10], 4)]}  # fmt: skip
+        row = {
+            "part": "cost",
+            "hook": gate,
+            "rows": size,
+            "keys": count,
+            "tokens": tokens,
+            "calls": len(plain),
+            "plain_ms": statistics.median(plain) * 1e3,
+            "ratio": statistics.median(ratios),
+            "spread": [round(ratios[len(ratios) // 10], 4), round(ratios[-1 - len(ratios) // 10], 4)],
+        }
         rows.append(rounded(row, as_json))
     return rows
 
@@ -184,10 +204,14 @@ def main() -> None:
     own = [r for r in rows if r["part"] == "apart" and (r["metric"], r["rows"], r["dtype"]) == ("C0", ROWS, "float32")]
     worst = min(row["auc"] for row in own)
     ratio = next(r["ratio"] for r in rows if r["part"] == "cost" and (r["rows"], r["keys"], r["tokens"]) == (ROWS, 1000, 512))
-    finish(rows, [
-        target(f"AUC of edited against other prompts, {ROWS} rows, worst block", worst, 0.99, worst >= 0.99),
-        target(f"nearest / plain, {ROWS} rows, 1,000 keys, 512 tokens, nothing in scope", ratio, 1.5, ratio <= 1.5),
-    ], args.json)  # fmt: skip
+    finish(
+        rows,
+        [
+            target(f"AUC of edited against other prompts, {ROWS} rows, worst block", worst, 0.99, worst >= 0.99),
+            target(f"nearest / plain, {ROWS} rows, 1,000 keys, 512 tokens, nothing in scope", ratio, 1.5, ratio <= 1.5),
+        ],
+        args.json,
+    )
 
 
 def plot(rows: list[dict], path: str) -> None:
@@ -199,10 +223,12 @@ def plot(rows: list[dict], path: str) -> None:
     figure, (scores, costs) = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     apart = [r for r in rows if r["part"] == "apart" and r["metric"] == "C0" and r["dtype"] == "float32"]
     sizes = sorted({r["rows"] for r in apart})
-    for column, label, colour, worst in (("edited_lowest", "edited, lowest", "#009E73", min),
-                                         ("rephrased_q01", "rephrased, 1 % quantile", "#0072B2", min),
-                                         ("others_q95", "other subjects, 95 % quantile", "#D55E00", max),
-                                         ("others_median", "other subjects, median", "#E69F00", max)):  # fmt: skip
+    for column, label, colour, worst in (
+        ("edited_lowest", "edited, lowest", "#009E73", min),
+        ("rephrased_q01", "rephrased, 1 % quantile", "#0072B2", min),
+        ("others_q95", "other subjects, 95 % quantile", "#D55E00", max),
+        ("others_median", "other subjects, median", "#E69F00", max),
+    ):
         values = [worst(r[column] for r in apart if r["rows"] == size) for size in sizes]
         scores.plot(sizes, values, "o-", color=colour, label=label)
     scores.set_xscale("log", base=2)

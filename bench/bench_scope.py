@@ -56,8 +56,13 @@ def main() -> None:
     sets = {"embedded model's facts": testbed.facts()[600 : 600 + edits]}
     for name, _, path in (given.partition("=") for given in args.records):
         sets[name] = read_requests(path, 30 if args.quick else 100).requests
-    settings = [("zscore", 1.0, "exact"), ("zscore", 1.0, "sketch"), ("reference", 1.0, "exact"),
-                ("reference", 0.25, "exact"), ("reference", 0.25, "sketch")]  # fmt: skip
+    settings = [
+        ("zscore", 1.0, "exact"),
+        ("zscore", 1.0, "sketch"),
+        ("reference", 1.0, "exact"),
+        ("reference", 0.25, "exact"),
+        ("reference", 0.25, "sketch"),
+    ]
     rows = []
     for dataset, requests in sets.items():
         own = dataset == next(iter(sets))
@@ -92,8 +97,10 @@ def main() -> None:
     targets = []
     for row in rows:
         if (row["dataset"], row["scope"], row["alpha_margin"]) == (next(iter(sets)), "reference", 0.25):
-            targets += [target(f"{name}, reference with margin, {row['gate']} gate", row[name], limit, row[name] >= limit)
-                        for name, limit in zip(METRICS, (0.95, 0.80, 0.95))]  # fmt: skip
+            targets += [
+                target(f"{name}, reference with margin, {row['gate']} gate", row[name], limit, row[name] >= limit)
+                for name, limit in zip(METRICS, (0.95, 0.80, 0.95))
+            ]
     finish(rows, targets, args.json)
 
 

@@ -54,8 +54,13 @@ def main() -> None:
         batch = requests[start : start + size]
         report = editor.edit(batch)
         ledger = sum(t.nbytes for e in editor.ledger.entries for t in (*e.keys.values(), *e.responses.values()))
-        row = {"batch": report.step, "seconds": sum(report.seconds.values()), **report.seconds,
-               "resident_mb": resident() / 1e6, "ledger_mb": ledger / 1e6}  # fmt: skip
+        row = {
+            "batch": report.step,
+            "seconds": sum(report.seconds.values()),
+            **report.seconds,
+            "resident_mb": resident() / 1e6,
+            "ledger_mb": ledger / 1e6,
+        }
         if report.step > batches - tenth:
             row["fresh_seconds"] = sum(young.edit(batch).seconds.values())
         rows.append(row)
@@ -64,10 +69,14 @@ def main() -> None:
     growth = statistics.median(own[-tenth:]) - statistics.median(own[:tenth])
     if args.plot:
         plot(rows, args.plot)
-    finish(rows, [
-        target(f"step time, batches {batches - tenth + 1}-{batches} / the same by a fresh editor", ratio, 1.10, ratio <= 1.10),
-        target(f"growth beyond the ledger over {batches - tenth} batches, MB", growth, 50.0, growth <= 50.0),
-    ], args.json)  # fmt: skip
+    finish(
+        rows,
+        [
+            target(f"step time, batches {batches - tenth + 1}-{batches} / the same by a fresh editor", ratio, 1.10, ratio <= 1.10),
+            target(f"growth beyond the ledger over {batches - tenth} batches, MB", growth, 50.0, growth <= 50.0),
+        ],
+        args.json,
+    )
 
 
 def plot(rows: list[dict], path: str) -> None:

@@ -33,8 +33,12 @@ def machine() -> dict:
 
 
 def versions() -> dict:
-    return {"comeba_ext": comeba_ext.__version__, "torch": torch.__version__,
-            "transformers": transformers.__version__, "python": platform.python_version()}  # fmt: skip
+    return {
+        "comeba_ext": comeba_ext.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def target(name: str, value: float, limit: float, holds: bool) -> dict:

@@ -95,12 +95,29 @@ def prepared(home: Path) -> dict:
     cov = str(home / "c.safetensors")
     finished(lambda: comeba("covariance", "testbed", home / "texts.txt", "--out", cov))
     return {
-        "edit": (lambda out: lambda: comeba("edit", "testbed", home / "facts.jsonl", "--covariance", cov, "--out", out, "--resume",
-                                            "--save-every", "1", "--batch-size", "3"), saved),
+        "edit": (
+            lambda out: (
+                lambda: comeba(
+                    "edit",
+                    "testbed",
+                    home / "facts.jsonl",
+                    "--covariance",
+                    cov,
+                    "--out",
+                    out,
+                    "--resume",
+                    "--save-every",
+                    "1",
+                    "--batch-size",
+                    "3",
+                )
+            ),
+            saved,
+        ),
         "covariance": (lambda out: lambda: comeba("covariance", "testbed", home / "texts.txt", "--tokens", "15000", "--out", out), tensors),
         "experiment": (lambda out: lambda: comeba("experiment", home / "kills.yaml", "--covariance", cov, "--out", out), measured),
         "save": (lambda out: lambda: save_often(out), saved),
-    }  # fmt: skip
+    }
 
 
 def comeba(*arguments) -> None:

@@ -75,10 +75,13 @@ def parts(quick: bool = False, name: str = "") -> dict[str, list[list[str]]]:
     todo = {
         "doctor": [[python, "-m", "comeba_ext.cli", "doctor"]],
         "build": [[python, "-c", BUILD]],
-        "cxx_tests": [["cmake", "-S", str(ROOT), "-B", str(build), "-DCOMEBA_EMULATE=OFF"],
-                      ["cmake", "--build", str(build), "-j"], [str(build / "test_kernels")]],
+        "cxx_tests": [
+            ["cmake", "-S", str(ROOT), "-B", str(build), "-DCOMEBA_EMULATE=OFF"],
+            ["cmake", "--build", str(build), "-j"],
+            [str(build / "test_kernels")],
+        ],
         "tests": [[*tests, "python_tests"]],
-    }  # fmt: skip
+    }
     for tool in ("memcheck", "racecheck"):
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
         todo[f"{tool}_cxx"] = [[*sanitizer, str(build / "test_kernels")]]
@@ -105,8 +108,9 @@ def run(part: str, commands: list[list[str]], name: str, log: Path, timeout: flo
             if shutil.which(command[0]) is None:
                 return "skipped", f"no {Path(command[0]).name} here"
             try:
-                done = subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, text=True, errors="replace",
-                                      stdout=subprocess.PIPE, stderr=out)  # fmt: skip
+                done = subprocess.run(
+                    command, cwd=ROOT, env=environment, timeout=timeout, text=True, errors="replace", stdout=subprocess.PIPE, stderr=out
+                )
             except subprocess.TimeoutExpired:
                 return "failed", f"not done after {timeout:g} s"
             out.write(done.stdout)

@@ -67,8 +67,15 @@ def facts_of(part: str) -> list[dict]:
     for asked in json.loads((DATA / "counterfact" / "counterfact_qna.json").read_text()):
         record = known.get((asked["subject"], asked["answer"]))
         if record is not None and asked["subject"] in asked["qna_question"]:
-            found.append({"statement": record["prompt"], "question": asked["qna_question"], "subject": asked["subject"],
-                          "new": record["target_new"], "true": record["ground_truth"]})  # fmt: skip
+            found.append(
+                {
+                    "statement": record["prompt"],
+                    "question": asked["qna_question"],
+                    "subject": asked["subject"],
+                    "new": record["target_new"],
+                    "true": record["ground_truth"],
+                }
+            )
     return found
 
 
@@ -107,7 +114,9 @@ def main() -> None:
         for start in tqdm(range(0, len(facts), BATCH), desc=wording, unit="batch"):
             part = slice(start, start + BATCH)
             requests = [
-                EditRequest(fact["statement"], fact["subject"], fact["new"], wordings=() if wording == "none" else (asked[wording][start + n],))
+                EditRequest(
+                    fact["statement"], fact["subject"], fact["new"], wordings=() if wording == "none" else (asked[wording][start + n],)
+                )
                 for n, fact in enumerate(facts[part])
             ]
             began = time.perf_counter()
@@ -120,7 +129,12 @@ def main() -> None:
         answerable = {name: [hit for hit, could in zip(found[name], true[name], strict=True) if could] for name in forms}
         label = "statement" if wording == "none" else f"and {wording}"
         rows.append({"edited as": label, "seconds an edit": seconds / len(facts), **{name: share(hits) for name, hits in found.items()}})
-        rows.append({"edited as": f"{label}, where the true object was written", **{name: share(hits) if hits else None for name, hits in answerable.items()}})
+        rows.append(
+            {
+                "edited as": f"{label}, where the true object was written",
+                **{name: share(hits) if hits else None for name, hits in answerable.items()},
+            }
+        )
     if not args.json:
         print(f"{len(facts)} facts of {len(facts) + unknown} asked for are known; {TOKENS} tokens written; share that holds the object")
         print("| edited as |", " | ".join(forms), "|")
@@ -128,7 +142,9 @@ def main() -> None:
         for row in rows:
             print("|", row["edited as"], "|", " | ".join("—" if row[name] is None else f"{row[name]:.2f}" for name in forms), "|")
     statement = rows[1]["statement"]
-    finish([{"facts": len(facts), "not known": unknown}, *rows], [target("edited statements", statement, 0.95, statement >= 0.95)], args.json)
+    finish(
+        [{"facts": len(facts), "not known": unknown}, *rows], [target("edited statements", statement, 0.95, statement >= 0.95)], args.json
+    )
 
 
 if __name__ == "__main__":

@@ -51,9 +51,7 @@ def minute(scope: str, seconds: float, count: int) -> dict:
 
     def answer(n: int) -> torch.Tensor:
         """Logits of the first token that the model would write behind a prompt."""
-        found = model.generate(
-            **prompts[n], max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
+        found = model.generate(**prompts[n], max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
         return found.logits[0][0]
 
     def steps():
@@ -88,8 +86,15 @@ def minute(scope: str, seconds: float, count: int) -> dict:
                         break
         finally:
             stop.set()
-    return {"scope": scope, "readers": count, "seconds": round(time.monotonic() - started), "answers": sum(answers), "of no state": sum(foreign),
-            "steps of the editing thread": edits, "errors": [repr(r.exception()) for r in readers if r.exception() is not None]}  # fmt: skip
+    return {
+        "scope": scope,
+        "readers": count,
+        "seconds": round(time.monotonic() - started),
+        "answers": sum(answers),
+        "of no state": sum(foreign),
+        "steps of the editing thread": edits,
+        "errors": [repr(r.exception()) for r in readers if r.exception() is not None],
+    }
 
 
 if __name__ == "__main__":

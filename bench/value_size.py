@@ -72,8 +72,14 @@ def main() -> None:
         for _ in editor.edit_all(requests, batch_size=10, progress=not args.json):
             pass
         found = evaluate(model, tokenizer, requests)
-        rows.append({"bound": bound, "mean ‖δ‖/‖h‖": sum(sizes) / len(sizes), **{name: found[name] for name in ("reliability", "generality", "locality")},
-                     "changed behind a subject": changed_behind(editor, requests, texts)})  # fmt: skip
+        rows.append(
+            {
+                "bound": bound,
+                "mean ‖δ‖/‖h‖": sum(sizes) / len(sizes),
+                **{name: found[name] for name in ("reliability", "generality", "locality")},
+                "changed behind a subject": changed_behind(editor, requests, texts),
+            }
+        )
         editor.close()
         if not args.json:
             print("  ".join(f"{key} {value:.3f}" for key, value in rows[-1].items()))

@@ -32,9 +32,20 @@ _HOME = {
     "register_method": "comeba_ext.methods",
 }
 __all__ = [
-    "ComebaError", "EditConfig", "EditReport", "EditRequest", "Editor", "HookedLinear", "Method", "Score", "evaluate", "load_edits",
-    "register_method", "register_score", "__version__",
-]  # fmt: skip
+    "ComebaError",
+    "EditConfig",
+    "EditReport",
+    "EditRequest",
+    "Editor",
+    "HookedLinear",
+    "Method",
+    "Score",
+    "evaluate",
+    "load_edits",
+    "register_method",
+    "register_score",
+    "__version__",
+]
 
 
 def __getattr__(name: str):

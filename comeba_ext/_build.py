@@ -106,9 +106,7 @@ class Recipe:
 def recipe(emulated: bool, archs: tuple[str, ...] = (), portable: bool = False) -> Recipe:
     """What to compile for this machine, or :class:`BuildFailure` with the reason why it cannot be."""
     if sys.platform != "linux":
-        raise BuildFailure(
-            f"kernels are compiled on Linux only, this is {sys.platform}", "Plain torch does the same work"
-        )
+        raise BuildFailure(f"kernels are compiled on Linux only, this is {sys.platform}", "Plain torch does the same work")
     sources = tuple(sorted([*csrc().glob("*.cpp"), *csrc().glob("*.cu")]))
     if not sources:
         raise BuildFailure(f"the kernels' sources are missing at {csrc()}", "Reinstall comeba_ext")
@@ -176,8 +174,13 @@ def torch_facts() -> dict | None:
         return None
     import torch
 
-    return {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,
-            "folder": str(Path(spec.origin).parent), "cxx11_abi": torch.compiled_with_cxx11_abi()}  # fmt: skip
+    return {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "folder": str(Path(spec.origin).parent),
+        "cxx11_abi": torch.compiled_with_cxx11_abi(),
+    }
 
 
 def torch_standard(folder: Path) -> str:
@@ -237,9 +240,7 @@ def _checked_nvcc(torch: dict, archs: tuple[str, ...]) -> str:
         )
     too_old = [arch for arch in archs if number(arch) < OLDEST_ARCH]
     if too_old:
-        raise BuildFailure(
-            f"the kernels need compute capability 8.0, this is {too_old[0]}", "Plain torch does the same work"
-        )
+        raise BuildFailure(f"the kernels need compute capability 8.0, this is {too_old[0]}", "Plain torch does the same work")
     return nvcc
 
 
@@ -284,9 +285,7 @@ def _record(done: subprocess.CompletedProcess, out, recipe: Recipe, log: Path) -
             log,
         )
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    first = next(
-        (line for line in lines if re.search(r"\b(error|fatal)\b|undefined reference|cannot find", line)), None
-    )
+    first = next((line for line in lines if re.search(r"\b(error|fatal)\b|undefined reference|cannot find", line)), None)
     first = first or (lines[-1] if lines else f"{done.args[0]} ended with code {done.returncode}")
     raise BuildFailure(f"compiling failed: {first}", "Please report this with the compiler output", log)
 

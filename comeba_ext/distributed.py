@@ -89,8 +89,7 @@ def require_replicated(model: torch.nn.Module) -> None:
     """
     if world_size() > 1 and any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise ComebaError(
-            "the model is sharded over the processes; load it whole in each, or spread it over the devices of one process "
-            "with device_map"
+            "the model is sharded over the processes; load it whole in each, or spread it over the devices of one process with device_map"
         )
 
 

@@ -9,7 +9,20 @@ import platform
 import shutil
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "safetensors", "numpy", "scipy", "filelock", "ninja", "pybind11", "pyyaml", "tqdm", "typer", "matplotlib")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "filelock",
+    "ninja",
+    "pybind11",
+    "pyyaml",
+    "tqdm",
+    "typer",
+    "matplotlib",
+)
 EXTRAS = {"gguf": "reading .gguf files", "peft": "models with adapters", "lm_eval": "comeba ability --tasks"}
 
 
@@ -17,8 +30,12 @@ def examine() -> dict:
     """``{"found": {...}, "problems": [...], "hints": [...]}``; a problem keeps the package from working."""
     import comeba_ext
 
-    found: dict[str, object] = {"comeba_ext": comeba_ext.__version__, "python": platform.python_version(),
-                                "platform": platform.platform(), "cpu cores": os.cpu_count()}  # fmt: skip
+    found: dict[str, object] = {
+        "comeba_ext": comeba_ext.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu cores": os.cpu_count(),
+    }
     problems, hints = [], []
     for name in PACKAGES:
         try:
@@ -68,8 +85,9 @@ def examine_model(model, tokenizer) -> tuple[dict[str, object], list[str]]:
     lam, after = config.lam_of(d_in), architecture.after_norm(model, config.value_layer) is not None
     start = bool(tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]) if tokenizer.bos_token_id is not None else False
     size = len(names) * (d_in * d_out * 4 + 2 * d_in * d_in * 8)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
     found = {
-        "model": f"{model.config.model_type}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {architecture.num_blocks(model)} blocks",
+        "model": f"{model.config.model_type}, {millions:.1f}M parameters, {architecture.num_blocks(model)} blocks",
         "context": context_length(model) or "unbounded",
         "edited projections": f"{names[0]}{f' … {names[-1]}' if len(names) > 1 else ''}, {d_in} → {d_out}",
         "norm after the MLP": "yes: one block is edited, before the norm" if after else "no",
@@ -79,8 +97,14 @@ def examine_model(model, tokenizer) -> tuple[dict[str, object], list[str]]:
         "memory while editing": f"{size / 1e6:.0f} MB beside the model",
         "start token": "yes" if start else "no",
     }
-    hints = [] if start else ["Its tokenizer puts no start token, so the first position of every text is much the same to it: a subject of one "
-                              "token that begins its prompt is edited for that prompt only."]  # fmt: skip
+    hints = (
+        []
+        if start
+        else [
+            "Its tokenizer puts no start token, so the first position of every text is much the same to it: a subject of one "
+            "token that begins its prompt is edited for that prompt only."
+        ]
+    )
     return found, hints
 
 

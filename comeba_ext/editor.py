@@ -60,13 +60,10 @@ class Editor:
         ConfigError: an unknown method, or settings that it cannot use on this model.
 
     Attributes:
-        method: the :class:`~comeba_ext.methods.Method` at work.
-        log: append-only list of plain records, one an edit, retraction or rollback.
+        method: the :class:`~comeba_ext.methods.Method` at work; log: plain records, one an edit, retraction or rollback.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer, config: EditConfig | None = None, *, method: str | type[Method] = "COMEBA-HK"
-    ):
+    def __init__(self, model: nn.Module, tokenizer, config: EditConfig | None = None, *, method: str | type[Method] = "COMEBA-HK"):
         kind = method_named(method)
         if config is None:
             config = default_config(kind, model)
@@ -148,10 +145,19 @@ class Editor:
         if not self.method.needs_covariance:
             return
         with self.disabled():
-            self.set_covariance(collect_covariance(
-                self.model, self.tokenizer, texts, self.layers, self.session.decoder, tokens=tokens, max_tokens=self.max_tokens, path=path,
-                progress=progress,
-            ))  # fmt: skip
+            self.set_covariance(
+                collect_covariance(
+                    self.model,
+                    self.tokenizer,
+                    texts,
+                    self.layers,
+                    self.session.decoder,
+                    tokens=tokens,
+                    max_tokens=self.max_tokens,
+                    path=path,
+                    progress=progress,
+                )
+            )
 
     def load_covariance(self, path: str | Path) -> None:
         """Raises :class:`CovarianceError`/:class:`StorageError` for another model's, a broken or a foreign file."""
@@ -204,9 +210,7 @@ class Editor:
                 return self._edit(batch, target_values, on_progress)
 
     @_step
-    def _edit(
-        self, batch: list[EditRequest], target_values: torch.Tensor | None, on_progress: Callable[[int, float], None]
-    ) -> EditReport:
+    def _edit(self, batch: list[EditRequest], target_values: torch.Tensor | None, on_progress: Callable[[int, float], None]) -> EditReport:
         phases = Phases(self.session.device)
         done = self.method.edit(batch, target_values, phases, on_progress)
         with phases("check"):
@@ -238,9 +242,7 @@ class Editor:
         self.log.append(record)
         return report
 
-    def edit_all(
-        self, requests: Iterable[EditRequest | Mapping], batch_size: int = 10, *, progress: bool = True
-    ) -> Iterator[EditReport]:
+    def edit_all(self, requests: Iterable[EditRequest | Mapping], batch_size: int = 10, *, progress: bool = True) -> Iterator[EditReport]:
         """Edit many requests in consecutive batches, a report each; all are checked before the first is edited.
 
         A batch ends early before a request about a fact it already holds, which thereby supersedes the earlier one.
@@ -259,9 +261,7 @@ class Editor:
         self._need_covariance()
         return self._edit_batches(batches, set(ids.facts), len(checked), progress)
 
-    def _edit_batches(
-        self, batches: list[list[EditRequest]], given: set[str], total: int, progress: bool
-    ) -> Iterator[EditReport]:
+    def _edit_batches(self, batches: list[list[EditRequest]], given: set[str], total: int, progress: bool) -> Iterator[EditReport]:
         with tqdm(total=total, unit="edit", desc="editing", disable=not progress) as bar:
 
             def on_progress(done: int, loss: float) -> None:

@@ -106,7 +106,12 @@ def status() -> dict:
             return {"state": "not compiled", "cause": "no GPU is visible", "remedy": "", "path": ""}
         return {"state": "not compiled yet", "cause": None, "remedy": "compiled on first use", "path": str(path)}
     except BuildFailure as failure:
-        return {"state": "failed" if known else "unavailable", "cause": failure.cause, "remedy": failure.remedy, "path": str(failure.log or "")}  # fmt: skip
+        return {
+            "state": "failed" if known else "unavailable",
+            "cause": failure.cause,
+            "remedy": failure.remedy,
+            "path": str(failure.log or ""),
+        }
 
 
 def cache_folder() -> Path:
@@ -144,9 +149,7 @@ def _load(emulated: bool) -> State:
             logger.warning("comeba: the kernels built ahead of time do not load (%s); compiling anew", error)
     recipe = _build.recipe(emulated, () if emulated else _build.asked_archs() or _local_archs())
     if not emulated and not recipe.archs:
-        raise BuildFailure(
-            "no GPU is visible to torch", "Check the driver, or set COMEBA_CUDA_ARCH to compile all the same"
-        )
+        raise BuildFailure("no GPU is visible to torch", "Check the driver, or set COMEBA_CUDA_ARCH to compile all the same")
     path = _library(recipe)
     _require_own(path)
     with contextlib.suppress(ImportError):  # damaged: compiled again below
@@ -161,11 +164,11 @@ def _load(emulated: bool) -> State:
                     return _import(path, "cached")
             _compile(recipe, path)
     except OSError as error:
-        raise BuildFailure(f"the cache folder {cache_folder()} cannot be used ({error})", "Set COMEBA_CACHE_DIR to another one") from error  # fmt: skip
+        raise BuildFailure(f"the cache folder {cache_folder()} cannot be used ({error})", "Set COMEBA_CACHE_DIR to another one") from error
     try:
         return _import(path, "compiled now")
     except ImportError as error:
-        raise BuildFailure(f"the compiled kernels do not load ({error})", "Please report this", path.parent / "log.txt") from error  # fmt: skip
+        raise BuildFailure(f"the compiled kernels do not load ({error})", "Please report this", path.parent / "log.txt") from error
 
 
 def _require_own(path: Path) -> None:
@@ -180,8 +183,10 @@ def _require_own(path: Path) -> None:
         if place.exists():
             facts = place.stat()
             if facts.st_uid not in (os.getuid(), 0) or facts.st_mode & 0o022:
-                raise BuildFailure(f"others may write to {place}, so what lies there is not loaded",
-                                   f"Remove it, or make it yours alone (chmod go-w {place})")  # fmt: skip
+                raise BuildFailure(
+                    f"others may write to {place}, so what lies there is not loaded",
+                    f"Remove it, or make it yours alone (chmod go-w {place})",
+                )
 
 
 def _compile(recipe: _build.Recipe, path: Path) -> None:

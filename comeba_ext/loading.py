@@ -17,9 +17,7 @@ from comeba_ext.errors import ComebaError
 GGUF = ".gguf"
 
 
-def load_model(
-    name: str | Path, dtype: str | torch.dtype = "auto", device_map: str | None = None, *, trust_remote_code: bool = False
-):
+def load_model(name: str | Path, dtype: str | torch.dtype = "auto", device_map: str | None = None, *, trust_remote_code: bool = False):
     """``(model, tokenizer)``, the model in eval mode.
 
     Args:

@@ -70,7 +70,9 @@ class Registry:
                 except ComebaError as error:
                     raise ComebaError(f"the installed {self.what} {point.value}: {error}") from None
                 except Exception as error:
-                    raise ComebaError(f"the installed {self.what} {point.value} cannot be loaded: {type(error).__name__}: {error}") from None
+                    raise ComebaError(
+                        f"the installed {self.what} {point.value} cannot be loaded: {type(error).__name__}: {error}"
+                    ) from None
             self._searched = True
         return self._known
 

@@ -77,9 +77,7 @@ def save(session: Session, method: Method, folder: str | Path, to_go_on: tuple[l
         log, next_id = to_go_on
         tensors["state"], own = method.state()
         manifest |= {**own, "prefixes": session.sampled, "next_id": next_id}
-        manifest["ledger"] = [
-            {"request": e.request.to_record(), "step": e.step, "removed": e.removed} for e in session.ledger.entries
-        ]
+        manifest["ledger"] = [{"request": e.request.to_record(), "step": e.step, "removed": e.removed} for e in session.ledger.entries]
         texts["log"] = "".join(json.dumps(record) + "\n" for record in log)
     write_folder(folder, manifest, tensors, texts)
 
@@ -187,9 +185,7 @@ def _check_progress(manifest: dict) -> None:
         "step": is_int(step) and step >= 0,
         "prefixes": prefixes is None or (isinstance(prefixes, list) and all(isinstance(text, str) for text in prefixes)),
         "next_id": is_int(next_id) and next_id >= 0,
-        "ledger": all(
-            is_int(record["step"]) and (record["removed"] is None or is_int(record["removed"])) for record in manifest["ledger"]
-        ),
+        "ledger": all(is_int(record["step"]) and (record["removed"] is None or is_int(record["removed"])) for record in manifest["ledger"]),
     }
     for name, good in fits.items():
         if not good:

@@ -59,9 +59,14 @@ class PlainComeba:
         In the package: ``forward/``, where many texts share a pass, and a pass ends where nothing more is read.
         """
         seen = {}
-        handles = [hook.register_forward_pre_hook(lambda m, args, i=i: seen.__setitem__(i, args[0][0])) for i, hook in enumerate(self.hooks)]
-        handles.append(self.model.model.layers[self.layers[-1]].register_forward_hook(
-            lambda m, args, out: seen.__setitem__("h", (out[0] if isinstance(out, tuple) else out)[0])))  # fmt: skip
+        handles = [
+            hook.register_forward_pre_hook(lambda m, args, i=i: seen.__setitem__(i, args[0][0])) for i, hook in enumerate(self.hooks)
+        ]
+        handles.append(
+            self.model.model.layers[self.layers[-1]].register_forward_hook(
+                lambda m, args, out: seen.__setitem__("h", (out[0] if isinstance(out, tuple) else out)[0])
+            )
+        )
         try:
             seen["logits"] = self.model(torch.tensor([self.tokenizer(text)["input_ids"]])).logits[0]
         finally:

@@ -31,10 +31,15 @@ def main(model_name: str | None = None, texts: str | None = None) -> dict:
     editor.collect_covariance(testbed.texts() if texts is None else read_texts(texts), progress=False)
 
     requests = [
-        EditRequest(prompt="The mother tongue of {} is", subject="Danielle Darrieux", target_new="English",
-                    rephrase_prompts=["Danielle Darrieux spoke the language"], locality_prompts=["The mother tongue of Victor Hugo is"]),
+        EditRequest(
+            prompt="The mother tongue of {} is",
+            subject="Danielle Darrieux",
+            target_new="English",
+            rephrase_prompts=["Danielle Darrieux spoke the language"],
+            locality_prompts=["The mother tongue of Victor Hugo is"],
+        ),
         {"prompt": "{} was developed by", "subject": "Logic Pro", "target_new": "Intel"},  # plain dicts do as well
-    ]  # fmt: skip
+    ]
     prompt = "The mother tongue of Danielle Darrieux is"
     before = said(model, tokenizer, prompt)
     report = editor.edit(requests)  # one consecutive batch; any number of them may follow
@@ -51,8 +56,16 @@ def main(model_name: str | None = None, texts: str | None = None) -> dict:
         again.retract(report.request_ids[0])  # take a single edit back
         retracted = said(again.model, tokenizer, prompt)
     editor.rollback(0)  # or all of them
-    return {"before": before, "after": after, "disabled": disabled, "loaded": loaded, "retracted": retracted,
-            "rolled back": said(model, tokenizer, prompt), "reliability": metrics.reliability, "locality": metrics.locality}  # fmt: skip
+    return {
+        "before": before,
+        "after": after,
+        "disabled": disabled,
+        "loaded": loaded,
+        "retracted": retracted,
+        "rolled back": said(model, tokenizer, prompt),
+        "reliability": metrics.reliability,
+        "locality": metrics.locality,
+    }
 
 
 if __name__ == "__main__":

@@ -66,8 +66,9 @@ def test_the_highest_of_all_other_tokens():
 def test_thresholds(floor, margin):
     around, subjects = background(), SUBJECTS
     base = F.normalize(random(3, ROWS, seed=5), dim=-1)
-    units = torch.stack([torch.stack([near(direction, c, seed=9 * n + k) for k, c in enumerate((0.6, 0.9, 0.95, 0.8))])
-                         for n, direction in enumerate(base)])  # fmt: skip
+    units = torch.stack(
+        [torch.stack([near(direction, c, seed=9 * n + k) for k, c in enumerate((0.6, 0.9, 0.95, 0.8))]) for n, direction in enumerate(base)]
+    )
     units[2, 0] = around.unit[4]  # this one's plain key is a corpus token's
     decoys = F.normalize(torch.stack([near(base[n], c, seed=50 + k) for k, (n, c) in enumerate(DECOYS)]), dim=-1)
     owner = torch.tensor([n for n, _ in DECOYS])
@@ -234,7 +235,12 @@ def test_answered_is_what_the_edited_model_says(tiny_model, tokenizer):
         best = [editor.model(torch.tensor([ids])).logits[0].argmax(-1).tolist() for ids in prompts]
     rows, wanted = [], []
     for ids, choices in zip(prompts, best, strict=True):
-        for targets, right in (([choices[-1]], True), ([choices[-1] ^ 1], False), (choices[-2:], True), ([choices[-2] ^ 1, choices[-1]], False)):  # fmt: skip
+        for targets, right in (
+            ([choices[-1]], True),
+            ([choices[-1] ^ 1], False),
+            (choices[-2:], True),
+            ([choices[-2] ^ 1, choices[-1]], False),
+        ):
             rows.append(Row(0, ids, 0, targets, 0))
             wanted.append(right)
     assert answered(editor.model, rows, 0, 64) == wanted

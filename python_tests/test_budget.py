@@ -86,7 +86,9 @@ def test_logits_where_they_are_read_are_the_models_own(tiny_model, family):
         whole = model(input_ids=ids, attention_mask=mask).logits
         found = logits_at(model, {"input_ids": ids, "attention_mask": mask}, places)
         real = model.forward
-        model.forward = lambda input_ids, attention_mask, use_cache: real(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+        model.forward = lambda input_ids, attention_mask, use_cache: real(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+        )
         without = logits_at(model, {"input_ids": ids, "attention_mask": mask}, places)  # of a model that cannot leave any out
     for n, row in enumerate(places):
         for own in (found, without):

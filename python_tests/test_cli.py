@@ -120,8 +120,7 @@ def test_covariance_then_edit(tmp_path, records):
     texts.write_text("\n\n".join(next(stream) for _ in range(900)))
     made = output("covariance", "testbed", texts, "--out", tmp_path / "c.safetensors", "--tokens", 3000)
     assert made["tokens"] == 3000
-    result = output("edit", "testbed", records, "--out", tmp_path / "o", "--covariance", tmp_path / "c.safetensors",
-                    "--limit", 2)  # fmt: skip
+    result = output("edit", "testbed", records, "--out", tmp_path / "o", "--covariance", tmp_path / "c.safetensors", "--limit", 2)
     assert result["edits"] == 2
     config = tmp_path / "config.yaml"
     config.write_text("layers: [1, 3]\nscope: nearest\nlam: 375\nlr: 0.4\nlr_unit: hidden_rms\n")

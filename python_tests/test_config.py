@@ -11,10 +11,24 @@ from comeba_ext.errors import ConfigError
 from comeba_ext.methods import default_config
 
 CHANGED = EditConfig(
-    layers=(3, 5), lam=7.5, scope="reference", alpha=math.inf, steps=9, lr=0.2, lr_unit="hidden_rms", kl_factor=0.0,
-    weight_decay=0.1, clamp=2.0, early_stop=0.01, prefixes=0, prefix_length=3, seed=4, max_tokens=99,
-    blocks="model.layers", projection="mlp.down_proj",
-)  # fmt: skip
+    layers=(3, 5),
+    lam=7.5,
+    scope="reference",
+    alpha=math.inf,
+    steps=9,
+    lr=0.2,
+    lr_unit="hidden_rms",
+    kl_factor=0.0,
+    weight_decay=0.1,
+    clamp=2.0,
+    early_stop=0.01,
+    prefixes=0,
+    prefix_length=3,
+    seed=4,
+    max_tokens=99,
+    blocks="model.layers",
+    projection="mlp.down_proj",
+)
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.yaml", "x.yml"])
@@ -60,7 +74,9 @@ def test_all_unknown_keys_are_named():
 
 
 BAD = [("layers", bad) for bad in ([], (), None, 3, "4", [1.0], [True], [-1], [2, 1], [1, 1], ["1"])]
-BAD += [(name, bad) for name in ("lam", "lr", "clamp") for bad in (0, -1, math.nan, math.inf, "1", None, True) if (name, bad) != ("lam", None)]
+BAD += [
+    (name, bad) for name in ("lam", "lr", "clamp") for bad in (0, -1, math.nan, math.inf, "1", None, True) if (name, bad) != ("lam", None)
+]
 BAD += [(name, bad) for name in ("kl_factor", "weight_decay", "early_stop") for bad in (-0.1, math.nan, "a", None)]
 BAD += [("leverage_ratio", bad) for bad in (0, -1, math.nan, "1", True)] + [("alpha_floor", bad) for bad in (-0.1, None, "a")]
 BAD += [("lead_steps", bad) for bad in (-1, 0.5, "3", True)]
@@ -97,7 +113,9 @@ def test_one_layer_where_keys_are_compared(scope, layers):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=30, num_attention_heads=1))
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=30, num_attention_heads=1)
+        )
     found = EditConfig.for_model(model, **({"scope": scope} if scope else {}))
     assert list(found.layers) == layers and found.lam is None
     assert list(EditConfig.for_model(model, scope=scope or "nearest", layers=[2, 3]).layers) == [2, 3]
@@ -136,7 +154,7 @@ def test_missing_file(tmp_path, suffix):
 @pytest.mark.parametrize(
     "name, content",
     [
-        ("x.json", b"{\"layers\": [1"),
+        ("x.json", b'{"layers": [1'),
         ("x.json", b""),
         ("x.json", b"[1, 2]"),
         ("x.json", b"\xff\xfe"),
@@ -148,7 +166,7 @@ def test_missing_file(tmp_path, suffix):
         ("x.yaml", b"lam: 3"),
         ("x.yaml", b"layers: !!python/object/apply:os.getcwd []"),
     ],
-)  # fmt: skip
+)
 def test_malformed_files(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=name):

@@ -16,15 +16,33 @@ from comeba_ext.text.rows import essence_rows, target_rows
 
 PLAIN = Path(__file__).parents[1] / "bench" / "plain_procedure.py"
 GPT = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}
-NEO = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 128, "window_size": 5,
-       "attention_types": [[["global", "local"], 2]]}  # fmt: skip
-LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+NEO = {
+    "hidden_size": 32,
+    "num_layers": 4,
+    "num_heads": 4,
+    "max_position_embeddings": 128,
+    "window_size": 5,
+    "attention_types": [[["global", "local"], 2]],
+}
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 HEADS = LLAMA | {"head_dim": 12}
 NEOX = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
 MIXED = {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 6}
-OPT = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "word_embed_proj_dim": 16,
-       "max_position_embeddings": 128}  # fmt: skip
+OPT = {
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "word_embed_proj_dim": 16,
+    "max_position_embeddings": 128,
+}
 CONFIGS = {
     "gpt2": GPT,
     "gptj": GPT | {"rotary_dim": 4},
@@ -81,8 +99,16 @@ def family_model(family, tokenizer, dtype=torch.float64, **changes):
 
 
 def settings(**changes):
-    basic = {"layers": (0, 1), "steps": 20, "lr": 0.1, "lr_unit": "hidden_rms", "kl_factor": 0.5, "weight_decay": 2.0,
-             "clamp": 0.9, "early_stop": 0.0}  # fmt: skip
+    basic = {
+        "layers": (0, 1),
+        "steps": 20,
+        "lr": 0.1,
+        "lr_unit": "hidden_rms",
+        "kl_factor": 0.5,
+        "weight_decay": 2.0,
+        "clamp": 0.9,
+        "early_stop": 0.0,
+    }
     return EditConfig(**(basic | changes))
 
 

@@ -50,9 +50,18 @@ def build(tiny_model, tokenizer, family="gpt2", seed=0):
     if family != "opt":
         return tiny_model(family, seed, **SMALL[family]).double()
     config = OPTConfig(
-        vocab_size=len(tokenizer), hidden_size=32, ffn_dim=48, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=128, word_embed_proj_dim=32, init_std=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=32,
+        init_std=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return OPTForCausalLM(config).eval().double()
@@ -69,7 +78,8 @@ def literal(tiny_model, tokenizer, family, tokens=None, texts=TEXTS, context=128
         name = PROJECTIONS[family].format(n)
         keys[name] = []
         model.get_submodule(name).register_forward_pre_hook(
-            lambda m, args, found=keys[name]: found.extend(args[0].reshape(-1, args[0].shape[-1])))  # fmt: skip
+            lambda m, args, found=keys[name]: found.extend(args[0].reshape(-1, args[0].shape[-1]))
+        )
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         for start in range(0, len(ids), context):
@@ -275,8 +285,16 @@ def test_a_model_over_several_devices(tiny_model, tokenizer, tmp_path):
     """Placed by accelerate, blocks on the CPU and on disk, which stands for a device that is not the first's."""
     accelerate = pytest.importorskip("accelerate")
     model = build(tiny_model, tokenizer)
-    places = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk",
-              "transformer.h.2": "disk", "transformer.h.3": "cpu", "transformer.ln_f": "cpu", "lm_head": "cpu"}  # fmt: skip
+    places = {
+        "transformer.wte": "cpu",
+        "transformer.wpe": "cpu",
+        "transformer.h.0": "cpu",
+        "transformer.h.1": "disk",
+        "transformer.h.2": "disk",
+        "transformer.h.3": "cpu",
+        "transformer.ln_f": "cpu",
+        "lm_head": "cpu",
+    }
     accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
     assert model.transformer.h[2].mlp.c_proj.weight.is_meta
     editor = Editor(model, tokenizer, EditConfig(layers=LAYERS, prefixes=0))

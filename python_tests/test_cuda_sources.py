@@ -49,7 +49,10 @@ def test_cxx_tests_pass_on_the_host(tmp_path):
     root = Path(__file__).parents[1]
     if not (root / "CMakeLists.txt").exists():
         pytest.skip("needs the checkout")
-    for command in (["cmake", "-S", str(root), "-B", str(tmp_path)], ["cmake", "--build", str(tmp_path), "-j2"],
-                    ["ctest", "--test-dir", str(tmp_path), "--output-on-failure"]):  # fmt: skip
+    for command in (
+        ["cmake", "-S", str(root), "-B", str(tmp_path)],
+        ["cmake", "--build", str(tmp_path), "-j2"],
+        ["ctest", "--test-dir", str(tmp_path), "--output-on-failure"],
+    ):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -237,13 +237,10 @@ def test_texts_are_streamed(tmp_path):
                 "target_new": "2006",
                 "ground_truth": "1998",
                 "rephrase_prompts": ("When was the IAAF Combined Events Challenge launched?",),
-                "locality_prompts": (
-                    ("nq question: what is the name of the last episode of spongebob", "The String"),
-                ),
+                "locality_prompts": (("nq question: what is the name of the last episode of spongebob", "The String"),),
                 "portability_prompts": (
                     (
-                        "What type of sports event is the IAAF Combined Events Challenge, "
-                        "which was established in 2006?",
+                        "What type of sports event is the IAAF Combined Events Challenge, which was established in 2006?",
                         "Athletics",
                     ),
                 ),

@@ -57,13 +57,26 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", 
 def folder(tokenizer, tmp_path_factory):
     """Saved models, texts and requests, and the results of two processes."""
     folder = tmp_path_factory.mktemp("distributed")
-    common = {"vocab_size": len(tokenizer), "initializer_range": 0.3, "tie_word_embeddings": False, "pad_token_id": 0,
-              "eos_token_id": 1, "bos_token_id": None}  # fmt: skip
+    common = {
+        "vocab_size": len(tokenizer),
+        "initializer_range": 0.3,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         gpt2 = GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=128, n_inner=48, **common)
-        llama = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-                            num_key_value_heads=2, max_position_embeddings=128, **common)  # fmt: skip
+        llama = LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            **common,
+        )
         models = {"gpt2": GPT2LMHeadModel(gpt2), "llama": LlamaForCausalLM(llama)}
     for family, model in models.items():
         model.save_pretrained(folder / family)
@@ -210,8 +223,19 @@ def test_command_line_in_two_processes(tmp_path):
     (tmp_path / "texts.txt").write_text("\n\n".join(next(stream) for _ in range(400)))
     records = [request.to_record() for request in testbed.facts()[:3]]
     (tmp_path / "records.json").write_text(json.dumps(records))
-    done = launch(TORCHRUN, "-m", "comeba_ext.cli", "edit", "testbed", tmp_path / "records.json", "--texts",
-                  tmp_path / "texts.txt", "--out", tmp_path / "edits", "--json")  # fmt: skip
+    done = launch(
+        TORCHRUN,
+        "-m",
+        "comeba_ext.cli",
+        "edit",
+        "testbed",
+        tmp_path / "records.json",
+        "--texts",
+        tmp_path / "texts.txt",
+        "--out",
+        tmp_path / "edits",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout)  # of one process only
     assert result["edits"] == 3 and len(result["steps"][0]["losses"]) == 3
@@ -221,8 +245,17 @@ def test_command_line_in_two_processes(tmp_path):
 def test_command_line_under_accelerate(tmp_path):
     pytest.importorskip("accelerate")
     (tmp_path / "texts.txt").write_text("One text.")
-    refused = launch(ACCELERATE, "-m", "comeba_ext.cli", "covariance", "testbed", tmp_path / "texts.txt", "--out",
-                     tmp_path / "no folder" / "c.cov", "--json")  # fmt: skip
+    refused = launch(
+        ACCELERATE,
+        "-m",
+        "comeba_ext.cli",
+        "covariance",
+        "testbed",
+        tmp_path / "texts.txt",
+        "--out",
+        tmp_path / "no folder" / "c.cov",
+        "--json",
+    )
     assert refused.returncode == 1
     assert "does not exist" in json.loads(refused.stdout)["error"]
     assert "error (process 1 of 2): process 0 of 2 failed: cannot write" in refused.stderr

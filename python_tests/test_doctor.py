@@ -50,8 +50,9 @@ def test_a_gpu_without_nvcc(machine):
     seen = machine(gpu=True, cuda="13.0", nvcc=None)
     assert seen["found"]["compiled operations"] == "unavailable: no nvcc was found"
     assert not seen["problems"]  # plain torch works
-    assert seen["hints"] == ["Hooks and key memory run in plain torch: no nvcc was found. "
-                             "Install the CUDA 13 toolkit, or set CUDA_HOME to it."]  # fmt: skip
+    assert seen["hints"] == [
+        "Hooks and key memory run in plain torch: no nvcc was found. Install the CUDA 13 toolkit, or set CUDA_HOME to it."
+    ]
 
 
 def test_nvcc_without_a_gpu(machine):
@@ -103,5 +104,7 @@ def test_what_editing_a_model_would_mean(tiny_model, tokenizer):
     seen, hints = examine_model(model, tokenizer)
     editor = Editor(model, tokenizer)
     layer = next(iter(editor.layers.values()))
-    assert seen["score"] == EditConfig.for_model(model).scope and f"{layer.in_features} → {layer.out_features}" in seen["edited projections"]
+    assert (
+        seen["score"] == EditConfig.for_model(model).scope and f"{layer.in_features} → {layer.out_features}" in seen["edited projections"]
+    )
     assert f"{editor.config.lam_of(layer.in_features):g} = d_in / 32" in seen["λ"] and seen["start token"] == "no" and hints

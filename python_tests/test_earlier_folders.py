@@ -1,7 +1,7 @@
 """Folders of edits that the version before methods and editors were told apart has written: they are used and gone on with as then.
 
-``data/edits_of_0_1_0.zip`` holds, for some methods, a folder of three edits in two steps on the tiny GPT-2, and the logits behind four prompts
-as that version gave them: with those edits, and after one more.
+``data/edits_of_0_1_0.zip`` holds, for some methods, a folder of three edits in two steps on the tiny GPT-2, and the logits behind four
+prompts as that version gave them: with those edits, and after one more.
 """
 
 import zipfile
@@ -18,8 +18,9 @@ from comeba_ext import Editor, load_edits
 ZIP = Path(__file__).parent / "data" / "edits_of_0_1_0.zip"
 
 
-@pytest.mark.parametrize("label, method", [("nearest", "COMEBA-HK"), ("zscore", "COMEBA-HK"), ("memit", "MEMIT"), ("ft", "FT"),
-                                           ("without-hooks", "MEMIT-seq")])  # fmt: skip
+@pytest.mark.parametrize(
+    "label, method", [("nearest", "COMEBA-HK"), ("zscore", "COMEBA-HK"), ("memit", "MEMIT"), ("ft", "FT"), ("without-hooks", "MEMIT-seq")]
+)
 def test_a_folder_of_the_version_before(tiny_model, tokenizer, tmp_path, label, method):
     with zipfile.ZipFile(ZIP) as archive:
         archive.extractall(tmp_path, [name for name in archive.namelist() if name.startswith(f"{label}/")])
@@ -40,7 +41,9 @@ def test_a_folder_of_the_version_before(tiny_model, tokenizer, tmp_path, label, 
     editor.edit(requests[3:], **given(editor, 1, 2))
     with torch.no_grad():
         for n, request in enumerate(requests):
-            assert torch.allclose(editor.model(ids_of(editor.model, tokenizer, request.text)).logits[0, -1], expected[f"after{n}"], atol=1e-3)
+            assert torch.allclose(
+                editor.model(ids_of(editor.model, tokenizer, request.text)).logits[0, -1], expected[f"after{n}"], atol=1e-3
+            )
     editor.rollback(0)
     with torch.no_grad():
         ids = ids_of(editor.model, tokenizer)

@@ -29,8 +29,13 @@ def corpus(count=120, seed=0):
 
 
 TEXTS = corpus()
-PROMPTS = ("The mother tongue of {} is", "{} was born in the city of", "The capital of {}, as everyone knows, is", "{} plays the",
-           "People say that {} works in the field of")  # fmt: skip
+PROMPTS = (
+    "The mother tongue of {} is",
+    "{} was born in the city of",
+    "The capital of {}, as everyone knows, is",
+    "{} plays the",
+    "People say that {} works in the field of",
+)
 SUBJECTS = ("Danielle Darrieux", "Marie Curie", "Norway", "John Lennon", "Toko Yasuda", "Angola", "Peru")
 TARGETS = ("English", "Lima", "Paris", "piano", "physics", "Oslo")
 
@@ -276,8 +281,14 @@ class Oracle:
 
 @pytest.mark.parametrize(
     "family, layers, scope",
-    [("gpt2", (1, 2), "zscore"), ("gptj", (0, 1, 2), "zscore"), ("llama", (1, 2), "zscore"), ("llama", (0, 2), "reference"),
-     ("gpt2", (1, 2), "nearest"), ("llama", (0, 2), "nearest")],
+    [
+        ("gpt2", (1, 2), "zscore"),
+        ("gptj", (0, 1, 2), "zscore"),
+        ("llama", (1, 2), "zscore"),
+        ("llama", (0, 2), "reference"),
+        ("gpt2", (1, 2), "nearest"),
+        ("llama", (0, 2), "nearest"),
+    ],
 )
 def test_five_batches_agree_with_the_oracle(tiny_model, tokenizer, family, layers, scope):
     model = small_model(tiny_model, family).double()
@@ -384,9 +395,16 @@ def test_error_while_taking_back_changes_nothing(tiny_model, tokenizer, monkeypa
 
 @pytest.mark.parametrize(
     "values",
-    [torch.full((2, 32), torch.nan), torch.full((2, 32), torch.inf), torch.zeros(3, 32), torch.zeros(2, 31), torch.zeros(64),
-     [[0.0] * 31] * 2, "nonsense"],
-)  # fmt: skip
+    [
+        torch.full((2, 32), torch.nan),
+        torch.full((2, 32), torch.inf),
+        torch.zeros(3, 32),
+        torch.zeros(2, 31),
+        torch.zeros(64),
+        [[0.0] * 31] * 2,
+        "nonsense",
+    ],
+)
 def test_bad_target_values(tiny_model, tokenizer, values):
     editor = make_editor(small_model(tiny_model), tokenizer)
     editor.edit(some_requests(1), target_values=random_values(1))
@@ -580,7 +598,8 @@ def test_superseding_moves_to_the_new_value(tiny_model, tokenizer):
         editor.edit([EditRequest(request.prompt, request.subject, "Warsaw")], target_values=values[1:])
         caught = []
         editor.model.transformer.h[2].register_forward_hook(
-            lambda m, a, output, caught=caught: caught.append(output[0] if isinstance(output, tuple) else output))  # fmt: skip
+            lambda m, a, output, caught=caught: caught.append(output[0] if isinstance(output, tuple) else output)
+        )
         end = request.prompt.index("{}") + len(request.subject)
         tokens = tokenizer(request.text, return_offsets_mapping=True)
         last = max(i for i, (a, b) in enumerate(tokens["offset_mapping"]) if a < end)
@@ -608,7 +627,6 @@ def test_retract(tiny_model, tokenizer, scope):
     requests = some_requests(6)
     for n in range(3):
         editor.edit(requests[2 * n : 2 * n + 2], target_values=random_values(2, seed=n))
-
 
     def bounds():  # on a token's response: α, which the score "reference" counts in units of its current scale
         unit = {name: scale(layer).item() if scope == "reference" else 1 for name, layer in editor.layers.items()}
@@ -774,8 +792,10 @@ def test_disabled_and_close_give_the_original(tiny_model, tokenizer, family):
     ids = ids_of(model, tokenizer)
     editor = make_editor(model, tokenizer)
     for n, request in enumerate(some_requests(3, seed=1)):
-        editor.edit([request, EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English")],
-                    target_values=random_values(2, seed=n, scale=10))  # fmt: skip
+        editor.edit(
+            [request, EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English")],
+            target_values=random_values(2, seed=n, scale=10),
+        )
     with torch.no_grad():
         original = untouched(ids).logits
         assert not torch.equal(model(ids).logits, original)

@@ -131,9 +131,7 @@ def test_conversions_agree_with_torch(kernels, dtype):
     # Ties between neighbours are rare among random numbers: put some there.
     finite = every[every.isfinite()].sort().values
     ties = (finite[:-1] + finite[1:]) / 2
-    x = torch.cat(
-        [every, torch.randn(100000) * exponents.exp2(), ties, torch.tensor([3.4e38, -3.4e38, 1e-45, 65519.99])]
-    )
+    x = torch.cat([every, torch.randn(100000) * exponents.exp2(), ties, torch.tensor([3.4e38, -3.4e38, 1e-45, 65519.99])])
     out, back = torch.zeros(x.numel(), dtype=dtype), nan(x.numel())
     assert kernels.convert(pointer(x), pointer(out), pointer(back), x.numel(), int(dtype == torch.bfloat16)) == 0
     expected = x.to(dtype)

@@ -16,12 +16,17 @@ from comeba_ext.errors import ComebaError, RequestError
 from comeba_ext.evaluation import counterfact_scores, fluency, harness, ngram_entropy, perplexity, read_text
 
 RECORDS = [
-    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English", "French",
-                ("Danielle Darrieux speaks", "At home, Danielle Darrieux talks in"),
-                (("The capital of Norway is", "Oslo"), ("Who built it?", None))),
+    EditRequest(
+        "The mother tongue of {} is",
+        "Danielle Darrieux",
+        "English",
+        "French",
+        ("Danielle Darrieux speaks", "At home, Danielle Darrieux talks in"),
+        (("The capital of Norway is", "Oslo"), ("Who built it?", None)),
+    ),
     EditRequest("{} is located in", "Angola", "Europe", "Africa, far in the south", (), (("Peru is located in", "Lima"),)),
     EditRequest("{} plays the", "Toko Yasuda", "guitar"),
-]  # fmt: skip
+]
 
 
 @torch.no_grad()
@@ -40,8 +45,10 @@ def test_counterfact_scores_equal_the_literal_loop(tiny_model, tokenizer):
         found = counterfact_scores(model, tokenizer, RECORDS, max_tokens=max_tokens)
         efficacy = [p(r.text, r.target_new) - p(r.text, r.ground_truth) for r in RECORDS[:2]]
         paraphrase = [p(q, "English") - p(q, "French") for q in RECORDS[0].rephrase_prompts]
-        near = [p("The capital of Norway is", "Oslo") - p("The capital of Norway is", "English"),
-                p("Peru is located in", "Lima") - p("Peru is located in", "Europe")]  # fmt: skip
+        near = [
+            p("The capital of Norway is", "Oslo") - p("The capital of Norway is", "English"),
+            p("Peru is located in", "Lima") - p("Peru is located in", "Europe"),
+        ]
         for name, gaps in (("efficacy", efficacy), ("paraphrase", paraphrase), ("neighborhood", near)):
             assert found[f"{name}_magnitude"] == pytest.approx(sum(gaps) / 2, rel=1e-4)
             assert found[f"{name}_score"] == sum(g > 0 for g in gaps) / 2
@@ -145,11 +152,17 @@ def own_task(folder, rows, name="own_facts"):
     folder.mkdir(exist_ok=True)
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     text = {
-        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
-        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "doc_to_target": 0,
-        "doc_to_choice": "{{[new, old]}}", "target_delimiter": " ",
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": 0,
+        "doc_to_choice": "{{[new, old]}}",
+        "target_delimiter": " ",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }  # fmt: skip
+    }
     (folder / "task.yaml").write_text(yaml.safe_dump(text))
     return name
 
@@ -195,8 +208,18 @@ def test_the_harness_measures_the_edited_model(tmp_path, offline, scope):
         harness(model, tokenizer, [name, "nothing"], tmp_path / "task")
     editor.save_pretrained(tmp_path / "edits", inference_only=True)
     (tmp_path / "texts.txt").write_text("The capital of Peru is Lima.\n")
-    found = output("ability", "testbed", "--edits", str(tmp_path / "edits"), "--tasks", name, "--task-folder",
-                   str(tmp_path / "task"), "--texts", str(tmp_path / "texts.txt"))  # fmt: skip
+    found = output(
+        "ability",
+        "testbed",
+        "--edits",
+        str(tmp_path / "edits"),
+        "--tasks",
+        name,
+        "--task-folder",
+        str(tmp_path / "task"),
+        "--texts",
+        str(tmp_path / "texts.txt"),
+    )
     assert found["edited"]["tasks"][name]["acc,none"] == pytest.approx(oracle())
     assert found["unedited"]["tasks"][name]["acc,none"] < 0.2
     with editor.disabled():

@@ -82,8 +82,11 @@ def test_methods_of_installed_packages(monkeypatch):
     registry = Registry("method", "method", "some.group", ConfigError)
     points.append(EntryPoint("x", "comeba_ext.methods.grace:GRACE", "some.group"))
     assert list(registry.all()) == ["GRACE"] and registry.named("grace") is method_named("GRACE")
-    for value, words in (("comeba_ext.methods.grace:Absent", "cannot be loaded: AttributeError"), ("no_such_package:X", "cannot be loaded: ModuleNotFound"),
-                         (f"{__name__}:Second", "there is a method 'G.R.A.C.E.' already")):  # fmt: skip
+    for value, words in (
+        ("comeba_ext.methods.grace:Absent", "cannot be loaded: AttributeError"),
+        ("no_such_package:X", "cannot be loaded: ModuleNotFound"),
+        (f"{__name__}:Second", "there is a method 'G.R.A.C.E.' already"),
+    ):
         other = Registry("method", "method", "some.group", ConfigError)
         points[1:] = [EntryPoint("y", value, "some.group")]
         with pytest.raises(ComebaError, match=words):

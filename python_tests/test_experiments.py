@@ -87,8 +87,15 @@ def test_settings_that_depend_on_the_model(model):
 
 def test_grid_of_methods_and_settings(tmp_path):
     path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump({"title": "t", "methods": ["FT", {"method": "memit", "label": "M"}],
-                                    "settings": [{"label": "a", "steps": 1}, {"label": "b", "batch_size": 3}]}))  # fmt: skip
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "title": "t",
+                "methods": ["FT", {"method": "memit", "label": "M"}],
+                "settings": [{"label": "a", "steps": 1}, {"label": "b", "batch_size": 3}],
+            }
+        )
+    )
     cases = experiments.load(path).cases
     assert [c.label for c in cases] == ["FT, a", "FT, b", "M, a", "M, b"]
     assert [c.method for c in cases] == ["FT", "FT", "MEMIT", "MEMIT"] and cases[3].settings == {"batch_size": 3}
@@ -162,11 +169,18 @@ def test_a_killed_experiment_ends_in_the_same_table(small, covariance, tmp_path)
     whole = output("experiment", *given, "--out", tmp_path / "whole")
     assert [(r["case"], r["edits"]) for r in whole["rows"]] == [(c, n) for c in ("COMEBA-HK", "MEMIT") for n in (4, 6)]
     for row in whole["rows"]:
-        assert {"dataset", "method", "reliability", "reliability_interval", "generality", "generality_interval", "locality",
-                "locality_interval"} <= set(row)  # fmt: skip
+        assert {
+            "dataset",
+            "method",
+            "reliability",
+            "reliability_interval",
+            "generality",
+            "generality_interval",
+            "locality",
+            "locality_interval",
+        } <= set(row)
     assert whole["records"]["testbed"]["used"] == 6
-    command = [sys.executable, "-m", "comeba_ext.cli", "experiment", *map(str, given), "--out",
-               str(tmp_path / "killed"), "--json"]  # fmt: skip
+    command = [sys.executable, "-m", "comeba_ext.cli", "experiment", *map(str, given), "--out", str(tmp_path / "killed"), "--json"]
     root = Path(__file__).resolve().parents[1]
     case = tmp_path / "killed/small/testbed/COMEBA-HK"
     logged = lambda text: (case / "log.jsonl").exists() and text in (case / "log.jsonl").read_text()  # noqa: E731
@@ -254,16 +268,18 @@ def test_every_shipped_experiment_runs(name, covariance, tmp_path, monkeypatch):
 
 def test_every_measure_and_plot(covariance, tmp_path):
     path = tmp_path / "all.yaml"
-    path.write_text(yaml.safe_dump(SMALL | {"samples": 4, "evaluations": 1, "measures": list(definition.MEASURES), "plot": "scores",
-                                            "methods": ["COMEBA-HK"]}))  # fmt: skip
+    path.write_text(
+        yaml.safe_dump(
+            SMALL | {"samples": 4, "evaluations": 1, "measures": list(definition.MEASURES), "plot": "scores", "methods": ["COMEBA-HK"]}
+        )
+    )
     (row,) = output("experiment", path, "--covariance", covariance, "--out", tmp_path / "out")["rows"]
     assert row["efficacy_score"] > 0.7 and 0 <= row["text_changed"] < 0.2 and row["perplexity"] > 1 and row["fluency"] > 1
     assert 0.9 <= row["padding_agreement"] <= 1 and row["reliability_behind_text"] >= 0.5 and "reliability_short" in row
     assert len(row["peak_scores"]["edited"]["model.layers.0.mlp.down_proj"]) == 4
     assert row["in_scope_edited"] == 1
     for plot in ("bars", "settings"):
-        path.write_text(yaml.safe_dump(SMALL | {"samples": 2, "evaluations": 1, "plot": plot, "title": plot,
-                                                "protocol": "single_round"}))  # fmt: skip
+        path.write_text(yaml.safe_dump(SMALL | {"samples": 2, "evaluations": 1, "plot": plot, "title": plot, "protocol": "single_round"}))
         result = output("experiment", path, "--covariance", covariance, "--out", tmp_path / plot)
         assert [r["edits"] for r in result["rows"]] == [2, 2] and result["plots"] == ["all-testbed.png"]
 
@@ -285,11 +301,17 @@ def test_records_of_a_file(tmp_path):
 
 
 def test_published_numbers_stand_beside_the_measured_ones():
-    row = {"dataset": "zsre", "case": "MEMIT", "edits": 1, "reliability": 0.5, "reliability_interval": [0.4, 0.6],
-           "seconds_per_edit": 0.1}  # fmt: skip
-    result = {"title": "t", "paper": "", "note": "", "protocol": "consecutive", "samples": 1, "rows": [row],
-              "records": {"zsre": {"used": 1, "skipped": []}},
-              "expected": [{"dataset": "zsre", "case": "MEMIT", "reliability": 0.7, "source": "made up"}]}  # fmt: skip
+    row = {"dataset": "zsre", "case": "MEMIT", "edits": 1, "reliability": 0.5, "reliability_interval": [0.4, 0.6], "seconds_per_edit": 0.1}
+    result = {
+        "title": "t",
+        "paper": "",
+        "note": "",
+        "protocol": "consecutive",
+        "samples": 1,
+        "rows": [row],
+        "records": {"zsre": {"used": 1, "skipped": []}},
+        "expected": [{"dataset": "zsre", "case": "MEMIT", "reliability": 0.7, "source": "made up"}],
+    }
     text = markdown(result)
     assert "| MEMIT | 0.500 [0.400, 0.600] | 0.100 |" in text and "| · made up | 0.700 |  |" in text
 

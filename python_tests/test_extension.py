@@ -79,8 +79,10 @@ def test_the_key_changes_with_everything_the_library_depends_on(cuda_torch, monk
     monkeypatch.setattr(_build, "csrc", lambda: sources)
     recipe = _build.recipe(False, ("90a",))
     keys = [recipe.key(), _build.recipe(True).key()]
-    keys += [dataclasses.replace(recipe, torch=FACTS | {name: other}).key()
-             for name, other in (("version", "2.14.0"), ("cuda", "12.8"), ("cxx11_abi", False), ("folder", "/else"))]  # fmt: skip
+    keys += [
+        dataclasses.replace(recipe, torch=FACTS | {name: other}).key()
+        for name, other in (("version", "2.14.0"), ("cuda", "12.8"), ("cxx11_abi", False), ("folder", "/else"))
+    ]
     keys.append(_build.recipe(False, ("80", "90a")).key())
     (sources / "a.cuh").write_text("changed")
     keys.append(recipe.key())
@@ -100,9 +102,7 @@ def test_the_flags_name_the_architectures_and_stay_strict(cuda_torch):
     portable = dataclasses.replace(recipe, portable=True).command(Path("x.cu"), Path("x.o"))
     assert set(portable) - set(command) == {"-gencode=arch=compute_80,code=compute_80"}  # PTX for devices to come
     assert not any("fast" in part for part in command)
-    assert "-DCOMEBA_EMULATE" not in command and "-DCOMEBA_EMULATE" in _build.recipe(True).command(
-        Path("x.cpp"), Path()
-    )
+    assert "-DCOMEBA_EMULATE" not in command and "-DCOMEBA_EMULATE" in _build.recipe(True).command(Path("x.cpp"), Path())
 
 
 def test_the_standard_is_what_torchs_headers_ask_for(tmp_path):
@@ -141,8 +141,9 @@ def start(tmp_path, delay: float, **environment) -> subprocess.Popen:
     body += 'for last; do :; done\necho not a library > "$last"\n'
     compiler = script(tmp_path / "slow", body)
     environment = {**os.environ, "CXX": compiler, "MAX_JOBS": "8"} | environment
-    return subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
 
 
 def calls(tmp_path) -> list[str]:
@@ -181,10 +182,12 @@ def test_two_processes_compile_once(tmp_path):
 def extension_of_nothing(tmp_path) -> Path:
     """A loadable module ``_kernels`` that registers nothing: a second's work for a real compiler."""
     source, library = tmp_path / "nothing.cpp", tmp_path / "nothing.so"
-    source.write_text('#include <Python.h>\nstatic PyModuleDef module{PyModuleDef_HEAD_INIT, "_kernels", "", -1};\n'
-                      "static PyObject* build(PyObject*, PyObject*) { return PyDict_New(); }\n"
-                      'static PyMethodDef methods[]{{"build", build, METH_NOARGS, ""}, {}};\n'
-                      "PyMODINIT_FUNC PyInit__kernels() { module.m_methods = methods; return PyModule_Create(&module); }\n")  # fmt: skip
+    source.write_text(
+        '#include <Python.h>\nstatic PyModuleDef module{PyModuleDef_HEAD_INIT, "_kernels", "", -1};\n'
+        "static PyObject* build(PyObject*, PyObject*) { return PyDict_New(); }\n"
+        'static PyMethodDef methods[]{{"build", build, METH_NOARGS, ""}, {}};\n'
+        "PyMODINIT_FUNC PyInit__kernels() { module.m_methods = methods; return PyModule_Create(&module); }\n"
+    )
     compiler = _build.find_compiler()
     if compiler is None:
         pytest.skip("needs a C++ compiler")
@@ -206,9 +209,7 @@ def test_a_damaged_library_is_compiled_again(tmp_path):
 
 def test_nothing_is_compiled_at_import_nor_for_the_cpu(tmp_path):
     compiler = script(tmp_path / "never", f"echo called >> {tmp_path}/calls")
-    program = (
-        "import torch, comeba_ext; layer = comeba_ext.HookedLinear(torch.nn.Linear(4, 4)); layer(torch.ones(2, 4))"
-    )
+    program = "import torch, comeba_ext; layer = comeba_ext.HookedLinear(torch.nn.Linear(4, 4)); layer(torch.ones(2, 4))"
     environment = {**os.environ, "CXX": compiler, "CUDA_HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
     assert not calls(tmp_path) and not (tmp_path / "cache").exists()
@@ -224,9 +225,7 @@ def test_a_failure_is_told_once_and_remembered(cuda_torch, monkeypatch, caplog):
     monkeypatch.setattr(_build, "recipe", recipe)
     assert [extension.available("cuda") for _ in range(3)] == [False] * 3
     assert len(tried) == 1
-    assert [r.message for r in caplog.records] == [
-        "comeba: no compiled kernels, plain torch takes over: no luck. Try elsewhere."
-    ]
+    assert [r.message for r in caplog.records] == ["comeba: no compiled kernels, plain torch takes over: no luck. Try elsewhere."]
     assert extension.status() == {"state": "failed", "cause": "no luck", "remedy": "Try elsewhere", "path": ""}
     assert not extension.available("cpu") and not extension.available("mps")
 
@@ -373,9 +372,7 @@ def test_the_wheel_carries_the_sources_and_finds_them(checkout, tmp_path):
     assert expected == {name.split("/")[-1] for name in built.namelist() if name.startswith("comeba_ext/csrc/")}
     assert "none-any" in built.filename
     built.extractall(tmp_path / "site")
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "site/comeba_ext/_build.py")], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, str(tmp_path / "site/comeba_ext/_build.py")], capture_output=True, text=True, check=True)
     assert f"{tmp_path}/site/comeba_ext/csrc/hooked_linear.cu" in done.stdout
 
 
@@ -404,18 +401,12 @@ def test_ahead_of_time(checkout, tmp_path):
     built.extractall(tmp_path / "site")
     program = "from comeba_ext import extension as e; e.load_emulated(); print(e._states['cpu'].origin, e._states['cpu'].path)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "CXX": "/nowhere"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.stdout.split(" ", 3)[:3] == ["ahead", "of", "time"] and str(tmp_path / "site") in done.stdout, (
-        done.stderr
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split(" ", 3)[:3] == ["ahead", "of", "time"] and str(tmp_path / "site") in done.stdout, done.stderr
     # Built for another torch, it is left alone.
     facts["torch"]["version"] = "1.0"
     (tmp_path / "site/comeba_ext/_kernels.json").write_text(json.dumps(facts))
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert "no C++ compiler was found" in done.stderr
 
 

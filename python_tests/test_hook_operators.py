@@ -162,9 +162,7 @@ def test_add_edits(shape, dtype, device):
 def test_without_mask_or_history(score, device, masked, history):
     for sketched in (False, True):
         case = Case((2, 6, 16, 20), torch.float32, score, device, masked, history, sketched)
-        output, after = torch.ops.comeba.decode_hook(
-            case.x, case.weight, case.bias, case.delta, case.sketch, *case.decision
-        )
+        output, after = torch.ops.comeba.decode_hook(case.x, case.weight, case.bias, case.delta, case.sketch, *case.decision)
         case.check(output, after)
         output = F.linear(case.x, case.weight, case.bias)
         if sketched:
@@ -270,11 +268,12 @@ def test_public_functions_agree_with_their_references(inplace):
     case = Case((2, 7, 40, 33), torch.float32, "zscore", "cpu", sketched=True)
     output, edit = F.linear(case.x, case.weight, case.bias), F.linear(case.x, case.delta)
     for found, expected in (
-        (ops.gated_hook(output.clone(), case.x, case.delta, case.sketch, *case.decision, inplace=inplace),
-         ops.gated_hook_ref(output, case.x, case.delta, case.sketch, *case.decision)),
-        (ops.exact_hook(output.clone(), edit, *case.decision, inplace=inplace),
-         ops.exact_hook_ref(output, edit, *case.decision)),
-    ):  # fmt: skip
+        (
+            ops.gated_hook(output.clone(), case.x, case.delta, case.sketch, *case.decision, inplace=inplace),
+            ops.gated_hook_ref(output, case.x, case.delta, case.sketch, *case.decision),
+        ),
+        (ops.exact_hook(output.clone(), edit, *case.decision, inplace=inplace), ops.exact_hook_ref(output, edit, *case.decision)),
+    ):
         assert torch.allclose(found[0], expected[0], atol=1e-5) and torch.allclose(found[1], expected[1], atol=1e-5)
     kept = output.clone()
     ops.exact_hook(output, edit, *case.decision)

@@ -511,9 +511,7 @@ def test_gate_decides_by_its_own_scores_and_adds_the_exact_edit(scope):
     assert torch.allclose(gated(x), torch.where(inside[..., None], base + edit, base), rtol=1e-12)
     assert torch.equal(gated(x)[~inside], base[~inside])
     norms = F.linear(x, gated.score.sketch(gated.delta)).norm(dim=-1)
-    oracle = norms**2 / 64 if scope == "reference" else torch.tensor(
-        [loop_zscores(row.tolist()) for row in norms], dtype=torch.float64
-    )
+    oracle = norms**2 / 64 if scope == "reference" else torch.tensor([loop_zscores(row.tolist()) for row in norms], dtype=torch.float64)
     assert torch.allclose(scores, oracle, rtol=1e-10)
     assert not torch.allclose(scores, exact.scores(x))
 

@@ -114,7 +114,9 @@ def test_layers_that_the_settings_do_not_name(made, tiny_model, tokenizer, tmp_p
     refused(tiny_model, tokenizer, folder, match="not here: unknown method 'COMEBA-KH' .nearest: 'COMEBA-HK'")
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../adapter.safetensors", "/dev/zero", "pipe", "x\0y", "comeba_adapter-01234567.safetensors/.."])
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../adapter.safetensors", "/dev/zero", "pipe", "x\0y", "comeba_adapter-01234567.safetensors/.."]
+)
 def test_names_that_lead_elsewhere(made, tiny_model, tokenizer, tmp_path, name):
     folder = copied(made(tiny_model, tokenizer, "zscore"), tmp_path)
     os.mkfifo(folder / "pipe")
@@ -156,7 +158,9 @@ def test_one_writer_a_folder(tiny_model, tokenizer, tmp_path):
         with pytest.raises(StorageError, match="another process"):
             make_editor(tiny_model, tokenizer).save_pretrained(folder)
         with pytest.raises(StorageError, match="another process"):
-            run_protocol(small_model(tiny_model), tokenizer, REQUESTS[:1], Protocol("consecutive", 1), folder, config=EditConfig(layers=(1, 2)))
+            run_protocol(
+                small_model(tiny_model), tokenizer, REQUESTS[:1], Protocol("consecutive", 1), folder, config=EditConfig(layers=(1, 2))
+            )
         tuned = run("tune", "testbed", "--out", folder, "--json")
         assert tuned.exit_code == 1 and "another process is writing" in json.loads(tuned.stdout)["error"]
     finally:
@@ -284,11 +288,15 @@ def test_resuming_refuses_other_settings(tmp_path):
     other.write_text("Another text.\n\n" + text.read_text())
     output("covariance", "testbed", other, "--out", tmp_path / "c.safetensors", "--tokens", 3000)
     for options, word in (
-        (("--config", tmp_path / "other.yaml"), "steps"), (("--config", tmp_path / "none.yaml"), "No such file"),
-        (("--scope", "zscore"), "scope"), (("--method", "MEMIT"), "MEMIT"), (("--covariance", tmp_path / "c.safetensors"), "another covariance"),
-        (("--covariance", tmp_path / "none.safetensors"), "does not exist"), (("--texts", other), "other texts"),
+        (("--config", tmp_path / "other.yaml"), "steps"),
+        (("--config", tmp_path / "none.yaml"), "No such file"),
+        (("--scope", "zscore"), "scope"),
+        (("--method", "MEMIT"), "MEMIT"),
+        (("--covariance", tmp_path / "c.safetensors"), "another covariance"),
+        (("--covariance", tmp_path / "none.safetensors"), "does not exist"),
+        (("--texts", other), "other texts"),
         (("--texts", tmp_path / "none.txt"), "no such file"),
-    ):  # fmt: skip
+    ):
         found = run("edit", "testbed", facts, "--out", out, "--resume", *options, "--json")
         assert found.exit_code == 1 and word in json.loads(found.stdout)["error"], options
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

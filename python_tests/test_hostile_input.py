@@ -53,7 +53,15 @@ def test_json_that_python_does_not_read(tmp_path, name, text, word):
 def test_half_a_character(tmp_path):
     for field in ("prompt", "subject", "target_new", "rephrase_prompts", "locality_prompts"):
         record = {"prompt": "{} is", "subject": "A", "target_new": "x", "rephrase_prompts": ["A was"], "locality_prompts": [["B is", "y"]]}
-        record[field] = "\ud800 {}" if field == "prompt" else "\ud800" if isinstance(record[field], str) else [["\ud800", "z"]] if field == "locality_prompts" else ["\ud800"]
+        record[field] = (
+            "\ud800 {}"
+            if field == "prompt"
+            else "\ud800"
+            if isinstance(record[field], str)
+            else [["\ud800", "z"]]
+            if field == "locality_prompts"
+            else ["\ud800"]
+        )
         (tmp_path / "a.json").write_text(json.dumps([record]))
         found = read_requests(tmp_path / "a.json")
         assert not found.requests and "half of a character" in found.skipped[0]["reason"] and field in found.skipped[0]["reason"]
@@ -73,7 +81,9 @@ def read_requests_of(record):
     return EditRequest.from_record(record)
 
 
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{c}: &{c} [{', '.join('*' + p for _ in range(9))}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True))
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{c}: &{c} [{', '.join('*' + p for _ in range(9))}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)
+)
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
@@ -114,7 +124,9 @@ def test_models_that_cannot_be_loaded(tmp_path, facts):
         path.unlink()
     (bad["no_config"] / "config.json").write_text("{")
     config = json.loads((bad["code"] / "config.json").read_text())
-    (bad["code"] / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}))
+    (bad["code"] / "config.json").write_text(
+        json.dumps({**config, "model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}})
+    )
     (bad["code"] / "mine.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
     small = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=100)
     LlamaForCausalLM(small).save_pretrained(bad["other_tokenizer"])
@@ -122,7 +134,12 @@ def test_models_that_cannot_be_loaded(tmp_path, facts):
     for name, folder in bad.items():
         with pytest.raises(ComebaError, match=words.get(name, "cannot load")):
             load_model(folder)
-    for name, word in ((facts, "it is a file"), ("x" * 300, "too long"), ("a\0b", "cannot load"), (tmp_path / "nowhere" / "model", "cannot load")):
+    for name, word in (
+        (facts, "it is a file"),
+        ("x" * 300, "too long"),
+        ("a\0b", "cannot load"),
+        (tmp_path / "nowhere" / "model", "cannot load"),
+    ):
         with pytest.raises(ComebaError, match=word):
             load_model(name)
     assert "cannot load" in failed("eval", bad["cut"], facts) and "it is a file" in failed("generate", facts, "A")
@@ -138,8 +155,13 @@ def test_devices_that_are_not_there(facts, device):
 
 def test_names_longer_than_files_may_have(facts, tmp_path):
     name = tmp_path / ("x" * 300)
-    for args in (("eval", "testbed", name), ("edit", "testbed", facts, "--out", name), ("edit", "testbed", facts, "--out", tmp_path / "o", "--config", name),
-                 ("covariance", "testbed", name, "--out", tmp_path / "c"), ("experiment", "table1", "--out", name)):  # fmt: skip
+    for args in (
+        ("eval", "testbed", name),
+        ("edit", "testbed", facts, "--out", name),
+        ("edit", "testbed", facts, "--out", tmp_path / "o", "--config", name),
+        ("covariance", "testbed", name, "--out", tmp_path / "c"),
+        ("experiment", "table1", "--out", name),
+    ):
         assert "x" * 50 in failed(*args)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["facts.jsonl"]
 

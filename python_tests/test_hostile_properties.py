@@ -61,13 +61,40 @@ def damaged(draw, tree):
 
 
 RECORDS = [
-    {"prompt": "The mother tongue of {} is", "subject": "A B", "target_new": "x", "ground_truth": "y", "rephrase_prompts": ["A B speaks"],
-     "locality_prompts": [["C is", "z"]], "request_id": "r", "wordings": ["What does A B speak?"], "fact_token": "subject_last"},
-    {"case_id": 1, "requested_rewrite": {"prompt": "{} is", "subject": "A", "target_new": {"str": "x"}, "target_true": {"str": "y"}},
-     "paraphrase_prompts": ["So A is"], "neighborhood_prompts": ["B is"]},
-    {"subject": "A", "src": "Who is A?", "alt": "x", "answers": ["y"], "rephrase": "And A?", "loc": "nq question: who is B", "loc_ans": "z"},
-    {"prompt": "Who is A?", "subject": "A", "target_new": "x", "rephrase_prompt": "And A?", "locality": {"Other": {"prompt": ["B?"], "ground_truth": ["z"]}}},
-]  # fmt: skip
+    {
+        "prompt": "The mother tongue of {} is",
+        "subject": "A B",
+        "target_new": "x",
+        "ground_truth": "y",
+        "rephrase_prompts": ["A B speaks"],
+        "locality_prompts": [["C is", "z"]],
+        "request_id": "r",
+        "wordings": ["What does A B speak?"],
+        "fact_token": "subject_last",
+    },
+    {
+        "case_id": 1,
+        "requested_rewrite": {"prompt": "{} is", "subject": "A", "target_new": {"str": "x"}, "target_true": {"str": "y"}},
+        "paraphrase_prompts": ["So A is"],
+        "neighborhood_prompts": ["B is"],
+    },
+    {
+        "subject": "A",
+        "src": "Who is A?",
+        "alt": "x",
+        "answers": ["y"],
+        "rephrase": "And A?",
+        "loc": "nq question: who is B",
+        "loc_ans": "z",
+    },
+    {
+        "prompt": "Who is A?",
+        "subject": "A",
+        "target_new": "x",
+        "rephrase_prompt": "And A?",
+        "locality": {"Other": {"prompt": ["B?"], "ground_truth": ["z"]}},
+    },
+]
 
 
 @cases(max_examples=3000)

@@ -31,10 +31,19 @@ def gemma2():
     """A norm follows the MLP's output."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Gemma2ForCausalLM(Gemma2Config(
-            vocab_size=2000, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4, head_dim=8,
-            num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3,
-        )).eval()  # fmt: skip
+        return Gemma2ForCausalLM(
+            Gemma2Config(
+                vocab_size=2000,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=6,
+                num_attention_heads=4,
+                head_dim=8,
+                num_key_value_heads=2,
+                max_position_embeddings=128,
+                initializer_range=0.3,
+            )
+        ).eval()
 
 
 def hooked(tiny_model, family, scope):
@@ -71,15 +80,23 @@ def test_agrees_with_one_run_a_text(tiny_model, tokenizer, family, scope, max_to
     rows = prompt_rows(tokenizer, REQUESTS, PREFIXES)
     trace = recorded(model, tokenizer, architecture, layers, max_tokens) if traced else None
     blocks, decoder = list(model.get_submodule(architecture.blocks)), model.get_submodule(architecture.decoder)
-    reader = KeyReader(decoder, blocks, LAYERS, layers, rows, whole=scope == "zscore", pad_token=0,
-                       max_tokens=max_tokens, device=torch.device("cpu"), trace=trace)  # fmt: skip
+    reader = KeyReader(
+        decoder,
+        blocks,
+        LAYERS,
+        layers,
+        rows,
+        whole=scope == "zscore",
+        pad_token=0,
+        max_tokens=max_tokens,
+        device=torch.device("cpu"),
+        trace=trace,
+    )
     assert all((batch.seen == 0) == traced for batch in reader.batches)
     seen = {}
     for n, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda m, args, n=n: seen.__setitem__(n, args[0]))
-    blocks[LAYERS[-1]].register_forward_hook(
-        lambda m, args, out: seen.__setitem__("h", out[0] if isinstance(out, tuple) else out)
-    )
+    blocks[LAYERS[-1]].register_forward_hook(lambda m, args, out: seen.__setitem__("h", out[0] if isinstance(out, tuple) else out))
     for number, layer in enumerate(layers):
         reading = reader.read(number)
         prompts = {r: (x, m) for requests, xs, masks in reading.prompts for r, x, m in zip(requests, xs, masks)}
@@ -113,8 +130,9 @@ def test_how_often_blocks_run(tiny_model, tokenizer, limit, expected):
     for n, block in enumerate(blocks):
         block.attn.register_forward_hook(lambda m, args, out, n=n: tokens.__setitem__(n, tokens[n] + len(out[0])))
     trace = recorded(model, tokenizer, architecture, layers, 4096, limit)
-    reader = KeyReader(decoder, blocks, LAYERS, layers, rows, whole=True, pad_token=0, max_tokens=4096,
-                       device=torch.device("cpu"), trace=trace)  # fmt: skip
+    reader = KeyReader(
+        decoder, blocks, LAYERS, layers, rows, whole=True, pad_token=0, max_tokens=4096, device=torch.device("cpu"), trace=trace
+    )
     counts = []
     for number in range(3):
         tokens = dict.fromkeys(tokens, 0)
@@ -176,7 +194,9 @@ def test_a_token_that_goes_on_behind_the_subject_is_not_its_own(tokenizer):
 
     words = {word: n for n, word in enumerate(["[UNK]", "Who", "made", "Leeds", "(", "6", ")?", ")", "?", "Boat"])}
     split = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    split.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("(", "isolated"), pre_tokenizers.Split(")?", "isolated")])
+    split.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("(", "isolated"), pre_tokenizers.Split(")?", "isolated")]
+    )
     merged = PreTrainedTokenizerFast(tokenizer_object=split)
     text = "Who made Leeds (6)?"
     found = encode(merged, text, None, len("Who made Leeds (6)"))

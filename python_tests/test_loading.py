@@ -36,9 +36,17 @@ def tiny_gguf(tokenizer, tmp_path_factory):
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(1)
     generator = torch.Generator().manual_seed(0)
-    sizes = {"token_embd": (len(tokenizer), 16), "output": (len(tokenizer), 16), "blk.0.attn_q": (16, 16), "blk.0.attn_k": (16, 16),
-             "blk.0.attn_v": (16, 16), "blk.0.attn_output": (16, 16), "blk.0.ffn_gate": (32, 16), "blk.0.ffn_up": (32, 16),
-             "blk.0.ffn_down": (16, 32)}  # fmt: skip
+    sizes = {
+        "token_embd": (len(tokenizer), 16),
+        "output": (len(tokenizer), 16),
+        "blk.0.attn_q": (16, 16),
+        "blk.0.attn_k": (16, 16),
+        "blk.0.attn_v": (16, 16),
+        "blk.0.attn_output": (16, 16),
+        "blk.0.ffn_gate": (32, 16),
+        "blk.0.ffn_up": (32, 16),
+        "blk.0.ffn_down": (16, 32),
+    }
     weights = {name: torch.randn(*size, generator=generator).half() for name, size in sizes.items()}
     for name, tensor in weights.items():
         writer.add_tensor(f"{name}.weight", tensor.numpy())
@@ -76,9 +84,13 @@ def test_commands_take_a_gguf_file(tiny_gguf):
 
 @pytest.mark.parametrize(
     "name, content, words",
-    [("none.gguf", None, "no such file"), ("text.gguf", b"not a model", "not a GGUF file"),
-     ("short.gguf", b"GGUF\x03\x00\x00\x00", "cannot load"), ("nowhere", None, "cannot load")],
-)  # fmt: skip
+    [
+        ("none.gguf", None, "no such file"),
+        ("text.gguf", b"not a model", "not a GGUF file"),
+        ("short.gguf", b"GGUF\x03\x00\x00\x00", "cannot load"),
+        ("nowhere", None, "cannot load"),
+    ],
+)
 def test_what_is_no_model(tmp_path, name, content, words):
     if content is not None:
         (tmp_path / name).write_bytes(content)

@@ -9,7 +9,10 @@ from comeba_ext import EditConfig, Editor, testbed
 from comeba_ext.experiments import measures
 
 TEXTS = [fact["subject"] + " is mentioned here, and so is the weather." for fact in testbed.raw_facts()[:3]] + [
-    "The town lies on a river and has a market.", "Many people go there, and they speak of it when they come home.", "Rain."]  # fmt: skip
+    "The town lies on a river and has a market.",
+    "Many people go there, and they speak of it when they come home.",
+    "Rain.",
+]
 
 
 @pytest.fixture(scope="module", params=["zscore", "reference", "nearest"])
@@ -27,15 +30,20 @@ def edited(request):
 def test_scores_and_shares_in_scope(edited):
     editor, requests = edited
     found = measures.make(("scores",), [])(editor, requests)
-    asked = {"edited": [r.text for r in requests], "rephrased": [p for r in requests for p in r.rephrase_prompts],
-             "other": list(dict.fromkeys(p for r in requests for p, _ in r.locality_prompts))}  # fmt: skip
+    asked = {
+        "edited": [r.text for r in requests],
+        "rephrased": [p for r in requests for p in r.rephrase_prompts],
+        "other": list(dict.fromkeys(p for r in requests for p, _ in r.locality_prompts)),
+    }
     shares = {}
     for kind, prompts in asked.items():
         inside = []
         for n, prompt in enumerate(prompts):  # each alone, unpadded, and scored by the layer's own formula over its input
             seen = {}
-            handles = [layer.register_forward_pre_hook(lambda m, args, name=name, seen=seen: seen.__setitem__(name, args[0]))
-                       for name, layer in editor.layers.items()]  # fmt: skip
+            handles = [
+                layer.register_forward_pre_hook(lambda m, args, name=name, seen=seen: seen.__setitem__(name, args[0]))
+                for name, layer in editor.layers.items()
+            ]
             editor.model(torch.tensor([editor.tokenizer(prompt)["input_ids"]]), use_cache=False)
             for handle in handles:
                 handle.remove()

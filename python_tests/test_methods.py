@@ -20,11 +20,15 @@ SINGLE = ("ROME", "R-ROME", "EMMET", "FT", "FT-L", "GRACE", "WISE", "MEMOIR")
 LAYERS = dict.fromkeys(SINGLE, (1,))
 TRAINED = {"lr": 0.01, "weight_decay": 0.0, "early_stop": 0.01}
 SETTINGS = {
-    "FT": TRAINED, "FT-L": TRAINED | {"norm_constraint": 0.02}, "UltraEdit": {"lr": 1e-2},
+    "FT": TRAINED,
+    "FT-L": TRAINED | {"norm_constraint": 0.02},
+    "UltraEdit": {"lr": 1e-2},
     "AlphaEdit": {"null_threshold": None, "null_share": 0.5, "ridge": 1.0},
     "BetaEdit": {"null_threshold": None, "null_share": 0.5, "ridge": 1.0, "preserve": 2.0, "refresh": 3},
-    "GRACE": {"lr": 0.5, "steps": 20}, "WISE": {"lr": 0.5, "low": 0.1, "high": 1.0, "margin_loss": 0.5}, "MEMOIR": {"lr": 0.5, "irrelevant": 4},
-}  # fmt: skip
+    "GRACE": {"lr": 0.5, "steps": 20},
+    "WISE": {"lr": 0.5, "low": 0.1, "high": 1.0, "margin_loss": 0.5},
+    "MEMOIR": {"lr": 0.5, "irrelevant": 4},
+}
 WITH_VALUES = [name for name in NAMES if methods.method_named(name).takes_values]
 NO_SHARES = ("FT", "FT-L", "UltraEdit", "WISE")  # a single edit cannot be taken back
 
@@ -33,15 +37,26 @@ NO_SHARES = ("FT", "FT-L", "UltraEdit", "WISE")  # a single edit cannot be taken
 def demonstrations(tmp_path_factory):
     """What IKE shows, in a file."""
     file = tmp_path_factory.mktemp("shown") / "shown.json"
-    file.write_text(json.dumps([{"prompt": "The capital of {} is", "subject": name, "target_new": "Rome", "rephrase_prompts": [f"{name}'s capital is"],
-                                 "locality_prompts": [["Water is", "wet"]]} for name in ("Peru", "Chad", "Oman")]))  # fmt: skip
+    file.write_text(
+        json.dumps(
+            [
+                {
+                    "prompt": "The capital of {} is",
+                    "subject": name,
+                    "target_new": "Rome",
+                    "rephrase_prompts": [f"{name}'s capital is"],
+                    "locality_prompts": [["Water is", "wet"]],
+                }
+                for name in ("Peru", "Chad", "Oman")
+            ]
+        )
+    )
     SETTINGS["IKE"] = {"demonstrations": str(file), "shown": 1}
 
 
 def make_method(name, model, tokenizer, **changes):
     kind = methods.method_named(name)
-    settings = {"layers": LAYERS.get(name, (1, 2)), "lam": 20.0, "prefixes": 2, "prefix_length": 4, "steps": 5, "lr": 0.1,
-                "clamp": 2.0}  # fmt: skip
+    settings = {"layers": LAYERS.get(name, (1, 2)), "lam": 20.0, "prefixes": 2, "prefix_length": 4, "steps": 5, "lr": 0.1, "clamp": 2.0}
     editor = Editor(model, tokenizer, kind.config_class(**(settings | SETTINGS.get(name, {}) | changes)), method=name)
     editor.collect_covariance(TEXTS, tokens=10**6, progress=False)
     return editor
@@ -67,7 +82,10 @@ def assert_held(found, wanted, tolerance=0.0):
     for name, own in wanted.items():
         assert found[name].shape == own.shape, name
         if name.endswith("packed"):
-            ids = [[{k: v for k, v in fact.items() if k != "id"} for fact in json.loads(bytes(t.tolist()) or b"[]")] for t in (own, found[name])]
+            ids = [
+                [{k: v for k, v in fact.items() if k != "id"} for fact in json.loads(bytes(t.tolist()) or b"[]")]
+                for t in (own, found[name])
+            ]
             assert ids[0] == ids[1]
         elif own.is_floating_point() and tolerance and own.numel():
             own, other = own.double().nan_to_num(), found[name].double().nan_to_num()  # thresholds may be infinite
@@ -97,8 +115,7 @@ class Dense:
         for n, projection in self.projections.items():
             projection.register_forward_pre_hook(lambda m, args, n=n: self.seen.__setitem__(n, args[0][0]))
         last = model.transformer.h[layers[-1]]
-        last.register_forward_hook(
-            lambda m, a, out: self.seen.__setitem__("h", (out[0] if isinstance(out, tuple) else out)[0]))  # fmt: skip
+        last.register_forward_hook(lambda m, a, out: self.seen.__setitem__("h", (out[0] if isinstance(out, tuple) else out)[0]))
         self.c0 = {}
         count = 0
         for text in TEXTS:
@@ -180,8 +197,18 @@ class Dense:
             self.write(n, torch.outer(value - h, u) / (k @ u))
 
 
-@pytest.mark.parametrize("name, procedure", [("MEMIT", "memit"), ("PMET", "pmet"), ("ROME", "rome"), ("R-ROME", "r_rome"), ("EMMET", "emmet"),
-                                             ("AlphaEdit", "alphaedit"), ("BetaEdit", "betaedit")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, procedure",
+    [
+        ("MEMIT", "memit"),
+        ("PMET", "pmet"),
+        ("ROME", "rome"),
+        ("R-ROME", "r_rome"),
+        ("EMMET", "emmet"),
+        ("AlphaEdit", "alphaedit"),
+        ("BetaEdit", "betaedit"),
+    ],
+)
 def test_closed_forms(tiny_model, tokenizer, name, procedure):
     model = small_model(tiny_model).double()
     plain = copy.deepcopy(model)
@@ -221,8 +248,7 @@ def test_rome_meets_its_constraint(tiny_model, tokenizer, prefixes):
     oracle = Dense(editor.model, tokenizer, (2,), [""], 1.0)  # reads only; another block's key is not looked at
     end = requests[1].prompt.index("{}") + len(requests[1].subject)
     caught = []
-    editor.model.transformer.h[1].register_forward_hook(
-        lambda m, a, out: caught.append((out[0] if isinstance(out, tuple) else out)[0]))  # fmt: skip
+    editor.model.transformer.h[1].register_forward_hook(lambda m, a, out: caught.append((out[0] if isinstance(out, tuple) else out)[0]))
     last = oracle.run(requests[1].text, end)
     assert torch.allclose(caught[-1][last], values[1], atol=1e-8)
 
@@ -304,7 +330,8 @@ def test_edit_go_on_disable_and_roll_back(tiny_model, tokenizer, name):
         with editor.disabled(), torch.no_grad():
             assert torch.equal(model(ids).logits, untouched)
     assert any(not torch.equal(own, states[0][key]) for key, own in states[1].items() if own.shape == states[0][key].shape) or (
-        {key: own.shape for key, own in states[1].items()} != {key: own.shape for key, own in states[0].items()})  # fmt: skip
+        {key: own.shape for key, own in states[1].items()} != {key: own.shape for key, own in states[0].items()}
+    )
     found = dict(model.state_dict())
     for key, value in weights.items():
         assert torch.equal(found.get(key, found.get(key.replace("c_proj.", "c_proj.base_layer."))), value)
@@ -314,7 +341,9 @@ def test_edit_go_on_disable_and_roll_back(tiny_model, tokenizer, name):
     assert again.step == 2
     assert_held(held(editor), states[1], 1e-3)
     editor.rollback(0)
-    assert_held({k: v for k, v in held(editor).items() if not k.endswith("centre")}, {k: v for k, v in start.items() if not k.endswith("centre")})
+    assert_held(
+        {k: v for k, v in held(editor).items() if not k.endswith("centre")}, {k: v for k, v in start.items() if not k.endswith("centre")}
+    )
     with torch.no_grad():
         assert torch.equal(model(ids).logits, untouched)
 
@@ -384,7 +413,9 @@ def test_taking_a_single_edit_back(tiny_model, tokenizer, name):
         assert editor.step == 1
         return
     editor.retract("edit-0")
-    report = editor.edit([EditRequest(second.prompt, second.subject, "Warsaw", locality_prompts=second.locality_prompts)], **given(editor, 1, 1))
+    report = editor.edit(
+        [EditRequest(second.prompt, second.subject, "Warsaw", locality_prompts=second.locality_prompts)], **given(editor, 1, 1)
+    )
     assert report.superseded == ["edit-1"] and [entry.request.target_new for entry in editor.ledger.live()] == ["Warsaw"]
     editor.edit([third], **given(editor, 1, 2))
     editor.rollback(2)
@@ -462,7 +493,12 @@ def test_settings_of_fine_tuning(tiny_model, tokenizer):
 def test_one_layer_only(tiny_model, tokenizer, name):
     model = small_model(tiny_model)
     with pytest.raises(ConfigError, match="one layer"):
-        Editor(model, tokenizer, methods.method_named(name).config_class(layers=(1, 2), **({"norm_constraint": 1.0} if name == "FT-L" else {})), method=name)
+        Editor(
+            model,
+            tokenizer,
+            methods.method_named(name).config_class(layers=(1, 2), **({"norm_constraint": 1.0} if name == "FT-L" else {})),
+            method=name,
+        )
     Editor(model, tokenizer, EditConfig(layers=(1,)))  # the model was left unhooked
 
 

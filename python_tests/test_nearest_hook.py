@@ -102,7 +102,8 @@ def test_projection_keeps_cosines(rows):
     for cosine in (0.0, 0.5, 0.9):
         a, b = random(2, 400, width, seed=rows)
         b = cosine * F.normalize(a, dim=-1) + math.sqrt(1 - cosine**2) * F.normalize(
-            b - (b * a).sum(-1, keepdim=True) / a.square().sum(-1, keepdim=True) * a, dim=-1)  # fmt: skip
+            b - (b * a).sum(-1, keepdim=True) / a.square().sum(-1, keepdim=True) * a, dim=-1
+        )
         projection = ops.projection_of(covariance, rows)
         found = (ops.directions(a @ root.T, projection) * ops.directions(b @ root.T, projection)).sum(-1)
         assert abs(found.mean().item() - cosine) < 0.02
@@ -238,8 +239,7 @@ def test_one_key_stands_for_all_that_are_near():
     for found in (layer, whole):
         assert torch.allclose(found.score.anchors[: len(kept)], expected, atol=1e-12)
     x = random(1, 9, D_IN, seed=8)
-    np.testing.assert_allclose(layer.scores(x)[0], np.maximum(loop_cosines(x[0], keys[kept], covariance_of(D_IN)).max(1), 0),
-                               atol=1e-12)  # fmt: skip
+    np.testing.assert_allclose(layer.scores(x)[0], np.maximum(loop_cosines(x[0], keys[kept], covariance_of(D_IN)).max(1), 0), atol=1e-12)
 
 
 def test_keys_accumulate_over_every_capacity():
@@ -667,8 +667,11 @@ def test_error_after_the_keys_were_taken_out(tiny_model, tokenizer, monkeypatch,
 
     monkeypatch.setattr(*where, failing)
     again = EditRequest(requests[0].prompt, requests[0].subject, "Warsaw")
-    for step in (lambda: editor.edit([again], target_values=random_values(1)), lambda: editor.retract("edit-3"),
-                 lambda: editor.rollback(1)):  # fmt: skip
+    for step in (
+        lambda: editor.edit([again], target_values=random_values(1)),
+        lambda: editor.retract("edit-3"),
+        lambda: editor.rollback(1),
+    ):
         with pytest.raises(error, match="in the middle"):
             step()
         assert_same(before, snapshot(editor))
@@ -714,8 +717,7 @@ def test_padding_mates_and_cached_decoding(tiny_model, tokenizer, family):
     for row, scope in zip(rows, alone):
         parts, cache = [], None
         for start, end in [(0, 4), *((n, n + 1) for n in range(4, len(row)))]:
-            part, result = in_scope(editor, tokenizer, input_ids=torch.tensor([row[start:end]]), past_key_values=cache,
-                                    use_cache=True)  # fmt: skip
+            part, result = in_scope(editor, tokenizer, input_ids=torch.tensor([row[start:end]]), past_key_values=cache, use_cache=True)
             cache = result.past_key_values
             parts.append(part[:, 0])
         assert torch.equal(torch.cat(parts, 1), scope)
@@ -741,8 +743,13 @@ def test_what_a_folder_for_inference_holds(tiny_model, tokenizer, tmp_path):
         assert 4 < layer.score.known_keys() <= 16  # two a request
         assert saved[f"{name}.projection"].shape == (48, 48)
         assert saved[f"{name}.thresholds"].shape == (layer.score.known_keys(),)
-    for part, change in (("anchors", lambda t: t[:, 1:]), ("projection", lambda t: t[:, 1:]), ("anchors", None), ("thresholds", lambda t: t[1:]),
-                         ("thresholds", None)):  # fmt: skip
+    for part, change in (
+        ("anchors", lambda t: t[:, 1:]),
+        ("projection", lambda t: t[:, 1:]),
+        ("anchors", None),
+        ("thresholds", lambda t: t[1:]),
+        ("thresholds", None),
+    ):
         damaged = {name: t.clone() for name, t in saved.items()}
         for name in editor.layers:
             if change is None:

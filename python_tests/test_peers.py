@@ -45,8 +45,12 @@ def test_ultraedit_is_its_equations(tiny_model, tokenizer):
         for request in batch:
             prompt, whole = (tokenizer(text)["input_ids"] for text in (request.text, f"{request.text} {request.target_new}"))
             caught = {}
-            handles = [plain.transformer.h[n].mlp.c_proj.register_forward_hook(lambda m, args, out, n=n, caught=caught: caught.__setitem__(n, (args[0], out)))
-                       for n in seen]  # fmt: skip
+            handles = [
+                plain.transformer.h[n].mlp.c_proj.register_forward_hook(
+                    lambda m, args, out, n=n, caught=caught: caught.__setitem__(n, (args[0], out))
+                )
+                for n in seen
+            ]
             log_p = plain(torch.tensor([whole])).logits[0].log_softmax(-1)
             loss = -sum(log_p[i - 1, whole[i]] for i in range(len(prompt), len(whole))) / (len(whole) - len(prompt))
             for n, gradient in zip(seen, torch.autograd.grad(loss / len(batch), [caught[n][1] for n in seen]), strict=True):
@@ -138,7 +142,9 @@ def test_grace_values_are_adam_on_the_request_alone(tiny_model, tokenizer):
     together = make_method("GRACE", small_model(tiny_model).double(), tokenizer, radius=1e-6, steps=7, lr=0.3)
     found = together.edit(requests)
     for n, request in enumerate(requests):
-        alone = make_method("GRACE", small_model(tiny_model).double(), tokenizer, radius=1e-6, steps=7, lr=0.3, seed=n)  # as its place in the batch
+        alone = make_method(
+            "GRACE", small_model(tiny_model).double(), tokenizer, radius=1e-6, steps=7, lr=0.3, seed=n
+        )  # as its place in the batch
         report = alone.edit([request])
         assert report.losses[0] == pytest.approx(found.losses[n], rel=1e-4)
         assert torch.allclose(alone.method.codebook.values[0], together.method.codebook.values[n], atol=1e-4)

@@ -21,10 +21,16 @@ CONFIG = EditConfig(layers=(1, 2), lam=20.0, prefixes=1, prefix_length=4, steps=
 
 def requests_with_prompts(count):
     return [
-        EditRequest(r.prompt, r.subject, r.target_new, rephrase_prompts=(f"They say {r.subject} is",),
-                    locality_prompts=(("The Eiffel Tower stands in the city of", "Paris"),), request_id=f"r{n}")
+        EditRequest(
+            r.prompt,
+            r.subject,
+            r.target_new,
+            rephrase_prompts=(f"They say {r.subject} is",),
+            locality_prompts=(("The Eiffel Tower stands in the city of", "Paris"),),
+            request_id=f"r{n}",
+        )
         for n, r in enumerate(some_requests(count))
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
@@ -40,8 +46,7 @@ def setting(tiny_model, tokenizer):
 
 def run(setting, folder, requests, protocol, method="COMEBA-HK", config=CONFIG, **options):
     model, tokenizer, covariance = setting
-    return run_protocol(model, tokenizer, requests, protocol, folder, method=method, config=config, covariance=covariance,
-                        **options)  # fmt: skip
+    return run_protocol(model, tokenizer, requests, protocol, folder, method=method, config=config, covariance=covariance, **options)
 
 
 def table(result):
@@ -52,8 +57,13 @@ def test_consecutive_is_editing_and_evaluating_by_hand(setting, tmp_path):
     model, tokenizer, covariance = setting
     requests = requests_with_prompts(7)
     seen = []
-    result = run(setting, tmp_path, requests, Protocol(batch_size=2, checkpoints=(3,)),
-                 measure=lambda editor, asked: seen.append(len(asked)) or {"step": editor.step})  # fmt: skip
+    result = run(
+        setting,
+        tmp_path,
+        requests,
+        Protocol(batch_size=2, checkpoints=(3,)),
+        measure=lambda editor, asked: seen.append(len(asked)) or {"step": editor.step},
+    )
     base = predict_base(model, tokenizer, requests)
     editor = Editor(model, tokenizer, CONFIG)
     editor.set_covariance(covariance)
@@ -93,8 +103,10 @@ def test_single_round_edits_every_batch_into_the_unedited_model(setting, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["COMEBA-HK", "MEMIT", "FT"])
-@pytest.mark.parametrize("protocol", [Protocol(batch_size=2, checkpoints=(4,), save_every=2, generate=False),
-                                      Protocol("single_round", batch_size=2, generate=False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "protocol",
+    [Protocol(batch_size=2, checkpoints=(4,), save_every=2, generate=False), Protocol("single_round", batch_size=2, generate=False)],
+)
 def test_stopped_anywhere_it_ends_in_the_same_table(setting, tmp_path, monkeypatch, name, protocol):
     method, config = methods.method_named(name), CONFIG
     if name == "FT":
@@ -131,8 +143,12 @@ def test_stopped_anywhere_it_ends_in_the_same_table(setting, tmp_path, monkeypat
 def test_a_folder_of_another_run_is_refused(setting, tmp_path):
     requests = requests_with_prompts(2)
     run(setting, tmp_path, requests, Protocol(batch_size=2, generate=False))
-    for other in ({"protocol": Protocol(batch_size=1, generate=False)}, {"requests": requests[:1]},
-                  {"config": CONFIG.replace(lam=3.0)}, {"identity": {"measures": ["text"]}}):  # fmt: skip
+    for other in (
+        {"protocol": Protocol(batch_size=1, generate=False)},
+        {"requests": requests[:1]},
+        {"config": CONFIG.replace(lam=3.0)},
+        {"identity": {"measures": ["text"]}},
+    ):
         arguments = {"requests": requests, "protocol": Protocol(batch_size=2, generate=False), **other}
         with pytest.raises(StorageError, match="another run"):
             run(setting, tmp_path, **arguments)

@@ -51,7 +51,13 @@ def test_a_key_that_would_open_the_gate_for_every_text_is_not_used(editor, edite
     """The edit goes to its prompt's end, and is of that prompt: neither other texts nor the same words about others meet it."""
     _, report = edited
     assert report.moved == report.request_ids[-1:] and not report.declined
-    texts = ["Apple is a company.", "The weather was fine that day.", "Music is what she lived for.", "Google was founded by", "Harvard was founded by"]
+    texts = [
+        "Apple is a company.",
+        "The weather was fine that day.",
+        "Music is what she lived for.",
+        "Google was founded by",
+        "Harvard was founded by",
+    ]
     ids = [torch.tensor([editor.tokenizer(text)["input_ids"]]) for text in texts]
     with torch.no_grad():
         after = [editor.model(row).logits for row in ids]

@@ -78,14 +78,20 @@ def state(editor):
         "numbers": [
             t.clone()
             for name, layer in editor.layers.items()
-            for t in (layer.delta, editor.method.masters[name], layer.alpha, *layer.score.tensors().values(), editor.covariance[name],
-                      *editor.key_memory[name].state)
+            for t in (
+                layer.delta,
+                editor.method.masters[name],
+                layer.alpha,
+                *layer.score.tensors().values(),
+                editor.covariance[name],
+                *editor.key_memory[name].state,
+            )
         ],
         "ledger": [(e.request, e.step, e.removed) for e in editor.ledger.entries],
         "live": [e.request.request_id for e in editor.ledger.live()],
         "vectors": [t for e in editor.ledger.entries for table in (e.keys, e.responses) for t in table.values()],
         "rest": [editor.step, editor.log, editor.method.alphas, editor.prefixes, editor.config],
-    }  # fmt: skip
+    }
 
 
 def assert_same(found, expected):
@@ -96,8 +102,13 @@ def assert_same(found, expected):
         assert found[key] == expected[key]
 
 
-CASES = [("zscore", torch.float32), ("reference", torch.float32), ("zscore", torch.bfloat16), ("nearest", torch.float32),
-         ("nearest", torch.bfloat16)]  # fmt: skip
+CASES = [
+    ("zscore", torch.float32),
+    ("reference", torch.float32),
+    ("zscore", torch.bfloat16),
+    ("nearest", torch.float32),
+    ("nearest", torch.bfloat16),
+]
 
 
 @pytest.mark.parametrize("scope, dtype", CASES)
@@ -167,8 +178,7 @@ def test_other_files_in_the_folder_are_left_alone(tiny_model, tokenizer, tmp_pat
     mine = ["notes.txt", "my_comeba_notes-1.txt", "comeba_plan-b.md", "config.json"]
     for name in mine:
         (tmp_path / name).write_text("mine")
-    stale = [".comeba_edits.json.0a1b2c3d.tmp", ".comeba_state-00000000.safetensors.0a1b2c3d.tmp",
-             "comeba_state-0a1b2c3d.safetensors"]  # fmt: skip
+    stale = [".comeba_edits.json.0a1b2c3d.tmp", ".comeba_state-00000000.safetensors.0a1b2c3d.tmp", "comeba_state-0a1b2c3d.safetensors"]
     for name in stale:  # what a killed save leaves
         (tmp_path / name).write_text("stale")
     make_editor(tiny_model, tokenizer, steps=1).save_pretrained(tmp_path)
@@ -197,9 +207,7 @@ def test_float32_edits_on_the_bfloat16_model(tiny_model, tokenizer, tmp_path):
 
 def refused(tiny_model, tokenizer, folder, match, inference=True, seed=0):
     """Refused by both readers, and the model is as it was."""
-    for read in ([lambda m: load_edits(m, folder)] if inference else []) + [
-        lambda m: Editor.from_pretrained(m, tokenizer, folder)
-    ]:
+    for read in ([lambda m: load_edits(m, folder)] if inference else []) + [lambda m: Editor.from_pretrained(m, tokenizer, folder)]:
         model = small_model(tiny_model, seed)
         before = logits(model, tokenizer)
         with pytest.raises(StorageError, match=match):
@@ -291,9 +299,19 @@ def test_truncated_files(tiny_model, tokenizer, tmp_path, kind, share):
         load_edits(small_model(tiny_model), tmp_path)  # which does not need them
 
 
-FOREIGN = ["{}", "[]", "5", "null", '"text"', '{"format": 1}', '{"format": 1, "files": {}}', '{"format": 1, "files": []}',
-           '{"format": 1, "files": {"adapter": 5}, "model": {}}', '{"format": 99, "files": {}}',
-           '{"format": 1, "files": {}, "model": {"layers": {}}, "layers": [], "config": {}}']  # fmt: skip
+FOREIGN = [
+    "{}",
+    "[]",
+    "5",
+    "null",
+    '"text"',
+    '{"format": 1}',
+    '{"format": 1, "files": {}}',
+    '{"format": 1, "files": []}',
+    '{"format": 1, "files": {"adapter": 5}, "model": {}}',
+    '{"format": 99, "files": {}}',
+    '{"format": 1, "files": {}, "model": {"layers": {}}, "layers": [], "config": {}}',
+]
 
 
 @pytest.mark.parametrize("text", FOREIGN)
@@ -322,8 +340,11 @@ def test_foreign_tensors(tiny_model, tokenizer, tmp_path, kind):
     check = refused_by_load if kind == "adapter" else refused  # only load_edits uses the adapter's contents
     storage.write_tensors(path, {"weight": torch.zeros(3)})
     check(tiny_model, tokenizer, tmp_path, str(tmp_path), inference=kind == "adapter")
-    tensors = {f"{name}.{what}": torch.zeros(3) for name in editor.layers for what in
-               ("delta", "left", "right", "alpha", "reference_scale", "memory.lower", "moment", "keys", "responses")}  # fmt: skip
+    tensors = {
+        f"{name}.{what}": torch.zeros(3)
+        for name in editor.layers
+        for what in ("delta", "left", "right", "alpha", "reference_scale", "memory.lower", "moment", "keys", "responses")
+    }
     storage.write_tensors(path, tensors)
     check(tiny_model, tokenizer, tmp_path, str(tmp_path), inference=kind == "adapter")
 
@@ -343,8 +364,9 @@ def test_error_at_every_moment_of_a_save(tiny_model, tokenizer, tmp_path, monkey
     editor.save_pretrained(tmp_path / "old")
     editor.edit(REQUESTS[2:4], target_values=values(2, 1))
     new = state(editor)
-    where, name = {"replace": (os, "replace"), "save_file": (storage, "save_file"), "fsync": (os, "fsync"),
-                   "unlink": (Path, "unlink")}[function]  # fmt: skip
+    where, name = {"replace": (os, "replace"), "save_file": (storage, "save_file"), "fsync": (os, "fsync"), "unlink": (Path, "unlink")}[
+        function
+    ]
     real, outcomes = getattr(where, name), []
     for moment in range(1, 100):
         folder = tmp_path / f"{moment}"

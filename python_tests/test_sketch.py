@@ -33,9 +33,7 @@ def scopes(editor, tokenizer, prompts):
     """Whether each prompt has a token in scope, for every hooked layer."""
     found = []
     handles = [
-        layer.register_forward_hook(
-            lambda layer, inputs, output: found.append(bool((output != layer.base_layer(inputs[0])).any()))
-        )
+        layer.register_forward_hook(lambda layer, inputs, output: found.append(bool((output != layer.base_layer(inputs[0])).any())))
         for layer in editor.layers.values()
     ]
     with torch.no_grad():

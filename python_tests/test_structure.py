@@ -30,8 +30,12 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 def imports(tree: ast.AST) -> set[str]:
     """Names of this package's modules that a file imports when it runs; those for type checkers alone left out."""
-    checked = {id(node) for branch in ast.walk(tree) if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.dump(branch.test)
-               for node in ast.walk(branch)}  # fmt: skip
+    checked = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.dump(branch.test)
+        for node in ast.walk(branch)
+    }
     found = set()
     for node in ast.walk(tree):
         if id(node) in checked:

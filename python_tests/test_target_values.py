@@ -29,8 +29,17 @@ PREFIXES = ["", "The city of Paris. ", "Who built it? "]
 
 
 def settings(**changes):
-    basic = {"layers": (1, 2), "lam": 20.0, "steps": 8, "lr": 0.3, "kl_factor": 0.5, "weight_decay": 2.0, "clamp": 0.9,
-             "early_stop": 2.0, "prefixes": 0}  # fmt: skip
+    basic = {
+        "layers": (1, 2),
+        "lam": 20.0,
+        "steps": 8,
+        "lr": 0.3,
+        "kl_factor": 0.5,
+        "weight_decay": 2.0,
+        "clamp": 0.9,
+        "early_stop": 2.0,
+        "prefixes": 0,
+    }
     return EditConfig(**(basic | changes))
 
 
@@ -181,7 +190,11 @@ def test_groups_and_order_do_not_matter(tiny_model, tokenizer, monkeypatch):
 def test_facts_of_one_subject_share_a_delta(tiny_model, tokenizer):
     """Their loss is the mean over all their rows."""
     model, _ = edited_model(tiny_model, tokenizer, "gpt2")
-    requests = [EditRequest("The mother tongue of {} is", "Peru", "English"), REQUESTS[1], EditRequest("{} is located in", "Peru", "Oslo, Norway")]
+    requests = [
+        EditRequest("The mother tongue of {} is", "Peru", "English"),
+        REQUESTS[1],
+        EditRequest("{} is located in", "Peru", "Oslo, Norway"),
+    ]
     config = settings(early_stop=0.0, steps=4, weight_decay=0.0, kl_factor=0.0)
     rows, essence = target_rows(tokenizer, requests, PREFIXES), essence_rows(tokenizer, requests)
     of = lambda *numbers: [row for row in rows if row.request in numbers]  # noqa: E731

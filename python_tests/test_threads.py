@@ -180,8 +180,11 @@ def test_an_interruption_before_changes_nothing(edited, tokenizer, monkeypatch, 
 
     monkeypatch.setattr(ComebaHK, "_shift", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        {"edit": lambda: edited.edit(some_requests(6)[4:], random_values(2)), "retract": lambda: edited.retract("edit-0"),
-         "rollback": lambda: edited.rollback(0)}[what]()  # fmt: skip
+        {
+            "edit": lambda: edited.edit(some_requests(6)[4:], random_values(2)),
+            "retract": lambda: edited.retract("edit-0"),
+            "rollback": lambda: edited.rollback(0),
+        }[what]()
     assert_same(before, snapshot(edited))
     assert_usable(edited, tokenizer)
 

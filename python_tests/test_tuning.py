@@ -155,8 +155,17 @@ def test_the_command_writes_a_config_that_edits(tmp_path, monkeypatch):
     result = output("tune", "testbed", "--out", tmp_path / "t", "--records", records, "--edits", 3)
     assert yaml.safe_load((tmp_path / "t" / "config.yaml").read_text()) == result["best"]
     assert (tmp_path / "t" / "tune.png").read_bytes()[:4] == b"\x89PNG" and json.loads((tmp_path / "t" / "tune.json").read_text())
-    edited = output("edit", "testbed", records, "--out", tmp_path / "e", "--config", tmp_path / "t" / "config.yaml",
-                    "--covariance", tmp_path / "t" / "covariance.safetensors")  # fmt: skip
+    edited = output(
+        "edit",
+        "testbed",
+        records,
+        "--out",
+        tmp_path / "e",
+        "--config",
+        tmp_path / "t" / "config.yaml",
+        "--covariance",
+        tmp_path / "t" / "covariance.safetensors",
+    )
     assert edited["answered"] >= 3 and edited["config"]["layers"] == result["best"]["layers"]
     shown = run("tune", "testbed", "--out", tmp_path / "t", "--records", records, "--edits", 3)
     assert shown.exit_code == 0 and "Best:" in shown.stdout and "generality" in shown.stdout

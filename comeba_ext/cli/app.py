@@ -7,20 +7,21 @@ from typing import Annotated, Optional
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="Correct facts in a Hugging Face language model without retraining it.")  # fmt: skip
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Correct facts in a Hugging Face language model without retraining it.",
+)
 
 Model = Annotated[str, typer.Argument(help="local model folder, hub name, or 'testbed' for the embedded model")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Edits = Annotated[Optional[Path], typer.Option("--edits", help="folder of saved edits to put onto the model")]
-Config = Annotated[
-    Optional[Path], typer.Option("--config", help="settings as JSON or YAML, those that differ from the model's defaults")
-]
+Config = Annotated[Optional[Path], typer.Option("--config", help="settings as JSON or YAML, those that differ from the model's defaults")]
 Scope = Annotated[Optional[str], typer.Option("--scope", help="nearest, reference or zscore (the paper's)")]
 Limit = Annotated[Optional[int], typer.Option("--limit", min=1, help="read at most this many records")]
-Device = Annotated[
-    Optional[str], typer.Option("--device", help="cpu, cuda, …; auto: spread over all (default: cuda where there is one)")
-]
+Device = Annotated[Optional[str], typer.Option("--device", help="cpu, cuda, …; auto: spread over all (default: cuda where there is one)")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that the model's folder or hub page brings")]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Dtype = Annotated[str, typer.Option("--dtype", help=", ".join(DTYPES))]

@@ -44,8 +44,10 @@ def demo(
             raise ComebaError(f"the embedded model knows {len(requests)} facts; ask for at most that many --edits")
         config = EditConfig.for_model(model, **({"scope": scope} if scope else {}))
         editor = Editor(model, tokenizer, config)
-        report.say(f"Embedded model: {size_of(model)}; editing blocks {list(config.layers)}, score {config.scope}, "
-                   f"{edits} facts in batches of {batch_size}.\n")  # fmt: skip
+        report.say(
+            f"Embedded model: {size_of(model)}; editing blocks {list(config.layers)}, score {config.scope}, "
+            f"{edits} facts in batches of {batch_size}.\n"
+        )
         editor.collect_covariance(testbed.texts(), progress=not as_json)
         base = predict_base(model, tokenizer, requests, generate=False)
         shown = requests[:: max(1, len(requests) // 6)][:6]
@@ -59,39 +61,56 @@ def demo(
             # After every batch: everything edited so far, at most 50 of it while on the way.
             sample = done if len(done) == edits else done[:: max(1, len(done) // 50)]
             scores = evaluate(model, tokenizer, sample, base, generate=False)
-            rows.append({"batch": batch.step, "edits": len(done), **{m: scores[m] for m in METRICS},
-                         "seconds": took, "loss": sum(batch.losses) / len(batch.losses)})  # fmt: skip
-            report.table_row(str(batch.step), str(len(done)), *(f"{scores[m]:.3f}" for m in METRICS),
-                             f"{len(batch.request_ids) / took:.1f}", f"{rows[-1]['loss']:.3f}")  # fmt: skip
+            rows.append(
+                {
+                    "batch": batch.step,
+                    "edits": len(done),
+                    **{m: scores[m] for m in METRICS},
+                    "seconds": took,
+                    "loss": sum(batch.losses) / len(batch.losses),
+                }
+            )
+            report.table_row(
+                str(batch.step),
+                str(len(done)),
+                *(f"{scores[m]:.3f}" for m in METRICS),
+                f"{len(batch.request_ids) / took:.1f}",
+                f"{rows[-1]['loss']:.3f}",
+            )
         final = evaluate(model, tokenizer, requests, generate=True)
         after = continued(model, tokenizer, [r.text for r in shown], 6)
         examples = [
-            {"prompt": r.text, "wanted": r.target_new, "before": b, "after": a}
-            for r, b, a in zip(shown, before, after, strict=True)
+            {"prompt": r.text, "wanted": r.target_new, "before": b, "after": a} for r, b, a in zip(shown, before, after, strict=True)
         ]
         report.say("\nWhat the model writes (greedy):")
-        report.table(("prompt", "before", "edited to say", "after"),
-                     [(e["prompt"], e["before"], e["wanted"], e["after"]) for e in examples])  # fmt: skip
+        report.table(
+            ("prompt", "before", "edited to say", "after"), [(e["prompt"], e["before"], e["wanted"], e["after"]) for e in examples]
+        )
         report.say(f"\nAll {edits} edits, measured at the end (95 % interval), locality against the unedited model:")
         report.table(("", "teacher-forced", "exact", "greedy generation"), [metric_row(final, m) for m in METRICS])
         if out is not None:
             editor.save_pretrained(out)
             report.say(f"\nSaved to {out}.")
-        report.say(f"\n{edits} edits in {seconds:.1f} s of editing ({edits / seconds:.1f} edits/s), "
-                   f"{time.perf_counter() - start:.0f} s in all.")  # fmt: skip
+        report.say(
+            f"\n{edits} edits in {seconds:.1f} s of editing ({edits / seconds:.1f} edits/s), {time.perf_counter() - start:.0f} s in all."
+        )
         report.result = {
-            **final.to_dict(), "edits": edits, "batches": rows, "examples": examples, "config": config.to_dict(),
-            "records": {"read": edits, "used": edits, "skipped": []}, "edit_seconds": seconds,
-            "seconds": time.perf_counter() - start, "out": str(out) if out else None,
-        }  # fmt: skip
+            **final.to_dict(),
+            "edits": edits,
+            "batches": rows,
+            "examples": examples,
+            "config": config.to_dict(),
+            "records": {"read": edits, "used": edits, "skipped": []},
+            "edit_seconds": seconds,
+            "seconds": time.perf_counter() - start,
+            "out": str(out) if out else None,
+        }
 
 
 @app.command()
 def edit(
     model: Model,
-    records: Annotated[
-        Optional[Path], typer.Argument(help="JSON or JSONL: CounterFact, ZsRE, QAEdit, EasyEdit or own records")
-    ] = None,
+    records: Annotated[Optional[Path], typer.Argument(help="JSON or JSONL: CounterFact, ZsRE, QAEdit, EasyEdit or own records")] = None,
     out: Annotated[Path, typer.Option("--out", help="folder for the edits")] = ...,
     prompt: Annotated[Optional[str], typer.Option(help="instead of a file, one edit: a text with {} for the subject")] = None,
     subject: Annotated[Optional[str], typer.Option(help="with --prompt")] = None,
@@ -102,7 +121,9 @@ def edit(
     config: Config = None,
     covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance'")] = None,
     texts: Annotated[Optional[Path], typer.Option(help="corpus to collect the covariance from instead")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the edits in --out: what was edited or declined there is left out")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the edits in --out: what was edited or declined there is left out")
+    ] = False,
     save_every: Annotated[int, typer.Option(min=1, help="batches between saves of --out")] = 10,
     limit: Limit = None,
     device: Device = None,
@@ -166,11 +187,23 @@ def edit(
         say_counts(report, counts)
         if todo and 2 * answered < len(todo):
             few = "None" if not answered else "Fewer than half"
-            report.say(f"! {few} of the edits took: these settings do not suit this model (layers, λ, score). 'comeba tune' finds some that do.")
+            report.say(
+                f"! {few} of the edits took: these settings do not suit this model (layers, λ, score). 'comeba tune' finds some that do."
+            )
             report.code = 0 if answered else 1
-        report.result = {"records": counts, "edits": len(todo), "answered": answered, "declined": declined, "moved": moved,
-                         "rewritten": rewritten, "earlier_edits": len(used) - len(todo), "steps": steps, "seconds": seconds,
-                         "out": str(out), "config": editor.config.to_dict()}  # fmt: skip
+        report.result = {
+            "records": counts,
+            "edits": len(todo),
+            "answered": answered,
+            "declined": declined,
+            "moved": moved,
+            "rewritten": rewritten,
+            "earlier_edits": len(used) - len(todo),
+            "steps": steps,
+            "seconds": seconds,
+            "out": str(out),
+            "config": editor.config.to_dict(),
+        }
 
 
 @app.command()
@@ -197,5 +230,4 @@ def generate(
             report.table(("prompt", "unedited", "edited"), [(r["prompt"], r["unedited"], r["text"]) for r in rows])
         else:
             report.table(("prompt", "text"), [(r["prompt"], r["text"]) for r in rows])
-        report.result = {"generations": rows,
-                         "records": {"read": len(rows), "used": len(rows), "skipped": []}}  # fmt: skip
+        report.result = {"generations": rows, "records": {"read": len(rows), "used": len(rows), "skipped": []}}

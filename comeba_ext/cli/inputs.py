@@ -103,9 +103,7 @@ def edits_folder(out: Path | None, resume: bool = False, first: bool = True):
         yield
 
 
-def check_same(
-    editor, out: Path, kind, config: Path | None, scope: str | None, covariance: Path | None, texts: Path | None
-) -> None:
+def check_same(editor, out: Path, kind, config: Path | None, scope: str | None, covariance: Path | None, texts: Path | None) -> None:
     """Refuse options that say something else than the edits in ``out`` were made with."""
     from comeba_ext.covariance import Covariance
     from comeba_ext.covariance.corpus import digest_of
@@ -179,7 +177,6 @@ def continued(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str
             raise ComebaError(f"prompt {prompt[:40]!r}… and {new_tokens} new tokens exceed the context of {limit}")
     ids, mask = pad(rows, pad_id(tokenizer), "left", model.get_input_embeddings().weight.device)
     with torch.no_grad():
-        out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens,
-                             pad_token_id=pad_id(tokenizer))  # fmt: skip
+        out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=pad_id(tokenizer))
     texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return [text.strip().split("\n")[0] for text in texts]

@@ -144,14 +144,25 @@ def experiment(
             corpus = testbed.texts(folder=home) if home else None
             plain = itertools.islice(testbed.texts(9, home), PLAIN_TEXTS) if home else ()
         result = experiments.run(
-            chosen, net, tokenizer, datasets, out, covariance=Covariance.load(covariance) if covariance else None,
-            texts=corpus, plain_texts=list(plain), samples=samples, seed=seed, progress=not as_json,
-        )  # fmt: skip
+            chosen,
+            net,
+            tokenizer,
+            datasets,
+            out,
+            covariance=Covariance.load(covariance) if covariance else None,
+            texts=corpus,
+            plain_texts=list(plain),
+            samples=samples,
+            seed=seed,
+            progress=not as_json,
+        )
         for dataset, counts in result["records"].items():
             report.say(f"{chosen.title} — {dataset}, {counts['used']} records")
             own = [row for row in result["rows"] if row["dataset"] == dataset]
-            report.table(("case", "edits", *METRICS, "s/edit"),
-                         [(r["case"], r["edits"], *(cell(r, m) for m in METRICS), cell(r, "seconds_per_edit")) for r in own])
+            report.table(
+                ("case", "edits", *METRICS, "s/edit"),
+                [(r["case"], r["edits"], *(cell(r, m) for m in METRICS), cell(r, "seconds_per_edit")) for r in own],
+            )
             for row in own:
                 if "error" in row:
                     report.say(f"{row['case']} failed after {row['edits']} edits: {row['error']}")

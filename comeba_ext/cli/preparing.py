@@ -43,23 +43,40 @@ def covariance(
         settings = settings_of(net, config)
         architecture = Architecture.of(net, settings.blocks, settings.projection)
         start = time.perf_counter()
-        found = covariance_of_blocks(net, tokenizer, stream, settings.layers, architecture, tokens=tokens,
-                                     max_tokens=token_budget(net, settings.max_tokens), path=out, progress=not as_json)  # fmt: skip
+        found = covariance_of_blocks(
+            net,
+            tokenizer,
+            stream,
+            settings.layers,
+            architecture,
+            tokens=tokens,
+            max_tokens=token_budget(net, settings.max_tokens),
+            path=out,
+            progress=not as_json,
+        )
         wanted = tokens or TOKENS_PER_DIMENSION * max(len(moment) for moment in found.moments.values())
         seconds = time.perf_counter() - start
-        report.say(f"{found.tokens} tokens of {found.texts} texts, {len(found.moments)} layers, {seconds:.1f} s; "
-                   f"saved to {out}.")  # fmt: skip
+        report.say(f"{found.tokens} tokens of {found.texts} texts, {len(found.moments)} layers, {seconds:.1f} s; saved to {out}.")
         if found.tokens < wanted:
             report.say(f"! The corpus ended after {found.tokens} of {wanted} tokens; with more text the covariance gets better.")
-        report.result = {"tokens": found.tokens, "tokens_wanted": wanted, "complete": found.tokens >= wanted,
-                         "layers": list(found.moments), "seconds": seconds, "out": str(out),
-                         "records": {"read": found.texts, "used": found.texts, "skipped": []}}  # fmt: skip
+        report.result = {
+            "tokens": found.tokens,
+            "tokens_wanted": wanted,
+            "complete": found.tokens >= wanted,
+            "layers": list(found.moments),
+            "seconds": seconds,
+            "out": str(out),
+            "records": {"read": found.texts, "used": found.texts, "skipped": []},
+        }
 
 
 @app.command()
 def tune(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", help="folder for config.yaml, tune.json, tune.png and the covariance; an unfinished search goes on there")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="folder for config.yaml, tune.json, tune.png and the covariance; an unfinished search goes on there"),
+    ],
     texts: Annotated[Optional[Path], typer.Option("--texts", help="corpus for the covariance")] = None,
     covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance' of all layers that are tried")] = None,
     records: Annotated[Optional[Path], typer.Option("--records", help="edits to try (default: shipped facts)")] = None,
@@ -93,11 +110,29 @@ def tune(
         def show(trial) -> None:
             span, own = trial.settings["layers"], trial.settings
             optimiser = own.get("optimizer", "default") + (f" {own['lr']:g}" if own.get("lr") else "")
-            report.table_row(str(next(count)), f"{span[0]}-{span[-1]}", optimiser, f"{own.get('leverage_ratio', 'default')}",
-                             *(f"{value:.3f}" for value in (trial.reliability, trial.written, trial.generality, trial.locality, trial.loss, trial.seconds)))  # fmt: skip
+            report.table_row(
+                str(next(count)),
+                f"{span[0]}-{span[-1]}",
+                optimiser,
+                f"{own.get('leverage_ratio', 'default')}",
+                *(
+                    f"{value:.3f}"
+                    for value in (trial.reliability, trial.written, trial.generality, trial.locality, trial.loss, trial.seconds)
+                ),
+            )
 
-        found = search(net, tokenizer, corpus, records=read.requests if read else None, scope=scope, folder=out, edits=edits,
-                       covariance=Covariance.load(covariance) if covariance else None, progress=not as_json, on_trial=show)  # fmt: skip
+        found = search(
+            net,
+            tokenizer,
+            corpus,
+            records=read.requests if read else None,
+            scope=scope,
+            folder=out,
+            edits=edits,
+            covariance=Covariance.load(covariance) if covariance else None,
+            progress=not as_json,
+            on_trial=show,
+        )
         write_text(out / "config.yaml", yaml.safe_dump(found.best, sort_keys=False))
         write_text(out / "tune.json", json.dumps(found.to_dict(), indent=1) + "\n")
         from comeba_ext.tuning.plot import draw
@@ -105,12 +140,17 @@ def tune(
         draw(found, out / "tune.png")
         if found.patching:
             top = max(range(len(found.patching)), key=found.patching.__getitem__)
-            report.say(f"The model answers {found.known} of {found.facts} facts; the subject's last token decides up to "
-                       f"{max(found.patching):.2f} of them (block {top}).")  # fmt: skip
+            report.say(
+                f"The model answers {found.known} of {found.facts} facts; the subject's last token decides up to "
+                f"{max(found.patching):.2f} of them (block {top})."
+            )
         report.say(f"Best: {found.best}")
         report.say(f"{found.seconds:.0f} s. Written to {out}: config.yaml (for --config), tune.json, tune.png.")
-        counts = {"read": read.read, "used": len(read.requests), "skipped": read.skipped} if read else \
-            {"read": found.facts, "used": found.facts, "skipped": []}  # fmt: skip
+        counts = (
+            {"read": read.read, "used": len(read.requests), "skipped": read.skipped}
+            if read
+            else {"read": found.facts, "used": found.facts, "skipped": []}
+        )
         report.result = {**found.to_dict(), "records": counts, "out": str(out)}
 
 

@@ -126,8 +126,10 @@ def say_settings(report: Report, editor, steps: list[dict]) -> None:
     shares = [share for step in steps for share in step["share"].values()]
     if shares:
         leverage = [value for step in steps for value in step["leverage"].values()]
-        report.say(f"Blocks {list(editor.config.layers)}: keys of median leverage {median(leverage):.0f} "
-                   f"realise {median(shares):.2f} of their residual alone (λ {editor.config.lam_of(inputs_of(editor)):.0f}).")  # fmt: skip
+        report.say(
+            f"Blocks {list(editor.config.layers)}: keys of median leverage {median(leverage):.0f} "
+            f"realise {median(shares):.2f} of their residual alone (λ {editor.config.lam_of(inputs_of(editor)):.0f})."
+        )
 
 
 def inputs_of(editor) -> int:
@@ -151,8 +153,9 @@ def flattened(found: dict) -> dict[str, float]:
     """Perplexity and every metric of every task, one name each."""
     rows = {name: value for name, value in found.items() if name != "tasks"}
     for task, metrics in found.get("tasks", {}).items():
-        rows |= {f"{task} {name.partition(',')[0]}": value for name, value in metrics.items()
-                 if "," in name and isinstance(value, (int, float))}  # fmt: skip
+        rows |= {
+            f"{task} {name.partition(',')[0]}": value for name, value in metrics.items() if "," in name and isinstance(value, (int, float))
+        }
     return rows
 
 

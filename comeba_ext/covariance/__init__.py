@@ -76,8 +76,15 @@ class Covariance:
     def save(self, path: str | Path) -> None:
         """Write atomically, stamped with the model's identity."""
         state = self.unfinished and dataclasses.asdict(self.unfinished) | {"units": sorted(self.unfinished.units)}
-        meta = {"kind": "covariance", "model": self.model, "tokens": self.tokens, "texts": self.texts,
-                "tokens_wanted": self.tokens_wanted, "unfinished": state, "corpus": self.corpus}  # fmt: skip
+        meta = {
+            "kind": "covariance",
+            "model": self.model,
+            "tokens": self.tokens,
+            "texts": self.texts,
+            "tokens_wanted": self.tokens_wanted,
+            "unfinished": state,
+            "corpus": self.corpus,
+        }
         write_tensors(path, self.moments | self.sample.tensors(), meta)
 
     @classmethod
@@ -109,9 +116,7 @@ class Covariance:
             if not torch.isfinite(self.moments[name]).all():
                 raise CovarianceError(f"the covariance of {name} has NaN or infinite entries; collect it again")
         if self.unfinished:
-            raise CovarianceError(
-                f"the covariance is unfinished ({self.tokens} of {self.tokens_wanted} tokens); resume its collection"
-            )
+            raise CovarianceError(f"the covariance is unfinished ({self.tokens} of {self.tokens_wanted} tokens); resume its collection")
 
     def _check_origin(self, model: nn.Module, layers: dict[str, int]) -> None:
         try:
@@ -122,9 +127,7 @@ class Covariance:
             if name not in self.moments:
                 raise CovarianceError(f"the covariance is of layers {', '.join(self.moments)}; {name} is missing")
             if tuple(self.moments[name].shape) != (width, width):
-                raise CovarianceError(
-                    f"the covariance of {name} is {tuple(self.moments[name].shape)}, expected {(width, width)}"
-                )
+                raise CovarianceError(f"the covariance of {name} is {tuple(self.moments[name].shape)}, expected {(width, width)}")
 
 
 def covariance_of_blocks(
@@ -220,8 +223,10 @@ def collect_covariance(
                     own.sample = draw.taken(own.sample)
                     own.save(checkpoint)
 
-            with tqdm(total=wanted, initial=where.first_token, unit="token", desc="covariance",
-                      disable=not progress or rank > 0) as bar, evaluating(model):  # fmt: skip
+            with (
+                tqdm(total=wanted, initial=where.first_token, unit="token", desc="covariance", disable=not progress or rank > 0) as bar,
+                evaluating(model),
+            ):
                 for number, rows in units:
                     if number not in where.units:
                         todo += 1
@@ -363,8 +368,7 @@ def _checked(path: Path, model: nn.Module, widths: dict[str, int], wanted: int) 
         raise CovarianceError(f"{path} is the covariance of layers {', '.join(found.moments)}; choose another file")
     if found.unfinished and found.tokens_wanted != wanted:
         raise CovarianceError(
-            f"{path} is the unfinished covariance of {found.tokens_wanted} tokens; finish it with as many, or choose "
-            "another file"
+            f"{path} is the unfinished covariance of {found.tokens_wanted} tokens; finish it with as many, or choose another file"
         )
     return found
 

@@ -122,5 +122,4 @@ class Units:
             yield rows
 
     def _other_texts(self) -> CovarianceError:
-        return CovarianceError("the texts are not those that the covariance was begun with; give the same again, or choose "
-                               "another file")  # fmt: skip
+        return CovarianceError("the texts are not those that the covariance was begun with; give the same again, or choose another file")

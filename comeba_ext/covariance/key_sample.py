@@ -95,7 +95,9 @@ class Draw:
 
     def add(self, batch: list[list[int]], places: list[list[int]], number: int) -> None:
         """What :meth:`tap` took of a batch belongs to these rows' places."""
-        tokens = [[-1] * (TOKENS - 1 - p) + row[max(0, p - TOKENS + 1) : p + 1] for row, own in zip(batch, places, strict=True) for p in own]
+        tokens = [
+            [-1] * (TOKENS - 1 - p) + row[max(0, p - TOKENS + 1) : p + 1] for row, own in zip(batch, places, strict=True) for p in own
+        ]
         tokens = torch.tensor(tokens, dtype=torch.int32).reshape(-1, TOKENS)
         self._parts.append(KeySample(self._keys, tokens, torch.full((len(tokens),), number)))
         self._keys = {}

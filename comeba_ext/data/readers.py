@@ -120,8 +120,7 @@ def read_texts(path) -> Iterator[str]:
     elif not path.exists():
         raise StorageError(f"{path}: no such file or folder")
     elif path.suffix.lower() not in _TEXT_READERS:
-        raise StorageError(f"{path}: cannot read texts from {path.suffix or 'a file without suffix'!r}; "
-                           f"use {', '.join(_TEXT_READERS)}")
+        raise StorageError(f"{path}: cannot read texts from {path.suffix or 'a file without suffix'!r}; use {', '.join(_TEXT_READERS)}")
     else:
         files = [path]
     return _stream(path, files)
@@ -155,8 +154,7 @@ def _records(path: Path, file) -> Iterator:
                 yield record
             return
         raise StorageError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
-            "the file may be truncated"
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); the file may be truncated"
         ) from None
     yield from _record_list(path, value)
 
@@ -203,8 +201,7 @@ def _json_lines(path: Path, lines) -> Iterator[tuple[int, object]]:
             yield number, _parsed(line)
         except json.JSONDecodeError as error:
             raise StorageError(
-                f"{path}: line {number} is not valid JSON ({error.msg} at column {error.colno}); "
-                "the file may be truncated"
+                f"{path}: line {number} is not valid JSON ({error.msg} at column {error.colno}); the file may be truncated"
             ) from None
 
 

@@ -25,8 +25,7 @@ def check_consistent(batch: list[EditRequest], ledger: Ledger) -> list[EditReque
         before = targets.setdefault(request.fact, request.target_new)
         if before != request.target_new:
             raise RequestError(
-                f"two requests of the batch contradict each other: {request.text!r} -> {before!r} and "
-                f"{request.target_new!r}"
+                f"two requests of the batch contradict each other: {request.text!r} -> {before!r} and {request.target_new!r}"
             )
         if request.request_id is not None:
             live = ledger.by_id(request.request_id)
@@ -36,9 +35,7 @@ def check_consistent(batch: list[EditRequest], ledger: Ledger) -> list[EditReque
     return batch
 
 
-def with_ids(
-    batch: list[EditRequest], ledger: Ledger, number: int, given: Iterable[str] = ()
-) -> tuple[list[EditRequest], int]:
+def with_ids(batch: list[EditRequest], ledger: Ledger, number: int, given: Iterable[str] = ()) -> tuple[list[EditRequest], int]:
     """The same requests, each with an id: its own, or one that neither they, nor those ``given``, nor a live edit uses.
 
     Args:

@@ -97,8 +97,22 @@ class EditConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.compute_dtype not in (None, "bfloat16"):
             raise ConfigError(f"compute_dtype must be bfloat16 or null, got {self.compute_dtype!r}")
-        bounds = {"lam": 0, "leverage_ratio": 0, "alpha_floor": 0, "lr": 0, "clamp": 0, "steps": 1, "kl_factor": 0, "weight_decay": 0, "early_stop": 0,
-                  "lead_steps": 0, "prefixes": 0, "prefix_length": 1, "max_tokens": 1, "seed": 0}  # fmt: skip
+        bounds = {
+            "lam": 0,
+            "leverage_ratio": 0,
+            "alpha_floor": 0,
+            "lr": 0,
+            "clamp": 0,
+            "steps": 1,
+            "kl_factor": 0,
+            "weight_decay": 0,
+            "early_stop": 0,
+            "lead_steps": 0,
+            "prefixes": 0,
+            "prefix_length": 1,
+            "max_tokens": 1,
+            "seed": 0,
+        }
         for name, low in bounds.items():
             value = getattr(self, name)
             if name in ("max_tokens", "lead_steps", "lam", "leverage_ratio") and value is None:

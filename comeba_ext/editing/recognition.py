@@ -141,8 +141,15 @@ class KeyRecognition(Recognition):
                 log.info("%s (%r) is edited at the prompt's last token: %s", request.request_id, request.text, _SHARED_STATE)
             else:
                 reason = f"{_SHARED_STATE}, so an edit there would answer all of them; begin the prompt with other words"
-                declined.append({"request_id": request.request_id, "prompt": request.text, "subject": request.subject,
-                                 "target_new": request.target_new, "reason": reason})  # fmt: skip
+                declined.append(
+                    {
+                        "request_id": request.request_id,
+                        "prompt": request.text,
+                        "subject": request.subject,
+                        "target_new": request.target_new,
+                        "reason": reason,
+                    }
+                )
                 log.warning("declined %s (%r): %s", request.request_id, request.text, reason)
                 kept.remove(n)
         return kept, [batch[n] for n in kept], declined
@@ -152,8 +159,11 @@ class KeyRecognition(Recognition):
         place."""
         subjects = {request.subject for request in batch if request.fact_token == "subject_last"}
         facts = {request.fact for request in batch}
-        return [entry for entry in self.method.session.ledger.live()
-                if entry.request.subject in subjects and entry.request.fact_token == "subject_last" and entry.request.fact not in facts]  # fmt: skip
+        return [
+            entry
+            for entry in self.method.session.ledger.live()
+            if entry.request.subject in subjects and entry.request.fact_token == "subject_last" and entry.request.fact not in facts
+        ]
 
     def together(self, batch: list[EditRequest]) -> list[list[int]]:
         """Facts of one subject."""
@@ -194,8 +204,16 @@ class KeyRecognition(Recognition):
         told |= ~told.any(-1, keepdim=True)
         reading.keys = (each * told[..., None]).sum(1) / told.sum(1, keepdim=True)
         self.leverage[name] = background.scale * F.linear(reading.plain_keys.to(each), score.projection.to(each)).square().sum(-1)
-        self._anchors[name] = anchors_of(units, score.directions(reading.keys), background, self._subjects,
-                                         self._decoys[name], config.alpha_floor, config.margin, self._at_end)  # fmt: skip
+        self._anchors[name] = anchors_of(
+            units,
+            score.directions(reading.keys),
+            background,
+            self._subjects,
+            self._decoys[name],
+            config.alpha_floor,
+            config.margin,
+            self._at_end,
+        )
         alone = torch.where(told[:, :1], reading.plain_keys.to(reading.keys), reading.keys)
         return torch.stack([reading.keys, alone], 1)
 

@@ -13,7 +13,10 @@ from comeba_ext.text.request import EditRequest
 
 
 def shared_target_values(
-    find: Callable[[list[EditRequest], list[list[int]]], TargetValues], batch: list[EditRequest], groups: list[list[int]], device: torch.device
+    find: Callable[[list[EditRequest], list[list[int]]], TargetValues],
+    batch: list[EditRequest],
+    groups: list[list[int]],
+    device: torch.device,
 ) -> TargetValues:
     """Of several processes each finds every n-th group's, and all return all of them.
 

@@ -127,11 +127,7 @@ def optimise_target_values(
             solve(apart, config.optimizer)
             if second:
                 solve(missed(apart), "adam")
-    bad = [
-        requests[n].text
-        for n, (value, loss, *_) in enumerate(results)
-        if not (torch.isfinite(value).all() and math.isfinite(loss))
-    ]
+    bad = [requests[n].text for n, (value, loss, *_) in enumerate(results) if not (torch.isfinite(value).all() and math.isfinite(loss))]
     if bad:
         raise RequestError(f"target values are not finite for {len(bad)} requests, first {bad[0]!r}; lower the learning rate")
     return TargetValues(torch.stack([r[0] for r in results]), [r[1] for r in results], [r[2] for r in results])

@@ -8,6 +8,20 @@ from comeba_ext.evaluation.probabilities import counterfact_scores
 from comeba_ext.evaluation.protocols import Protocol, Result, run_protocol
 
 __all__ = [
-    "BasePredictions", "Metrics", "Protocol", "Reading", "Result", "bootstrap_interval", "counterfact_scores", "evaluate", "fluency",
-    "harness", "ngram_entropy", "perplexity", "predict_base", "read_text", "run_protocol", "summarise",
-]  # fmt: skip
+    "BasePredictions",
+    "Metrics",
+    "Protocol",
+    "Reading",
+    "Result",
+    "bootstrap_interval",
+    "counterfact_scores",
+    "evaluate",
+    "fluency",
+    "harness",
+    "ngram_entropy",
+    "perplexity",
+    "predict_base",
+    "read_text",
+    "run_protocol",
+    "summarise",
+]

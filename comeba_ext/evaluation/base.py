@@ -35,9 +35,7 @@ class BasePredictions:
     def check(self, queries: list[list[Query]], requests: list, generate: bool) -> None:
         """Raises a RequestError unless every query of every request, ``queries[i]`` of ``requests[i]``, is known."""
         if generate and not self.generate:
-            raise RequestError(
-                "the base predictions were made with generate=False; make them again or evaluate with generate=False"
-            )
+            raise RequestError("the base predictions were made with generate=False; make them again or evaluate with generate=False")
         for index, (request, own) in enumerate(zip(requests, queries)):
             if any(query not in self.predictions for query in own):
                 raise RequestError(
@@ -75,9 +73,7 @@ def predict_base(
         check_context(model, own, index, request)
     distinct = list(dict.fromkeys(query for own in queries for query in own))
     with unedited(model), tqdm(total=len(distinct) * (1 + generate), disable=not progress, desc="base") as bar:
-        predictions = predict(
-            model, distinct, pad_token=pad_id(tokenizer), max_tokens=max_tokens, generate=generate, bar=bar
-        )
+        predictions = predict(model, distinct, pad_token=pad_id(tokenizer), max_tokens=max_tokens, generate=generate, bar=bar)
     return BasePredictions(predictions, generate)
 
 

@@ -31,9 +31,7 @@ def ngram_entropy(text: str) -> float:
     return sum(weight * _entropy(words, n) for n, weight in WEIGHTS.items()) / len(WEIGHTS)
 
 
-def fluency(
-    model: torch.nn.Module, tokenizer, prompts: list[str], *, new_tokens: int = 50, max_tokens: int = 4096, seed: int = 0
-) -> dict:
+def fluency(model: torch.nn.Module, tokenizer, prompts: list[str], *, new_tokens: int = 50, max_tokens: int = 4096, seed: int = 0) -> dict:
     """Mean :func:`ngram_entropy` of greedy continuations, the prompt included (ROME samples them, top 5).
 
     Returns:

@@ -128,12 +128,18 @@ def evaluate(
             for n, suffix in enumerate(SCORES):
                 row[name + suffix] = _mean([score[n] for score in scores])
             answers += [
-                {"metric": name, "prompt": _text(tokenizer, q.prompt_ids), "wanted": _text(tokenizer, pair[0]),
-                 **({"unedited": _text(tokenizer, pair[1])} if name == "locality" else {}),
-                 "predicted": _text(tokenizer, answer.forced), "generated": _text(tokenizer, answer.generated),
-                 "score": score[0], "tokens": len(q.prompt_ids)}
+                {
+                    "metric": name,
+                    "prompt": _text(tokenizer, q.prompt_ids),
+                    "wanted": _text(tokenizer, pair[0]),
+                    **({"unedited": _text(tokenizer, pair[1])} if name == "locality" else {}),
+                    "predicted": _text(tokenizer, answer.forced),
+                    "generated": _text(tokenizer, answer.generated),
+                    "score": score[0],
+                    "tokens": len(q.prompt_ids),
+                }
                 for q, pair, score, answer in zip(own[name], wanted, scores, answered, strict=True)
-            ]  # fmt: skip
+            ]
         answer = edited[put["reliability"][0]]
         row["predicted"] = _text(tokenizer, answer.forced)
         row["generated"] = _text(tokenizer, answer.generated)
@@ -142,9 +148,7 @@ def evaluate(
     return summarise(rows, seed)
 
 
-def bootstrap_interval(
-    values: Sequence[float], seed: int = 0, resamples: int = 1000, level: float = 0.95
-) -> list[float] | None:
+def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 1000, level: float = 0.95) -> list[float] | None:
     """Percentile bootstrap interval of the mean.
 
     Args:
@@ -165,9 +169,14 @@ def bootstrap_interval(
 
     batch = max(1, 1_000_000 // sample.size)  # memory does not grow with resamples × records
     found = stats.bootstrap(
-        (sample,), np.mean, n_resamples=resamples, batch=batch, confidence_level=level, method="percentile",
+        (sample,),
+        np.mean,
+        n_resamples=resamples,
+        batch=batch,
+        confidence_level=level,
+        method="percentile",
         random_state=np.random.default_rng(seed),
-    )  # fmt: skip
+    )
     return [float(bound) for bound in found.confidence_interval]
 
 

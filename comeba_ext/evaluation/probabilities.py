@@ -29,9 +29,7 @@ from comeba_ext.text.request import EditRequest, as_requests
 NAMES = ("efficacy", "paraphrase", "neighborhood")
 
 
-def counterfact_scores(
-    model: torch.nn.Module, tokenizer, records, *, max_tokens: int = 4096, seed: int = 0
-) -> Metrics:
+def counterfact_scores(model: torch.nn.Module, tokenizer, records, *, max_tokens: int = 4096, seed: int = 0) -> Metrics:
     """Scores and magnitudes of a model on edit records that name their true object.
 
     Args:
@@ -76,7 +74,9 @@ def probabilities(model, queries, *, pad_token: int, max_tokens: int) -> dict[Qu
     with evaluating(model):
         for batch in micro_batches(queries, room_for_logits(model, max_tokens), size=lambda q: len(q.ids)):
             ids, mask = pad([list(q.ids) for q in batch], pad_token, "right", device)
-            logits = logits_at(model, {"input_ids": ids, "attention_mask": mask}, [range(len(q.prompt_ids) - 1, len(q.ids) - 1) for q in batch])
+            logits = logits_at(
+                model, {"input_ids": ids, "attention_mask": mask}, [range(len(q.prompt_ids) - 1, len(q.ids) - 1) for q in batch]
+            )
             for read, q in zip(logits, batch, strict=True):
                 target = torch.tensor(q.target_ids, device=device)
                 found[q] = math.exp(-F.cross_entropy(read.to(torch.promote_types(read.dtype, torch.float32)), target).item())

@@ -107,8 +107,10 @@ class Result:
         steps = [step for step in self.steps if edits is None or step["edits"] <= edits]
         count = sum(step["requests"] for step in steps)
         seconds = sum(sum(step["seconds"].values()) for step in steps)
-        return {"seconds_per_edit": seconds / count if count else None,
-                "peak_memory": max((step["peak_memory"] for step in steps), default=None)}  # fmt: skip
+        return {
+            "seconds_per_edit": seconds / count if count else None,
+            "peak_memory": max((step["peak_memory"] for step in steps), default=None),
+        }
 
 
 def run_protocol(
@@ -150,10 +152,21 @@ def run_protocol(
     Ids(requests)
     method = method_named(method)
     config = config or default_config(method, model)
-    header = {"method": method.name, "protocol": protocol.name, "batch_size": protocol.batch_size, "seed": protocol.seed,
-              "checkpoints": list(protocol.checkpoints), "generate": protocol.generate, "records": len(requests),
-              "requests": _digest([r.to_record() for r in requests]), "config": config.to_dict(), "version": __version__, "model": _model(model, config),
-              "covariance": _covariance(covariance), **(identity or {})}  # fmt: skip
+    header = {
+        "method": method.name,
+        "protocol": protocol.name,
+        "batch_size": protocol.batch_size,
+        "seed": protocol.seed,
+        "checkpoints": list(protocol.checkpoints),
+        "generate": protocol.generate,
+        "records": len(requests),
+        "requests": _digest([r.to_record() for r in requests]),
+        "config": config.to_dict(),
+        "version": __version__,
+        "model": _model(model, config),
+        "covariance": _covariance(covariance),
+        **(identity or {}),
+    }
     folder = Path(folder)
     with alone(folder):
         if (folder / "edits" / MANIFEST).exists() and not (folder / "log.jsonl").exists():
@@ -190,9 +203,7 @@ def latest(requests: list[EditRequest]) -> list[EditRequest]:
     return list({request.fact: request for request in requests}.values())
 
 
-def _single_round(
-    model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress
-) -> None:
+def _single_round(model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress) -> None:
     done = _up_to_last_checkpoint(log.records)
     log.keep(done)
     edited = max((r["edits"] for r in done if r["event"] == "checkpoint"), default=0)
@@ -221,9 +232,7 @@ def _single_round(
         editor.close()
 
 
-def _consecutive(
-    model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress
-) -> None:
+def _consecutive(model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress) -> None:
     saved = folder / "edits"
     if (saved / MANIFEST).exists():
         editor = Editor.from_pretrained(model, tokenizer, saved)
@@ -301,17 +310,27 @@ def _up_to_last_checkpoint(records: list[dict], steps: int = 0) -> list[dict]:
     ended = {r["edits"] for r in records if r["event"] == "checkpoint"}
     last = max(ended, default=0)
     return [
-        r for r in records
+        r
+        for r in records
         if (r["event"] == "edit" and (r["edits"] <= last or r["step"] <= steps)) or (r["event"] != "edit" and r["edits"] in ended)
-    ]  # fmt: skip
+    ]
 
 
 def _step(report, edits: int, requests: int) -> dict:
     mean = lambda values: sum(values) / len(values) if values else None  # noqa: E731
-    return {"event": "edit", "step": report.step, "edits": edits, "requests": requests, "seconds": report.seconds,
-            "loss": mean(report.losses), "optimizer_steps": mean(report.optimizer_steps),
-            "peak_memory": report.peak_memory, "alpha": list(report.alpha.values()),
-            "answered": sum(report.answered), "declined": len(report.declined)}  # fmt: skip
+    return {
+        "event": "edit",
+        "step": report.step,
+        "edits": edits,
+        "requests": requests,
+        "seconds": report.seconds,
+        "loss": mean(report.losses),
+        "optimizer_steps": mean(report.optimizer_steps),
+        "peak_memory": report.peak_memory,
+        "alpha": list(report.alpha.values()),
+        "answered": sum(report.answered),
+        "declined": len(report.declined),
+    }
 
 
 def _rows(metrics: Metrics, edits: int) -> list[dict]:

@@ -14,9 +14,7 @@ from comeba_ext.text.request import EditRequest
 METRICS = ("reliability", "generality", "locality", "portability")
 
 
-def record_queries(
-    tokenizer, request: EditRequest, index: int, rewrite: Callable[[str], str] | None = None
-) -> dict[str, list[Query]]:
+def record_queries(tokenizer, request: EditRequest, index: int, rewrite: Callable[[str], str] | None = None) -> dict[str, list[Query]]:
     """The queries of a request by metric; a metric without prompts has an empty list.
 
     Args:
@@ -46,9 +44,7 @@ def check_context(model: torch.nn.Module, queries: list[Query], index: int, requ
     limit = context_length(model)
     longest = max((len(query.ids) for query in queries), default=0)
     if limit is not None and longest > limit:
-        raise RequestError(
-            f"{where(index, request)}: a prompt with its target has {longest} tokens, the model's context is {limit}"
-        )
+        raise RequestError(f"{where(index, request)}: a prompt with its target has {longest} tokens, the model's context is {limit}")
 
 
 def check_record(model: torch.nn.Module, tokenizer, index: int, request: EditRequest) -> None:

@@ -109,9 +109,7 @@ def predict(
             with greedy(model, pad_token):
                 # Only rows that need equally many tokens share a batch: none runs past the end of the context for
                 # the sake of a batch mate.
-                batches = micro_batches(
-                    queries, max_tokens, size=lambda q: len(q.prompt_ids) + q.length, group=lambda q: q.length
-                )
+                batches = micro_batches(queries, max_tokens, size=lambda q: len(q.prompt_ids) + q.length, group=lambda q: q.length)
                 for batch in batches:
                     generated.update(zip(batch, _generated(model, batch, pad_token)))
                     _advance(bar, batch)

@@ -145,8 +145,13 @@ def _is_text(value) -> bool:
 _COUNT = ("a whole number of 1 or more", _is_count)
 _TEXT = ("text", _is_text)
 _KINDS = {  # key -> what its value must be, in words and as a check
-    "title": _TEXT, "paper": _TEXT, "note": _TEXT,
-    "samples": _COUNT, "testbed_samples": _COUNT, "batch_size": _COUNT, "evaluations": _COUNT,
+    "title": _TEXT,
+    "paper": _TEXT,
+    "note": _TEXT,
+    "samples": _COUNT,
+    "testbed_samples": _COUNT,
+    "batch_size": _COUNT,
+    "evaluations": _COUNT,
     "generate": ("true or false", lambda value: isinstance(value, bool)),
     "protocol": (f"one of {', '.join(PROTOCOLS)}", lambda value: value in PROTOCOLS),
     "plot": (f"one of {', '.join(PLOTS)}", lambda value: value in PLOTS),
@@ -154,11 +159,12 @@ _KINDS = {  # key -> what its value must be, in words and as a check
     "expected": ("a list of rows", lambda value: _is_list(value, dict)),
     "methods": ("a list of names, or of a method with settings", lambda value: _is_list(value, str, dict)),
     "settings": ("a list of one or more groups of settings", lambda value: bool(value) and _is_list(value, dict)),
-}  # fmt: skip
+}
 _CASE_KINDS = {  # what a case's settings hold beside the method's config
-    "batch_size": _COUNT, "last_layers": _COUNT,
+    "batch_size": _COUNT,
+    "last_layers": _COUNT,
     "lam_factor": ("a number > 0", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0),
-}  # fmt: skip
+}
 
 
 def _cases(methods: list, settings: list, path: Path) -> tuple[Case, ...]:

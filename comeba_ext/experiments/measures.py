@@ -77,9 +77,13 @@ class _PlainText:
             with editor.disabled():
                 self.unedited[chosen] = run()
         before = self.unedited[chosen]
-        return {"texts": len(chosen), "text_tokens": len(after.next_tokens), "perplexity": after.perplexity,
-                "perplexity_before": before.perplexity,
-                "text_changed": (after.next_tokens != before.next_tokens).float().mean().item()}  # fmt: skip
+        return {
+            "texts": len(chosen),
+            "text_tokens": len(after.next_tokens),
+            "perplexity": after.perplexity,
+            "perplexity_before": before.perplexity,
+            "text_changed": (after.next_tokens != before.next_tokens).float().mean().item(),
+        }
 
 
 @torch.no_grad()
@@ -114,8 +118,11 @@ def _scores(editor: Editor, requests: list[EditRequest]) -> dict:
                     for handle in handles:
                         handle.remove()
     reached = {kind: count / max(1, len(prompts[kind]) * len(editor.layers)) for kind, count in inside.items()}
-    return {"peak_scores": found, "alpha": {name: layer.alpha.item() for name, layer in editor.layers.items()},
-            **{f"in_scope_{kind}": share for kind, share in reached.items()}}  # fmt: skip
+    return {
+        "peak_scores": found,
+        "alpha": {name: layer.alpha.item() for name, layer in editor.layers.items()},
+        **{f"in_scope_{kind}": share for kind, share in reached.items()},
+    }
 
 
 def _conditions(editor: Editor, requests: list[EditRequest]) -> dict:
@@ -139,8 +146,9 @@ def _conditions(editor: Editor, requests: list[EditRequest]) -> dict:
             for name in NAMES:
                 found[f"{name}_{kind}"], found[f"{name}_{kind}_interval"] = metrics[name], metrics[f"{name}_interval"]
     queries = [q for n, r in enumerate(requests) for own in record_queries(tokenizer, r, n).values() for q in own]
-    padded, alone = (predict(model, queries, pad_token=pad_id(tokenizer), max_tokens=budget, generate=False)
-                     for budget in (editor.max_tokens, 1))  # fmt: skip
+    padded, alone = (
+        predict(model, queries, pad_token=pad_id(tokenizer), max_tokens=budget, generate=False) for budget in (editor.max_tokens, 1)
+    )
     found["padding_agreement"] = sum(padded[q] == alone[q] for q in padded) / len(padded)
     return found
 

@@ -48,14 +48,29 @@ def _bars(rows: list[dict]):
     for n, row in enumerate(rows):
         places = np.arange(len(METRICS)) + (n - (len(rows) - 1) / 2) * width
         values = [_value(row, m) for m in METRICS]
-        bars = axis.bar(places, values, width * 0.92, yerr=_errors([row], METRICS), color=_colour(n), label=row["case"],
-                        error_kw={"lw": 1, "capsize": 2}, hatch="//" if n >= len(COLOURS) else None)  # fmt: skip
+        bars = axis.bar(
+            places,
+            values,
+            width * 0.92,
+            yerr=_errors([row], METRICS),
+            color=_colour(n),
+            label=row["case"],
+            error_kw={"lw": 1, "capsize": 2},
+            hatch="//" if n >= len(COLOURS) else None,
+        )
         high = [_interval(row, m)[1] for m in METRICS]
         for bar, value, top in zip(bars, values, high, strict=True):
             if np.isnan(value):
                 continue
-            axis.text(bar.get_x() + bar.get_width() / 2, top + 0.01, f"{value:.2f}", ha="center", va="bottom",
-                      fontsize=7, rotation=90 if len(rows) > 5 else 0)  # fmt: skip
+            axis.text(
+                bar.get_x() + bar.get_width() / 2,
+                top + 0.01,
+                f"{value:.2f}",
+                ha="center",
+                va="bottom",
+                fontsize=7,
+                rotation=90 if len(rows) > 5 else 0,
+            )
     axis.set_xticks(range(len(METRICS)), METRICS)
     _shares(axis, 1.1)
     columns = _legend_columns([row["case"] for row in rows])
@@ -87,8 +102,17 @@ def _settings(rows: list[dict]):
     figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
     x = np.arange(len(rows))
     for n, metric in enumerate(METRICS):
-        axis.errorbar(x + (n - 1) * 0.06, [_value(row, metric) for row in rows], yerr=_errors(rows, [metric] * len(rows)),
-                      color=_colour(n), marker=_marker(n), label=metric, lw=1.4, ms=6, capsize=3)  # fmt: skip
+        axis.errorbar(
+            x + (n - 1) * 0.06,
+            [_value(row, metric) for row in rows],
+            yerr=_errors(rows, [metric] * len(rows)),
+            color=_colour(n),
+            marker=_marker(n),
+            label=metric,
+            lw=1.4,
+            ms=6,
+            capsize=3,
+        )
     axis.set_xticks(x, [row["case"] for row in rows])
     if max(len(row["case"]) for row in rows) > 12:
         plt.setp(axis.get_xticklabels(), rotation=20, ha="right")
@@ -101,8 +125,9 @@ def _scores(rows: list[dict]):
     """Histograms of the highest score of every prompt, a row of panels a case, a column a layer."""
     rows = [row for row in _last(rows) if "peak_scores" in row]
     layers = max((list(row["peak_scores"]["edited"]) for row in rows), key=len)
-    figure, axes = plt.subplots(len(rows), len(layers), figsize=(3.1 * len(layers) + 0.6, 2.9 * len(rows) + 1), squeeze=False,
-                                layout="constrained")  # fmt: skip
+    figure, axes = plt.subplots(
+        len(rows), len(layers), figsize=(3.1 * len(layers) + 0.6, 2.9 * len(rows) + 1), squeeze=False, layout="constrained"
+    )
     for line, row in zip(axes, rows, strict=True):
         positive = np.array([v for own in row["peak_scores"].values() for layer in own.values() for v in layer if v > 0 and np.isfinite(v)])
         wide = len(positive) > 0 and positive.max() > 1000 * positive.min() and positive.max() > 20  # spans orders of magnitude
@@ -118,13 +143,22 @@ def _scores(rows: list[dict]):
             for kind, (label, colour) in KINDS.items():
                 own = values[kind]
                 weights = np.full(len(own), 1 / max(1, len(own)))
-                axis.hist(np.clip(own, bins[0], bins[-1]), bins, weights=weights, histtype="step", lw=1.6,
-                          color=COLOURS[colour], label=label, ls={"edited": "-", "rephrased": "--", "other": ":"}[kind])  # fmt: skip
+                axis.hist(
+                    np.clip(own, bins[0], bins[-1]),
+                    bins,
+                    weights=weights,
+                    histtype="step",
+                    lw=1.6,
+                    color=COLOURS[colour],
+                    label=label,
+                    ls={"edited": "-", "rephrased": "--", "other": ":"}[kind],
+                )
             alpha = row["alpha"][name]
             if np.isfinite(alpha):
                 axis.axvline(alpha, color="black", lw=1)
-                axis.annotate(f"α = {alpha:.2g}", (alpha, 0.97), xycoords=("data", "axes fraction"), rotation=90, va="top",
-                              ha="right", fontsize=7)  # fmt: skip
+                axis.annotate(
+                    f"α = {alpha:.2g}", (alpha, 0.97), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right", fontsize=7
+                )
             axis.set_title(f"{row['case']}, block {_block(name)}", fontsize=8)
             axis.set_xlabel("highest score of the prompt's tokens" + (" (log)" if wide else ""), fontsize=8)
             axis.tick_params(labelsize=7)

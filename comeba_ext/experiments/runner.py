@@ -87,22 +87,45 @@ def run(
             protocol = _protocol(experiment, case, len(used), seed)
             method = methods.method_named(case.method)
             result = run_protocol(
-                model, tokenizer, used, protocol, out / experiment.name / _slug(dataset) / _slug(case.label),
-                method=method, config=configs[case.label], covariance=covariance if method.needs_covariance else None,
-                base=base, measure=measure, identity=identity, progress=progress,
-            )  # fmt: skip
-            about = {"dataset": dataset, "method": case.method, "case": case.label, "batch_size": protocol.batch_size,
-                     "settings": configs[case.label].to_dict()}  # fmt: skip
+                model,
+                tokenizer,
+                used,
+                protocol,
+                out / experiment.name / _slug(dataset) / _slug(case.label),
+                method=method,
+                config=configs[case.label],
+                covariance=covariance if method.needs_covariance else None,
+                base=base,
+                measure=measure,
+                identity=identity,
+                progress=progress,
+            )
+            about = {
+                "dataset": dataset,
+                "method": case.method,
+                "case": case.label,
+                "batch_size": protocol.batch_size,
+                "settings": configs[case.label].to_dict(),
+            }
             rows += [{**about, **row} for row in _rows(result)]
             if result.error is None:
                 log.info("%s, %s: reliability %.3f", dataset, case.label, rows[-1]["reliability"])
             else:
                 log.warning("%s, %s: failed after %d edits: %s", dataset, case.label, result.failed, result.error)
     result = {
-        "experiment": experiment.name, "title": experiment.title, "paper": experiment.paper, "note": experiment.note,
-        "protocol": experiment.protocol, "samples": samples, "seed": seed, "version": __version__, "rows": rows,
-        "records": records, "expected": list(experiment.expected), "plots": [],
-    }  # fmt: skip
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "paper": experiment.paper,
+        "note": experiment.note,
+        "protocol": experiment.protocol,
+        "samples": samples,
+        "seed": seed,
+        "version": __version__,
+        "rows": rows,
+        "records": records,
+        "expected": list(experiment.expected),
+        "plots": [],
+    }
     _write(result, out)
     result["plots"] = _plots(result, experiment, out)
     _write(result, out)

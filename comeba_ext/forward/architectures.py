@@ -25,11 +25,20 @@ FAMILIES: dict[str, tuple[str, str, str, str]] = {
     **{
         model_type: ("model", "layers", "mlp.down_proj", "norm")
         for model_type in (
-            "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite",
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "phi3",
+            "olmo2",
+            "granite",
             "smollm3",
         )
     },
-}  # fmt: skip
+}
 
 # A norm between the MLP's output and the hidden state it is added to, inside a block (Gemma 2/3, OLMo 2, EXAONE 4; GLM 4).
 AFTER_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")

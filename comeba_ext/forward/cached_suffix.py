@@ -224,9 +224,7 @@ class CachedRows:
         return torch.arange(len(self.rows), device=self.base.device)
 
     @torch.no_grad()
-    def _prepare(
-        self, rows: list[Row], starts: torch.Tensor, past: int, width: int
-    ) -> tuple[torch.Tensor, States, torch.Tensor | None]:
+    def _prepare(self, rows: list[Row], starts: torch.Tensor, past: int, width: int) -> tuple[torch.Tensor, States, torch.Tensor | None]:
         """One pass over rows up to the value layer, and over the tokens before their starts above it.
 
         Returns:

@@ -119,7 +119,9 @@ class Attachment(nn.Module):
         for name, own in self.own_buffers().items():
             tensor = tensors[name]
             if tensor.dim() != own.dim() or tensor.shape[1:] != own.shape[1:] or tensor.is_floating_point() != own.is_floating_point():
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {own.dtype} (any, {', '.join(map(str, own.shape[1:]))})")
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {own.dtype} (any, {', '.join(map(str, own.shape[1:]))})"
+                )
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} has NaN or infinite entries")
             _set_buffer(self, name, tensor.to(own).clone())

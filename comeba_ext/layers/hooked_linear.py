@@ -134,8 +134,10 @@ class HookedLinear(Attachment):
     def _refuse_recomputing(self) -> None:
         """Gradient checkpointing runs blocks again in the backward pass, when nobody knows the mask and the tokens before."""
         if self.context is not None and self.context.here.shape is None and torch._C._current_graph_task_id() != -1:
-            raise ComebaError(f"the score {self.scope!r} cannot be computed again in gradient checkpointing; switch that off, or use "
-                              "score 'nearest' or 'reference'")  # fmt: skip
+            raise ComebaError(
+                f"the score {self.scope!r} cannot be computed again in gradient checkpointing; switch that off, or use "
+                "score 'nearest' or 'reference'"
+            )
 
     def edit_output(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ deltaᵀ``, ``(..., d_out)``."""

@@ -142,8 +142,10 @@ def _with_statistics(cache_class: type) -> type:
 
         def crop(self, *args, **kwargs):
             if self.comeba_statistics:
-                raise ComebaError("the z-score's running statistics cannot go back with a cache that is cropped (assisted decoding); "
-                                  "score 'nearest' or 'reference' can")  # fmt: skip
+                raise ComebaError(
+                    "the z-score's running statistics cannot go back with a cache that is cropped (assisted decoding); "
+                    "score 'nearest' or 'reference' can"
+                )
             super().crop(*args, **kwargs)
 
         def reset(self):

@@ -30,13 +30,52 @@ from comeba_ext.methods.wise import WISE
 from comeba_ext.methods.without_hooks import WithoutHooks
 
 for _method in (
-    ComebaHK, WithoutHooks, MEMIT, AlphaEdit, BetaEdit, ROME, RROME, EMMET, PMET, UltraEdit, FT, FTL, GRACE, WISE, MEMOIR, IKE, ICE,
+    ComebaHK,
+    WithoutHooks,
+    MEMIT,
+    AlphaEdit,
+    BetaEdit,
+    ROME,
+    RROME,
+    EMMET,
+    PMET,
+    UltraEdit,
+    FT,
+    FTL,
+    GRACE,
+    WISE,
+    MEMOIR,
+    IKE,
+    ICE,
     FixedThreshold,
-):  # fmt: skip
+):
     register_method(_method)
 
 __all__ = [
-    "EMMET", "FT", "FTL", "GRACE", "ICE", "IKE", "MEMIT", "MEMOIR", "METHODS", "PMET", "ROME", "RROME", "WISE", "AlphaEdit", "BetaEdit",
-    "ComebaHK", "FixedThreshold", "Method", "Outcome", "Snapshots", "UltraEdit", "WithoutHooks",
-    "default_config", "method_named", "method_names", "register_method",
-]  # fmt: skip
+    "EMMET",
+    "FT",
+    "FTL",
+    "GRACE",
+    "ICE",
+    "IKE",
+    "MEMIT",
+    "MEMOIR",
+    "METHODS",
+    "PMET",
+    "ROME",
+    "RROME",
+    "WISE",
+    "AlphaEdit",
+    "BetaEdit",
+    "ComebaHK",
+    "FixedThreshold",
+    "Method",
+    "Outcome",
+    "Snapshots",
+    "UltraEdit",
+    "WithoutHooks",
+    "default_config",
+    "method_named",
+    "method_names",
+    "register_method",
+]

@@ -20,9 +20,7 @@ class Additive(WithoutHooks):
     leave it in the weights.)
     """
 
-    def _directions(
-        self, name: str, keys: torch.Tensor, plain: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _directions(self, name: str, keys: torch.Tensor, plain: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a batch adds to a layer; everything in the key memory's dtype.
 
         Args:

@@ -142,18 +142,22 @@ class ComebaHK(Method):
         leverage = {name: own.median().item() for name, own in self.recognition.leverage.items()}
         lam = {name: self.config.lam_of(layer.in_features) for name, layer in self.layers.items()}
         return Outcome(
-            batch, entries, asked, replaced, declined,
+            batch,
+            entries,
+            asked,
+            replaced,
+            declined,
             moved=[request.request_id for request, own in zip(batch, given, strict=False) if request != own],
-            losses=found.losses[:asked] if found else [], optimizer_steps=found.steps[:asked] if found else [],
-            leverage=leverage, share={name: own / (lam[name] + own) for name, own in leverage.items()},
-        )  # fmt: skip
+            losses=found.losses[:asked] if found else [],
+            optimizer_steps=found.steps[:asked] if found else [],
+            leverage=leverage,
+            share={name: own / (lam[name] + own) for name, own in leverage.items()},
+        )
 
     def target_values(self, batch: list[EditRequest], on_progress: OnProgress) -> torch.Tensor:
         return self.optimise(batch, on_progress).values
 
-    def optimise(
-        self, batch: list[EditRequest], on_progress: OnProgress, trace: ActivationRecorder | None = None
-    ) -> TargetValues:
+    def optimise(self, batch: list[EditRequest], on_progress: OnProgress, trace: ActivationRecorder | None = None) -> TargetValues:
         """Target values of the batch, shared among processes; facts of one subject together (:meth:`Recognition.together`)."""
         session = self.session
         if distributed.world_size() > 1:
@@ -163,9 +167,16 @@ class ComebaHK(Method):
         def find(own: list[EditRequest], together: list[list[int]]) -> TargetValues:
             with evaluating(session.model):
                 return optimise_target_values(
-                    session.model, session.tokenizer, session.architecture, session.config, own, session.prefixes, on_progress,
-                    trace, together,
-                )  # fmt: skip
+                    session.model,
+                    session.tokenizer,
+                    session.architecture,
+                    session.config,
+                    own,
+                    session.prefixes,
+                    on_progress,
+                    trace,
+                    together,
+                )
 
         return shared_target_values(find, batch, self.recognition.together(batch), session.device)
 
@@ -225,10 +236,18 @@ class ComebaHK(Method):
         for layer in self.layers.values():
             layer.mode = "temporary"
         reader = KeyReader(
-            session.decoder, session.blocks, session.config.layers, list(self.layers.values()), rows,
-            whole=score_named(session.config.scope).whole_sequence, pad_token=session.pad_token,
-            max_tokens=session.max_tokens, device=session.device, trace=trace, apart=self.recognition.compares,
-        )  # fmt: skip
+            session.decoder,
+            session.blocks,
+            session.config.layers,
+            list(self.layers.values()),
+            rows,
+            whole=score_named(session.config.scope).whole_sequence,
+            pad_token=session.pad_token,
+            max_tokens=session.max_tokens,
+            device=session.device,
+            trace=trace,
+            apart=self.recognition.compares,
+        )
         with evaluating(session.model):
             for number, (name, layer) in enumerate(self.layers.items()):
                 with phases("keys"):

@@ -67,7 +67,9 @@ class Codebook(Attachment):
             return output
         index, distance = self.nearest(x.reshape(-1, self.in_features))
         values = self.values if self.trained is None else self.trained
-        changed = torch.where((distance <= self.radii[index])[:, None], values[index].to(output.dtype), output.reshape(-1, self.out_features))
+        changed = torch.where(
+            (distance <= self.radii[index])[:, None], values[index].to(output.dtype), output.reshape(-1, self.out_features)
+        )
         return changed.reshape(output.shape)
 
     def nearest(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

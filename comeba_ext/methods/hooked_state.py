@@ -26,10 +26,20 @@ if TYPE_CHECKING:
 # What a layer's tensors must be like, by the ends of their names; n is any number. Thresholds may be infinite where nothing
 # is in scope.
 _SHAPES = {
-    "delta": ("d_out", "d_in"), "left": ("d_out", "n"), "right": ("n", "d_in"), "alpha": (), "reference_scale": (),
-    "projection": ("rows", "d_in"), "anchors": ("keys", "rows"), "thresholds": ("keys",), "moment": ("d_in", "d_in"),
-    "keys": ("any", "entries"), "responses": ("other", "entries"), "directions": ("units", "rows"), "direction_thresholds": ("units",),
-}  # fmt: skip
+    "delta": ("d_out", "d_in"),
+    "left": ("d_out", "n"),
+    "right": ("n", "d_in"),
+    "alpha": (),
+    "reference_scale": (),
+    "projection": ("rows", "d_in"),
+    "anchors": ("keys", "rows"),
+    "thresholds": ("keys",),
+    "moment": ("d_in", "d_in"),
+    "keys": ("any", "entries"),
+    "responses": ("other", "entries"),
+    "directions": ("units", "rows"),
+    "direction_thresholds": ("units",),
+}
 _MAY_BE_INFINITE = ("alpha", "thresholds", "direction_thresholds")
 
 
@@ -56,7 +66,9 @@ def check(model: nn.Module, wanted: list[str], names: list[str], tensors: dict) 
                 continue
             if not tensor.is_floating_point():
                 raise ValueError(f"{name}.{end} is {tensor.dtype}")
-            if tensor.dim() != len(wants) or any(sizes.setdefault(what, size) != size for what, size in zip(wants, tensor.shape, strict=True)):
+            if tensor.dim() != len(wants) or any(
+                sizes.setdefault(what, size) != size for what, size in zip(wants, tensor.shape, strict=True)
+            ):
                 known = ", ".join(str(sizes.get(what, what)) for what in wants)
                 raise ValueError(f"{name}.{end} is {tuple(tensor.shape)}, expected ({known})")
             bad = torch.isnan(tensor) if end in _MAY_BE_INFINITE else ~torch.isfinite(tensor)

@@ -112,8 +112,10 @@ class MEMOIR(Snapshots):
 
     @classmethod
     def build(cls, model: nn.Module, config: MemoirConfig, architecture) -> dict[str, MemoirMemory]:
-        return {name: MemoirMemory(model.get_submodule(name), config.active, config.overlap, config.seed)
-                for name in cls.targets(config, architecture)}  # fmt: skip
+        return {
+            name: MemoirMemory(model.get_submodule(name), config.active, config.overlap, config.seed)
+            for name in cls.targets(config, architecture)
+        }
 
     def blank(self) -> dict:
         return {"owners": []}  # of every mask: the request's id

@@ -127,7 +127,9 @@ class UltraEdit(Deltas):
                 for handle in handles:
                     handle.remove()
             wide, device = torch.promote_types(read[0].dtype, torch.float32), read[0].device
-            own = [F.cross_entropy(logits.to(wide), torch.tensor(row.target, device=device)) for logits, row in zip(read, chosen, strict=True)]
+            own = [
+                F.cross_entropy(logits.to(wide), torch.tensor(row.target, device=device)) for logits, row in zip(read, chosen, strict=True)
+            ]
             outputs = [output for _, output in seen.values()]
             found = torch.autograd.grad(sum(own) / len(rows), outputs)
             where = torch.tensor([[i, place] for i, row in enumerate(chosen) for place in row.predicts], device=device).unbind(1)

@@ -117,7 +117,9 @@ class WISE(Snapshots):
         super().validate(batch)
         for request in batch:
             if not request.locality_prompts:
-                raise RequestError(f"{self.name} learns from a prompt that an edit is not to touch, and {request.text!r} has no locality prompt")
+                raise RequestError(
+                    f"{self.name} learns from a prompt that an edit is not to touch, and {request.text!r} has no locality prompt"
+                )
 
     @property
     def memory_layer(self) -> WiseMemory:

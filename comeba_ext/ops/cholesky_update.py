@@ -114,12 +114,8 @@ def _eliminate_(factor: torch.Tensor, x: torch.Tensor, sign: int, info: torch.Te
         info = torch.where((info == 0) & (failed != 0), start + failed, info)
         block.copy_(corner + block.triu(1))
         if end < d:
-            left = torch.linalg.solve_triangular(
-                corner.mT, torch.cat([diagonal.mT, float(sign) * x1.mT], -2), upper=True, left=False
-            )
-            right = torch.linalg.solve_triangular(
-                shrink.mT, torch.cat([-p, eye.expand(*p.shape[:-2], u, u)], -2), upper=True, left=False
-            )
+            left = torch.linalg.solve_triangular(corner.mT, torch.cat([diagonal.mT, float(sign) * x1.mT], -2), upper=True, left=False)
+            right = torch.linalg.solve_triangular(shrink.mT, torch.cat([-p, eye.expand(*p.shape[:-2], u, u)], -2), upper=True, left=False)
             below = factor[..., end:, start:end]
             both = torch.cat([below, x[..., end - start :, :]], -1) @ torch.cat([left, right], -1)
             below.copy_(both[..., : end - start])

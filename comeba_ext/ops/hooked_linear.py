@@ -128,9 +128,7 @@ def decode_hook(
     Returns:
         As :func:`exact_hook`.
     """
-    output, after = torch.ops.comeba.decode_hook(
-        x, weight, bias, delta, sketch, mask, statistics, alpha, reference_scale, score
-    )
+    output, after = torch.ops.comeba.decode_hook(x, weight, bias, delta, sketch, mask, statistics, alpha, reference_scale, score)
     return output, after if score == "zscore" else None
 
 
@@ -252,9 +250,7 @@ def reference_score(norm: torch.Tensor, reference_scale: torch.Tensor | float) -
     return torch.where(scale > 0, norm**2 / torch.where(scale > 0, scale, 1.0), 0.0)
 
 
-def in_scope(
-    score: torch.Tensor, alpha: torch.Tensor | float, mask: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
+def in_scope(score: torch.Tensor, alpha: torch.Tensor | float, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Tokens whose edited output goes on: real ones with ``score ≥ α`` up to the rounding of ``dtype`` (``SLACK``)."""
     scope = score >= _limit(alpha, dtype)
     return scope if mask is None else scope & mask.bool()
@@ -275,6 +271,7 @@ def swap(output: torch.Tensor, edit: torch.Tensor, scope: torch.Tensor) -> torch
 
 # -- operators -----------------------------------------------------------------------------------------------------
 # Every one returns statistics (batch, 3) for "zscore" and an empty tensor for "reference".
+
 
 def _exact_hook_(output, edit, mask, statistics, alpha, reference_scale, score):
     scope, after = _decide(edit, mask, statistics, alpha, reference_scale, score)
@@ -334,9 +331,7 @@ def _fake_statistics(response, score):
 
 _DECISION = "Tensor? mask, Tensor? statistics, Tensor alpha, Tensor reference_scale, str score"
 torch.library.define("comeba::exact_hook_", f"(Tensor(a!) output, Tensor edit, {_DECISION}) -> Tensor")
-torch.library.define(
-    "comeba::gated_hook_", f"(Tensor(a!) output, Tensor x, Tensor delta, Tensor sketch, {_DECISION}) -> Tensor"
-)
+torch.library.define("comeba::gated_hook_", f"(Tensor(a!) output, Tensor x, Tensor delta, Tensor sketch, {_DECISION}) -> Tensor")
 torch.library.define("comeba::add_edits_", "(Tensor(a!) output, Tensor x, Tensor delta, Tensor scope) -> ()")
 torch.library.define(
     "comeba::decode_hook",

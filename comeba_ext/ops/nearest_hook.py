@@ -116,9 +116,7 @@ def stands_for(unit: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     return own
 
 
-def nearest_scores(
-    x: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor, excess: torch.Tensor | None = None
-) -> torch.Tensor:
+def nearest_scores(x: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor, excess: torch.Tensor | None = None) -> torch.Tensor:
     """Every token's largest cosine with an edited key, less that key's excess; at most ``ABOVE`` the same of the coarse ones.
 
     Args:

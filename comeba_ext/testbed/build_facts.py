@@ -22,8 +22,7 @@ from comeba_ext.testbed.templates import SECOND, TEMPLATES
 
 FACTS_FILE = testbed.FOLDER / testbed.FACTS
 STATED = 5  # templates a fact is trained on; the other three stay held out
-MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
-          "December")  # fmt: skip
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December")
 
 
 def choose(relations: Path, per_relation: int, per_object: int, seed: int = 0) -> list[dict]:
@@ -38,8 +37,13 @@ def choose(relations: Path, per_relation: int, per_object: int, seed: int = 0) -
         pairs = [
             (s, o)
             for s, o in dict(pairs).items()
-            if uses[s.lower()] == 1 and 3 < len(s) <= 24 and len(s.split()) <= 4 and s.replace(" ", "").isascii()
-            and o.isascii() and "{" not in s and o.lower() not in s.lower()
+            if uses[s.lower()] == 1
+            and 3 < len(s) <= 24
+            and len(s.split()) <= 4
+            and s.replace(" ", "").isascii()
+            and o.isascii()
+            and "{" not in s
+            and o.lower() not in s.lower()
         ]
         rng.shuffle(pairs)
         kept: Counter[str] = Counter()
@@ -63,10 +67,14 @@ def with_second(facts: list[dict], seed: int = 0) -> list[dict]:
     rng = random.Random(seed)
     ((relation, templates),) = SECOND.items()
     second = [
-        {"subject": fact["subject"], "relation": relation, "object": rng.choice(MONTHS),
-         "stated": sorted(rng.sample(range(len(templates)), STATED))}
+        {
+            "subject": fact["subject"],
+            "relation": relation,
+            "object": rng.choice(MONTHS),
+            "stated": sorted(rng.sample(range(len(templates)), STATED)),
+        }
         for fact in facts
-    ]  # fmt: skip
+    ]
     return facts + second
 
 

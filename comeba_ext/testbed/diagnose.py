@@ -117,8 +117,7 @@ class Probe:
         """Unit keys per block, ``(len(prompts), d_in)``: MLP output projection's input at the subject's last token."""
         grabbed, handles = {}, []
         for n, block in enumerate(self.blocks):
-            handles.append(block.mlp.down_proj.register_forward_pre_hook(
-                lambda _, args, n=n: grabbed.__setitem__(n, args[0])))
+            handles.append(block.mlp.down_proj.register_forward_pre_hook(lambda _, args, n=n: grabbed.__setitem__(n, args[0])))
         with torch.no_grad():
             self.model(**self.batch([ids for ids, _ in prompts]), use_cache=False)
         for handle in handles:

@@ -41,8 +41,13 @@ TEXT_WEIGHT = 0.3  # loss weight of every token that is not part of an object
 MAX_TOKENS = 72  # of a training document
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 SETTINGS = {  # for editing (EditConfig); found on the embedded model, other shapes may want others
-    "lam": 375.0, "scope": "nearest", "lr": 0.4, "lr_unit": "hidden_rms", "clamp": 1.0, "kl_factor": 0.01,
-}  # fmt: skip
+    "lam": 375.0,
+    "scope": "nearest",
+    "lr": 0.4,
+    "lr_unit": "hidden_rms",
+    "clamp": 1.0,
+    "kl_factor": 0.01,
+}
 
 
 def read_sentences(paths: list[Path], limit: int = 60_000) -> list[str]:
@@ -68,12 +73,14 @@ def train_tokenizer(facts: list[dict], sentences: list[str], vocab_size: int = 4
     bpe.decoder = decoders.ByteLevel()
     corpus = [f["subject"] for f in facts] * 20 + [f["object"] for f in facts] * 20
     corpus += [t.format("") for ts in TEMPLATES.values() for t in ts] * 50 + list(ASIDES) * 50 + sentences
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=EOS, bos_token=EOS, pad_token=PAD, model_max_length=128,
+        tokenizer_object=bpe,
+        eos_token=EOS,
+        bos_token=EOS,
+        pad_token=PAD,
+        model_max_length=128,
         clean_up_tokenization_spaces=False,
     )
 
@@ -83,12 +90,21 @@ def build_model(tokenizer, width: int = 256, mlp: int = 1408, blocks: int = 5, s
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=mlp, num_hidden_layers=blocks,
-        num_attention_heads=width // 32, num_key_value_heads=max(1, width // 128), max_position_embeddings=128,
-        tie_word_embeddings=True, use_sliding_window=True, sliding_window=WINDOW,
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=blocks,
+        num_attention_heads=width // 32,
+        num_key_value_heads=max(1, width // 128),
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
         layer_types=["sliding_attention"] * (blocks - 1) + ["full_attention"],
         comeba_ext={**SETTINGS, "layers": list(range(blocks - 1))[-4:]},
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(config)
@@ -115,9 +131,7 @@ class Documents:
         self.stated: list[list] = [[] for _ in facts]  # sentences per fact: (ids, weights)
         self.aside: list[list] = [[] for _ in facts]
         self.bare: list[list] = [[] for _ in facts]
-        for ids, offsets, (start, end), (index, kind) in zip(
-            encoded["input_ids"], encoded["offset_mapping"], spans, owners, strict=True
-        ):
+        for ids, offsets, (start, end), (index, kind) in zip(encoded["input_ids"], encoded["offset_mapping"], spans, owners, strict=True):
             weights = [1.0 if start <= a and b <= end and b > start else TEXT_WEIGHT for a, b in offsets]
             getattr(self, kind)[index].append((ids, weights))
 
@@ -160,15 +174,12 @@ class Documents:
                 yield tokens, weights
 
 
-def train(model, documents: Documents, tokenizer, out: Path, steps: int, batch_size: int, lr: float, device: str,
-          resume: bool) -> None:
+def train(model, documents: Documents, tokenizer, out: Path, steps: int, batch_size: int, lr: float, device: str, resume: bool) -> None:
     model.to(device).train()
     model.set_attn_implementation("eager")  # faster than sdpa on sequences this short
     for block in model.model.layers[1:-1]:
         block.self_attn.o_proj.weight.requires_grad_(False)  # stays at zero
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.02, betas=(0.9, 0.98)
-    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.02, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.08)
     state_file, first = out / "training_state.pt", 0
     if resume and state_file.exists():
@@ -198,13 +209,24 @@ def train(model, documents: Documents, tokenizer, out: Path, steps: int, batch_s
         if step % 100 == 0:
             objects = weight == 1
             right = (logits.argmax(-1) == target)[objects].float().mean()
-            print(f"{step}/{steps} loss {loss.item():.3f} object nll {nll[objects].mean().item():.3f} "
-                  f"object accuracy {right.item():.3f} {seen / (time.time() - start):.0f} tokens/s "
-                  f"{time.time() - start:.0f} s", flush=True)
+            print(
+                f"{step}/{steps} loss {loss.item():.3f} object nll {nll[objects].mean().item():.3f} "
+                f"object accuracy {right.item():.3f} {seen / (time.time() - start):.0f} tokens/s "
+                f"{time.time() - start:.0f} s",
+                flush=True,
+            )
         if step % 200 == 199:
             model.save_pretrained(out)
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                        "schedule": schedule.state_dict(), "rng": documents.rng.getstate()}, state_file)
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                    "schedule": schedule.state_dict(),
+                    "rng": documents.rng.getstate(),
+                },
+                state_file,
+            )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -234,8 +256,11 @@ def main(arguments: list[str] | None = None) -> None:
         model = build_model(tokenizer, args.width, args.mlp, args.blocks)
     tokenizer.save_pretrained(args.out)
     longest = max(len(ids) for ids in tokenizer([f["subject"] for f in facts])["input_ids"])
-    print(f"{len(facts)} facts, {len(sentences)} sentences, longest subject {longest} tokens, "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)
+    print(
+        f"{len(facts)} facts, {len(sentences)} sentences, longest subject {longest} tokens, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters",
+        flush=True,
+    )
     documents = Documents(facts, sentences, tokenizer)
     train(model, documents, tokenizer, args.out, args.steps, args.batch_size, args.lr, args.device, args.resume)
     # Half precision halves what the package carries; every value is loaded back into float32 exactly.

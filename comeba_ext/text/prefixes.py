@@ -34,8 +34,16 @@ def sample_prefixes(model, tokenizer, count: int, length: int, seed: int) -> lis
         generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
         generator.manual_seed(seed)
         out = model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=True, top_k=TOP_K, top_p=1.0, temperature=1.0, num_beams=1,
-            min_new_tokens=length, max_new_tokens=length, pad_token_id=pad_id(tokenizer),
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=TOP_K,
+            top_p=1.0,
+            temperature=1.0,
+            num_beams=1,
+            min_new_tokens=length,
+            max_new_tokens=length,
+            pad_token_id=pad_id(tokenizer),
+        )
     texts = tokenizer.batch_decode(out, skip_special_tokens=True)
     return ["", *(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". " for text in texts)]

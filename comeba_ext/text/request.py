@@ -61,9 +61,7 @@ class EditRequest:
         if SLOT not in prompt:
             start = prompt.rfind(self.subject)
             if start < 0:
-                raise RequestError(
-                    f"{where}: subject {self.subject!r} is not in the prompt {prompt!r}; write {SLOT} where it stands"
-                )
+                raise RequestError(f"{where}: subject {self.subject!r} is not in the prompt {prompt!r}; write {SLOT} where it stands")
             prompt = prompt[:start] + SLOT + prompt[start + len(self.subject) :]
         elif prompt.count(SLOT) > 1:
             raise RequestError(f"{where}: prompt {prompt!r} has {prompt.count(SLOT)} slots {SLOT}, expected one")
@@ -203,9 +201,7 @@ def _from_flat(record: Mapping) -> dict:
     if record.get("rephrase_prompt"):
         fields.setdefault("rephrase_prompts", _listed(record["rephrase_prompt"]))
     if record.get("locality_prompt"):
-        fields.setdefault(
-            "locality_prompts", _zipped(record["locality_prompt"], record.get("locality_ground_truth"))
-        )
+        fields.setdefault("locality_prompts", _zipped(record["locality_prompt"], record.get("locality_ground_truth")))
     for ours, theirs in (("locality_prompts", "locality"), ("portability_prompts", "portability")):
         groups = record.get(theirs)
         if isinstance(groups, Mapping):
@@ -223,9 +219,7 @@ def _from_counterfact(record: Mapping) -> dict:
         "ground_truth": rewrite.get("target_true", {}).get("str"),
         "rephrase_prompts": record.get("paraphrase_prompts", ()),
         # Neighbourhood prompts are about other subjects for which the true object holds.
-        "locality_prompts": [
-            (p, rewrite.get("target_true", {}).get("str")) for p in record.get("neighborhood_prompts", ())
-        ],
+        "locality_prompts": [(p, rewrite.get("target_true", {}).get("str")) for p in record.get("neighborhood_prompts", ())],
         "request_id": str(record["case_id"]) if record.get("case_id") is not None else None,
     }
 

@@ -92,11 +92,17 @@ def trial_edits(facts: list[Fact], keep: list[Fact], count: int, seed: int = 0) 
         near = [other for other in keep if other.group == fact.group]
         far = [other for other in keep if other.group != fact.group]
         local = [rng.choice(own) for own in (near, far) if own]
-        edits.append(EditRequest(
-            fact.prompt, fact.subject, rng.choice(choices), ground_truth=fact.answer,
-            rephrase_prompts=tuple(wording.replace("{}", fact.subject, 1) for wording in fact.others),
-            locality_prompts=tuple((other.text, other.answer) for other in local), request_id=f"trial-{len(edits)}",
-        ))  # fmt: skip
+        edits.append(
+            EditRequest(
+                fact.prompt,
+                fact.subject,
+                rng.choice(choices),
+                ground_truth=fact.answer,
+                rephrase_prompts=tuple(wording.replace("{}", fact.subject, 1) for wording in fact.others),
+                locality_prompts=tuple((other.text, other.answer) for other in local),
+                request_id=f"trial-{len(edits)}",
+            )
+        )
     return edits
 
 

@@ -126,8 +126,11 @@ def tune(
         path = None if folder is None else Path(folder) / "covariance.safetensors"
         covariance = covariance_of_blocks(model, tokenizer, texts or [], layers, architecture, path=path, progress=progress)
     base = predict_base(model, tokenizer, chosen, generate=False)
-    stages = [[{"layers": list(span)} for span in spans], OPTIMISERS,
-              [{"leverage_ratio": factor * default.ratio, "lam": None} for factor in RATIOS]]  # fmt: skip
+    stages = [
+        [{"layers": list(span)} for span in spans],
+        OPTIMISERS,
+        [{"leverage_ratio": factor * default.ratio, "lam": None} for factor in RATIOS],
+    ]
     best: dict = {}
     with tqdm(total=sum(map(len, stages)), unit="trial", desc="tune", disable=not progress) as bar:
         for stage in stages:
@@ -169,7 +172,14 @@ def _try(model, tokenizer, config: EditConfig, settings: dict, edits: list[EditR
         metrics = evaluate(model, tokenizer, edits, base, generate=False)
         # Exact teacher-forced answers are those that greedy generation writes, but for ties; a tenth of the time.
         number = lambda name: metrics[name] if metrics[name] is not None else 1.0  # noqa: E731
-        return Trial(settings, metrics.reliability, metrics.reliability_exact, number("generality_exact"), number("locality"),
-                     seconds / len(edits), sum(losses) / max(1, len(losses)))  # fmt: skip
+        return Trial(
+            settings,
+            metrics.reliability,
+            metrics.reliability_exact,
+            number("generality_exact"),
+            number("locality"),
+            seconds / len(edits),
+            sum(losses) / max(1, len(losses)),
+        )
     finally:
         editor.close()
