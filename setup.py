@@ -44,8 +44,8 @@ class BuildKernels(build_ext):
 
 
 def load_build():
-    """comeba_ext/_build.py by its path: the package itself need not be importable."""
-    spec = importlib.util.spec_from_file_location("comeba_build", HERE / "comeba_ext" / "_build.py")
+    """comeba_ext/kernels/build.py by its path: the package itself need not be importable."""
+    spec = importlib.util.spec_from_file_location("comeba_build", HERE / "comeba_ext" / "kernels" / "build.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -54,9 +54,9 @@ def load_build():
 
 ahead_of_time = os.environ.get("COMEBA_BUILD", "0") not in ("", "0")
 setup(
-    packages=[*find_packages(include=["comeba_ext*"]), "comeba_ext.csrc"],
-    package_dir={"comeba_ext.csrc": "csrc"},
-    package_data={"comeba_ext.csrc": ["*.cpp", "*.cu", "*.cuh", "*.h"]},
+    packages=[*find_packages(include=["comeba_ext*"]), "comeba_ext.csrc", "comeba_ext.csrc.emulation"],
+    package_dir={"comeba_ext.csrc": "csrc", "comeba_ext.csrc.emulation": "csrc/emulation"},
+    package_data={"comeba_ext.csrc": ["*.cpp", "*.cu", "*.cuh", "*.h"], "comeba_ext.csrc.emulation": ["*.h"]},
     exclude_package_data={"comeba_ext.csrc": ["tests/*", ".clang-format"]},
     ext_modules=[Extension("comeba_ext._kernels", sources=[])] if ahead_of_time else [],
     cmdclass={"build_ext": BuildKernels},

@@ -23,10 +23,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from comeba_ext import _build  # noqa: E402
+from comeba_ext.kernels import build  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
-BUILD = "from comeba_ext import extension as e; ok = e.available('cuda'); print(e.status()); raise SystemExit(not ok)"
+BUILD = "from comeba_ext.kernels import loader as e; ok = e.available('cuda'); print(e.status()); raise SystemExit(not ok)"
 # Small shapes: under the sanitizer a kernel is a hundred times slower.
 SANITIZED_TESTS = ["python_tests/test_hook_operators.py", "python_tests/test_cholesky_update.py"]
 
@@ -70,21 +70,21 @@ def parse() -> argparse.Namespace:
 def parts(quick: bool = False, name: str = "") -> dict[str, list[list[str]]]:
     """Name to the commands of a part."""
     python = sys.executable
-    build = Path(tempfile.gettempdir()) / f"comeba_cmake_{os.getuid()}"
+    made = Path(tempfile.gettempdir()) / f"comeba_cmake_{os.getuid()}"
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda"]
     todo = {
         "doctor": [[python, "-m", "comeba_ext.cli", "doctor"]],
         "build": [[python, "-c", BUILD]],
         "cxx_tests": [
-            ["cmake", "-S", str(ROOT), "-B", str(build), "-DCOMEBA_EMULATE=OFF"],
-            ["cmake", "--build", str(build), "-j"],
-            [str(build / "test_kernels")],
+            ["cmake", "-S", str(ROOT), "-B", str(made), "-DCOMEBA_EMULATE=OFF"],
+            ["cmake", "--build", str(made), "-j"],
+            [str(made / "test_kernels")],
         ],
         "tests": [[*tests, "python_tests"]],
     }
     for tool in ("memcheck", "racecheck"):
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        todo[f"{tool}_cxx"] = [[*sanitizer, str(build / "test_kernels")]]
+        todo[f"{tool}_cxx"] = [[*sanitizer, str(made / "test_kernels")]]
         todo[f"{tool}_operators"] = [[*sanitizer, "--target-processes", "all", *tests, *SANITIZED_TESTS]]
     for path in sorted((ROOT / "bench").glob("bench_*.py")):
         todo[path.stem] = [[python, str(path), "--json", *(["--quick"] if quick else [])]]
@@ -99,7 +99,7 @@ def run(part: str, commands: list[list[str]], name: str, log: Path, timeout: flo
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(":"),
     }
-    environment.setdefault("CUDACXX", _build.find_nvcc() or "nvcc")
+    environment.setdefault("CUDACXX", build.find_nvcc() or "nvcc")
     # Allocations of torch's cache would hide what is read out of bounds.
     if part.endswith("_operators"):
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"

@@ -110,16 +110,16 @@ def examine_model(model, tokenizer) -> tuple[dict[str, object], list[str]]:
 
 def _compiled_operators(found: dict, hints: list[str], gpu: bool) -> None:
     """Whether CUDA kernels are there or can be compiled, with what, and which settings are in force."""
-    from comeba_ext import _build, extension
+    from comeba_ext.kernels import build, loader
 
-    nvcc, compiler = _build.find_nvcc(), _build.find_compiler()
-    found["nvcc"] = f"{_build.nvcc_release(nvcc) or 'does not run'} ({nvcc})" if nvcc else "none"
+    nvcc, compiler = build.find_nvcc(), build.find_compiler()
+    found["nvcc"] = f"{build.nvcc_release(nvcc) or 'does not run'} ({nvcc})" if nvcc else "none"
     found["c++ compiler"] = compiler or "none"
     found["ninja command"] = shutil.which("ninja") or "none (not needed)"
-    found["kernel cache"] = str(extension.cache_folder())
-    settings = [f"{name}={os.environ[name]}" for name in extension.VARIABLES if os.environ.get(name)]
+    found["kernel cache"] = str(loader.cache_folder())
+    settings = [f"{name}={os.environ[name]}" for name in loader.VARIABLES if os.environ.get(name)]
     found["settings"] = ", ".join(settings) or "none"
-    status = extension.status()
+    status = loader.status()
     cause = f": {status['cause']}" if status["cause"] else ""
     place = f" ({status['path']})" if status["state"] in ("ahead of time", "cached", "compiled now") else ""
     found["compiled operations"] = f"{status['state']}{cause}{place}"

@@ -1,6 +1,6 @@
 // What every kernel includes: CUDA, or its emulation on the host, and the few device functions that both must agree on.
 //   nvcc                      the real thing
-//   -DCOMEBA_EMULATE          host_emulation.h: the kernels run on the CPU, thread by thread
+//   -DCOMEBA_EMULATE          emulation/cuda.h: the kernels run on the CPU, thread by thread
 //   any other host compiler   only the types and the runtime's calls, for the files that talk to torch
 #pragma once
 
@@ -9,8 +9,8 @@
 #include <utility>
 
 #if defined(COMEBA_EMULATE)
-#include "host_emulation.h"
-#include "host_tensor_core.h"
+#include "emulation/cuda.h"
+#include "emulation/tensor_core.h"
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -191,7 +191,7 @@ def test_kernels_on_the_host():
     """The tests above, through the CUDA kernels."""
     environment = {**os.environ, "COMEBA_EMULATE": "1"}
     environment.pop("COMEBA_DISABLE_EXTENSION", None)
-    code = "import sys, pytest, comeba_ext.extension as e; e.load_emulated(); sys.exit(pytest.main(sys.argv[1:]))"
+    code = "import sys, pytest, comeba_ext.kernels.loader as e; e.load_emulated(); sys.exit(pytest.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from comeba_ext import _build
+from comeba_ext.kernels import build
 
-NVCC = _build.find_nvcc()
-SOURCES = sorted([*_build.csrc().glob("*.cu"), *(Path(__file__).parents[1] / "csrc/tests").glob("*.cu")])
+NVCC = build.find_nvcc()
+SOURCES = sorted([*build.csrc().glob("*.cu"), *(Path(__file__).parents[1] / "csrc/tests").glob("*.cu")])
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 
@@ -20,8 +20,8 @@ def test_nvcc_warns_of_nothing_and_spills_nothing(source, tmp_path):
     strict = ["-Werror", "all-warnings", "-Xptxas=-v", "-Xcompiler=-Wall"]
     command = [
         NVCC,
-        _build.STANDARD,
-        *_build.NVCC_FLAGS,
+        build.STANDARD,
+        *build.NVCC_FLAGS,
         *strict,
         *archs,
         "-c",
@@ -41,7 +41,7 @@ def test_nvcc_warns_of_nothing_and_spills_nothing(source, tmp_path):
 
 
 def test_the_architectures_are_those_of_the_build_ahead_of_time():
-    assert _build.AHEAD_OF_TIME_ARCHS.split(";") == ["80", "90a"]
+    assert build.AHEAD_OF_TIME_ARCHS.split(";") == ["80", "90a"]
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")

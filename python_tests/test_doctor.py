@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from comeba_ext import _build, extension
-from comeba_ext._build import BuildFailure
 from comeba_ext.doctor import examine, examine_model
+from comeba_ext.kernels import build, loader
+from comeba_ext.kernels.build import BuildFailure
 
 FACTS = {"version": "2.13.0", "cuda": "13.0", "hip": None, "folder": "/nowhere/torch", "cxx11_abi": True}
 
@@ -15,25 +15,25 @@ def machine(monkeypatch, tmp_path):
     """Factory: a machine with these GPUs, this torch and this nvcc, and a doctor's visit to it."""
 
     def make(gpu: bool, cuda: str | None, nvcc: str | None):
-        for name in extension.VARIABLES:
+        for name in loader.VARIABLES:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("COMEBA_CACHE_DIR", str(tmp_path / "cache"))
-        monkeypatch.setattr(extension, "_states", {})
-        monkeypatch.setattr(_build, "_versions", {})
-        monkeypatch.setattr(_build, "torch_facts", lambda: FACTS | {"cuda": cuda})
+        monkeypatch.setattr(loader, "_states", {})
+        monkeypatch.setattr(build, "_versions", {})
+        monkeypatch.setattr(build, "torch_facts", lambda: FACTS | {"cuda": cuda})
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-        monkeypatch.setattr(_build, "find_compiler", lambda: "/usr/bin/g++")
+        monkeypatch.setattr(build, "find_compiler", lambda: "/usr/bin/g++")
         path = None
         if nvcc is not None:
             path = tmp_path / "bin" / "nvcc"
             path.parent.mkdir(exist_ok=True)
             path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {nvcc}, V{nvcc}.1'\n")
             path.chmod(0o755)
-        monkeypatch.setattr(_build, "find_nvcc", lambda: None if path is None else str(path))
+        monkeypatch.setattr(build, "find_nvcc", lambda: None if path is None else str(path))
         return examine()
 
     return make
@@ -67,7 +67,7 @@ def test_both(machine, monkeypatch, tmp_path):
     assert seen["found"]["compiled operations"] == "not compiled yet"
     assert seen["hints"] == ["CUDA kernels are compiled on first use, once, in about a minute."]
     assert not (tmp_path / "cache").exists()  # the doctor only looks
-    library = extension._library(_build.recipe(False, ("90a",)))
+    library = loader._library(build.recipe(False, ("90a",)))
     library.parent.mkdir(parents=True)
     library.touch()
     assert examine()["found"]["compiled operations"] == f"cached ({library})"
@@ -87,7 +87,7 @@ def test_a_compile_that_failed(machine, monkeypatch, tmp_path):
     log = tmp_path / "log.txt"
     log.touch()
     failure = BuildFailure("compiling ran out of memory", "Set MAX_JOBS=1 and try again", log)
-    monkeypatch.setattr(extension, "_states", {"cuda": extension.State(False, "failed", failure=failure)})
+    monkeypatch.setattr(loader, "_states", {"cuda": loader.State(False, "failed", failure=failure)})
     seen = examine()
     assert seen["found"]["compiled operations"] == "failed: compiling ran out of memory"
     assert "MAX_JOBS=1" in seen["hints"][0] and str(log) in seen["hints"][1]

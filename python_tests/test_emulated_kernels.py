@@ -163,7 +163,7 @@ def test_the_operators_on_emulated_kernels():
     """All of test_hook_operators.py again in a process whose CPU tensors take the CUDA path, and nothing skipped to torch."""
     environment = {**os.environ, "COMEBA_EMULATE": "1"}
     environment.pop("COMEBA_DISABLE_EXTENSION", None)
-    program = "import sys, pytest, comeba_ext.extension as e; e.load_emulated(); sys.exit(pytest.main(sys.argv[1:]))"
+    program = "import sys, pytest, comeba_ext.kernels.loader as e; e.load_emulated(); sys.exit(pytest.main(sys.argv[1:]))"
     tests = Path(__file__).with_name("test_hook_operators.py")
     command = [sys.executable, "-c", program, "-q", "-p", "no:cacheprovider", "-m", "not cuda", str(tests)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tests.parent)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from comeba_ext import _build, extension
-from comeba_ext._build import BuildFailure
+from comeba_ext.kernels import build, loader
+from comeba_ext.kernels.build import BuildFailure
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = {"version": "2.13.0", "cuda": "13.0", "hip": None, "folder": "/nowhere/torch", "cxx11_abi": True}
@@ -28,12 +28,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kernels are com
 @pytest.fixture(autouse=True)
 def clean(monkeypatch, tmp_path):
     """Own cache, own state, no settings from outside."""
-    for name in extension.VARIABLES:
+    for name in loader.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COMEBA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(extension, "_states", {})
-    monkeypatch.setattr(_build, "_versions", {})
-    monkeypatch.setattr(_build, "USUAL_TOOLKIT", tmp_path / "none")
+    monkeypatch.setattr(loader, "_states", {})
+    monkeypatch.setattr(build, "_versions", {})
+    monkeypatch.setattr(build, "USUAL_TOOLKIT", tmp_path / "none")
 
 
 def script(path: Path, body: str) -> str:
@@ -62,8 +62,8 @@ def empty_path(monkeypatch, tmp_path, *commands):
 @pytest.fixture
 def cuda_torch(monkeypatch, tmp_path):
     """As if torch were a CUDA build for 13.0 and the toolkit fit; the compiler as given by the test."""
-    monkeypatch.setattr(_build, "torch_facts", lambda: dict(FACTS))
-    monkeypatch.setattr(extension, "_local_archs", lambda: ("90a",))
+    monkeypatch.setattr(build, "torch_facts", lambda: dict(FACTS))
+    monkeypatch.setattr(loader, "_local_archs", lambda: ("90a",))
     monkeypatch.setenv("CUDA_HOME", fake_nvcc(tmp_path / "cuda", "13.0"))
     monkeypatch.setenv("CXX", script(tmp_path / "c++", "exit 0"))
 
@@ -76,19 +76,19 @@ def test_the_key_changes_with_everything_the_library_depends_on(cuda_torch, monk
     sources.mkdir()
     for name in ("a.cu", "a.cuh", "a.cpp"):
         (sources / name).write_text(name)
-    monkeypatch.setattr(_build, "csrc", lambda: sources)
-    recipe = _build.recipe(False, ("90a",))
-    keys = [recipe.key(), _build.recipe(True).key()]
+    monkeypatch.setattr(build, "csrc", lambda: sources)
+    recipe = build.recipe(False, ("90a",))
+    keys = [recipe.key(), build.recipe(True).key()]
     keys += [
         dataclasses.replace(recipe, torch=FACTS | {name: other}).key()
         for name, other in (("version", "2.14.0"), ("cuda", "12.8"), ("cxx11_abi", False), ("folder", "/else"))
     ]
-    keys.append(_build.recipe(False, ("80", "90a")).key())
+    keys.append(build.recipe(False, ("80", "90a")).key())
     (sources / "a.cuh").write_text("changed")
     keys.append(recipe.key())
-    monkeypatch.setattr(_build, "NVCC_FLAGS", [*_build.NVCC_FLAGS, "-g"])
+    monkeypatch.setattr(build, "NVCC_FLAGS", [*build.NVCC_FLAGS, "-g"])
     keys.append(recipe.key())
-    monkeypatch.setattr(_build, "_versions", {})
+    monkeypatch.setattr(build, "_versions", {})
     fake_nvcc(tmp_path / "cuda", "13.1")
     keys.append(recipe.key())
     assert len(set(keys)) == len(keys)
@@ -96,40 +96,40 @@ def test_the_key_changes_with_everything_the_library_depends_on(cuda_torch, monk
 
 
 def test_the_flags_name_the_architectures_and_stay_strict(cuda_torch):
-    recipe = _build.recipe(False, ("80", "90a"))
+    recipe = build.recipe(False, ("80", "90a"))
     command = recipe.command(Path("x.cu"), Path("x.o"))
     assert {"-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"} <= set(command)
     portable = dataclasses.replace(recipe, portable=True).command(Path("x.cu"), Path("x.o"))
     assert set(portable) - set(command) == {"-gencode=arch=compute_80,code=compute_80"}  # PTX for devices to come
     assert not any("fast" in part for part in command)
-    assert "-DCOMEBA_EMULATE" not in command and "-DCOMEBA_EMULATE" in _build.recipe(True).command(Path("x.cpp"), Path())
+    assert "-DCOMEBA_EMULATE" not in command and "-DCOMEBA_EMULATE" in build.recipe(True).command(Path("x.cpp"), Path())
 
 
 def test_the_standard_is_what_torchs_headers_ask_for(tmp_path):
     header = tmp_path / "include/ATen/ATen.h"
     header.parent.mkdir(parents=True)
     header.write_text("#error C++20 or later compatible compiler is required to use ATen.")
-    assert _build.torch_standard(tmp_path) == "-std=c++20"
-    assert _build.torch_standard(tmp_path / "none") == "-std=c++17"
+    assert build.torch_standard(tmp_path) == "-std=c++20"
+    assert build.torch_standard(tmp_path / "none") == "-std=c++17"
 
 
 def test_architectures_asked_for(monkeypatch):
     for text, archs in (("8.0;9.0a", ("80", "90a")), ("80 90a 80", ("80", "90a")), ("", ()), ("120", ("120",))):
         monkeypatch.setenv("COMEBA_CUDA_ARCH", text)
-        assert _build.asked_archs() == archs
+        assert build.asked_archs() == archs
     monkeypatch.setenv("COMEBA_CUDA_ARCH", "hopper")
     with pytest.raises(BuildFailure, match="hopper"):
-        _build.asked_archs()
+        build.asked_archs()
 
 
 # -- who compiles ------------------------------------------------------------------------------------------------------
 
 PROGRAM = """
 import sys
-from comeba_ext import extension
-from comeba_ext._build import BuildFailure
+from comeba_ext.kernels import loader
+from comeba_ext.kernels.build import BuildFailure
 try:
-    extension.load_emulated()
+    loader.load_emulated()
 except BuildFailure as failure:
     print(failure)
 """
@@ -188,10 +188,10 @@ def extension_of_nothing(tmp_path) -> Path:
         'static PyMethodDef methods[]{{"build", build, METH_NOARGS, ""}, {}};\n'
         "PyMODINIT_FUNC PyInit__kernels() { module.m_methods = methods; return PyModule_Create(&module); }\n"
     )
-    compiler = _build.find_compiler()
+    compiler = build.find_compiler()
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    include = _build.sysconfig.get_path("include")
+    include = build.sysconfig.get_path("include")
     subprocess.run([compiler, "-shared", "-fPIC", "-w", f"-I{include}", str(source), "-o", str(library)], check=True)
     return library
 
@@ -222,18 +222,18 @@ def test_a_failure_is_told_once_and_remembered(cuda_torch, monkeypatch, caplog):
         tried.append(1)
         raise BuildFailure("no luck", "Try elsewhere")
 
-    monkeypatch.setattr(_build, "recipe", recipe)
-    assert [extension.available("cuda") for _ in range(3)] == [False] * 3
+    monkeypatch.setattr(build, "recipe", recipe)
+    assert [loader.available("cuda") for _ in range(3)] == [False] * 3
     assert len(tried) == 1
     assert [r.message for r in caplog.records] == ["comeba: no compiled kernels, plain torch takes over: no luck. Try elsewhere."]
-    assert extension.status() == {"state": "failed", "cause": "no luck", "remedy": "Try elsewhere", "path": ""}
-    assert not extension.available("cpu") and not extension.available("mps")
+    assert loader.status() == {"state": "failed", "cause": "no luck", "remedy": "Try elsewhere", "path": ""}
+    assert not loader.available("cpu") and not loader.available("mps")
 
 
 def test_disabled_means_plain_torch_without_a_word(cuda_torch, monkeypatch, caplog):
     monkeypatch.setenv("COMEBA_DISABLE_EXTENSION", "1")
-    assert not extension.available("cuda")
-    assert not caplog.records and extension.status()["state"] == "disabled"
+    assert not loader.available("cuda")
+    assert not caplog.records and loader.status()["state"] == "disabled"
 
 
 # -- what is said when it cannot be done -------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_disabled_means_plain_torch_without_a_word(cuda_torch, monkeypatch, capl
 
 def failure_of(emulated=False) -> BuildFailure:
     with pytest.raises(BuildFailure) as caught:
-        extension._load(emulated)
+        loader._load(emulated)
     return caught.value
 
 
@@ -306,21 +306,21 @@ def test_what_the_compiler_says_is_told_in_one_line(cuda_torch, tmp_path, body, 
     [({"cuda": None}, "CPU build"), ({"hip": "6.2", "cuda": None}, "ROCm"), (None, "torch is not installed")],
 )
 def test_torch_that_cannot_use_the_kernels(cuda_torch, monkeypatch, facts, cause):
-    monkeypatch.setattr(_build, "torch_facts", lambda: facts if facts is None else FACTS | facts)
+    monkeypatch.setattr(build, "torch_facts", lambda: facts if facts is None else FACTS | facts)
     assert cause in failure_of().cause
 
 
 def test_an_old_gpu_and_no_gpu(cuda_torch, monkeypatch):
-    monkeypatch.setattr(extension, "_local_archs", lambda: ("75",))
+    monkeypatch.setattr(loader, "_local_archs", lambda: ("75",))
     assert "compute capability 8.0" in failure_of().cause
-    monkeypatch.setattr(extension, "_local_archs", lambda: ())
+    monkeypatch.setattr(loader, "_local_archs", lambda: ())
     assert "no GPU is visible" in failure_of().cause
 
 
 def test_missing_sources_and_headers(cuda_torch, monkeypatch, tmp_path):
-    monkeypatch.setattr(_build.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
     assert "Python.h" in failure_of().cause
-    monkeypatch.setattr(_build, "csrc", lambda: tmp_path)
+    monkeypatch.setattr(build, "csrc", lambda: tmp_path)
     assert "sources are missing" in failure_of().cause
 
 
@@ -368,11 +368,12 @@ def wheel(checkout: Path, out: Path, **environment) -> zipfile.ZipFile:
 
 def test_the_wheel_carries_the_sources_and_finds_them(checkout, tmp_path):
     built = wheel(checkout, tmp_path / "wheel")
-    expected = {path.name for path in (ROOT / "csrc").iterdir() if path.suffix in (".cu", ".cuh", ".h", ".cpp")}
-    assert expected == {name.split("/")[-1] for name in built.namelist() if name.startswith("comeba_ext/csrc/")}
+    sources = [*(ROOT / "csrc").iterdir(), *(ROOT / "csrc/emulation").iterdir()]
+    expected = {path.relative_to(ROOT).as_posix() for path in sources if path.suffix in (".cu", ".cuh", ".h", ".cpp")}
+    assert expected == {name.removeprefix("comeba_ext/") for name in built.namelist() if name.startswith("comeba_ext/csrc/")}
     assert "none-any" in built.filename
     built.extractall(tmp_path / "site")
-    done = subprocess.run([sys.executable, str(tmp_path / "site/comeba_ext/_build.py")], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, str(tmp_path / "site/comeba_ext/kernels/build.py")], capture_output=True, text=True, check=True)
     assert f"{tmp_path}/site/comeba_ext/csrc/hooked_linear.cu" in done.stdout
 
 
@@ -397,9 +398,9 @@ def test_ahead_of_time(checkout, tmp_path):
     built = wheel(checkout, tmp_path / "wheel", COMEBA_BUILD="1", COMEBA_EMULATE="1", CXX=compiler)
     assert "none-any" not in built.filename
     facts = json.loads(built.read("comeba_ext/_kernels.json"))
-    assert facts["emulated"] and facts["torch"]["version"] == _build.torch_facts()["version"]
+    assert facts["emulated"] and facts["torch"]["version"] == build.torch_facts()["version"]
     built.extractall(tmp_path / "site")
-    program = "from comeba_ext import extension as e; e.load_emulated(); print(e._states['cpu'].origin, e._states['cpu'].path)"
+    program = "from comeba_ext.kernels import loader as e; e.load_emulated(); print(e._states['cpu'].origin, e._states['cpu'].path)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "CXX": "/nowhere"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split(" ", 3)[:3] == ["ahead", "of", "time"] and str(tmp_path / "site") in done.stdout, done.stderr
@@ -414,11 +415,11 @@ def test_a_library_built_for_newer_gpus_only_is_left_alone(cuda_torch, monkeypat
     described = tmp_path / "package" / "_kernels.json"
     described.parent.mkdir()
     described.write_text(json.dumps({"torch": FACTS, "archs": ["90a"], "emulated": False}))
-    monkeypatch.setattr(extension, "__file__", str(described.with_name("extension.py")))
-    assert extension._ahead_of_time(False) == described.with_suffix(".so")
-    assert extension.status()["state"] == "ahead of time"
-    monkeypatch.setattr(extension, "_local_archs", lambda: ("80",))
-    assert extension._ahead_of_time(False) is None
+    monkeypatch.setattr(loader, "__file__", str(described.parent / "kernels" / "loader.py"))
+    assert loader._ahead_of_time(False) == described.with_suffix(".so")
+    assert loader.status()["state"] == "ahead of time"
+    monkeypatch.setattr(loader, "_local_archs", lambda: ("80",))
+    assert loader._ahead_of_time(False) is None
 
 
 def test_ahead_of_time_that_cannot_be_done_says_why(checkout, tmp_path):

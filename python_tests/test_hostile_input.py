@@ -10,11 +10,12 @@ import torch
 from test_cli import run
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from comeba_ext import EditConfig, extension, testbed
-from comeba_ext._build import BuildFailure
+from comeba_ext import EditConfig, testbed
 from comeba_ext.data import read_requests
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
 from comeba_ext.experiments.definition import load
+from comeba_ext.kernels import loader
+from comeba_ext.kernels.build import BuildFailure
 from comeba_ext.loading import load_model
 
 
@@ -188,7 +189,7 @@ def test_a_library_that_others_could_have_planted_is_not_loaded(tmp_path, monkey
     path.write_bytes(b"")
     for place in (cache, path.parent):
         place.chmod(0o700)
-    extension._require_own(path)
+    loader._require_own(path)
     {"cache": cache, "folder": path.parent, "library": path}[where].chmod(0o777)
     with pytest.raises(BuildFailure, match="others may write"):
-        extension._require_own(path)
+        loader._require_own(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from comeba_ext import extension
+from comeba_ext.kernels import loader
 
 CHUNK = 256  # keys eliminated together
 
@@ -33,7 +33,7 @@ def cholesky_update_(factor: torch.Tensor, k: torch.Tensor, sign: int = 1) -> to
     _check(factor, k, sign)
     if 4 * k.shape[-1] > factor.shape[-1] > 0:  # refactorising is cheaper
         return _refactorise_(factor, k, sign)
-    extension.available(factor.device.type)  # compiles on first use; without a compiler the torch implementation stays
+    loader.available(factor.device.type)  # compiles on first use; without a compiler the torch implementation stays
     return torch.ops.comeba.cholesky_update_(factor, k, sign)
 
 

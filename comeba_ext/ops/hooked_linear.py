@@ -20,7 +20,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from comeba_ext import extension
+from comeba_ext.kernels import loader
 
 # A score is known only up to rounding, and the request that set α has a score of exactly α: in another batch or with
 # other padding it would fall out of scope by its last bits. A score within this share of α counts as reaching it.
@@ -135,7 +135,7 @@ def decode_hook(
 def decode_hook_available(x: torch.Tensor, delta: torch.Tensor) -> bool:
     """Whether :func:`decode_hook` is compiled for this input, not merely defined."""
     return (
-        extension.available(x.device.type)
+        loader.available(x.device.type)
         and 0 < x.numel() <= DECODE_TOKENS * x.shape[-1]
         and x.dtype == delta.dtype
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -150,7 +150,7 @@ def _needs_grad(*tensors: torch.Tensor) -> bool:
 def _dispatched(tensor: torch.Tensor) -> bool:
     """Whether to go through the dispatcher: to a compiled implementation (built on first use), or because
     ``torch.compile`` must see one operator. In plain torch it would only cost time."""
-    compiled = extension.available(tensor.device.type) and tensor.dtype != torch.float64  # kernels compute in float32
+    compiled = loader.available(tensor.device.type) and tensor.dtype != torch.float64  # kernels compute in float32
     return compiled or torch.compiler.is_compiling()
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from comeba_ext import _build
-from comeba_ext._build import BuildFailure
+from comeba_ext.kernels import build
+from comeba_ext.kernels.build import BuildFailure
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +98,8 @@ def status() -> dict:
         ahead = _ahead_of_time(False)
         if ahead is not None:
             return {"state": "ahead of time", "cause": None, "remedy": None, "path": str(ahead)}
-        archs = _build.asked_archs() or _local_archs()
-        path = _library(_build.recipe(False, archs or ("80",)))
+        archs = build.asked_archs() or _local_archs()
+        path = _library(build.recipe(False, archs or ("80",)))
         if path.exists():
             return {"state": "cached", "cause": None, "remedy": None, "path": str(path)}
         if not archs:
@@ -147,7 +147,7 @@ def _load(emulated: bool) -> State:
             return _import(ahead, "ahead of time")
         except ImportError as error:
             logger.warning("comeba: the kernels built ahead of time do not load (%s); compiling anew", error)
-    recipe = _build.recipe(emulated, () if emulated else _build.asked_archs() or _local_archs())
+    recipe = build.recipe(emulated, () if emulated else build.asked_archs() or _local_archs())
     if not emulated and not recipe.archs:
         raise BuildFailure("no GPU is visible to torch", "Check the driver, or set COMEBA_CUDA_ARCH to compile all the same")
     path = _library(recipe)
@@ -189,7 +189,7 @@ def _require_own(path: Path) -> None:
                 )
 
 
-def _compile(recipe: _build.Recipe, path: Path) -> None:
+def _compile(recipe: build.Recipe, path: Path) -> None:
     """Compile into a folder of its own, then put that folder in place in one step. The caller holds the lock."""
     final = path.parent
     for stale in final.parent.glob(f"{final.name}.part-*"):  # left by a compile that was killed
@@ -200,7 +200,7 @@ def _compile(recipe: _build.Recipe, path: Path) -> None:
     _progress(f"comeba: compiling {'' if recipe.emulated else 'CUDA '}kernels for {target}, once, about a minute …")
     log = final.parent / f"{final.name}.log"
     try:
-        _build.compile_library(recipe, work, work / path.name, log)
+        build.compile_library(recipe, work, work / path.name, log)
         for made in work.glob("*.o"):
             made.unlink()
         (work / "build.json").write_text(json.dumps({"torch": recipe.torch, "archs": recipe.archs}))
@@ -224,8 +224,8 @@ def _lock(path: Path) -> FileLock:
     return lock
 
 
-def _library(recipe: _build.Recipe) -> Path:
-    return cache_folder() / f"{'emulated-' if recipe.emulated else ''}{recipe.key()}" / f"{_build.MODULE}.so"
+def _library(recipe: build.Recipe) -> Path:
+    return cache_folder() / f"{'emulated-' if recipe.emulated else ''}{recipe.key()}" / f"{build.MODULE}.so"
 
 
 def _local_archs() -> tuple[str, ...]:
@@ -238,22 +238,22 @@ def _local_archs() -> tuple[str, ...]:
 
 def _ahead_of_time(emulated: bool) -> Path | None:
     """The library that setup.py built into the package, if it was built for the torch and the GPUs that are here."""
-    described = Path(__file__).parent / f"{_build.MODULE}.json"
+    described = Path(__file__).parents[1] / f"{build.MODULE}.json"
     if not described.exists():
         return None
-    build = json.loads(described.read_text())
-    now = _build.torch_facts()
-    if build["emulated"] != emulated or any(build["torch"][name] != now[name] for name in ("version", "cuda")):
+    made = json.loads(described.read_text())
+    now = build.torch_facts()
+    if made["emulated"] != emulated or any(made["torch"][name] != now[name] for name in ("version", "cuda")):
         return None
-    oldest = min(map(_build.number, build["archs"]), default=0)
-    if not emulated and any(_build.number(arch) < oldest for arch in _local_archs()):
+    oldest = min(map(build.number, made["archs"]), default=0)
+    if not emulated and any(build.number(arch) < oldest for arch in _local_archs()):
         return None
     return described.with_suffix(".so")
 
 
 def _import(path: Path, origin: str) -> State:
     """Load the library, which registers the operators."""
-    name = _build.MODULE
+    name = build.MODULE
     spec = importlib.util.spec_from_file_location(name, path, loader=ExtensionFileLoader(name, str(path)))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,7 +1,7 @@
 """Sources, flags and compiler calls of the compiled operators: for setup.py, for the compile on first use, for CMake.
 
 Standard library only, torch is looked up where a function needs it: setup.py runs this file before torch or the package
-can be imported. ``python comeba_ext/_build.py [sources|flags]`` prints the recipe for CMake.
+can be imported. ``python comeba_ext/kernels/build.py [sources|flags]`` prints the recipe for CMake.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Recipe:
     def key(self) -> str:
         """Changes with the sources, the flags, torch, CUDA, the architectures, the compiler and Python's ABI."""
         digest = hashlib.sha256()
-        for path in sorted(csrc().glob("*.*")):
+        for path in sorted([*csrc().glob("*.*"), *csrc().glob("emulation/*.h")]):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
         tools = [_version(self.compiler), _version(self.nvcc) if self.nvcc else ""]
         facts = [self.torch, tools, sysconfig.get_config_var("EXT_SUFFIX"), platform.machine()]
@@ -148,8 +148,8 @@ def jobs() -> int:
 
 def csrc() -> Path:
     """The sources: inside the installed package, or beside the package in a checkout."""
-    inside = Path(__file__).resolve().parent / "csrc"
-    return inside if inside.is_dir() else Path(__file__).resolve().parent.parent / "csrc"
+    package = Path(__file__).resolve().parents[1]
+    return package / "csrc" if (package / "csrc").is_dir() else package.parent / "csrc"
 
 
 def asked_archs() -> tuple[str, ...]:

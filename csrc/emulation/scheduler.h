@@ -22,7 +22,7 @@
 #include <thread>
 #include <vector>
 
-#include "host_number_types.h"
+#include "number_types.h"
 
 // Hidden: every library that is compiled with this header has its own emulation and its own shared memory.
 #define COMEBA_HIDDEN __attribute__((visibility("hidden")))

@@ -1,7 +1,7 @@
 // Tensor-core instructions of device.cuh on the host, on the register fragments that the PTX ISA lays out.
 #pragma once
 
-#include "host_emulation.h"
+#include "cuda.h"
 
 namespace comeba {
 namespace COMEBA_HIDDEN emulation {

@@ -1,5 +1,5 @@
 // The part of CUDA C++ that the kernels use, for a host compiler (g++ or clang++ -x c++ -std=c++17 -DCOMEBA_EMULATE):
-// the same .cuh and .cu sources compile as plain C++ and really run, see host_scheduler.h for how and for what is
+// the same .cuh and .cu sources compile as plain C++ and really run, see scheduler.h for how and for what is
 // checked. Write `__shared__ __align__(16) float x[4]` (not alignas), and dynamic shared memory with
 // COMEBA_DYNAMIC_SHARED; everything else is ordinary CUDA.
 #pragma once
@@ -11,7 +11,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "host_scheduler.h"
+#include "scheduler.h"
 
 #define __global__
 #define __device__

@@ -1,0 +1,1 @@
+"""The CUDA kernels: how they are compiled, and how they are found."""
