@@ -89,7 +89,7 @@ def test_ultraedit_warm_up(tiny_model, tokenizer):
 def test_grace_places_keys_as_algorithm_1(tiny_model, tokenizer):
     """Far: a new ball of the first radius. Near, another object: two balls that halve the distance. Near, the same: one ball that grows."""
     editor = make_method("GRACE", small_model(tiny_model).double(), tokenizer, radius=1e-3, steps=1)
-    method, book = editor.method, editor.method.codebook
+    method, book = editor.method, editor.method.attachment
     start = torch.randn(48)
     direction = torch.nn.functional.normalize(torch.randn(48), dim=0)
     request = lambda name, target: EditRequest("{} is", name, target, request_id=name)  # noqa: E731
@@ -111,7 +111,7 @@ def test_grace_replaces_the_output_of_tokens_in_a_ball(tiny_model, tokenizer):
     editor = make_method("GRACE", small_model(tiny_model), tokenizer, radius=1e-2, steps=20, lr=0.5)
     requests = some_requests(3)
     report = editor.edit(requests)
-    book = editor.method.codebook
+    book = editor.method.attachment
     plain = small_model(tiny_model)
     for request in requests:
         x, out = layer_io(plain, tokenizer, request.text)
@@ -147,7 +147,7 @@ def test_grace_values_are_adam_on_the_request_alone(tiny_model, tokenizer):
         )  # as its place in the batch
         report = alone.edit([request])
         assert report.losses[0] == pytest.approx(found.losses[n], rel=1e-4)
-        assert torch.allclose(alone.method.codebook.values[0], together.method.codebook.values[n], atol=1e-4)
+        assert torch.allclose(alone.method.attachment.values[0], together.method.attachment.values[n], atol=1e-4)
 
 
 # -- WISE -----------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_wise_routes_by_activation(tiny_model, tokenizer):
     requests = requests_of(4)
     editor.edit(requests[:2])
     editor.edit(requests[2:])
-    side = editor.method.memory_layer
+    side = editor.method.attachment
     assert len(side.delta) == 2 and editor.method.notes == {"shards": [2, 2], "unmerged": 4}
     plain = small_model(tiny_model)
     x = [layer_io(plain, tokenizer, request.text)[0] for request in requests]
@@ -182,7 +182,7 @@ def test_wise_shards_have_their_own_entries_and_stay_near_the_weight(tiny_model,
     requests = requests_of(4)
     editor.edit(requests[:2])
     editor.edit(requests[2:])
-    side = editor.method.memory_layer
+    side = editor.method.attachment
     changed = side.delta != 0
     assert 0.1 < changed[0].float().mean() <= 0.25 and 0.1 < changed[1].float().mean() <= 0.25
     assert (changed[0] & changed[1]).float().mean() < 0.08  # 0.2², were they independent
@@ -193,7 +193,7 @@ def test_wise_loss_is_equation_6(tiny_model, tokenizer):
     editor = make_method("WISE", small_model(tiny_model), tokenizer, low=0.5, high=2.0, margin_loss=1.0)
     method = editor.method
     method._open()
-    side = method.memory_layer
+    side = method.attachment
     side.delta = torch.randn_like(side.delta) * 0.1
     rows = [type("Row", (), {"request": n})() for n in (0, 0, 1)]
     inputs, others = [torch.randn(4, 48) * s for s in (0.1, 1.0, 3.0)], [torch.randn(3, 48) * s for s in (0.5, 2.0)]
@@ -209,7 +209,7 @@ def test_wise_merges_its_shards(tiny_model, tokenizer):
     requests = requests_of(5)
     for n in (0, 2):
         editor.edit(requests[n : n + 2])
-    side = editor.method.memory_layer
+    side = editor.method.attachment
     assert len(side.delta) == 1
     editor.edit(requests[4:])
     assert len(side.delta) == 2  # the merged one is full
@@ -225,7 +225,7 @@ def test_memoir_masks_and_overlap(tiny_model, tokenizer):
     editor = make_method("MEMOIR", small_model(tiny_model), tokenizer, active=0.25, overlap=0.6)
     requests = some_requests(3)
     editor.edit(requests)
-    side, plain = editor.method.side, small_model(tiny_model)
+    side, plain = editor.method.attachment, small_model(tiny_model)
     masks = []
     for request in requests:
         x = layer_io(plain, tokenizer, request.text)[0]
@@ -251,7 +251,7 @@ def test_memoir_masks_and_overlap(tiny_model, tokenizer):
 def test_memoir_touches_its_own_columns(tiny_model, tokenizer):
     editor = make_method("MEMOIR", small_model(tiny_model), tokenizer, active=0.25, weight_decay=0.0)
     editor.edit(some_requests(1))
-    side = editor.method.side
+    side = editor.method.attachment
     assert side.delta[0][:, side.masks[0]].any() and not side.delta[0][:, ~side.masks[0]].any()
 
 

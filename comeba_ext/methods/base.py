@@ -67,6 +67,7 @@ class Method:
         needs_covariance: whether nothing can be edited without one.
         scored: whether a score decides which tokens are in scope (so ``scope`` is a setting of it).
         takes_values: whether target values can be given to it and asked of it.
+        one_layer: whether it edits a single layer.
 
     Attributes:
         session: what it works on.
@@ -79,6 +80,7 @@ class Method:
     needs_covariance: ClassVar[bool] = False
     scored: ClassVar[bool] = False
     takes_values: ClassVar[bool] = False
+    one_layer: ClassVar[bool] = False
 
     def __init__(self, session: Session):
         self.session = session
@@ -88,6 +90,12 @@ class Method:
     def config(self) -> EditConfig:
         return self.session.config
 
+    @property
+    def attachment(self) -> Attachment:
+        """The only one, of methods that have one."""
+        (found,) = self.attachments.values()
+        return found
+
     # -- what it puts into a model ------------------------------------------------------------------------------
 
     @classmethod
@@ -96,6 +104,8 @@ class Method:
         depth = architecture.num_blocks(model)
         if config.value_layer >= depth:
             raise ConfigError(f"layers {list(config.layers)}: the model has blocks 0 to {depth - 1}")
+        if cls.one_layer and len(config.layers) != 1:
+            raise ConfigError(f"{cls.name} edits one layer, got layers {list(config.layers)}")
 
     @classmethod
     def targets(cls, config: EditConfig, architecture: Architecture) -> list[str]:
@@ -224,9 +234,3 @@ class Method:
 def of_layer(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     """A layer's tensors by their own names."""
     return {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
-
-
-def only_layer(config: EditConfig, method: str) -> None:
-    """Raises :class:`ConfigError` for settings that name several layers."""
-    if len(config.layers) != 1:
-        raise ConfigError(f"{method} edits one layer, got layers {list(config.layers)}")

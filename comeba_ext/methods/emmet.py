@@ -9,7 +9,6 @@ import torch
 from comeba_ext.editing.config import EditConfig, is_number
 from comeba_ext.errors import ConfigError
 from comeba_ext.methods.additive import Additive
-from comeba_ext.methods.base import only_layer
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,7 @@ class EMMET(Additive):
 
     name = "EMMET"
     config_class = EmmetConfig
-
-    @classmethod
-    def check(cls, config, model, architecture) -> None:
-        super().check(config, model, architecture)
-        only_layer(config, cls.name)
+    one_layer = True
 
     def _directions(self, name: str, keys: torch.Tensor, plain: torch.Tensor, residual: torch.Tensor):
         solved = self.key_memory[name].solve(keys)  # C⁻¹ K

@@ -10,7 +10,7 @@ from comeba_ext.editing.config import EditConfig, is_int
 from comeba_ext.editing.report import Phases
 from comeba_ext.errors import ConfigError
 from comeba_ext.forward.partial import evaluating, frozen
-from comeba_ext.methods.base import OnProgress, only_layer
+from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.deltas import Deltas
 from comeba_ext.methods.training import TrainingRows
 from comeba_ext.text.request import EditRequest
@@ -61,11 +61,7 @@ class FT(Deltas):
 
     name = "FT"
     config_class = FTConfig
-
-    @classmethod
-    def check(cls, config, model, architecture) -> None:
-        super().check(config, model, architecture)
-        only_layer(config, cls.name)
+    one_layer = True
 
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         ((name, layer),) = self.layers.items()

@@ -14,7 +14,7 @@ from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.layers.attachment import Attachment
 from comeba_ext.layers.hooked_linear import shape_of
 from comeba_ext.memory.ledger import Entry
-from comeba_ext.methods.base import OnProgress, only_layer
+from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.snapshots import Snapshots
 from comeba_ext.methods.training import TrainingRows, inputs_of
 from comeba_ext.text.request import EditRequest
@@ -97,11 +97,7 @@ class GRACE(Snapshots):
 
     name = "GRACE"
     config_class = GraceConfig
-
-    @classmethod
-    def check(cls, config, model, architecture) -> None:
-        super().check(config, model, architecture)
-        only_layer(config, cls.name)
+    one_layer = True
 
     @classmethod
     def build(cls, model: nn.Module, config: GraceConfig, architecture) -> dict[str, Codebook]:
@@ -110,13 +106,8 @@ class GRACE(Snapshots):
     def blank(self) -> dict:
         return {"labels": [], "owners": []}  # of every key: the object, and the ids of the requests that use it
 
-    @property
-    def codebook(self) -> Codebook:
-        (found,) = self.attachments.values()
-        return found
-
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
-        session, codebook = self.session, self.codebook
+        session, codebook = self.session, self.attachment
         rows = answer_rows(session.tokenizer, [(request.text, request.target_new) for request in batch])
         with phases("keys"), evaluating(session.model):
             queries = [own[row.predicts.start] for own, row in zip(inputs_of(session, codebook, rows), rows, strict=True)]
@@ -130,11 +121,11 @@ class GRACE(Snapshots):
     def _keys_of(self, left: list[int]) -> torch.Tensor:
         """Which keys the requests of these numbers in the batch use, ``(n,)`` bool."""
         ids = {self.batch_ids[n] for n in left}
-        return torch.tensor([bool(ids & set(own)) for own in self.notes["owners"]], device=self.codebook.keys.device)
+        return torch.tensor([bool(ids & set(own)) for own in self.notes["owners"]], device=self.attachment.keys.device)
 
     def _place(self, request: EditRequest, query: torch.Tensor) -> None:
         """Give a request's key a ball (algorithm 1)."""
-        codebook, notes, radius = self.codebook, self.notes, self.config.radius
+        codebook, notes, radius = self.attachment, self.notes, self.config.radius
         if len(codebook.keys):
             (index,), (distance,) = codebook.nearest(query[None])
             own = codebook.radii[index]
@@ -155,7 +146,7 @@ class GRACE(Snapshots):
 
     def _train(self, rows: list, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         """Adam on the values; a request is done when its loss falls below ``early_stop``."""
-        codebook = self.codebook
+        codebook = self.attachment
         values = codebook.values.clone().requires_grad_(True)
         optimiser = torch.optim.Adam([values], lr=self.config.lr)
         (block,) = self.config.layers
@@ -189,10 +180,10 @@ class GRACE(Snapshots):
         kept = [n for n, ids in enumerate(owners) if ids]
         self.notes = {"labels": [self.notes["labels"][n] for n in kept], "owners": [owners[n] for n in kept]}
         for name in ("keys", "values", "radii"):
-            setattr(self.codebook, name, getattr(self.codebook, name)[kept])
+            setattr(self.attachment, name, getattr(self.attachment, name)[kept])
 
     def load_state(self, tensors: dict[str, torch.Tensor], manifest: dict) -> None:
         super().load_state(tensors, manifest)
-        count = len(self.codebook.keys)
-        if {len(own) for own in (*self.notes.values(), self.codebook.values, self.codebook.radii)} != {count}:
+        count = len(self.attachment.keys)
+        if {len(own) for own in (*self.notes.values(), self.attachment.values, self.attachment.radii)} != {count}:
             raise ValueError("keys, values, radii, labels and owners are not equally many")

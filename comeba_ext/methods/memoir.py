@@ -14,7 +14,7 @@ from comeba_ext.errors import ConfigError
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.layers.attachment import disabled
 from comeba_ext.memory.ledger import Entry
-from comeba_ext.methods.base import OnProgress, only_layer
+from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.side_memory import SideMemory, mean_over_tokens
 from comeba_ext.methods.snapshots import Snapshots
 from comeba_ext.methods.training import TrainingRows, inputs_of
@@ -104,11 +104,7 @@ class MEMOIR(Snapshots):
 
     name = "MEMOIR"
     config_class = MemoirConfig
-
-    @classmethod
-    def check(cls, config, model, architecture) -> None:
-        super().check(config, model, architecture)
-        only_layer(config, cls.name)
+    one_layer = True
 
     @classmethod
     def build(cls, model: nn.Module, config: MemoirConfig, architecture) -> dict[str, MemoirMemory]:
@@ -120,13 +116,8 @@ class MEMOIR(Snapshots):
     def blank(self) -> dict:
         return {"owners": []}  # of every mask: the request's id
 
-    @property
-    def side(self) -> MemoirMemory:
-        (found,) = self.attachments.values()
-        return found
-
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
-        session, side = self.session, self.side
+        session, side = self.session, self.attachment
         if not len(side.masks):
             with phases("calibrate"):
                 side.centre = self._centre()
@@ -150,11 +141,11 @@ class MEMOIR(Snapshots):
             texts = sample_prefixes(session.model, session.tokenizer, count, self.config.prefix_length, self.config.seed + 1)[1:]
             encoded = session.tokenizer(texts)["input_ids"]
             rows = [Row(n, ids, -1, [], -1) for n, ids in enumerate(encoded)]
-            return torch.stack([x.float().mean(0) for x in inputs_of(session, self.side, rows)]).mean(0)
+            return torch.stack([x.float().mean(0) for x in inputs_of(session, self.attachment, rows)]).mean(0)
 
     def _train(self, request: EditRequest) -> tuple[float, int]:
         """SGD on the memory behind the last mask; the last loss, and the steps made."""
-        config, side = self.config, self.side
+        config, side = self.config, self.attachment
         rows = target_rows(self.session.tokenizer, [request], self.session.prefixes)
         running = TrainingRows(self.session, rows, config.layers[0])
         weight = side.delta[0].clone().requires_grad_(True)
@@ -178,9 +169,9 @@ class MEMOIR(Snapshots):
         gone = {entry.request.request_id for entry in entries}
         kept = [n for n, owner in enumerate(self.notes["owners"]) if owner not in gone]
         self.notes = {"owners": [self.notes["owners"][n] for n in kept]}
-        self.side.masks = self.side.masks[kept]
+        self.attachment.masks = self.attachment.masks[kept]
 
     def load_state(self, tensors: dict[str, torch.Tensor], manifest: dict) -> None:
         super().load_state(tensors, manifest)
-        if len(self.notes["owners"]) != len(self.side.masks):
+        if len(self.notes["owners"]) != len(self.attachment.masks):
             raise ValueError("masks and owners are not equally many")

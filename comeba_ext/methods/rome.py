@@ -6,7 +6,6 @@ import torch
 
 from comeba_ext.editing.report import Phases
 from comeba_ext.methods.additive import Additive
-from comeba_ext.methods.base import only_layer
 from comeba_ext.text.request import EditRequest
 
 
@@ -27,11 +26,7 @@ class ROME(Additive):
     """
 
     name = "ROME"
-
-    @classmethod
-    def check(cls, config, model, architecture) -> None:
-        super().check(config, model, architecture)
-        only_layer(config, cls.name)
+    one_layer = True
 
     def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases, trace=None):
         parts = [super(ROME, self)._write([r], values[n : n + 1], phases) for n, r in enumerate(batch)]

@@ -12,7 +12,7 @@ from comeba_ext.editing.config import EditConfig, is_int, is_number
 from comeba_ext.editing.report import Phases
 from comeba_ext.errors import ConfigError, RequestError
 from comeba_ext.forward.partial import evaluating, frozen
-from comeba_ext.methods.base import OnProgress, only_layer
+from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.side_memory import SideMemory, mean_over_tokens
 from comeba_ext.methods.snapshots import Snapshots
 from comeba_ext.methods.training import TrainingRows, inputs_of
@@ -100,11 +100,7 @@ class WISE(Snapshots):
 
     name = "WISE"
     config_class = WiseConfig
-
-    @classmethod
-    def check(cls, config, model, architecture) -> None:
-        super().check(config, model, architecture)
-        only_layer(config, cls.name)
+    one_layer = True
 
     @classmethod
     def build(cls, model: nn.Module, config: WiseConfig, architecture) -> dict[str, WiseMemory]:
@@ -121,13 +117,8 @@ class WISE(Snapshots):
                     f"{self.name} learns from a prompt that an edit is not to touch, and {request.text!r} has no locality prompt"
                 )
 
-    @property
-    def memory_layer(self) -> WiseMemory:
-        (found,) = self.attachments.values()
-        return found
-
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
-        session, layer = self.session, self.memory_layer
+        session, layer = self.session, self.attachment
         if not self.notes["shards"] or self.notes["shards"][-1] >= self.config.save_every:
             self._open()
         rows = target_rows(session.tokenizer, batch, session.prefixes)
@@ -152,7 +143,7 @@ class WISE(Snapshots):
             inputs: the layer's inputs at every token of every row, and
             others: of every request's locality prompt.
         """
-        config, layer = self.config, self.memory_layer
+        config, layer = self.config, self.attachment
         (block,) = config.layers
         running = TrainingRows(self.session, rows, block)
         allowed = self._mask(len(self.notes["shards"]) - 1).to(layer.delta.device)
@@ -182,7 +173,7 @@ class WISE(Snapshots):
 
     def _activation(self, x: torch.Tensor) -> torch.Tensor:
         """``‖(W′ − W) x‖`` of the last shard, mean over the tokens ``(tokens, d_in)``."""
-        weight = self.memory_layer.weight_of(len(self.memory_layer.delta) - 1)
+        weight = self.attachment.weight_of(len(self.attachment.delta) - 1)
         return ((x @ weight.mT).square().sum(-1) + 1e-12).sqrt().mean()  # at zero the norm has no gradient
 
     def _routing_loss(self, rows: list[Row], inputs: list[torch.Tensor], others: list[torch.Tensor]) -> torch.Tensor:
@@ -194,19 +185,19 @@ class WISE(Snapshots):
 
     def _mask(self, shard: int) -> torch.Tensor:
         """The entries that a shard may change, ``(d_out, d_in)``."""
-        layer, generator = self.memory_layer, torch.Generator().manual_seed(self.config.seed + shard)
+        layer, generator = self.attachment, torch.Generator().manual_seed(self.config.seed + shard)
         return torch.rand(layer.out_features, layer.in_features, generator=generator) < self.config.mask_ratio
 
     def _open(self) -> None:
         """A new shard, equal to the weight."""
-        layer = self.memory_layer
+        layer = self.attachment
         layer.delta = torch.cat([layer.delta, layer.delta.new_zeros(1, layer.out_features, layer.in_features)])
         layer.thresholds = torch.cat([layer.thresholds, layer.thresholds.new_full((1,), float("inf"))])
         self.notes["shards"].append(0)
 
     def _merge(self) -> None:
         """All shards into one."""
-        layer = self.memory_layer
+        layer = self.attachment
         layer.delta, layer.thresholds = ties(layer.delta, self.config.density)[None], layer.thresholds.min()[None]
         self.notes = {"shards": [self.config.save_every], "unmerged": 0}  # full: the next edit opens another one
 
