@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 
 from comeba_ext import saved_edits
 from comeba_ext.covariance import Covariance, collect_covariance
-from comeba_ext.editing.batches import check_consistent, handled, with_ids
+from comeba_ext.editing.batches import check_consistent, handled, live_entries, with_ids
 from comeba_ext.editing.config import EditConfig, is_int
 from comeba_ext.editing.report import EditReport, Phases, peak_memory, values_bar
 from comeba_ext.editing.session import Session
@@ -30,8 +31,10 @@ from comeba_ext.memory.ledger import Ledger
 from comeba_ext.methods import Method, default_config, method_named
 from comeba_ext.text.request import EditRequest, Ids, as_requests, consecutive_batches
 
+Function = TypeVar("Function", bound=Callable)
 
-def _step(method):
+
+def _step(method: Function) -> Function:
     """A method that changes the edits: all of it happens or nothing, one step at a time, and whoever generates from the model
     meanwhile sees the state before or the state after."""
 
@@ -43,7 +46,7 @@ def _step(method):
             self._adopt(work)
             return result
 
-    return whole
+    return cast(Function, whole)
 
 
 class Editor:
@@ -300,17 +303,12 @@ class Editor:
         Raises:
             RequestError: an id that is not live, or the method cannot take single edits back; nothing was changed.
         """
-        ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        entries = [self.ledger.by_id(request_id) for request_id in ids]
-        unknown = [request_id for request_id, entry in zip(ids, entries, strict=True) if entry is None]
-        if unknown or not ids or len(set(ids)) != len(ids):
-            what = f"no live edit has the id {', '.join(map(repr, unknown))}" if unknown else "no or repeated ids given"
-            raise RequestError(f"{what}; ids are in every report's request_ids")
+        entries = live_entries(request_ids, self.ledger)
         self.method.retract(entries)
         self.session.step += 1
         for entry in entries:
             self.ledger.remove(entry, self.step)
-        self.log.append({"event": "retract", "step": self.step, "request_ids": ids})
+        self.log.append({"event": "retract", "step": self.step, "request_ids": [entry.request.request_id for entry in entries]})
 
     @_step
     def rollback(self, step: int) -> None:

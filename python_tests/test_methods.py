@@ -28,6 +28,8 @@ SETTINGS = {
     "GRACE": {"lr": 0.5, "steps": 20},
     "WISE": {"lr": 0.5, "low": 0.1, "high": 1.0, "margin_loss": 0.5},
     "MEMOIR": {"lr": 0.5, "irrelevant": 4},
+    "MELO": {"lr": 0.05, "edits_per_block": 2, "blocks_in_all": 4},
+    "KN": {"adaptive_threshold": 0.05},
 }
 WITH_VALUES = [name for name in NAMES if methods.method_named(name).takes_values]
 NO_SHARES = ("FT", "FT-L", "UltraEdit", "WISE")  # a single edit cannot be taken back
@@ -325,7 +327,7 @@ def test_edit_go_on_disable_and_roll_back(tiny_model, tokenizer, name):
     states = []
     for n in range(2):
         report = editor.edit(requests[2 * n : 2 * n + 2], **given(editor, 2, n))
-        assert report.step == n + 1 and len(report.losses) == (0 if given(editor, 1) or name in ("ICE", "IKE") else 2)
+        assert report.step == n + 1 and len(report.losses) == (0 if given(editor, 1) or name in ("ICE", "IKE", "KN") else 2)
         states.append(held(editor))
         with editor.disabled(), torch.no_grad():
             assert torch.equal(model(ids).logits, untouched)

@@ -1,6 +1,7 @@
 """Methods of others against the rules of their papers, written plainly: each test fails when its rule is changed."""
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -282,6 +283,100 @@ def test_a_cached_generation_goes_the_way_of_its_prompt(tiny_model, tokenizer, n
     else:
         way = side.route(layer_io(small_model(tiny_model), tokenizer, requests[0].text)[0][None], None)
         assert way.tolist() != [-1] and cached.past_key_values.comeba_statistics[side.name].tolist() == way.tolist()
+
+
+# -- MELO and KN ------------------------------------------------------------------------------------------------------
+
+
+def test_melo_clusters(tiny_model, tokenizer):
+    """Far: a cluster of its own. The same object: it joins, the centre is the mean. Another: the distance is halved, and what is
+    outside then is forgotten."""
+    editor = make_method("MELO", small_model(tiny_model), tokenizer, radius=1.0)
+    method, router = editor.method, next(iter(editor.layers.values()))
+    request = lambda name, target: EditRequest("{} is", name, target, request_id=name)  # noqa: E731
+    start, way = torch.zeros(32), torch.nn.functional.normalize(torch.randn(32), dim=0)
+    method._place(router, start, request("a", "Rome"), 0)
+    method._place(router, start + 5 * way, request("b", "Rome"), 1)  # further than 1 + 1
+    assert router.radii.tolist() == [1.0, 1.0] and router.cluster.tolist() == [0, 1]
+    method._place(router, start + 1.6 * way, request("c", "Rome"), 2)
+    assert router.cluster.tolist() == [0, 1, 0] and torch.allclose(router.centres[0], 0.8 * way, atol=1e-6)
+    assert router.radii.tolist() == pytest.approx([1.0, 1.0])  # 0.8 is less than the first radius
+    method._place(router, start + 1.8 * way, request("d", "Oslo"), 3)  # 1 from the centre: half of it for either
+    # a and c lie 0.8 from their centre, outside of that: forgotten, and their cluster with them
+    assert router.radii.tolist() == pytest.approx([1.0, 0.5 + 1e-5]) and router.cluster.tolist() == [0, 1]
+    assert method.notes == {"labels": ["Rome", "Oslo"], "owners": ["b", "d"]} and router.block.tolist() == [1, 3]
+    method._place(router, start + 2.9 * way, request("e", "Rome"), 4)  # 1.1 from d, which keeps its point
+    assert router.radii.tolist() == pytest.approx([1.0, 0.55 - 1e-5, 0.55 + 1e-5]) and method.notes["owners"] == ["b", "d", "e"]
+    # A token goes to the block of the nearest point of the cluster it lies in.
+    tokens = torch.stack([start + 1.7 * way, start + 4.5 * way, start + 0.8 * way, start - 9 * way])
+    assert router.way(tokens[None]).tolist() == [[3, 1, -1, -1]]
+
+
+def test_melo_adds_its_block_to_the_tokens_it_is_for(tiny_model, tokenizer):
+    editor = make_method("MELO", small_model(tiny_model), tokenizer, radius=1e-3, edits_per_block=1, lr=0.05, steps=10)
+    requests = some_requests(2)
+    report = editor.edit(requests)
+    router, lora = editor.layers.values()
+    assert lora.down.shape == (2, 2, 48) and lora.up.shape == (2, 32, 2) and min(report.optimizer_steps) > 0
+    plain = small_model(tiny_model)
+    for n, request in enumerate(requests):
+        x, out = layer_io(plain, tokenizer, request.text, 2)
+        _, changed = layer_io(SimpleModel(editor.model), tokenizer, request.text, 2)
+        assert torch.allclose(changed[:-1], out[:-1], atol=1e-5)  # no key but the last token's
+        assert torch.allclose(changed[-1], out[-1] + 2.0 * lora.up[n] @ (lora.down[n] @ x[-1]), atol=1e-4)  # scale √4
+        assert (changed[-1] - out[-1]).abs().max() > 1e-2
+    assert router.way(layer_io(plain, tokenizer, requests[1].text, 1)[1])[-1] == 1
+
+
+def test_kn_attributions_add_up(tiny_model, tokenizer):
+    """Integrated gradients are complete: over a layer they sum to what its activations change in the probability."""
+    model = small_model(tiny_model).double()
+    editor = make_method("KN", model, tokenizer, steps=400)
+    request, plain = some_requests(1)[0], small_model(tiny_model).double()
+    token = tokenizer(" " + request.target_new)["input_ids"][0]
+    ids = torch.tensor([tokenizer(request.text)["input_ids"]])
+    for block, (name, layer) in zip((1, 2), editor.layers.items(), strict=True):
+        found = editor.method.attribution(name, layer, request.text, token)
+        chances = []
+        for share in (1.0, 0.0):
+
+            def scale(module, args, share=share):
+                x = args[0].clone()
+                x[:, -1] *= share
+                return (x,)
+
+            handle = plain.transformer.h[block].mlp.c_proj.register_forward_pre_hook(scale)
+            with torch.no_grad():
+                chances.append(plain(ids).logits[0, -1].softmax(-1)[token].item())
+            handle.remove()
+        assert abs(chances[0] - chances[1]) > 1e-6
+        assert found.sum().item() == pytest.approx(chances[0] - chances[1], rel=0.05, abs=1e-7)
+
+
+def test_kn_writes_into_the_columns_of_the_neurons_it_keeps(tiny_model, tokenizer):
+    editor = make_method("KN", small_model(tiny_model), tokenizer, adaptive_threshold=0.3, agreement=0.6, strength=2.0)
+    request = dataclasses.replace(some_requests(1)[0], ground_truth="Oslo")
+    place = len(tokenizer(request.text)["input_ids"])
+    old, new = (tokenizer(f"{request.text} {word}")["input_ids"][place] for word in ("Oslo", request.target_new))
+    wanted = {}
+    prompts = [prefix + request.text for prefix in editor.prefixes]
+    for prompt in prompts:
+        scores = {name: editor.method.attribution(name, layer, prompt, old) for name, layer in editor.layers.items()}
+        largest = max(own.max() for own in scores.values())
+        for name, own in scores.items():
+            for n in range(len(own)):
+                if own[n] > 0.3 * largest:
+                    wanted[name, n] = wanted.get((name, n), 0) + 1
+    kept = {key for key, count in wanted.items() if count >= 0.6 * len(prompts)}
+    assert kept
+    editor.edit([request])
+    words = editor.model.get_input_embeddings().weight
+    for name, layer in editor.layers.items():
+        for n in range(48):
+            change = 2.0 * (words[new] - words[old]) if (name, n) in kept else torch.zeros(32)
+            assert torch.allclose(layer.delta[:, n], change, atol=1e-6)
+    editor.retract("edit-0")
+    assert all(layer.delta.abs().max() < 1e-6 for layer in editor.layers.values())
 
 
 # -- in context -----------------------------------------------------------------------------------------------------

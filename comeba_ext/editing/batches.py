@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from comeba_ext.errors import RequestError
-from comeba_ext.memory.ledger import Ledger
+from comeba_ext.memory.ledger import Entry, Ledger
 from comeba_ext.text.request import EditRequest
 
 
@@ -54,6 +54,21 @@ def with_ids(batch: list[EditRequest], ledger: Ledger, number: int, given: Itera
             number += 1
         named.append(request)
     return named, number
+
+
+def live_entries(request_ids: str | Iterable[str], ledger: Ledger) -> list[Entry]:
+    """The live entries of some ids.
+
+    Raises:
+        RequestError: no id is given, one is given twice, or one is not live.
+    """
+    ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+    entries = [ledger.by_id(request_id) for request_id in ids]
+    unknown = [request_id for request_id, entry in zip(ids, entries, strict=True) if entry is None]
+    if unknown or not ids or len(set(ids)) != len(ids):
+        what = f"no live edit has the id {', '.join(map(repr, unknown))}" if unknown else "no or repeated ids given"
+        raise RequestError(f"{what}; ids are in every report's request_ids")
+    return [entry for entry in entries if entry is not None]
 
 
 def handled(log: list[dict]) -> Counter[tuple[str, str, str]]:

@@ -29,6 +29,7 @@ class _Here(threading.local):
         mask: ``(batch, seq)`` bool of real tokens, or ``None`` when every token is real or no pass is in progress.
         statistics: layer name to ``(batch, 3)`` statistics of the tokens before this pass (:func:`ops.zscore`).
         updated: the same after this pass, filled in by the layers.
+        told: what attachments tell those behind them in the same pass.
         off: whether this thread wants the unedited model (:func:`attachment.disabled`), so many times over.
     """
 
@@ -39,6 +40,7 @@ class _Here(threading.local):
     def __init__(self) -> None:
         self.statistics: dict[str, torch.Tensor] = {}
         self.updated: dict[str, torch.Tensor] = {}
+        self.told: dict[str, torch.Tensor | None] = {}
 
 
 class SequenceContext:
@@ -94,7 +96,7 @@ class SequenceContext:
             if not hasattr(cache, "comeba_statistics"):
                 cache.__class__ = _with_statistics(type(cache))
             cache.comeba_statistics = {**getattr(cache, "comeba_statistics", {}), **here.updated}
-        here.shape, here.mask, here.statistics, here.updated = None, None, {}, {}
+        here.shape, here.mask, here.statistics, here.updated, here.told = None, None, {}, {}, {}
         if not torch.compiler.is_compiling():
             self.passes.end()
 

@@ -17,6 +17,8 @@ from comeba_ext.methods.fixed_threshold import FixedThreshold
 from comeba_ext.methods.ft import FT, FTL
 from comeba_ext.methods.grace import GRACE
 from comeba_ext.methods.in_context import ICE, IKE
+from comeba_ext.methods.kn import KN
+from comeba_ext.methods.melo import MELO
 from comeba_ext.methods.memit import MEMIT
 from comeba_ext.methods.memoir import MEMOIR
 from comeba_ext.methods.names import METHODS, method_named, method_names, register_method
@@ -45,6 +47,8 @@ for _method in (
     GRACE,
     WISE,
     MEMOIR,
+    MELO,
+    KN,
     IKE,
     ICE,
     FixedThreshold,
@@ -58,6 +62,8 @@ __all__ = [
     "GRACE",
     "ICE",
     "IKE",
+    "KN",
+    "MELO",
     "MEMIT",
     "MEMOIR",
     "METHODS",

@@ -43,7 +43,8 @@ def default_config(method: str | type[Method], model: nn.Module, **changes) -> E
     elif isinstance(layers, float) or (isinstance(layers, list) and isinstance(layers[0], float)):
         depth = Architecture.of(model, **names).num_blocks(model)
         ends = [max(0, min(round(share * depth), depth - 2)) for share in (layers if isinstance(layers, list) else [layers])]
-        own["layers"] = list(range(ends[0], ends[-1] + 1))  # never the last block, after which nothing reads the edit
+        first = ends[0] if isinstance(layers, float) else max(0, min(ends[0], ends[-1] - 1))  # two shares: two blocks at least
+        own["layers"] = list(range(first, ends[-1] + 1))  # never the last block, after which nothing reads the edit
     own = {**settings, **own}
     if scoreless and {"lam", "leverage_ratio"} & set(changes):  # one takes the place of the other
         own |= {"lam": None, "leverage_ratio": None}

@@ -63,14 +63,22 @@ class TrainingRows:
             return logits_at(model, inputs, places)
 
 
-@torch.no_grad()
 def inputs_of(session: Session, layer: nn.Module, rows: list[Row]) -> list[torch.Tensor]:
     """A layer's inputs at every token of every row, each ``(tokens, d_in)``."""
+    return _seen(session, layer, rows, lambda inputs, seen: run_until(session.decoder, layer, inputs, {layer: seen.append}, before=True))
+
+
+def outputs_of(session: Session, layer: nn.Module, rows: list[Row]) -> list[torch.Tensor]:
+    """A layer's outputs at every token of every row, each ``(tokens, d_out)``."""
+    return _seen(session, layer, rows, lambda inputs, seen: run_until(session.decoder, layer, inputs, {}, seen.append))
+
+
+@torch.no_grad()
+def _seen(session: Session, layer: nn.Module, rows: list[Row], look: Callable[[dict, list], None]) -> list[torch.Tensor]:
     found: list[torch.Tensor | None] = [None] * len(rows)
     for group in micro_batches([len(row.ids) for row in rows], session.max_tokens):
         seen: list[torch.Tensor] = []
-        inputs = batch_inputs([rows[n] for n in group], session.pad_token, session.device)
-        run_until(session.decoder, layer, inputs, {layer: seen.append}, before=True)
+        look(batch_inputs([rows[n] for n in group], session.pad_token, session.device), seen)
         whole = seen[0].reshape(len(group), -1, seen[0].shape[-1])  # some families flatten tokens before the MLP
         for place, n in enumerate(group):
             found[n] = whole[place, : len(rows[n].ids)]

@@ -1,0 +1,127 @@
+"""Knowledge neurons: find the few inputs of MLP output projections that a fact hangs on, and change what they write (Dai et al. 2022,
+arXiv 2104.08696)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from comeba_ext.editing.config import EditConfig, is_number
+from comeba_ext.editing.report import Phases
+from comeba_ext.errors import ConfigError
+from comeba_ext.forward.logits import logits_at
+from comeba_ext.forward.partial import evaluating, frozen, run_until
+from comeba_ext.layers.hooked_linear import HookedLinear
+from comeba_ext.memory.ledger import Entry
+from comeba_ext.methods.base import OnProgress
+from comeba_ext.methods.deltas import Deltas
+from comeba_ext.text.encoding import encode
+from comeba_ext.text.request import EditRequest
+
+
+@dataclass(frozen=True)
+class KNConfig(EditConfig):
+    """Settings of knowledge neurons; ``steps`` are those of the integral.
+
+    Args:
+        adaptive_threshold: share of a prompt's largest attribution that a neuron must exceed, and
+        agreement: share of the prompts (one a context prefix) in which it must.
+        strength: λ, how much of the two objects' embeddings is put into a neuron's column.
+    """
+
+    steps: int = 20
+    adaptive_threshold: float = 0.2
+    agreement: float = 0.4
+    strength: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("adaptive_threshold", "agreement", "strength"):
+            if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be a finite number > 0, got {getattr(self, name)!r}")
+
+
+class KN(Deltas):
+    """A neuron's attribution is the integrated gradient of the old object's probability (its first token's) along the neuron's
+    activation at the prompt's last token, ``a · ∫₀¹ ∂P(α·a)/∂a dα`` (equation 4). To the column of each neuron that is kept,
+    ``λ·(e_new − e_old)`` is added, the word embeddings of the objects' first tokens (section 4.3).
+
+    The old object is the record's ``ground_truth``, or, without one, what the model says. A request for which no neuron is kept leaves
+    the model as it is; the report says that it is not answered.
+    """
+
+    name = "KN"
+    config_class = KNConfig
+
+    def blank(self) -> dict:
+        return {"edits": {}}  # request id to the neurons it has changed, and the two tokens
+
+    def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
+        model = self.session.model
+        for done, request in enumerate(batch, 1):
+            with phases("values"), evaluating(model), frozen(model):
+                neurons, old, new = self._find(request)
+            with phases("update"):
+                self.notes["edits"][request.request_id] = {"neurons": neurons, "old": old, "new": new}
+                self._write(request.request_id, 1)
+            on_progress(done, float(len(neurons)))
+        return [], []
+
+    def take_out(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            self._write(entry.request.request_id, -1)
+            del self.notes["edits"][entry.request.request_id]
+
+    def _write(self, request_id: str, sign: int) -> None:
+        edit, words = self.notes["edits"][request_id], self.session.model.get_input_embeddings().weight
+        change = sign * self.config.strength * (words[edit["new"]] - words[edit["old"]]).detach()
+        for name, neuron in edit["neurons"]:
+            delta = self.masters[name].clone()
+            delta[:, neuron] += change.to(delta)
+            self.write(name, delta)
+
+    def _find(self, request: EditRequest) -> tuple[list[tuple[str, int]], int, int]:
+        """The neurons of a request, and the first tokens of its old and its new object."""
+        tokenizer, prompts = self.session.tokenizer, [prefix + request.text for prefix in self.session.prefixes]
+        new = encode(tokenizer, request.text, request.target_new).target_ids[0]
+        old = self._said(request.text) if not request.ground_truth else encode(tokenizer, request.text, request.ground_truth).target_ids[0]
+        counts: dict[tuple[str, int], int] = {}
+        for prompt in prompts:
+            found = {name: self.attribution(name, layer, prompt, old) for name, layer in self.layers.items()}
+            least = self.config.adaptive_threshold * max(own.max().item() for own in found.values())
+            for name, own in found.items():
+                for neuron in (own > max(least, 0.0)).nonzero()[:, 0].tolist():
+                    counts[name, neuron] = counts.get((name, neuron), 0) + 1
+        kept = [neuron for neuron, count in counts.items() if count >= self.config.agreement * len(prompts)]
+        return kept, old, new
+
+    def attribution(self, name: str, layer: HookedLinear, prompt: str, token: int) -> torch.Tensor:
+        """Of every input of a layer, ``(d_in,)``, for the probability of a token behind a prompt."""
+        session, steps = self.session, self.config.steps
+        ids = torch.tensor([encode(session.tokenizer, prompt).ids], device=session.device)
+        seen: list[torch.Tensor] = []
+        run_until(session.decoder, layer, {"input_ids": ids}, {layer: seen.append}, before=True)
+        activation = seen[0].reshape(ids.shape[1], -1)[-1]
+        shares = torch.arange(1, steps + 1, device=activation.device).to(activation)[:, None] / steps
+        scaled = (shares * activation).requires_grad_(True)  # (steps, d_in)
+
+        def put(module, args):
+            x = args[0].reshape(steps, ids.shape[1], -1).clone()
+            x[:, -1] = scaled
+            return (x.reshape(args[0].shape), *args[1:])
+
+        handle = layer.register_forward_pre_hook(put)
+        try:
+            logits = logits_at(session.model, {"input_ids": ids.expand(steps, -1)}, [[ids.shape[1] - 1]] * steps)
+        finally:
+            handle.remove()
+        chances = torch.cat(logits).float().softmax(-1)[:, token]
+        (gradient,) = torch.autograd.grad(chances.sum(), scaled)
+        return (activation * gradient.mean(0)).detach()
+
+    def _said(self, prompt: str) -> int:
+        """The token that the model puts behind a prompt."""
+        ids = torch.tensor([encode(self.session.tokenizer, prompt).ids], device=self.session.device)
+        with torch.no_grad():
+            return logits_at(self.session.model, {"input_ids": ids}, [[ids.shape[1] - 1]])[0].argmax().item()
