@@ -95,6 +95,7 @@ def tune(
     from comeba_ext.data import read_requests, read_texts
     from comeba_ext.storage import alone, write_text
     from comeba_ext.tuning import tune as search
+    from comeba_ext.tuning.search import blocks
 
     with reporting(as_json) as report, alone(out):
         net, tokenizer = loaded(model, device, dtype, trust=trust)
@@ -104,22 +105,15 @@ def tune(
         corpus = read_texts(texts) if texts else testbed.texts(folder=home) if home else None
         read = read_requests(records) if records else None
         report.say(f"{model}: {size_of(net)}")
-        report.table_head("trial", "layers", "optimiser", "ratio", "reliability", "written", "generality", "locality", "loss", "s/edit")
+        names = ("trial", "block", "optimiser", "  ratio", "reliability", "written", "generality", "locality", "s/edit")
+        report.table_head(*names, least=6, gap=1)
         count = itertools.count(1)
 
         def show(trial) -> None:
-            span, own = trial.settings["layers"], trial.settings
+            own, scores = trial.settings, (trial.reliability, trial.written, trial.generality, trial.locality, trial.seconds)
             optimiser = own.get("optimizer", "default") + (f" {own['lr']:g}" if own.get("lr") else "")
-            report.table_row(
-                str(next(count)),
-                f"{span[0]}-{span[-1]}",
-                optimiser,
-                f"{own.get('leverage_ratio', 'default')}",
-                *(
-                    f"{value:.3f}"
-                    for value in (trial.reliability, trial.written, trial.generality, trial.locality, trial.loss, trial.seconds)
-                ),
-            )
+            ratio = str(own.get("leverage_ratio", "default"))
+            report.table_row(str(next(count)), blocks(own), optimiser, ratio, *(f"{score:.3f}" for score in scores))
 
         found = search(
             net,

@@ -8,6 +8,7 @@ import platform
 import sys
 
 import typer
+from tqdm.auto import tqdm
 
 from comeba_ext import __version__
 from comeba_ext.errors import ComebaError
@@ -27,7 +28,8 @@ class Report:
         self._widths: list[int] = []
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        with tqdm.external_write_mode():  # above a bar, not behind it
+            self.console.print(text, markup=False)
 
     def table(self, head: tuple, rows: list[tuple]) -> None:
         from rich import box
@@ -39,8 +41,9 @@ class Report:
             table.add_row(*(Text(str(cell)) for cell in row))
         self.console.print(table)
 
-    def table_head(self, *names: str) -> None:
-        self._widths = [max(9, len(name) + 2) for name in names]
+    def table_head(self, *names: str, least: int = 9, gap: int = 2) -> None:
+        """Of columns as wide as their names with a gap before, or ``least``."""
+        self._widths = [max(least, len(name) + gap) for name in names]
         self.table_row(*names)
 
     def table_row(self, *cells: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from comeba_ext.tuning.search import Tuning
+from comeba_ext.tuning.search import Tuning, blocks
 
 COLOURS = {"written": "tab:blue", "generality": "tab:orange", "locality": "tab:green"}
 
@@ -27,14 +27,13 @@ def draw(found: Tuning, file: str | Path) -> None:
             at = [n + 0.27 * (place - 1) for n in range(len(names))]
             right.bar(at, [getattr(trial, name) for trial in found.trials], 0.25, color=colour, label=name)
         right.set_xticks(range(len(names)), names, rotation=60, ha="right")
-        right.set(ylim=(0, 1.03), title="trial edits")
-        right.legend(loc="lower right", fontsize=8)
+        right.set(ylim=(0, 1.03))
+        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(COLOURS), fontsize=8, frameon=False, title="trial edits")
         figure.savefig(file, dpi=130)
 
 
 def _label(settings: dict) -> str:
-    span = settings["layers"]
     optimiser = settings.get("optimizer", "")
     rest = [optimiser + (f" {settings['lr']:g}" if optimiser == "adam" else "")] if optimiser else []
     rest += [f"ratio {settings['leverage_ratio']:g}"] if settings.get("leverage_ratio") else []
-    return ", ".join([f"{span[0]}-{span[-1]}", *rest])
+    return ", ".join([blocks(settings), *rest])

@@ -162,6 +162,12 @@ def _candidates(flips: list[float], depth: int, default: EditConfig) -> list[int
     return sorted(spread | {default.value_layer})
 
 
+def blocks(settings: dict) -> str:
+    """``"4-8"``, or ``"8"`` where it is one block."""
+    first, last = settings["layers"][0], settings["layers"][-1]
+    return f"{first}-{last}" if first != last else f"{first}"
+
+
 def _try(model, tokenizer, config: EditConfig, settings: dict, edits: list[EditRequest], covariance: Covariance, base) -> Trial:
     editor = Editor(model, tokenizer, config)
     start = time.perf_counter()
