@@ -187,9 +187,8 @@ def edit(
         say_counts(report, counts)
         if todo and 2 * answered < len(todo):
             few = "None" if not answered else "Fewer than half"
-            report.say(
-                f"! {few} of the edits took: these settings do not suit this model (layers, λ, score). 'comeba tune' finds some that do."
-            )
+            tuned = " (layers, λ, score). 'comeba tune' finds some that do." if editor.method.scored else "; see --config."
+            report.say(f"! {few} of the edits took: these settings of {editor.method.name} do not suit this model{tuned}")
             report.code = 0 if answered else 1
         report.result = {
             "records": counts,

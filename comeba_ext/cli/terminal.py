@@ -36,7 +36,7 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(*head, box=box.SIMPLE_HEAD)
+        table = Table(*head, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # three scores with their intervals fit 80 columns
         for row in rows:
             table.add_row(*(Text(str(cell)) for cell in row))
         self.console.print(table)
