@@ -558,3 +558,26 @@ def test_names():
     with pytest.raises(ConfigError, match="norm_constraint"):
         FTConfig(layers=(1,), norm_constraint=-1)
     json.dumps(FTConfig(layers=(1,)).to_dict())
+
+
+@pytest.mark.parametrize(
+    "name, field, wrong",
+    [
+        ("GRACE", "radius", [0, -1.0, float("nan"), True, "1"]),
+        ("GRACE", "warm", [1, None]),
+        ("WISE", "mask_ratio", [0, 1.5, None]),
+        ("WISE", "save_every", [0, 2.5, True]),
+        ("MEMOIR", "overlap", [0, 1.1]),
+        ("AlphaEdit", "refresh", [0, 1.5]),
+        ("AlphaEdit", "preserve", [-1, float("inf")]),
+        ("EMMET", "ridge", [-0.1, None]),
+        ("FT", "norm_constraint", [0, "x"]),
+        ("IKE", "demonstrations", [3]),
+        ("UltraEdit", "modules", [{"mlp": []}, {"mlp": [-1]}, {3: [1]}, "mlp"]),
+    ],
+)
+def test_settings_out_of_range(name, field, wrong):
+    kind = methods.method_named(name).config_class
+    for value in wrong:
+        with pytest.raises(ConfigError, match=field):
+            kind(layers=(1,), **{field: value})

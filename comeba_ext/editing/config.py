@@ -344,3 +344,30 @@ def is_int(value) -> bool:
 
 def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_fields(config: EditConfig, **kinds: tuple[str, ...]) -> None:
+    """Check fields of a method's own settings.
+
+    Args:
+        kinds: names of fields by what their values must be, a key of ``KINDS``; with ``_or_none``, ``None`` will do as well.
+
+    Raises:
+        ConfigError: the first that is something else.
+    """
+    for kind, names in kinds.items():
+        words, fits = KINDS[kind.removesuffix("_or_none")]
+        for name in names:
+            value, optional = getattr(config, name), kind.endswith("_or_none")
+            if not (fits(value) or (optional and value is None)):
+                raise ConfigError(f"{name} must be {'null or ' if optional else ''}{words}, got {value!r}")
+
+
+KINDS = {
+    "positive": ("a finite number > 0", lambda value: is_number(value) and value > 0),
+    "not_negative": ("a finite number >= 0", lambda value: is_number(value) and value >= 0),
+    "shares": ("a number > 0 and <= 1", lambda value: is_number(value) and 0 < value <= 1),
+    "counts": ("a whole number > 0", lambda value: is_int(value) and value > 0),
+    "flags": ("true or false", lambda value: isinstance(value, bool)),
+    "texts": ("text", lambda value: isinstance(value, str)),
+}

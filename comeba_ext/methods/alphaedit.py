@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from comeba_ext.covariance import Covariance
-from comeba_ext.editing.config import EditConfig, is_int, is_number
+from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.keys import LayerReading
 from comeba_ext.editing.session import Session
 from comeba_ext.errors import ConfigError, CovarianceError
@@ -39,16 +39,14 @@ class AlphaEditConfig(EditConfig):
         super().__post_init__()
         if (self.null_threshold is None) == (self.null_share is None):
             raise ConfigError("give one of null_threshold and null_share, and null for the other")
-        bounds = {"null_threshold": self.null_threshold, "null_share": self.null_share, "ridge": self.ridge}
-        for name, value in bounds.items():
-            if value is not None and not (is_number(value) and value > 0):
-                raise ConfigError(f"{name} must be a finite number > 0, got {value!r}")
-        if self.null_share is not None and self.null_share > 1:
-            raise ConfigError(f"null_share must be at most 1, got {self.null_share!r}")
-        if not is_number(self.preserve) or self.preserve < 0:
-            raise ConfigError(f"preserve must be a finite number >= 0, got {self.preserve!r}")
-        if self.refresh is not None and not (is_int(self.refresh) and self.refresh > 0):
-            raise ConfigError(f"refresh must be null or a whole number > 0, got {self.refresh!r}")
+        check_fields(
+            self,
+            positive=("ridge",),
+            positive_or_none=("null_threshold",),
+            shares_or_none=("null_share",),
+            not_negative=("preserve",),
+            counts_or_none=("refresh",),
+        )
 
 
 class AlphaEdit(Additive):

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from comeba_ext.editing.config import EditConfig, is_number
-from comeba_ext.errors import ConfigError
+from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.methods.additive import Additive
 
 
@@ -23,8 +22,7 @@ class EmmetConfig(EditConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.ridge) or self.ridge < 0:
-            raise ConfigError(f"ridge must be a finite number >= 0, got {self.ridge!r}")
+        check_fields(self, not_negative=("ridge",))
 
 
 class EMMET(Additive):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from comeba_ext.editing.config import EditConfig, is_int
+from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
 from comeba_ext.errors import ConfigError
 from comeba_ext.forward.partial import evaluating, frozen
@@ -35,11 +35,7 @@ class FTConfig(EditConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        bound = self.norm_constraint
-        if bound is not None and not (isinstance(bound, (int, float)) and not isinstance(bound, bool) and bound > 0):
-            raise ConfigError(f"norm_constraint must be null or a number > 0, got {bound!r}")
-        if self.chunk is not None and not (is_int(self.chunk) and self.chunk > 0):
-            raise ConfigError(f"chunk must be null or a whole number > 0, got {self.chunk!r}")
+        check_fields(self, positive_or_none=("norm_constraint",), counts_or_none=("chunk",))
         if self.lr_unit != "absolute":
             raise ConfigError(f"lr_unit must be absolute: it is a weight that is trained, got {self.lr_unit!r}")
 

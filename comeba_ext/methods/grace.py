@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from comeba_ext.editing.config import EditConfig, is_number
+from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
-from comeba_ext.errors import ConfigError
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.layers.attachment import Attachment
 from comeba_ext.layers.hooked_linear import shape_of
@@ -40,10 +39,7 @@ class GraceConfig(EditConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.radius) or self.radius <= 0:
-            raise ConfigError(f"radius must be a finite number > 0, got {self.radius!r}")
-        if not isinstance(self.warm, bool):
-            raise ConfigError(f"warm must be true or false, got {self.warm!r}")
+        check_fields(self, positive=("radius",), flags=("warm",))
 
 
 class Codebook(Attachment):

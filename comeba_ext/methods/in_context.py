@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from comeba_ext.data import read_requests
-from comeba_ext.editing.config import EditConfig, is_int
+from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
 from comeba_ext.editing.session import Session
 from comeba_ext.errors import ComebaError, ConfigError
@@ -42,11 +42,7 @@ class InContextConfig(EditConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("facts", "shown"):
-            if not is_int(getattr(self, name)) or getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be a whole number > 0, got {getattr(self, name)!r}")
-        if not isinstance(self.demonstrations, (str, type(None))):
-            raise ConfigError(f"demonstrations must be a file's name or null, got {self.demonstrations!r}")
+        check_fields(self, counts=("facts", "shown"), texts_or_none=("demonstrations",))
 
 
 class Facts(PromptRewriter):

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from comeba_ext.editing.config import EditConfig, is_number
+from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
-from comeba_ext.errors import ConfigError
 from comeba_ext.forward.logits import logits_at
 from comeba_ext.forward.partial import evaluating, frozen, run_until
 from comeba_ext.layers.hooked_linear import HookedLinear
@@ -37,9 +36,7 @@ class KNConfig(EditConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("adaptive_threshold", "agreement", "strength"):
-            if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be a finite number > 0, got {getattr(self, name)!r}")
+        check_fields(self, positive=("strength",), shares=("adaptive_threshold", "agreement"))
 
 
 class KN(Deltas):

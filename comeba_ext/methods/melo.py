@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from comeba_ext.editing.config import EditConfig, is_int, is_number
+from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
 from comeba_ext.errors import ConfigError
 from comeba_ext.forward.partial import evaluating, frozen
@@ -45,11 +45,7 @@ class MeloConfig(EditConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "edits_per_block", "blocks_in_all"):
-            if not is_int(getattr(self, name)) or getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be a whole number > 0, got {getattr(self, name)!r}")
-        if not is_number(self.radius) or self.radius <= 0:
-            raise ConfigError(f"radius must be a finite number > 0, got {self.radius!r}")
+        check_fields(self, positive=("radius",), counts=("rank", "edits_per_block", "blocks_in_all"))
 
 
 class Router(Attachment):

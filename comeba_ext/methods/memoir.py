@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from comeba_ext.editing.config import EditConfig, is_int, is_number
+from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
-from comeba_ext.errors import ConfigError
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.layers.attachment import disabled
 from comeba_ext.memory.ledger import Entry
@@ -46,14 +45,7 @@ class MemoirConfig(EditConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("clip", "active", "overlap"):
-            if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be a finite number > 0, got {getattr(self, name)!r}")
-        for name in ("active", "overlap"):
-            if getattr(self, name) > 1:
-                raise ConfigError(f"{name} must be at most 1, got {getattr(self, name)!r}")
-        if not is_int(self.irrelevant) or self.irrelevant < 1:
-            raise ConfigError(f"irrelevant must be a whole number > 0, got {self.irrelevant!r}")
+        check_fields(self, positive=("clip",), shares=("active", "overlap"), counts=("irrelevant",))
 
 
 class MemoirMemory(SideMemory):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from comeba_ext.editing.config import EditConfig, is_int, is_number
+from comeba_ext.editing.config import EditConfig, check_fields, is_int
 from comeba_ext.editing.report import Phases
 from comeba_ext.editing.session import Session
 from comeba_ext.errors import ConfigError, RequestError
@@ -46,8 +46,7 @@ class UltraEditConfig(EditConfig):
         )
         if not known:
             raise ConfigError(f"modules must map a layer's name inside a block to a list of block numbers, got {self.modules!r}")
-        if not is_number(self.ridge) or self.ridge <= 0:
-            raise ConfigError(f"ridge must be a finite number > 0, got {self.ridge!r}")
+        check_fields(self, positive=("ridge",))
         if not is_int(self.warm_up) or self.warm_up < 0:
             raise ConfigError(f"warm_up must be a whole number >= 0, got {self.warm_up!r}")
 

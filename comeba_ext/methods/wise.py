@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from comeba_ext.editing.config import EditConfig, is_int, is_number
+from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
-from comeba_ext.errors import ConfigError, RequestError
+from comeba_ext.errors import RequestError
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.side_memory import SideMemory, mean_over_tokens
@@ -28,7 +28,7 @@ class WiseConfig(EditConfig):
         weight_decay: of SGD.
         norm_constraint: bound on every entry's distance from the weight.
         mask_ratio: share ρ of the entries that a shard's edits may change.
-        low, high, margin: the routing loss's bounds on the activation of unrelated and of edited prompts, and their distance (α, β, γ).
+        low, high, margin_loss: the routing loss's bounds for unrelated and for edited prompts, and their distance (α, β, γ).
         threshold_share: share of the lowest activation of an edit that a prompt must reach.
         save_every: edits a shard takes, and ``merge_every``: edits after which shards are merged into one.
         density: of the merge: share of the largest entries of each shard that counts (TIES).
@@ -50,15 +50,12 @@ class WiseConfig(EditConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("norm_constraint", "mask_ratio", "low", "high", "margin_loss", "threshold_share", "density"):
-            if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be a finite number > 0, got {getattr(self, name)!r}")
-        for name in ("mask_ratio", "threshold_share", "density"):
-            if getattr(self, name) > 1:
-                raise ConfigError(f"{name} must be at most 1, got {getattr(self, name)!r}")
-        for name in ("save_every", "merge_every"):
-            if not is_int(getattr(self, name)) or getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be a whole number > 0, got {getattr(self, name)!r}")
+        check_fields(
+            self,
+            positive=("norm_constraint", "low", "high", "margin_loss"),
+            shares=("mask_ratio", "threshold_share", "density"),
+            counts=("save_every", "merge_every"),
+        )
 
 
 class WiseMemory(SideMemory):
