@@ -11,8 +11,8 @@ import torch
 from test_editor import ids_of, small_model, some_requests
 from test_methods import SETTINGS, demonstrations, held, make_method, requests_of  # noqa: F401  (a fixture)
 
-from comeba_ext import EditRequest, evaluate
-from comeba_ext.errors import RequestError
+from comeba_ext import Editor, EditRequest, evaluate, load_edits
+from comeba_ext.errors import RequestError, StorageError
 from comeba_ext.evaluation import predict_base
 from comeba_ext.layers.attachment import prompt_rewriter
 from comeba_ext.methods.wise import ties
@@ -426,6 +426,37 @@ def test_ice_and_ike_ask_as_the_paper_does(tiny_model, tokenizer):
     editor = make_method("IKE", small_model(tiny_model), tokenizer, shown=1)
     editor.edit([first])
     assert prompt_rewriter(editor.model)("Ann lives in") == f"{copied}New Fact: Ann lives in Rome\nPrompt: Ann lives in"
+
+
+@pytest.mark.parametrize(
+    "packed", ['[{"id": "a"}]', "[3]", '[{"id": "a", "fact": 3, "shown": []}]', '[{"id": "a", "fact": "b", "shown": "c"}]', "no"]
+)
+def test_facts_that_are_not_ours(tiny_model, tokenizer, tmp_path, packed):
+    editor = make_method("ICE", small_model(tiny_model), tokenizer)
+    editor.edit(some_requests(1))
+    editor.layers["comeba_facts"].packed = torch.tensor(list(packed.encode()), dtype=torch.uint8)
+    editor.save_pretrained(tmp_path)
+    model = small_model(tiny_model)
+    for load in (lambda: load_edits(model, tmp_path), lambda: Editor.from_pretrained(model, tokenizer, tmp_path)):
+        with pytest.raises(StorageError, match="incomplete or damaged"):
+            load()
+        assert prompt_rewriter(model) is None
+
+
+def test_a_question_meets_the_facts_that_there_are(tiny_model, tokenizer):
+    """Whoever has asked before an edit, a retraction or a rollback is answered with what is there after it."""
+    editor = make_method("ICE", small_model(tiny_model), tokenizer)
+    asked = lambda: prompt_rewriter(editor.model)("Ann lives in")  # noqa: E731
+    one, other = (EditRequest("{} lives in", "Ann", target) for target in ("Rome", "Oslo"))
+    assert asked() == "Ann lives in"
+    editor.edit([one])
+    assert asked() == "New Fact: Ann lives in Rome\nPrompt: Ann lives in"
+    editor.edit([other])  # of the same length, so that the buffer's shape stays
+    assert asked() == "New Fact: Ann lives in Oslo\nPrompt: Ann lives in"
+    editor.rollback(1)
+    assert asked() == "New Fact: Ann lives in Rome\nPrompt: Ann lives in"
+    editor.retract("edit-0")
+    assert asked() == "Ann lives in"
 
 
 def test_evaluation_asks_what_an_in_context_method_says(tiny_model, tokenizer):

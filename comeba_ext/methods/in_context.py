@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -56,43 +55,45 @@ class Facts(PromptRewriter):
     def __init__(self, count: int, device=None):
         super().__init__()
         self.register_buffer("packed", torch.zeros(0, dtype=torch.uint8, device=device))
-        self.count = count
+        self.count, self._found = count, None
 
     @property
     def facts(self) -> list[dict]:
-        return json.loads(self.packed.cpu().numpy().tobytes()) if len(self.packed) else []
+        return _unpacked(self.packed)
 
     @facts.setter
     def facts(self, facts: list[dict]) -> None:
         text = bytearray(json.dumps(facts).encode()) if facts else bytearray()
         packed = torch.frombuffer(text, dtype=torch.uint8) if text else torch.zeros(0, dtype=torch.uint8)
         self.packed = packed.to(self.packed.device)
-        self._forget()
 
     def rewrite(self, prompt: str) -> str:
-        facts, index = self._index
+        facts, index = self._searchable()
         chosen = [facts[n] for n in index.nearest(prompt, self.count)][::-1]  # the most similar one is next to the question
         before = "".join(part for own in chosen for part in (*own["shown"], f"New Fact: {own['fact']}\n"))
         return f"{before}Prompt: {prompt}" if chosen else prompt
 
     def take_over(self, other: Facts) -> None:
-        super().take_over(other)
-        self._forget()
+        self.packed = other.packed.clone()  # never in place: whoever asks meanwhile has the old facts whole, or the new ones
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         super().restore(tensors)
-        self._forget()
         for own in self.facts:
-            if set(own) != {"id", "fact", "shown"}:
+            known = isinstance(own, dict) and set(own) == {"id", "fact", "shown"} and isinstance(own["shown"], list)
+            if not known or not all(isinstance(text, str) for text in (own["id"], own["fact"], *own["shown"])):
                 raise ValueError("a fact is malformed")
 
-    @cached_property
-    def _index(self) -> tuple[list[dict], BM25]:
-        facts = self.facts
-        return facts, BM25([own["fact"] for own in facts])
+    def _searchable(self) -> tuple[list[dict], BM25]:
+        """The facts and their index, made once for what is packed now."""
+        packed, found = self.packed, self._found  # one look at each: another thread may be here, or edit
+        if found is None or found[0] is not packed:
+            facts = _unpacked(packed)
+            found = self._found = packed, facts, BM25([own["fact"] for own in facts])
+        return found[1:]
 
-    def _forget(self) -> None:
-        self.__dict__.pop("_index", None)
+
+def _unpacked(packed: torch.Tensor) -> list[dict]:
+    return json.loads(packed.cpu().numpy().tobytes()) if len(packed) else []
 
 
 class ICE(Snapshots):
