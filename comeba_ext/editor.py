@@ -77,6 +77,7 @@ class Editor:
         self.log: list[dict] = []
         self._one_step = threading.RLock()
         self._next_id = 0
+        self._fit: set[EditRequest] = set()
 
     @property
     def model(self) -> nn.Module:
@@ -354,8 +355,6 @@ class Editor:
         editor.log, editor._next_id = saved.log, saved.next_id
         return editor
 
-    # -- parts --------------------------------------------------------------------------------------------------
-
     def _prepare(self, requests) -> list[EditRequest]:
         """The batch with ids, after every check that needs no forward pass."""
         return self._named(self._validate(as_requests(requests)))
@@ -367,7 +366,9 @@ class Editor:
 
     def _validate(self, batch: list[EditRequest]) -> list[EditRequest]:
         check_consistent(batch, self.ledger)
-        self.method.validate(batch)
+        if not self._fit.issuperset(batch):  # a request is tokenised once to be checked, however often it is asked about
+            self.method.validate(batch)
+            self._fit.update(batch)
         return batch
 
     def _need_covariance(self) -> None:
