@@ -25,7 +25,7 @@ from comeba_ext.memory.key_memory import KeyMemory
 from comeba_ext.memory.ledger import Entry, stacked, without
 from comeba_ext.methods import hooked_state
 from comeba_ext.methods.base import Method, OnProgress, Outcome
-from comeba_ext.methods.deltas import hooked, master_of
+from comeba_ext.methods.deltas import adopt_masters, hooked, master_of, masters_on
 from comeba_ext.scores import score_named
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import check_length, essence_rows, prompt_rows, target_rows
@@ -361,8 +361,7 @@ class ComebaHK(Method):
         other = super().on(session)
         for layer in other.layers.values():
             layer.mode = self.serving
-        own = lambda name, layer: layer.delta if self.masters[name] is self.layers[name].delta else self.masters[name].clone()  # noqa: E731
-        other.masters = {name: own(name, layer) for name, layer in other.layers.items()}
+        other.masters = masters_on(self.masters, self.layers, other.layers)
         other.key_memory = {name: copy.copy(memory) for name, memory in self.key_memory.items()}
         other.alphas = list(self.alphas)
         other.recognition = self.recognition.of(other)
@@ -370,9 +369,7 @@ class ComebaHK(Method):
 
     def adopt(self, other: ComebaHK) -> None:
         masters, recognition = self.masters, self.recognition
-        for name, master in masters.items():
-            if master is not self.layers[name].delta:
-                master.copy_(other.masters[name])
+        adopt_masters(masters, self.layers, other.masters)
         super().adopt(other)
         self.masters, self.recognition = masters, recognition
 

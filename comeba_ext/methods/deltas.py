@@ -27,6 +27,20 @@ def master_of(layer: HookedLinear) -> torch.Tensor:
     return layer.delta if layer.delta.dtype.itemsize >= 4 else layer.delta.float()
 
 
+def masters_on(
+    masters: dict[str, torch.Tensor], layers: dict[str, HookedLinear], others: dict[str, HookedLinear]
+) -> dict[str, torch.Tensor]:
+    """Masters for the same layers of a twin: its buffer where the master is the buffer, else a copy."""
+    return {name: layer.delta if masters[name] is layers[name].delta else masters[name].clone() for name, layer in others.items()}
+
+
+def adopt_masters(masters: dict[str, torch.Tensor], layers: dict[str, HookedLinear], others: dict[str, torch.Tensor]) -> None:
+    """Take over a twin's masters; those that are buffers come with their layers."""
+    for name, master in masters.items():
+        if master is not layers[name].delta:
+            master.copy_(others[name])
+
+
 class Deltas(Snapshots):
     """Writes the weights of some layers, for every token: ``delta`` is what is added to the weight.
 
@@ -64,15 +78,12 @@ class Deltas(Snapshots):
 
     def on(self, session: Session) -> Deltas:
         other = super().on(session)
-        shared = {name: master is self.layers[name].delta for name, master in self.masters.items()}
-        other.masters = {name: layer.delta if shared[name] else self.masters[name].clone() for name, layer in other.layers.items()}
+        other.masters = masters_on(self.masters, self.layers, other.layers)
         return other
 
     def adopt(self, other: Deltas) -> None:
         masters = self.masters
-        for name, master in masters.items():
-            if master is not self.layers[name].delta:
-                master.copy_(other.masters[name])
+        adopt_masters(masters, self.layers, other.masters)
         super().adopt(other)
         self.masters = masters
 

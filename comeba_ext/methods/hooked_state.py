@@ -18,6 +18,7 @@ from comeba_ext.editing.config import is_number
 from comeba_ext.layers.hooked_linear import shape_of
 from comeba_ext.memory.key_memory import KeyMemory
 from comeba_ext.memory.ledger import Entry, stacked
+from comeba_ext.methods.base import of_layer
 from comeba_ext.text.request import EditRequest
 
 if TYPE_CHECKING:
@@ -134,8 +135,7 @@ def load(method: ComebaHK, tensors: dict[str, torch.Tensor], manifest: dict) -> 
         method.masters[name].copy_(tensors[f"{name}.delta"])
         layer.delta.copy_(tensors[f"{name}.delta"])
         layer.alpha.copy_(tensors[f"{name}.alpha"])
-        prefix = f"{name}.memory."
-        parts = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        parts = of_layer(tensors, f"{name}.memory")
         if parts:  # none when it was saved before there was a covariance
             memory[name] = KeyMemory.from_tensors(parts).to(layer.delta.device)
     method.alphas, method.key_memory, method.covariance = _with_infinity(alphas), memory, covariance

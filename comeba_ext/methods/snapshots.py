@@ -11,7 +11,7 @@ from comeba_ext.editing.report import Phases
 from comeba_ext.editing.session import Session
 from comeba_ext.errors import RequestError
 from comeba_ext.memory.ledger import Entry
-from comeba_ext.methods.base import Method, OnProgress, Outcome
+from comeba_ext.methods.base import Method, OnProgress, Outcome, of_layer
 from comeba_ext.text.request import EditRequest
 
 KEPT = 10  # latest steps a rollback can reach, each a copy of the state on the host
@@ -57,8 +57,7 @@ class Snapshots(Method):
     def recall(self, tensors: dict[str, torch.Tensor]) -> None:
         """Return to a state that :meth:`memory` gave."""
         for name, attachment in self.attachments.items():
-            own = {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
-            attachment.restore(own)
+            attachment.restore(of_layer(tensors, name))
 
     # -- what follows for every such method ---------------------------------------------------------------------
 
