@@ -17,6 +17,7 @@ from torch import nn
 
 from comeba_ext.errors import ArchitectureError, ComebaError
 from comeba_ext.layers.sequence_context import SequenceContext
+from comeba_ext.scores.base import set_buffer, take_over_buffers
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ class Attachment(nn.Module):
                 )
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} has NaN or infinite entries")
-            _set_buffer(self, name, tensor.to(own).clone())
+            set_buffer(self, name, tensor.to(own).clone())
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> Attachment:
         """What PEFT asks for when it takes its adapters out (``merge_and_unload``): out of the base layer, the edits stay."""
@@ -157,23 +158,6 @@ def prompt_rewriter(model: nn.Module) -> Callable[[str], str] | None:
         return prompt
 
     return rewrite
-
-
-def take_over_buffers(module: nn.Module, other: nn.Module, except_for: str = " ") -> None:
-    """The buffers of another module of this kind; they stay where they are as long as they fit."""
-    own = dict(module.named_buffers())
-    for name, buffer in other.named_buffers():
-        if name.startswith(except_for):
-            continue
-        if own[name].shape == buffer.shape:
-            own[name].copy_(buffer)
-        else:
-            _set_buffer(module, name, buffer.clone())
-
-
-def _set_buffer(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    owner, _, last = name.rpartition(".")
-    setattr(module.get_submodule(owner), last, value)
 
 
 def attach(model: nn.Module, found: dict[str, Attachment], decoder: str) -> dict[str, Attachment]:

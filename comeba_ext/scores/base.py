@@ -125,12 +125,7 @@ class Score(nn.Module):
 
     def take_over(self, other: Score) -> None:
         """What another score of this kind knows; buffers stay where they are as long as they fit."""
-        for name, buffer in other.named_buffers():
-            own = getattr(self, name)
-            if own.shape == buffer.shape:
-                own.copy_(buffer)
-            else:
-                setattr(self, name, buffer.clone())
+        take_over_buffers(self, other)
 
     def _apply(self, fn, recurse: bool = True):
         """``model.half()`` and the like move the precise buffers but leave them as precise as they are."""
@@ -149,3 +144,20 @@ def keep_precise(module: nn.Module, names: tuple[str, ...], apply):
         if after.dtype != buffer.dtype:
             setattr(module, name, buffer.to(after.device))
     return result
+
+
+def take_over_buffers(module: nn.Module, other: nn.Module, except_for: str = " ") -> None:
+    """The buffers of another module of this kind; they stay where they are as long as they fit."""
+    own = dict(module.named_buffers())
+    for name, buffer in other.named_buffers():
+        if name.startswith(except_for):
+            continue
+        if own[name].shape == buffer.shape:
+            own[name].copy_(buffer)
+        else:
+            set_buffer(module, name, buffer.clone())
+
+
+def set_buffer(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, last = name.rpartition(".")
+    setattr(module.get_submodule(owner), last, value)
