@@ -573,6 +573,7 @@ def test_names():
         ("EMMET", "ridge", [-0.1, None]),
         ("FT", "norm_constraint", [0, "x"]),
         ("IKE", "demonstrations", [3]),
+        ("UltraEdit", "whiten", [1, None, "yes"]),
         ("UltraEdit", "modules", [{"mlp": []}, {"mlp": [-1]}, {3: [1]}, "mlp"]),
     ],
 )

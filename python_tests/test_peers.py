@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import scipy.linalg
 import torch
 from test_editor import ids_of, small_model, some_requests
 from test_methods import SETTINGS, demonstrations, held, make_method, requests_of  # noqa: F401  (a fixture)
@@ -32,14 +33,16 @@ def layer_io(model, tokenizer, text, block=1):
 # -- UltraEdit ------------------------------------------------------------------------------------------------------
 
 
-def test_ultraedit_is_its_equations(tiny_model, tokenizer):
-    """Inputs and gradients normalised over all edits so far, then ridge regression (equations 5 to 8), one text at a time."""
+@pytest.mark.parametrize("whiten", [False, True])
+def test_ultraedit_is_its_equations(tiny_model, tokenizer, whiten):
+    """Inputs and gradients normalised over all edits so far, then ridge regression (equations 5 to 8), one text at a time. Whitened, as
+    StableEdit's: by the inverse root of the gradients' covariance, once there are more tokens than it needs."""
     model = small_model(tiny_model).double()
     plain = copy.deepcopy(model)
-    editor = make_method("UltraEdit", model, tokenizer, lr=1e-2, layers=(1, 2))
-    requests = some_requests(5)
-    requests[1] = EditRequest(requests[1].prompt, requests[1].subject, "Warsaw, the capital of Angola")
-    seen = {n: [] for n in (1, 2)}
+    ridge = 10.0 if whiten else 1.0
+    editor = make_method("UltraEdit", model, tokenizer, lr=1e-2, layers=(1, 2), whiten=whiten, ridge=ridge)
+    requests = [dataclasses.replace(r, target_new=f"{r.target_new}, the capital of Angola", request_id=None) for r in some_requests(12)]
+    seen, whitened = {n: [] for n in (1, 2)}, []
     for batch in (requests[:3], requests[3:]):
         editor.edit(batch)
         own = {n: [] for n in seen}
@@ -65,10 +68,16 @@ def test_ultraedit_is_its_equations(tiny_model, tokenizer):
             everything = torch.cat(seen[n])
             normal = (rows - everything.mean(0)) / (everything.std(0) + torch.finfo(torch.float32).eps)
             h, g = normal[:, :48], normal[:, 48:]
+            if whiten and len(everything) > 32 + 1:
+                others = (everything - everything.mean(0))[:, 48:]
+                inverse = scipy.linalg.pinvh((others.T @ others / (len(others) - 32 - 1)).numpy(), rtol=1e-5)
+                g = (rows - everything.mean(0))[:, 48:] @ torch.from_numpy(scipy.linalg.sqrtm(inverse).real)
+                whitened.append(n)  # a norm follows the blocks: in the direction of ones there are no gradients
             values = -1e-2 * h.norm(dim=1, keepdim=True) ** 2 * g
-            change = torch.linalg.inv(h.T @ h + torch.eye(48)) @ h.T @ values  # (d_in, d_out), as Conv1D holds it
+            change = torch.linalg.inv(h.T @ h + ridge * torch.eye(48)) @ h.T @ values  # (d_in, d_out), as Conv1D holds it
             with torch.no_grad():
                 plain.transformer.h[n].mlp.c_proj.weight += change
+    assert whitened == ([1, 2] if whiten else [])  # the second batch alone
     ids = ids_of(model, tokenizer)
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-6)

@@ -21,6 +21,7 @@ from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import answer_rows, batch_inputs
 
 CLOSE = torch.finfo(torch.float32).eps  # added to a spread that is divided by
+LEAST = 1e-6  # of the largest variance: bound on what is divided by when whitening (the authors' code bounds the variances themselves)
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,15 @@ class UltraEditConfig(EditConfig):
         modules: name of a linear layer inside a block to the blocks in which it is edited; empty: the MLP output projections of ``layers``.
         ridge: weight of the identity: 1, or StableEdit's 10.
         warm_up: StableEdit: so many edits whose statistics are taken before any is written.
+        whiten: StableEdit: gradients are multiplied by the inverse root of their running covariance, not divided by their spread, as
+            soon as more than ``d_out + 1`` tokens were seen.
     """
 
     lr: float = 1e-6
     modules: dict = field(default_factory=dict)
     ridge: float = 1.0
     warm_up: int = 0
+    whiten: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +53,8 @@ class UltraEditConfig(EditConfig):
         check_fields(self, positive=("ridge",))
         if not is_int(self.warm_up) or self.warm_up < 0:
             raise ConfigError(f"warm_up must be a whole number >= 0, got {self.warm_up!r}")
+        if not isinstance(self.whiten, bool):
+            raise ConfigError(f"whiten must be true or false, got {self.whiten!r}")
 
 
 class UltraEdit(Deltas):
@@ -56,6 +62,8 @@ class UltraEdit(Deltas):
     the new object, both normalised by their running mean and spread over all edits so far (a lifelong normalisation):
 
         V = −lr · ‖ĥ‖² · ĝ,    Δᵀ = (Ĥᵀ Ĥ + ridge·I)⁻¹ Ĥᵀ V    (equations 5 to 8)
+
+    With ``warm_up``, ``whiten`` and a ``ridge`` of 10 it is StableEdit (2026, arXiv 2605.11836).
 
     A batch is one forward and one backward pass; requests are not looked at one by one, so none can be taken back alone.
     """
@@ -79,25 +87,33 @@ class UltraEdit(Deltas):
 
     def __init__(self, session: Session):
         self.statistics: dict[str, torch.Tensor] = {}  # layer name to count, mean and sum of squares of [h, g], (3, d_in + d_out)
+        self.scatters: dict[str, torch.Tensor] = {}  # and, to whiten, to the sum of squares of g with itself, (d_out, d_out)
         super().__init__(session)
 
     def memory(self) -> dict[str, torch.Tensor]:
         deltas = super().memory()
         for name, layer in self.layers.items():
             self.statistics.setdefault(name, torch.zeros(3, layer.in_features + layer.out_features, dtype=torch.float64))
-        return {**deltas, **{f"{name}.statistics": own for name, own in self.statistics.items()}}
+            if self.config.whiten:
+                self.scatters.setdefault(name, torch.zeros(layer.out_features, layer.out_features, dtype=torch.float64))
+        return {
+            **deltas,
+            **{f"{name}.statistics": own for name, own in self.statistics.items()},
+            **{f"{name}.scatter": own for name, own in self.scatters.items()},
+        }
 
     def recall(self, tensors: dict[str, torch.Tensor]) -> None:
         super().recall(tensors)
-        for name, own in self.statistics.items():
-            found = tensors[f"{name}.statistics"]
-            if found.shape != own.shape:
-                raise ValueError(f"{name}.statistics is {tuple(found.shape)}, expected {tuple(own.shape)}")
-            self.statistics[name] = found.to(own).clone()
+        for kind, sums in (("statistics", self.statistics), ("scatter", self.scatters)):
+            for name, own in sums.items():
+                found = tensors[f"{name}.{kind}"]
+                if found.shape != own.shape:
+                    raise ValueError(f"{name}.{kind} is {tuple(found.shape)}, expected {tuple(own.shape)}")
+                sums[name] = found.to(own).clone()
 
     def on(self, session: Session) -> UltraEdit:
         other = super().on(session)
-        other.statistics = dict(self.statistics)
+        other.statistics, other.scatters = dict(self.statistics), dict(self.scatters)
         return other
 
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
@@ -157,10 +173,17 @@ class UltraEdit(Deltas):
         after = mean + (both - mean).sum(0) / total
         squares = squares + ((both - mean) * (both - after)).sum(0)  # Welford's, of a batch
         self.statistics[name] = torch.stack([total, after, squares]).to(self.statistics[name])
+        if self.config.whiten:
+            before, now = both[:, d_in:] - mean[d_in:], both[:, d_in:] - after[d_in:]
+            self.scatters[name] = self.scatters[name] + (before.mT @ now).to(self.scatters[name])
         if len(self.session.ledger.entries) < self.config.warm_up:
             return
         normal = (both - after) / ((squares / (total - 1).clamp(min=1)).sqrt() + CLOSE)
         h, g = normal[:, :d_in], normal[:, d_in:]
+        free = total[0].item() - g.shape[1] - 1  # of a covariance that is to be inverted
+        if self.config.whiten and free > 0:
+            spread, axes = torch.linalg.eigh(self.scatters[name].to(both) / free)
+            g = (both - after)[:, d_in:] @ (axes * spread.clamp(min=LEAST * spread.max()).rsqrt()) @ axes.mT
         values = -self.config.lr * h.square().sum(1, keepdim=True) * g
         system = h.mT @ h
         system.diagonal().add_(self.config.ridge)
