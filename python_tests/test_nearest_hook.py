@@ -66,6 +66,19 @@ def make_layer(keys=5, alpha=0.5, dtype=torch.float64, d_in=D_IN, seed=0, base=N
     return layer
 
 
+def keep_apart(layer, every=False, sizes=(1, 3, 2), seed=20):
+    """Put anchors into shards of these sizes, in turn; the first into none, but for ``every``."""
+    dtype, known = layer.delta.dtype, layer.score.known_keys()
+    places = layer.shards.append(
+        random(sum(sizes), D_OUT, seed=seed, dtype=dtype), random(sum(sizes), layer.in_features, seed=seed + 1, dtype=dtype)
+    )
+    layer.shards.assign(dict(enumerate(places.split(list(sizes)))), len(sizes))
+    numbers = torch.arange(known) % len(sizes)
+    if not every:
+        numbers[0] = -1
+    layer.score.assign(numbers)
+
+
 def inputs(layer, batch=2, seq=8, seed=9, noise=0.3):
     """Every other token is one of the layer's keys of :func:`make_layer`, disturbed; the others are unrelated."""
     width, dtype = layer.in_features, layer.delta.dtype
@@ -427,22 +440,29 @@ def test_gradients():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("apart", ["none", "some", "all"])
 @torch.no_grad()
-def test_operator_agrees_with_its_reference(inplace):
+def test_operator_agrees_with_its_reference(inplace, apart):
     layer = make_layer()
+    if apart != "none":
+        keep_apart(layer, every=apart == "all")
     x = inputs(layer)
     mask = torch.ones(2, 8, dtype=torch.bool)
     mask[0, :2] = False
     layer.score.thresholds[1:3] = torch.tensor([0.95, 0.2])  # one above α, one below it
     arguments = (x, layer.delta, layer.score.projection, layer.score.anchors, layer.score.excess(layer.alpha), mask, layer.alpha)
+    shards = (layer.score.shards, layer.shards.rows, layer.shards.left, layer.shards.right) if layer.shards else None
+    arguments = (x, layer.delta if layer.score.needs_delta else None, *arguments[2:])
+    assert layer.score.needs_delta == (apart != "all")
     output = layer.base_layer(x)
-    kept, expected = output.clone(), ops.nearest_hook_ref(output, *arguments)
+    kept, expected = output.clone(), ops.nearest_hook_ref(output, *arguments, shards)
     by_operator = output.clone()
-    torch.ops.comeba.nearest_hook_(by_operator, *arguments)
-    found = ops.nearest_hook(output, *arguments, inplace=inplace)
+    parts = shards or (None,) * 4
+    torch.ops.comeba.nearest_hook_(by_operator, *arguments, *parts)
+    found = ops.nearest_hook(output, *arguments, shards, inplace=inplace)
     assert torch.allclose(found, expected, rtol=1e-12) and torch.equal(by_operator, found)
     assert inplace == (found is output) and (inplace or torch.equal(output, kept))
-    torch.library.opcheck(torch.ops.comeba.nearest_hook_, (kept, *arguments))
+    torch.library.opcheck(torch.ops.comeba.nearest_hook_, (kept, *arguments, *parts))
 
 
 @pytest.mark.parametrize("backend, grad", [("inductor", False), ("aot_eager", False), ("aot_eager", True)])
@@ -505,7 +525,8 @@ def same(a, b):
 def test_state_dict_into_a_fresh_layer():
     layer = make_layer(70, alpha=0.6)
     state = layer.state_dict()
-    own = {"delta", "alpha", "score.projection", "score.anchors", "score.thresholds"}
+    own = {"delta", "alpha", "score.projection", "score.anchors", "score.thresholds", "score.shards"}
+    own |= {"shards.left", "shards.right", "shards.rows"}
     assert set(state) == own | {"base_layer.weight", "base_layer.bias"}
     for other in (HookedLinear(nn.Linear(D_IN, D_OUT).double(), "nearest"), make_layer(3), make_layer(300)):
         model, container = nn.Sequential(layer), nn.Sequential(other)

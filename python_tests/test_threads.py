@@ -14,6 +14,7 @@ import torch
 from test_editor import (
     assert_same,
     assert_usable,
+    edits_of,
     ids_of,
     make_editor,
     random_values,
@@ -26,6 +27,7 @@ from comeba_ext.errors import ComebaError
 from comeba_ext.layers.attachment import disabled
 from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.layers.passes import Passes
+from comeba_ext.layers.shards import Shards
 from comeba_ext.layers.twin import twin_of
 from comeba_ext.methods import ComebaHK
 
@@ -97,7 +99,7 @@ def test_readers_see_complete_states_while_another_thread_edits(edited, tokenize
         editor.rollback(0)
         yield
 
-    batch = encoded(tokenizer, TEXTS)
+    batch = encoded(tokenizer, [*TEXTS, *(request.text for request in some_requests(19))])
     states = [answers(other.model, batch)]
     states += [answers(other.model, batch) for _ in steps(other)]
     assert not any(torch.allclose(a, b, **CLOSE) for n, a in enumerate(states[:8]) for b in states[:n])
@@ -165,20 +167,23 @@ def test_an_interruption_while_a_step_is_taken_over_waits(edited, tokenizer, mon
     assert len(count) == 2 and edited.step == 2 and len(edited.ledger) == 7
     assert_usable(edited, tokenizer)
     edited.rollback(1)
-    for name, (delta, *_) in other["layers"].items():
-        assert torch.allclose(edited.layers[name].delta, delta, rtol=0, atol=1e-5 * delta.abs().max().item())
+    for name, (edits, *_) in other["layers"].items():
+        assert torch.allclose(edits_of(edited.layers[name]), edits, rtol=0, atol=1e-5 * edits.abs().max().item())
 
 
 @pytest.mark.parametrize("what", ["edit", "retract", "rollback"])
 def test_an_interruption_before_changes_nothing(edited, tokenizer, monkeypatch, what):
     before = snapshot(edited)
-    shift = ComebaHK._shift
 
-    def interrupted(self, name, change):
-        shift(self, name, change)
-        raise KeyboardInterrupt
+    def then_interrupted(change):
+        def interrupted(*args):
+            change(*args)
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(ComebaHK, "_shift", interrupted)
+        return interrupted
+
+    for where, what_changes in ((ComebaHK, "_shift"), (Shards, "assign"), (Shards, "clear")):
+        monkeypatch.setattr(where, what_changes, then_interrupted(getattr(where, what_changes)))
     with pytest.raises(KeyboardInterrupt):
         {
             "edit": lambda: edited.edit(some_requests(6)[4:], random_values(2)),
@@ -277,7 +282,7 @@ def test_a_twin_of_a_model_whose_blocks_are_elsewhere(tiny_model, tokenizer, tmp
             accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
         editor = make_editor(model, tokenizer)
         editor.edit(some_requests(3), values)
-        deltas.append([layer.delta.clone() for layer in editor.layers.values()])
+        deltas.append([edits_of(layer) for layer in editor.layers.values()])
         editor.edit(some_requests(4)[3:])
     for whole, placed in zip(*deltas, strict=True):
         assert whole.any() and torch.allclose(whole, placed, rtol=0, atol=1e-9)

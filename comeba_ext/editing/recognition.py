@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from comeba_ext.editing.anchors import APART, Anchors, Background, anchors_of, tells
 from comeba_ext.editing.keys import LayerReading
+from comeba_ext.editing.subject_shards import Member, SubjectShards
 from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.text.decoys import decoy_rows
@@ -39,7 +40,7 @@ class Recognition:
         method: whose layers, model and settings these are.
 
     Attributes:
-        compares: whether the scores compare keys; then keys behind every prefix are read.
+        compares: whether the scores compare keys; then keys behind every prefix are read, and every subject's edits are kept apart.
         leverage: layer name to the leverage of every key of the batch that is being edited, ``(u,)``.
     """
 
@@ -54,6 +55,9 @@ class Recognition:
         other = copy.copy(self)
         other.method, other.leverage = method, {}
         return other
+
+    def adopt(self, other: Recognition) -> None:
+        """What has become of the edits on a twin."""
 
     def learn(self) -> None:
         """The method's covariance, and the layers' metrics, are there."""
@@ -77,8 +81,8 @@ class Recognition:
         """The keys that a layer's edits are written at, ``(u, m, d_in)``."""
         return reading.keys[:, None]
 
-    def tell(self, name: str, layer: HookedLinear) -> None:
-        """Tell a layer's score what was written."""
+    def write(self, name: str, layer: HookedLinear, batch: list[EditRequest], keys: torch.Tensor, responses: torch.Tensor) -> None:
+        """Tell a layer what a batch is to answer, ``(u, m, d_out)``, to its keys ``(u, m, d_in)``."""
 
     def marks(self, request: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Layer name to what a request of the batch left with the score: directions and thresholds, on the host."""
@@ -93,13 +97,18 @@ class Recognition:
 
 
 class KeyRecognition(Recognition):
-    """Of scores that compare inputs with edited keys (:class:`~comeba_ext.scores.nearest.NearestScore`)."""
+    """Of scores that compare inputs with edited keys (:class:`~comeba_ext.scores.nearest.NearestScore`).
+
+    Attributes:
+        shards: layer name to what of the live edits is in which shard.
+    """
 
     compares = True
 
     def __init__(self, method: ComebaHK):
         super().__init__(method)
         self.backgrounds: dict[str, Background] = {}
+        self.shards = {name: SubjectShards() for name in method.layers}
         self._anchors: dict[str, Anchors] = {}  # of the batch
         self._subjects: list[list[list[int]]] = []
         self._decoys: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -107,8 +116,11 @@ class KeyRecognition(Recognition):
 
     def of(self, method: ComebaHK) -> KeyRecognition:
         other = super().of(method)
-        other._anchors = {}
+        other._anchors, other.shards = {}, {name: own.copy() for name, own in self.shards.items()}
         return other
+
+    def adopt(self, other: KeyRecognition) -> None:
+        self.shards = other.shards
 
     def learn(self) -> None:
         """What the layers' scores look like on ordinary text."""
@@ -217,8 +229,11 @@ class KeyRecognition(Recognition):
         alone = torch.where(told[:, :1], reading.plain_keys.to(reading.keys), reading.keys)
         return torch.stack([reading.keys, alone], 1)
 
-    def tell(self, name: str, layer: HookedLinear) -> None:
-        layer.score.add_anchors(self._anchors[name].unit, self._anchors[name].thresholds)
+    def write(self, name: str, layer: HookedLinear, batch: list[EditRequest], keys: torch.Tensor, responses: torch.Tensor) -> None:
+        members = [Member(request.request_id, keys[n].cpu(), responses[n].cpu()) for n, request in enumerate(batch)]
+        anchors = self._anchors[name]
+        marks = [anchors.of(n) for n in range(len(batch))]
+        self.shards[name].add(layer, self.method.key_memory[name], members, marks)
 
     def marks(self, request: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         return {name: tuple(part.cpu() for part in anchors.of(request)) for name, anchors in self._anchors.items()}
@@ -229,9 +244,7 @@ class KeyRecognition(Recognition):
 
     def compare_with(self, live: list[Entry]) -> None:
         for name, layer in self.method.layers.items():
-            own = [entry.anchors[name] for entry in live]
-            unit = torch.cat([directions for directions, _ in own]) if own else torch.zeros(0, len(layer.score.projection))
-            layer.score.set_anchors(unit, torch.cat([thresholds for _, thresholds in own]) if own else None)
+            self.shards[name].rebuild(layer, self.method.key_memory.get(name), live, name)
 
     # -- parts --------------------------------------------------------------------------------------------------
 

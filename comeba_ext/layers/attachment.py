@@ -27,6 +27,7 @@ class Attachment(nn.Module):
 
     Class attributes:
         modes: names of what it may do; ``"off"``, the base output bit for bit, is one.
+        appended: names of buffers whose rows, once written, stay as they are: a twin of the model shares them.
 
     Attributes:
         base_layer: the layer it wraps; absent where it stands beside the model's own.
@@ -36,6 +37,7 @@ class Attachment(nn.Module):
     """
 
     modes: ClassVar[tuple[str, ...]] = ("off", "on")
+    appended: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, base: nn.Module | None = None, mode: str = "on"):
         super().__init__()

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from comeba_ext.errors import ArchitectureError, ComebaError
 from comeba_ext.layers.attachment import Attachment, attach
+from comeba_ext.layers.shards import Shards
 from comeba_ext.ops.hooked_linear import decode_hook_available
 from comeba_ext.scores import score_named
 from comeba_ext.scores.base import Score, keep_precise
@@ -37,7 +38,9 @@ class HookedLinear(Attachment):
 
     Attributes:
         base_layer: the wrapped layer.
-        delta: ``(d_out, d_in)`` buffer, the sum of all edits.
+        delta: ``(d_out, d_in)`` buffer, the sum of all edits that are in no shard.
+        shards: edits that are kept apart, subject by subject, where the score compares keys (:class:`~comeba_ext.layers.shards.Shards`);
+            else ``None``.
         alpha: scalar buffer, float64 on the base's device.
         score: what decides which tokens are in scope, with the buffers that it needs.
         mode: one of ``modes``.
@@ -48,6 +51,7 @@ class HookedLinear(Attachment):
     """
 
     modes = ("off", "temporary", "validated")
+    appended = ("shards.left", "shards.right")
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class HookedLinear(Attachment):
         self.register_buffer("delta", torch.zeros(self.out_features, self.in_features, dtype=dtype, device=device))
         self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64, device=device))
         self.score: Score = kind(self.in_features, gate=gate, dtype=dtype, device=device)
+        self.shards = Shards(self.in_features, self.out_features, dtype=dtype, device=device) if kind.compares_keys else None
 
     @property
     def scope(self) -> str:
@@ -140,7 +145,7 @@ class HookedLinear(Attachment):
             )
 
     def edit_output(self, x: torch.Tensor) -> torch.Tensor:
-        """``x @ deltaᵀ``, ``(..., d_out)``."""
+        """``x @ deltaᵀ``, ``(..., d_out)``: what is edited everywhere in mode ``"temporary"``."""
         return F.linear(self._to_delta(x), self.delta)
 
     def scores(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -158,12 +163,15 @@ class HookedLinear(Attachment):
         """The edits and thresholds of another layer of this shape; buffers stay where they are as long as they fit."""
         self.delta.copy_(other.delta)
         self.alpha.copy_(other.alpha)
+        if self.shards is not None:
+            self.shards.take_over(other.shards)
         self.score.take_over(other.score)
         self.score.refresh(self)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """``delta``, ``alpha`` and what the score keeps."""
-        return {"delta": self.delta, "alpha": self.alpha, **self.score.tensors()}
+        """``delta``, ``alpha``, the shards and what the score keeps."""
+        shards = self.shards.tensors() if self.shards else {}
+        return {"delta": self.delta, "alpha": self.alpha, **shards, **self.score.tensors()}
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -173,7 +181,11 @@ class HookedLinear(Attachment):
         elif "delta" in tensors:
             self.delta.copy_(tensors["delta"])
         self.alpha.copy_(tensors["alpha"])
+        if "shard_left" in tensors and self.shards is not None:
+            self.shards.restore(tensors)
         self.score.restore(tensors)
+        if "anchor_shards" in tensors and self.shards is not None and not self.score.shards.lt(len(self.shards)).all():
+            raise ValueError(f"anchor_shards names shards that are not among the {len(self.shards)}")
         self.score.refresh(self)
 
     def _to_delta(self, x: torch.Tensor) -> torch.Tensor:

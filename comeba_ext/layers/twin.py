@@ -16,7 +16,12 @@ from comeba_ext.layers.attachment import attachments
 def twin_of(model: nn.Module) -> nn.Module:
     """A copy of the model with its own modules and hooks, and the attachments' buffers; weights and configuration are
     shared."""
-    own = {id(buffer) for attachment in attachments(model).values() for buffer in attachment.own_buffers().values()}
+    own = {
+        id(buffer)
+        for attachment in attachments(model).values()
+        for name, buffer in attachment.own_buffers().items()
+        if name not in attachment.appended
+    }
     memo = {id(buffer): buffer for buffer in model.buffers() if id(buffer) not in own}
     for parameter in model.parameters():
         # Its own parameter, where that is plain, so that freezing the twin does not freeze the model.

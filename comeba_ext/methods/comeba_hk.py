@@ -85,7 +85,7 @@ class ComebaHK(Method):
         for name, layer in self.layers.items():
             moment = covariance[name].to(layer.delta.device)
             try:
-                memory[name] = KeyMemory(self.config.lam_of(layer.in_features) * moment)
+                memory[name] = self.memory_of(name, covariance)
                 if self.serving == "validated":  # else no score decides
                     fitted[name] = copy.deepcopy(layer.score)
                     fitted[name].fit(moment)
@@ -95,6 +95,11 @@ class ComebaHK(Method):
         for name, score in fitted.items():
             self.layers[name].score.take_over(score)
         self.recognition.learn()
+
+    def memory_of(self, name: str, covariance: Covariance) -> KeyMemory:
+        """A layer's key memory before any edit, ``λ·C0``."""
+        layer = self.layers[name]
+        return KeyMemory(self.config.lam_of(layer.in_features) * covariance[name].to(layer.delta.device))
 
     # -- a batch ------------------------------------------------------------------------------------------------
 
@@ -259,7 +264,7 @@ class ComebaHK(Method):
                     responses[name] = self._add(name, keys[name], reading, residual)
                 layer.mode = self.serving
                 with phases("calibrate"):
-                    self.recognition.tell(name, layer)
+                    self.recognition.write(name, layer, batch, keys[name], responses[name])
                     self._calibrate(name, layer, reading)
         return keys, responses
 
@@ -278,9 +283,10 @@ class ComebaHK(Method):
             reading: where they are from.
             residual: ``(u, d_out)``, of every key of a request.
         """
-        memory, delta = self.key_memory[name], self.masters[name]
+        memory, delta, (count, each, _) = self.key_memory[name], self.masters[name], keys.shape
         device, dtype = memory.device, memory.dtype
-        count, each, _ = keys.shape
+        if self.recognition.compares:  # nothing else is in a request's shard that a token at its key would get
+            return residual.to(torch.promote_types(delta.dtype, torch.float32))[:, None].expand(count, each, -1)
         keys, residual = keys.flatten(0, 1).to(device, dtype), residual.to(device, dtype).repeat_interleave(each, 0)
         responses = keys @ delta.to(dtype).mT + residual
         self._shift(name, residual.mT @ memory.update(keys.mT).mT)
@@ -289,9 +295,11 @@ class ComebaHK(Method):
     def _exchange(self, name: str, remove: list[Entry], add: list[Entry]) -> None:
         """Least squares with some requests taken out and others put back.
 
-        From ``delta·C = Σ v kᵀ`` over live requests follows, with ``C' = C + Σ_add k kᵀ − Σ_remove k kᵀ``,
+        From ``delta·C = Σ v kᵀ`` over live requests (none of which is in a shard) follows, with ``C' = C + Σ_add k kᵀ − Σ_remove k kᵀ``,
         ``delta' = delta + (Σ_add − Σ_remove)(v − delta·k) kᵀ C'⁻¹``.
         """
+        if self.recognition.compares:
+            return
         memory = self.key_memory[name]
         keys, responses = stacked(add + remove, name)
         keys, responses = (t.to(memory.device, memory.dtype) for t in (keys, responses))  # (d_in, n), (d_out, n)
@@ -370,6 +378,7 @@ class ComebaHK(Method):
     def adopt(self, other: ComebaHK) -> None:
         masters, recognition = self.masters, self.recognition
         adopt_masters(masters, self.layers, other.masters)
+        recognition.adopt(other.recognition)
         super().adopt(other)
         self.masters, self.recognition = masters, recognition
 

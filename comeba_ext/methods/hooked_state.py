@@ -1,7 +1,8 @@
 """The state of methods with hooked projections as tensors: what a saved folder holds of them, checked before it is used.
 
 The adapter has ``delta`` (as its factors ``left`` and ``right`` while there are few edits), ``alpha``, and what the score keeps. The
-state has ``delta`` in full, the key memory, the covariance, and every entry's keys, responses and directions.
+state has ``delta`` in full, the key memory, the covariance, and every entry's keys, responses and directions. Where every subject's edits
+are kept apart there is no ``delta`` and no key memory beyond ``λ·C0``; the adapter has the shards, the state which entry is in which.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from comeba_ext.covariance import Covariance
 from comeba_ext.covariance.key_sample import KeySample
 from comeba_ext.editing.config import is_number
+from comeba_ext.editing.subject_shards import SubjectShards
 from comeba_ext.layers.hooked_linear import shape_of
 from comeba_ext.memory.key_memory import KeyMemory
 from comeba_ext.memory.ledger import Entry, stacked
@@ -35,6 +37,8 @@ _SHAPES = {
     "projection": ("rows", "d_in"),
     "anchors": ("keys", "rows"),
     "thresholds": ("keys",),
+    "shard_left": ("factors", "d_out"),
+    "shard_right": ("factors", "d_in"),
     "moment": ("d_in", "d_in"),
     "keys": ("any", "entries"),
     "responses": ("other", "entries"),
@@ -85,11 +89,15 @@ def adapter(method: ComebaHK) -> dict[str, torch.Tensor]:
         del own["delta"]
         delta = method.masters[name]
         d_out, d_in = delta.shape
-        small = live and sum(len(entry.keys.get(name, ())) for entry in live) * (d_out + d_in) < d_out * d_in
+        small = (
+            live
+            and not method.recognition.compares
+            and sum(len(entry.keys.get(name, ())) for entry in live) * (d_out + d_in) < d_out * d_in
+        )
         factors = method.factors(name, live) if small else None
         if factors is not None:
             own["left"], own["right"] = (factor.to(delta.dtype) for factor in factors)  # (d_out, n), (n, d_in)
-        elif live:
+        elif live and not method.recognition.compares:
             own["delta"] = delta
         tensors |= {f"{name}.{what}": tensor for what, tensor in own.items()}
     return tensors
@@ -99,8 +107,14 @@ def state(method: ComebaHK) -> tuple[dict[str, torch.Tensor], dict]:
     """What is needed beside the adapter to go on editing."""
     tensors, covariance, entries = {}, method.covariance, method.session.ledger.entries
     for name, layer in method.layers.items():
-        tensors[f"{name}.delta"], tensors[f"{name}.alpha"] = method.masters[name], layer.alpha
-        if name in method.key_memory:
+        tensors[f"{name}.alpha"] = layer.alpha
+        if method.recognition.compares:  # the memory is λ·C0, whatever was edited
+            shards = method.recognition.shards[name].of_requests()
+            numbers = [shards.get(entry.request.request_id, -1) if entry.removed is None else -1 for entry in entries]
+            tensors[f"{name}.entry_shards"] = torch.tensor(numbers, dtype=torch.int64)
+        else:
+            tensors[f"{name}.delta"] = method.masters[name]
+        if name in method.key_memory and not method.recognition.compares:
             tensors |= {f"{name}.memory.{part}": t for part, t in method.key_memory[name].tensors().items()}
         if covariance is not None:
             tensors[f"{name}.moment"] = covariance.moments[name]
@@ -132,15 +146,36 @@ def load(method: ComebaHK, tensors: dict[str, torch.Tensor], manifest: dict) -> 
     covariance = _covariance(manifest, tensors, list(method.layers))
     memory = {}
     for name, layer in method.layers.items():
-        method.masters[name].copy_(tensors[f"{name}.delta"])
-        layer.delta.copy_(tensors[f"{name}.delta"])
         layer.alpha.copy_(tensors[f"{name}.alpha"])
         parts = of_layer(tensors, f"{name}.memory")
-        if parts:  # none when it was saved before there was a covariance
+        if method.recognition.compares:
+            if covariance is not None:
+                memory[name] = method.memory_of(name, covariance)
+        elif parts:  # none when it was saved before there was a covariance
             memory[name] = KeyMemory.from_tensors(parts).to(layer.delta.device)
+        delta = torch.zeros_like(layer.delta) if method.recognition.compares else tensors[f"{name}.delta"]
+        method.masters[name].copy_(delta)
+        layer.delta.copy_(delta)
     method.alphas, method.key_memory, method.covariance = _with_infinity(alphas), memory, covariance
     if covariance is not None:
         method.recognition.learn()
+    if method.recognition.compares and method.session.ledger.entries:
+        _load_shards(method, tensors)
+
+
+def _load_shards(method: ComebaHK, tensors: dict[str, torch.Tensor]) -> None:
+    """Which edit is in which shard; found anew where the folder is of a version that had one ``delta`` for all."""
+    entries, names = method.session.ledger.entries, list(method.layers)
+    if any(f"{name}.entry_shards" not in tensors for name in names):
+        method.recognition.compare_with(method.session.ledger.live())
+        return
+    for name, layer in method.layers.items():
+        numbers = tensors[f"{name}.entry_shards"].tolist()
+        if len(numbers) != len(entries) or any(n >= len(layer.shards) for n in numbers):
+            raise ValueError(f"{name}.entry_shards is malformed")
+        live = [(entry, n) for entry, n in zip(entries, numbers, strict=True) if entry.removed is None]
+        own = SubjectShards.loaded(layer, [entry for entry, _ in live], name, [n for _, n in live])
+        method.recognition.shards[name] = own
 
 
 def entries(requests: list[tuple[EditRequest, int]], tensors: dict[str, torch.Tensor], names: list[str]) -> list[Entry]:

@@ -30,6 +30,7 @@ import torch
 from torch.nn import functional as F
 
 from comeba_ext.ops.hooked_linear import _dispatched, _needs_grad, add_edits_, in_scope, swap
+from comeba_ext.ops.shard_edits import shard_edits
 
 # As measured (bench/bench_nearest.py, 1,000 facts, the worst of four blocks): of other subjects' prompts 3.8 % come above
 # 0.7, as against 3.3 % with all 1,408 directions; 6.5 % with 128 rows, 7.3 % with 64, 10 % with 48.
@@ -177,45 +178,79 @@ def _largest(unit: torch.Tensor, anchors: torch.Tensor, excess: torch.Tensor | N
     """The largest inner product of each vector with an anchor, less the anchor's excess; at least 0."""
     best = unit.new_zeros(unit.shape[:-1], dtype=torch.promote_types(unit.dtype, torch.float32))
     for start in range(0, len(anchors), _CHUNK):
-        less = None if excess is None else -excess[start : start + _CHUNK].to(anchors.dtype)
-        best = best.maximum(F.linear(unit, anchors[start : start + _CHUNK], less).amax(-1).to(best.dtype))
+        best = best.maximum(_less_excess(unit, anchors, excess, start).amax(-1).to(best.dtype))
     return best
+
+
+def _nearest(unit: torch.Tensor, anchors: torch.Tensor, excess: torch.Tensor | None) -> torch.Tensor:
+    """The anchor whose inner product with each vector, less its excess, is the largest; int64."""
+    best = unit.new_zeros(unit.shape[:-1], dtype=torch.promote_types(unit.dtype, torch.float32))
+    found = torch.zeros_like(best, dtype=torch.int64)
+    for start in range(0, len(anchors), _CHUNK):
+        own = _less_excess(unit, anchors, excess, start).max(-1)
+        better = own.values > best
+        best, found = torch.where(better, own.values, best), torch.where(better, own.indices + start, found)
+    return found
+
+
+def _less_excess(unit, anchors, excess, start: int) -> torch.Tensor:
+    less = None if excess is None else -excess[start : start + _CHUNK].to(anchors.dtype)
+    return F.linear(unit, anchors[start : start + _CHUNK], less)
 
 
 def nearest_hook(
     output: torch.Tensor,
     x: torch.Tensor,
-    delta: torch.Tensor,
+    delta: torch.Tensor | None,
     projection: torch.Tensor,
     anchors: torch.Tensor,
     excess: torch.Tensor | None,
     mask: torch.Tensor | None,
     alpha: torch.Tensor,
+    shards: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     inplace: bool = False,
 ) -> torch.Tensor:
-    """``output + x @ deltaᵀ`` for tokens in scope, ``output`` elsewhere, bit for bit.
+    """``output`` plus the edit for tokens in scope, ``output`` elsewhere, bit for bit.
+
+    The edit is that of the nearest anchor's shard (:func:`~comeba_ext.ops.shard_edits.shard_edits`), or, where it is in none,
+    ``x @ deltaᵀ``.
 
     Args:
         output: base output ``(batch, seq, d_out)``.
         x: ``(batch, seq, d_in)``.
-        delta: ``(d_out, d_in)``.
+        delta: ``(d_out, d_in)``; ``None`` where every anchor is in a shard, of which there are some.
         projection, anchors, excess: see :func:`nearest_scores`.
         mask: ``(batch, seq)`` bool of real tokens; ``None`` when all are.
         alpha: scalar.
+        shards: ``(keys,)`` int64, every anchor's shard, −1: none; the shards' ``rows``, ``left`` and ``right``. ``None``: there are
+            none.
         inplace: the result may take the place of ``output``.
     """
-    if _needs_grad(output, x, delta):
-        return nearest_hook_ref(output, x, delta, projection, anchors, excess, mask, alpha)
+    belongs, *factors = shards or (None, None, None, None)
+    matrices = [part for part in (delta, *factors[1:]) if part is not None]
+    if _needs_grad(output, x, *matrices):
+        return nearest_hook_ref(output, x, delta, projection, anchors, excess, mask, alpha, shards)
     output = output if inplace else output.clone()
     operator = torch.ops.comeba.nearest_hook_ if _dispatched(output) else _nearest_hook_
-    operator(output, x, delta, projection, anchors, excess, mask, alpha)
+    operator(output, x, delta, projection, anchors, excess, mask, alpha, belongs, *factors)
     return output
 
 
-def nearest_hook_ref(output, x, delta, projection, anchors, excess, mask, alpha):
+def nearest_hook_ref(output, x, delta, projection, anchors, excess, mask, alpha, shards=None):
     """:func:`nearest_hook` in plain, differentiable torch, with every token's edit computed."""
     scope = _scope(x.detach(), projection, anchors, excess, mask, alpha)
-    return swap(output, F.linear(x, delta), scope)
+    if shards is None:
+        return swap(output, F.linear(x, delta), scope)
+    edit, own = _shard_edits(x, scope, projection, anchors, excess, *shards)
+    if delta is not None:
+        edit = torch.where((own < 0)[..., None], F.linear(x, delta), edit)
+    return swap(output, edit, scope)
+
+
+def _shard_edits(x, scope, projection, anchors, excess, belongs, *factors) -> tuple[torch.Tensor, torch.Tensor]:
+    """The edit of every token in scope whose nearest anchor is in a shard, ``(batch, seq, d_out)``, and that shard, or −1."""
+    own = torch.where(scope, belongs[_nearest(directions(x.detach(), projection), anchors, excess)], -1)
+    return shard_edits(x.flatten(0, 1), own.flatten(), *factors).unflatten(0, x.shape[:2]), own
 
 
 def _scope(x, projection, anchors, excess, mask, alpha) -> torch.Tensor:
@@ -231,17 +266,31 @@ def _scope(x, projection, anchors, excess, mask, alpha) -> torch.Tensor:
     return scope
 
 
-def _nearest_hook_(output, x, delta, projection, anchors, excess, mask, alpha) -> None:
-    add_edits_(output, x, delta, _scope(x, projection, anchors, excess, mask, alpha))
+def _nearest_hook_(output, x, delta, projection, anchors, excess, mask, alpha, belongs, rows, left, right) -> None:
+    scope = _scope(x, projection, anchors, excess, mask, alpha)
+    if belongs is not None:
+        if x.device.type == "cpu":
+            which = scope.nonzero(as_tuple=True)
+            if len(which[0]):
+                own = belongs[_nearest(directions(x[which], projection), anchors, excess)]
+                output[which] += shard_edits(x[which], own, rows, left, right).to(output.dtype)
+                scope[which] = own < 0
+        else:  # every token: to choose would mean waiting for the device
+            edit, own = _shard_edits(x, scope, projection, anchors, excess, belongs, rows, left, right)
+            output.copy_(swap(output, edit, own >= 0))
+            scope = scope & (own < 0)
+    if delta is not None:
+        add_edits_(output, x, delta, scope)
 
 
 torch.library.define(
     "comeba::nearest_hook_",
-    "(Tensor(a!) output, Tensor x, Tensor delta, Tensor projection, Tensor anchors, Tensor? excess, Tensor? mask, Tensor alpha) -> ()",
+    "(Tensor(a!) output, Tensor x, Tensor? delta, Tensor projection, Tensor anchors, Tensor? excess, Tensor? mask, Tensor alpha, "
+    "Tensor? belongs, Tensor? rows, Tensor? left, Tensor? right) -> ()",
 )
 torch.library.impl("comeba::nearest_hook_", "CompositeExplicitAutograd")(_nearest_hook_)
 
 
 @torch.library.register_fake("comeba::nearest_hook_")
-def _(output, x, delta, projection, anchors, excess, mask, alpha):
+def _(output, x, delta, projection, anchors, excess, mask, alpha, belongs, rows, left, right):
     return None

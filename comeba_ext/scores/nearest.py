@@ -20,6 +20,8 @@ class NearestScore(Score):
         projection: ``(rows, d_in)`` buffer, what inputs and keys are compared under.
         anchors: ``(keys, rows)`` buffer, the edited keys' directions, filled up with rows of zeros.
         thresholds: ``(keys,)`` float32 buffer, each anchor's own, where it lies above α.
+        shards: ``(keys,)`` int64 buffer, whose edit a token near that anchor gets (:class:`~comeba_ext.layers.shards.Shards`); −1:
+            the layer's ``delta``.
     """
 
     name = "nearest"
@@ -35,6 +37,8 @@ class NearestScore(Score):
         self.register_buffer("projection", torch.zeros(0, d_in, dtype=dtype, device=device))
         self.register_buffer("anchors", torch.zeros(0, 0, dtype=dtype, device=device))
         self.register_buffer("thresholds", torch.zeros(0, dtype=torch.float32, device=device))
+        self.register_buffer("shards", torch.zeros(0, dtype=torch.int64, device=device))
+        self.needs_delta = True  # whether an anchor, or none at all, is outside all shards: known without asking the device
 
     def scores(self, x, layer, mask=None, past=None):
         return ops.nearest_scores(x, self.projection, self.anchors, self.excess(layer.alpha)), None
@@ -44,7 +48,9 @@ class NearestScore(Score):
 
     def hook(self, output, x, layer, mask, past, inplace):
         how = (self.projection, self.anchors, self.excess(layer.alpha), mask, layer.alpha)
-        return ops.nearest_hook(output, x, layer.delta, *how, inplace=inplace), None
+        parts = layer.shards
+        shards = (self.shards, parts.rows, parts.left, parts.right) if parts else None
+        return ops.nearest_hook(output, x, layer.delta if self.needs_delta else None, *how, shards, inplace=inplace), None
 
     def excess(self, alpha: torch.Tensor) -> torch.Tensor:
         """What every anchor's threshold lies above α, ``(keys,)``."""
@@ -81,14 +87,14 @@ class NearestScore(Score):
         wide = torch.promote_types(self.projection.dtype, torch.float32)  # in half precision a key's norm may overflow
         return ops.directions(x.to(self.projection.device, wide), self.projection.to(wide))
 
-    def set_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None) -> None:
+    def set_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
         """Anchors, as :meth:`add_anchors` takes them, in place of those known."""
         with torch.inference_mode(False):
             self.anchors = self.projection.new_zeros(0, len(self.projection))
-            self.thresholds = self.thresholds.new_zeros(0)
-        self.add_anchors(unit, thresholds)
+            self.thresholds, self.shards = self.thresholds.new_zeros(0), self.shards.new_zeros(0)
+        return self.add_anchors(unit, thresholds)
 
-    def add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None) -> None:
+    def add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
         """More directions to compare with.
 
         One that a known one stands for (:func:`ops.nearest_hook.stands_for`) adds nothing but its threshold, where that is
@@ -98,16 +104,32 @@ class NearestScore(Score):
         Args:
             unit: ``(n, rows)``, of :meth:`directions`.
             thresholds: ``(n,)``, each one's own; it counts where it lies above ``alpha``. Default: none above.
+
+        Returns:
+            ``(n,)`` int64 on the CPU: the anchor that stands for each direction. New ones are in no shard (:meth:`assign`).
         """
         with torch.inference_mode(False), torch.no_grad():
             if thresholds is None:
                 thresholds = torch.full((len(unit),), -math.inf)
             unit, thresholds = unit.to(self.anchors), thresholds.to(self.thresholds)
-            for part, own in zip(unit.split(1024), thresholds.split(1024), strict=True):
-                self._add_anchors(part, own)
+            parts = zip(unit.split(1024), thresholds.split(1024), strict=True)
+            places = torch.cat([self._add_anchors(part, own) for part, own in parts])
+            self._look()
+        return places
 
-    def _add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor) -> None:
-        """More directions, ``(n, rows)``, in the dtype of ``anchors``."""
+    def assign(self, shards: torch.Tensor) -> None:
+        """Say which shard every known anchor is in, ``(known,)`` int64."""
+        with torch.inference_mode(False):
+            self.shards = torch.full_like(self.shards, -1)
+            self.shards[: len(shards)] = shards.to(self.shards)
+        self._look()
+
+    def _look(self) -> None:
+        known = self.known_keys()
+        self.needs_delta = not known or bool((self.shards[:known] < 0).any())
+
+    def _add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+        """More directions, ``(n, rows)``, in the dtype of ``anchors``; what stands for each."""
         known = self.known_keys()
         stands = ops.stands_for(unit, self.anchors[:known])
         new = stands == torch.arange(known, known + len(unit))
@@ -119,10 +141,13 @@ class NearestScore(Score):
             size = -(-count // step) * step
             grown, own = unit.new_zeros(size, len(self.projection)), thresholds.new_zeros(size)
             grown[:known], own[:known] = self.anchors[:known], self.thresholds[:known]
-            self.anchors, self.thresholds = grown, own
+            shards = self.shards.new_full((size,), -1)
+            shards[:known] = self.shards[:known]
+            self.anchors, self.thresholds, self.shards = grown, own, shards
         self.anchors[known:count] = unit[new.to(unit.device)]
         self.thresholds[known:count] = math.inf
         self.thresholds.scatter_reduce_(0, stands.to(unit.device), thresholds, "amin")
+        return stands
 
     def known_keys(self) -> int:
         """Number of directions that the nearest score compares with: those in the first rows of ``anchors``."""
@@ -136,11 +161,19 @@ class NearestScore(Score):
             self.projection = self.projection.new_zeros(projection.shape)
             self.anchors = self.anchors.new_zeros(anchors.shape)
             self.thresholds = self.thresholds.new_zeros(anchors.shape[:1])
+            self.shards = self.shards.new_full(anchors.shape[:1], -1)
+            state_dict.setdefault(f"{prefix}shards", self.shards)  # of a version that had none
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._look()
+
+    def take_over(self, other):
+        super().take_over(other)
+        self.needs_delta = other.needs_delta
 
     def tensors(self):
         known = self.known_keys()
-        return {"projection": self.projection, "anchors": self.anchors[:known], "thresholds": self.thresholds[:known]}
+        own = {"projection": self.projection, "anchors": self.anchors[:known], "thresholds": self.thresholds[:known]}
+        return own | {"anchor_shards": self.shards[:known]} if (self.shards[:known] >= 0).any() else own
 
     def restore(self, tensors):
         projection, anchors, thresholds = (tensors[what] for what in ("projection", "anchors", "thresholds"))
@@ -151,3 +184,10 @@ class NearestScore(Score):
         # Copied, because where a file's tensors begin decides how BLAS sums them: aligned, equal bits follow.
         self.projection, self.anchors = (part.to(self.projection, copy=True) for part in (projection, anchors))
         self.thresholds = thresholds.to(self.thresholds, copy=True)
+        self.shards = torch.full(thresholds.shape, -1, dtype=torch.int64, device=self.shards.device)
+        if "anchor_shards" in tensors:
+            shards = tensors["anchor_shards"]
+            if shards.shape != thresholds.shape or shards.is_floating_point():
+                raise ValueError(f"anchor_shards is {shards.dtype} {tuple(shards.shape)}, expected {tuple(thresholds.shape)}")
+            self.shards.copy_(shards)
+        self._look()
