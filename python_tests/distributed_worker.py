@@ -26,6 +26,12 @@ def build(folder: Path, family: str = "gpt2", dtype=torch.float64, **changes) ->
     return Editor(model, AutoTokenizer.from_pretrained(folder / family), EditConfig(**settings))
 
 
+def summed(layer) -> torch.Tensor:
+    """The sum of what a layer adds for all subjects, ``(d_out, d_in)``."""
+    shards = layer.shards.tensors()
+    return shards["shard_left"].mT @ shards["shard_right"]
+
+
 @contextlib.contextmanager
 def changed(owner, name: str, value):
     before = getattr(owner, name)
@@ -115,7 +121,7 @@ def refusals(folder: Path, texts: list[str], requests: list[dict], rank: int) ->
     found["empty"] = outcome(lambda: build(folder).collect_covariance([], progress=False))
     editor = build(folder)
     editor.collect_covariance(texts, tokens=TOKENS, progress=False)
-    before = {name: layer.delta.clone() for name, layer in editor.layers.items()}
+    before = {name: summed(layer) for name, layer in editor.layers.items()}
     import comeba_ext.methods.comeba_hk as module
 
     for error in (RequestError("not finite"), RuntimeError("broken")):
@@ -123,7 +129,7 @@ def refusals(folder: Path, texts: list[str], requests: list[dict], rank: int) ->
         with changed(module, "optimise_target_values", broken):
             found[type(error).__name__] = outcome(lambda: editor.edit(requests))
     found["requests"] = outcome(lambda: editor.edit(requests[: 3 + rank]))
-    found["unchanged"] = editor.step == 0 and all(torch.equal(x.delta, before[n]) for n, x in editor.layers.items())
+    found["unchanged"] = editor.step == 0 and all(torch.equal(summed(x), before[n]) for n, x in editor.layers.items())
     editor.model.lm_head.weight.device_mesh = "as a parameter sharded by tensor parallelism has"
     found["sharded"] = outcome(lambda: editor.edit(requests))
     return found
@@ -139,7 +145,7 @@ def values(folder: Path, texts: list[str], requests: list[dict]) -> dict:
         reports = [editor.edit(requests[:3]), editor.edit(requests[3:])]
         found[f"{family} losses"] = [loss for report in reports for loss in report.losses]
         found[f"{family} steps"] = [steps for report in reports for steps in report.optimizer_steps]
-        found[f"{family} delta"] = {name: layer.delta for name, layer in editor.layers.items()}
+        found[f"{family} delta"] = {name: summed(layer) for name, layer in editor.layers.items()}
         found[f"{family} alpha"] = reports[-1].alpha
     return found
 

@@ -749,7 +749,7 @@ def test_retract(tiny_model, tokenizer, scope):
     assert bounds() == pytest.approx(before_all, rel=1e-9)
     editor.retract(["edit-0", "edit-3", "edit-5"])
     for name, layer in editor.layers.items():
-        assert not edits_of(layer).any() and not len(layer.shards)
+        assert not edits_of(layer).any() and not layer.shards
         assert relative(editor.key_memory[name].matrix(), 20.0 * editor.covariance[name]) < 1e-9
     assert_usable(editor, tokenizer)
     editor.edit(requests[:1], target_values=random_values(1))
@@ -851,7 +851,7 @@ def test_nothing_is_left_of_retracted_edits(tiny_model, tokenizer):
         report = editor.edit(some_requests(3))
         editor.retract(report.request_ids)
         for name, layer in editor.layers.items():
-            assert not edits_of(layer).any() and not len(layer.shards) and scale(layer) == 0 and layer.alpha.item() == before[name]
+            assert not edits_of(layer).any() and not layer.shards and scale(layer) == 0 and layer.alpha.item() == before[name]
         assert_compares_with_the_live_keys(editor)
 
 

@@ -63,7 +63,10 @@ def refused(tiny_model, tokenizer, folder, match="."):
         assert not attachments(model) and "save_pretrained" not in vars(model)
 
 
-ENDS = {"zscore": ("left", "right", "alpha", "reference_scale"), "nearest": ("left", "projection", "anchors", "thresholds", "alpha")}
+ENDS = {
+    "zscore": ("left", "right", "alpha", "reference_scale"),
+    "nearest": ("shard_left", "shard_right", "projection", "anchors", "thresholds", "alpha"),
+}
 CHANGES = {
     "NaN": lambda t: torch.full_like(t, math.nan),
     "int8": lambda t: torch.zeros(t.shape, dtype=torch.int8),
@@ -81,7 +84,7 @@ def test_tensors_that_are_not_ours(made, tiny_model, tokenizer, tmp_path, scope,
 
 
 def test_infinite_deltas(made, tiny_model, tokenizer, tmp_path):
-    folder = copied(made(tiny_model, tokenizer, "nearest"), tmp_path)
+    folder = copied(made(tiny_model, tokenizer, "zscore"), tmp_path)
     tampered(folder, "state", lambda ts: [t.fill_(math.inf) for name, t in ts.items() if name.endswith(".delta")])
     with pytest.raises(StorageError, match="NaN or infinite"):
         Editor.from_pretrained(small_model(tiny_model), tokenizer, folder)

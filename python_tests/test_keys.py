@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_editor import make_editor
+from test_editor import edits_of, make_editor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from comeba_ext import EditConfig
@@ -154,7 +154,7 @@ def test_a_step_with_a_trace_is_the_step_without(tiny_model, tokenizer, scope, m
         editor = make_editor(model, tokenizer, layers=LAYERS, steps=3, prefixes=2, scope=scope)
         for batch in (REQUESTS[:2], REQUESTS[2:], [dataclasses.replace(r, target_new="Rome") for r in REQUESTS]):
             editor.edit(batch)
-        found.append([layer.delta for layer in editor.layers.values()])
+        found.append([edits_of(layer) for layer in editor.layers.values()])
     for other in found[1:]:
         for delta, expected in zip(other, found[0], strict=True):
             assert delta.any() and torch.allclose(delta, expected, rtol=1e-8, atol=1e-10)

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from test_editor import edits_of
 
 from comeba_ext import EditConfig, Editor
 from comeba_ext.editing import target_values as module
@@ -53,7 +54,7 @@ def edited_model(tiny_model, tokenizer, family, **changes):
     values = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 5
     edits = [EditRequest(r.prompt, r.subject, "Warsaw") for r in REQUESTS[:3]]
     editor.edit(edits, target_values=values)
-    assert all(layer.delta.norm() > 0 and layer.mode == "validated" for layer in editor.layers.values())
+    assert all(edits_of(layer).any() and layer.mode == "validated" for layer in editor.layers.values())
     return model, editor
 
 
@@ -374,10 +375,10 @@ def test_interrupted_edits_leave_the_last_complete_batch(tiny_model, tokenizer, 
     states = []
     with pytest.raises(KeyboardInterrupt):
         for _ in editor.edit_all(REQUESTS, batch_size=2, progress=False):
-            states.append({name: layer.delta.clone() for name, layer in editor.layers.items()})
+            states.append({name: edits_of(layer) for name, layer in editor.layers.items()})
     assert editor.step == len(states) == 1 and len(editor.ledger) == 2
     for name, layer in editor.layers.items():
-        assert layer.mode == "validated" and torch.equal(layer.delta, states[0][name]) and layer.delta.any()
+        assert layer.mode == "validated" and torch.equal(edits_of(layer), states[0][name]) and states[0][name].any()
     assert all("forward" not in vars(m) for m in model.modules())
     assert [len(r.request_ids) for r in editor.edit_all(REQUESTS[2:], batch_size=2, progress=False)] == [2, 1]
 

@@ -95,6 +95,9 @@ class Recognition:
     def compare_with(self, live: list[Entry]) -> None:
         """Compare with the keys of these entries, and no others."""
 
+    def forget(self, entries: list[Entry]) -> None:
+        """Compare with the keys of these entries no longer."""
+
 
 class KeyRecognition(Recognition):
     """Of scores that compare inputs with edited keys (:class:`~comeba_ext.scores.nearest.NearestScore`).
@@ -230,10 +233,12 @@ class KeyRecognition(Recognition):
         return torch.stack([reading.keys, alone], 1)
 
     def write(self, name: str, layer: HookedLinear, batch: list[EditRequest], keys: torch.Tensor, responses: torch.Tensor) -> None:
-        members = [Member(request.request_id, keys[n].cpu(), responses[n].cpu()) for n, request in enumerate(batch)]
-        anchors = self._anchors[name]
-        marks = [anchors.of(n) for n in range(len(batch))]
-        self.shards[name].add(layer, self.method.key_memory[name], members, marks)
+        step = self.method.session.step + 1
+        members = [
+            Member((request.request_id, step), keys[n].cpu(), responses[n].cpu(), *(part.cpu() for part in self._anchors[name].of(n)))
+            for n, request in enumerate(batch)
+        ]
+        self.shards[name].add(layer, self.method.key_memory[name], members)
 
     def marks(self, request: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         return {name: tuple(part.cpu() for part in anchors.of(request)) for name, anchors in self._anchors.items()}
@@ -245,6 +250,11 @@ class KeyRecognition(Recognition):
     def compare_with(self, live: list[Entry]) -> None:
         for name, layer in self.method.layers.items():
             self.shards[name].rebuild(layer, self.method.key_memory.get(name), live, name)
+
+    def forget(self, entries: list[Entry]) -> None:
+        names = {(entry.request.request_id, entry.step) for entry in entries}
+        for name, layer in self.method.layers.items():
+            self.shards[name].remove(layer, self.method.key_memory[name], names)
 
     # -- parts --------------------------------------------------------------------------------------------------
 

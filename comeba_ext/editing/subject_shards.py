@@ -19,11 +19,19 @@ from comeba_ext.memory.ledger import Entry
 
 
 class Member(NamedTuple):
-    """A request in a layer: its id, its keys ``(m, d_in)`` and what they are to answer, ``(m, d_out)``; on the host."""
+    """A request in a layer, on the host.
 
-    request_id: str
+    Attributes:
+        name: its id and the step that wrote it.
+        keys: ``(m, d_in)``, responses: ``(m, d_out)``, what they are to answer.
+        unit, thresholds: its directions ``(n, rows)`` and their thresholds ``(n,)``, as :meth:`NearestScore.add_anchors` takes them.
+    """
+
+    name: tuple[str, int]
     keys: torch.Tensor
     responses: torch.Tensor
+    unit: torch.Tensor
+    thresholds: torch.Tensor
 
 
 class SubjectShards:
@@ -32,18 +40,19 @@ class SubjectShards:
     Attributes:
         members: shard number to the requests in it.
         of_anchor: the shard of every anchor, by number.
-        count: shard numbers given so far.
+        count: shard numbers given so far, free: those of them that no shard has any more.
     """
 
     def __init__(self) -> None:
         self.members: dict[int, tuple[Member, ...]] = {}
         self.of_anchor: list[int] = []
         self.count = 0
+        self.free: list[int] = []
 
     def copy(self) -> SubjectShards:
         """Changes to one are not seen in the other."""
         other = copy.copy(self)
-        other.members, other.of_anchor = dict(self.members), list(self.of_anchor)
+        other.members, other.of_anchor, other.free = dict(self.members), list(self.of_anchor), list(self.free)
         return other
 
     @classmethod
@@ -55,54 +64,67 @@ class SubjectShards:
         for entry, shard in zip(entries, shards, strict=True):
             if shard >= 0:
                 own.members[shard] = (*own.members.get(shard, ()), _member(entry, name))
+        own.free = [n for n in range(own.count) if n not in own.members]
         return own
 
     def of_requests(self) -> dict[str, int]:
         """Request id to shard number."""
-        return {member.request_id: shard for shard, members in self.members.items() for member in members}
+        return {member.name[0]: shard for shard, members in self.members.items() for member in members}
 
     def rebuild(self, layer: HookedLinear, memory: KeyMemory, entries: list[Entry], name: str) -> None:
         """The shards of these entries, in order, in place of all there are. One whose requests stay keeps its factors."""
         rows = layer.shards.rows.cpu()
-        before = {tuple(member.request_id for member in own): rows[n][rows[n] >= 0] for n, own in self.members.items()}
-        self.members, self.of_anchor, self.count = {}, [], 0
+        before = {tuple(member.name for member in own): rows[n][rows[n] >= 0] for n, own in self.members.items()}
+        self.members, self.of_anchor, self.count, self.free = {}, [], 0, []
         layer.score.set_anchors(torch.zeros(0, len(layer.score.projection)))
         if not entries:
             layer.shards.clear()
             return
         layer.shards.forget()
-        changed = self._place(layer, [_member(entry, name) for entry in entries], [entry.anchors[name] for entry in entries])
-        kept = {n: before.get(tuple(member.request_id for member in own)) for n, own in self.members.items()}
+        changed = self._place(layer, [_member(entry, name) for entry in entries])
+        kept = {n: before.get(tuple(member.name for member in own)) for n, own in self.members.items()}
         kept = {n: rows for n, rows in kept.items() if rows is not None}
         self._solve(layer, memory, changed - kept.keys(), kept)
 
-    def add(self, layer: HookedLinear, memory: KeyMemory, members: list[Member], marks: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def add(self, layer: HookedLinear, memory: KeyMemory, members: list[Member]) -> None:
         """More requests.
 
-        Args:
-            marks: every request's directions ``(n, rows)`` and thresholds ``(n,)``, as :meth:`NearestScore.add_anchors` takes them.
-
         Raises:
-            RequestError: an update is not finite; nothing is told to the layer's shards.
+            RequestError: an update is not finite.
         """
-        self._solve(layer, memory, self._place(layer, members, marks), {})
+        self._solve(layer, memory, self._place(layer, members), {})
 
-    def _place(self, layer: HookedLinear, members: list[Member], marks: list[tuple[torch.Tensor, torch.Tensor]]) -> set[int]:
+    def remove(self, layer: HookedLinear, memory: KeyMemory, names: set[tuple[str, int]]) -> None:
+        """Take requests out: what is left of their shards is placed anew."""
+        gone = {n for n, own in self.members.items() if any(member.name in names for member in own)}
+        left = [member for n in sorted(gone) for member in self.members.pop(n) if member.name not in names]
+        if not left and not self.members:
+            self.rebuild(layer, memory, [], "")
+            return
+        self.free += sorted(gone)
+        stays = torch.tensor([shard not in gone for shard in self.of_anchor], dtype=torch.bool)
+        self.of_anchor = [shard for shard in self.of_anchor if shard not in gone]
+        layer.score.keep_anchors(stays)
+        self._solve(layer, memory, self._place(layer, left) | gone, {})
+
+    def _place(self, layer: HookedLinear, members: list[Member]) -> set[int]:
         """Anchors, and a shard for every request that has one; the numbers of shards that are other ones now, or none any more."""
         changed: set[int] = set()
         if not members:
             return changed
-        places = layer.score.add_anchors(torch.cat([unit for unit, _ in marks]), torch.cat([own for _, own in marks]))
-        for member, own in zip(members, places.split([len(own) for _, own in marks]), strict=True):
+        places = layer.score.add_anchors(torch.cat([one.unit for one in members]), torch.cat([one.thresholds for one in members]))
+        places = places.split([len(one.thresholds) for one in members])
+        for member, own in zip(members, places, strict=True):
             anchors = own.tolist()
             if not anchors:
                 continue  # no token is ever in its scope
             self.of_anchor += [-1] * (max(anchors) + 1 - len(self.of_anchor))
             known = sorted({self.of_anchor[anchor] for anchor in anchors} - {-1})
-            shard = known[0] if known else self.count
+            shard = known[0] if known else self.free.pop() if self.free else self.count
             self.count = max(self.count, shard + 1)
             for other in known[1:]:
                 self.members[shard] += self.members.pop(other)
+                self.free.append(other)
                 self.of_anchor = [shard if n == other else n for n in self.of_anchor]
             changed |= {shard, *known[1:]}
             for anchor in anchors:
@@ -136,4 +158,4 @@ def _least_squares(keys: torch.Tensor, solved: torch.Tensor) -> torch.Tensor:
 
 
 def _member(entry: Entry, name: str) -> Member:
-    return Member(entry.request.request_id, entry.keys[name], entry.responses[name])
+    return Member((entry.request.request_id, entry.step), entry.keys[name], entry.responses[name], *entry.anchors[name])

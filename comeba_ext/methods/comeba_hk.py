@@ -136,7 +136,7 @@ class ComebaHK(Method):
             with phases("update"):
                 for name in self.layers:
                     self._exchange(name, remove=replaced, add=[])
-                self.recognition.compare_with(without(self.session.ledger.live(), replaced))
+                self.recognition.forget(replaced)
         self.standing = without(self.session.ledger.live(), replaced)
         written = self._write(batch, values, phases, trace)
         entries = []
@@ -190,7 +190,7 @@ class ComebaHK(Method):
             self._exchange(name, remove=entries, add=[])
             if len(entries) == len(self.session.ledger):
                 self._clear(name)
-        self.recognition.compare_with(without(self.session.ledger.live(), entries))
+        self.recognition.forget(entries)
         self.alphas.append(self.thresholds())
 
     def revert(self, step: int, added: list[Entry], removed: list[Entry]) -> None:

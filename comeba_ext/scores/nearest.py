@@ -117,6 +117,19 @@ class NearestScore(Score):
             self._look()
         return places
 
+    @torch.no_grad()
+    def keep_anchors(self, stays: torch.Tensor) -> None:
+        """Forget those of the known anchors that do not stay, ``(known,)`` bool; the others keep their order."""
+        known = self.known_keys()
+        with torch.inference_mode(False):
+            for name in ("anchors", "thresholds", "shards"):
+                old = getattr(self, name)
+                new = torch.full_like(old, -1) if name == "shards" else torch.zeros_like(old)
+                kept = old[:known][stays.to(old.device)]
+                new[: len(kept)] = kept
+                setattr(self, name, new)
+        self._look()
+
     def assign(self, shards: torch.Tensor) -> None:
         """Say which shard every known anchor is in, ``(known,)`` int64."""
         with torch.inference_mode(False):
