@@ -674,19 +674,22 @@ def test_a_bad_covariance_changes_nothing(tiny_model, tokenizer, monkeypatch):
     assert_compares_with_the_live_keys(editor)
 
 
-@pytest.mark.parametrize("where", [(ComebaHK, "_exchange"), (KeyRecognition, "compare_with")], ids=["exchange", "compare"])
+@pytest.mark.parametrize("where", [((ComebaHK, "_exchange"),), ((KeyRecognition, "compare_with"), (KeyRecognition, "forget"))])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_error_after_the_keys_were_taken_out(tiny_model, tokenizer, monkeypatch, where, error):
     """A request that supersedes takes its old key out first; an error then, or behind it, puts it back."""
     editor, requests = edited(tiny_model, tokenizer)
     before = snapshot(editor)
-    real = getattr(*where)
 
-    def failing(*args, **kwargs):
-        real(*args, **kwargs)
-        raise error("in the middle")
+    def then_failing(real):
+        def failing(*args, **kwargs):
+            real(*args, **kwargs)
+            raise error("in the middle")
 
-    monkeypatch.setattr(*where, failing)
+        return failing
+
+    for place in where:
+        monkeypatch.setattr(*place, then_failing(getattr(*place)))
     again = EditRequest(requests[0].prompt, requests[0].subject, "Warsaw")
     for step in (
         lambda: editor.edit([again], target_values=random_values(1)),

@@ -38,7 +38,8 @@ class NearestScore(Score):
         self.register_buffer("anchors", torch.zeros(0, 0, dtype=dtype, device=device))
         self.register_buffer("thresholds", torch.zeros(0, dtype=torch.float32, device=device))
         self.register_buffer("shards", torch.zeros(0, dtype=torch.int64, device=device))
-        self.needs_delta = True  # whether an anchor, or none at all, is outside all shards: known without asking the device
+        self.known = 0  # rows of anchors that are one, and
+        self.needs_delta = True  # whether one of them, or none at all, is outside all shards: known without asking the device
 
     def scores(self, x, layer, mask=None, past=None):
         return ops.nearest_scores(x, self.projection, self.anchors, self.excess(layer.alpha)), None
@@ -92,6 +93,7 @@ class NearestScore(Score):
         with torch.inference_mode(False):
             self.anchors = self.projection.new_zeros(0, len(self.projection))
             self.thresholds, self.shards = self.thresholds.new_zeros(0), self.shards.new_zeros(0)
+            self.known = 0
         return self.add_anchors(unit, thresholds)
 
     def add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
@@ -128,6 +130,7 @@ class NearestScore(Score):
                 kept = old[:known][stays.to(old.device)]
                 new[: len(kept)] = kept
                 setattr(self, name, new)
+        self.known = len(kept)
         self._look()
 
     def assign(self, shards: torch.Tensor) -> None:
@@ -137,9 +140,13 @@ class NearestScore(Score):
             self.shards[: len(shards)] = shards.to(self.shards)
         self._look()
 
+    def _count(self) -> None:
+        """Of anchors that came from elsewhere."""
+        self.known = int(self.anchors.any(-1).sum())
+        self._look()
+
     def _look(self) -> None:
-        known = self.known_keys()
-        self.needs_delta = not known or bool((self.shards[:known] < 0).any())
+        self.needs_delta = not self.known or bool((self.shards[: self.known] < 0).any())
 
     def _add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
         """More directions, ``(n, rows)``, in the dtype of ``anchors``; what stands for each."""
@@ -160,11 +167,12 @@ class NearestScore(Score):
         self.anchors[known:count] = unit[new.to(unit.device)]
         self.thresholds[known:count] = math.inf
         self.thresholds.scatter_reduce_(0, stands.to(unit.device), thresholds, "amin")
+        self.known = count
         return stands
 
     def known_keys(self) -> int:
         """Number of directions that the nearest score compares with: those in the first rows of ``anchors``."""
-        return int(self.anchors.any(-1).sum())
+        return self.known
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         """Buffers that grow with the keys take the shape they are loaded with, if it fits the layer."""
@@ -177,11 +185,11 @@ class NearestScore(Score):
             self.shards = self.shards.new_full(anchors.shape[:1], -1)
             state_dict.setdefault(f"{prefix}shards", self.shards)  # of a version that had none
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._look()
+        self._count()
 
     def take_over(self, other):
         super().take_over(other)
-        self.needs_delta = other.needs_delta
+        self.known, self.needs_delta = other.known, other.needs_delta
 
     def tensors(self):
         known = self.known_keys()
@@ -203,4 +211,4 @@ class NearestScore(Score):
             if shards.shape != thresholds.shape or shards.is_floating_point():
                 raise ValueError(f"anchor_shards is {shards.dtype} {tuple(shards.shape)}, expected {tuple(thresholds.shape)}")
             self.shards.copy_(shards)
-        self._look()
+        self._count()

@@ -1,0 +1,134 @@
+"""What an edit costs with many subjects before it: ``python bench/bench_shards.py [--quick] [--json] [--plot FILE]``
+
+Invented subjects, one key each, through the layer algebra alone (no model): a hooked layer of SmolLM2-135M's shape (1,536 to 576), keys
+with a covariance of condition 10³, a batch of 100 a step as the editor makes it (a twin's copies of the small tables, the update, taking
+over). At every number of subjects:
+
+- ``update_ms``: a request's share of a step, median of ten steps;
+- ``retract_ms``: taking one request out, ``layer_ms`` and ``token_ms``: the layer on 512 tokens and on one, none of them in scope;
+- ``stored_mb``: factors, anchors and tables as they are saved, ``save_s`` and ``load_s``: into a file and back.
+
+The hooked layer's base product is measured beside it, in the same minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import finish, target
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from comeba_ext.editing.subject_shards import Member, SubjectShards
+from comeba_ext.layers.hooked_linear import HookedLinear
+from comeba_ext.memory.key_memory import KeyMemory
+
+D_IN, D_OUT, BATCH = 1536, 576, 100
+
+
+def covariance(width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+    return basis * torch.logspace(0, -3, width, dtype=torch.float64) @ basis.mT
+
+
+def timed(call, times: int) -> float:
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="up to 10,000 subjects")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--plot", help="write a PNG")
+    args = parser.parse_args()
+    moment = covariance(D_IN)
+    root, generator = torch.linalg.cholesky(moment).float(), torch.Generator().manual_seed(1)
+    layer = HookedLinear(nn.Linear(D_IN, D_OUT), "nearest", 0.6)
+    layer.score.fit(moment.float())
+    memory, shards = KeyMemory(48.0 * moment), SubjectShards()
+    x = torch.randn(1, 512, D_IN, generator=generator) @ root.mT
+    count, rows, steps = 0, [], []
+    for size in (1_000, 10_000) if args.quick else (1_000, 10_000, 100_000):
+        while count < size:
+            keys = torch.randn(BATCH, D_IN, generator=generator) @ root.mT
+            members = [
+                Member((f"{count + n}", 1), k[None], torch.randn(1, D_OUT, generator=generator), layer.score.directions(k)[None], FLOOR)
+                for n, k in enumerate(keys)
+            ]
+            start = time.perf_counter()
+            twin, own = copied(layer), shards.copy()
+            own.add(twin, memory, members)
+            layer.take_over(twin)
+            shards = own
+            steps.append(time.perf_counter() - start)
+            count += BATCH
+        row = {"subjects": count, "update_ms": statistics.median(steps[-10:]) / BATCH * 1e3}
+        twin, own = copied(layer), shards.copy()
+        row["retract_ms"] = timed(lambda: own.remove(twin, memory, {next(iter(own.members.values()))[0].name}), 5) * 1e3  # noqa: B023
+        for name, part in (("layer_ms", x), ("token_ms", x[:, :1])):
+            row[name] = timed(lambda: layer(part), 20) * 1e3  # noqa: B023
+            row[f"plain_{name}"] = timed(lambda: layer.base_layer(part), 20) * 1e3  # noqa: B023
+        row |= stored(layer)
+        rows.append({name: round(value, 4) for name, value in row.items()})
+        print(rows[-1], file=sys.stderr, flush=True)
+    if args.plot:
+        draw(rows, args.plot)
+    ratio = rows[-1]["update_ms"] / rows[0]["update_ms"]
+    finish(rows, [target(f"update at {rows[-1]['subjects']:,} subjects / at 1,000", ratio, 1.1, ratio <= 1.1)], args.json)
+
+
+FLOOR = torch.tensor([0.6])
+
+
+def copied(layer: HookedLinear) -> HookedLinear:
+    """What a step begins with: the layer with tables of its own; the factors are shared."""
+    other = HookedLinear(layer.base_layer, "nearest", 0.6)
+    other.take_over(layer)
+    return other
+
+
+def stored(layer: HookedLinear) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        path, start = Path(folder) / "layer.safetensors", time.perf_counter()
+        tensors = {name: tensor.contiguous() for name, tensor in layer.tensors().items() if name not in ("delta", "projection")}
+        save_file(tensors, path)
+        saved = time.perf_counter()
+        other = HookedLinear(layer.base_layer, "nearest", 0.6)
+        other.restore(load_file(path) | {"projection": layer.score.projection})
+        loaded = time.perf_counter()
+        size = path.stat().st_size / 1e6
+    return {"stored_mb": size, "save_s": saved - start, "load_s": loaded - saved}
+
+
+def draw(rows: list[dict], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    subjects = [row["subjects"] for row in rows]
+    for name, label in (("update_ms", "an edit, ms"), ("retract_ms", "taking one back, ms"), ("token_ms", "one token, ms")):
+        axes[0].plot(subjects, [row[name] for row in rows], marker="o", label=label)
+    axes[0].set(xscale="log", yscale="log", xlabel="subjects", title="time")
+    axes[0].legend()
+    axes[1].plot(subjects, [row["stored_mb"] for row in rows], marker="o")
+    axes[1].set(xscale="log", yscale="log", xlabel="subjects", title="stored, MB a layer")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
