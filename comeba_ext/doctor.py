@@ -85,6 +85,7 @@ def examine_model(model, tokenizer) -> tuple[dict[str, object], list[str]]:
     lam, after = config.lam_of(d_in), architecture.after_norm(model, config.value_layer) is not None
     start = bool(tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]) if tokenizer.bos_token_id is not None else False
     size = len(names) * (d_in * d_out * 4 + 2 * d_in * d_in * 8)
+    kept = len(names) * 2 * (d_in + d_out) * (4 + 4)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     found = {
         "model": f"{model.config.model_type}, {millions:.1f}M parameters, {architecture.num_blocks(model)} blocks",
@@ -95,6 +96,7 @@ def examine_model(model, tokenizer) -> tuple[dict[str, object], list[str]]:
         "λ": f"{lam:g} = d_in / {d_in / lam:g}; a key of average leverage (d_in) realises {d_in / (lam + d_in):.2f} of its edit a layer",
         "covariance": f"{TOKENS_PER_DIMENSION * d_in} tokens of plain text",
         "memory while editing": f"{size / 1e6:.0f} MB beside the model",
+        "an edit keeps": f"{kept / 1e3:.0f} kB, two keys a layer with what they are to answer and as factors, until it is taken back",
         "start token": "yes" if start else "no",
     }
     hints = (
