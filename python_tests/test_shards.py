@@ -22,8 +22,10 @@ from test_editor import (
 from test_nearest_hook import D_IN, D_OUT, covariance_of, inputs, keep_apart, loop_cosines, make_layer, random
 
 from comeba_ext import EditRequest
+from comeba_ext.editing.subject_shards import Member, SubjectShards
 from comeba_ext.layers.shards import Shards
 from comeba_ext.layers.twin import twin_of
+from comeba_ext.memory.key_memory import KeyMemory
 from comeba_ext.ops import shard_edits as ops
 
 # -- the operator ---------------------------------------------------------------------------------------------------
@@ -260,6 +262,20 @@ def test_a_request_that_joins_two_shards_makes_them_one(tiny_model, tokenizer):
     shards.remove(layer, editor.key_memory[name], {("between", 2)})  # what it joined comes apart again
     assert sorted(len(own) for own in shards.members.values()) == [1, 1, 1] and not shards.free
     assert set(shards.of_anchor) == set(shards.members)
+
+
+def test_a_shard_takes_no_more_room_than_its_matrix():
+    """More facts about one subject than the layer has outputs."""
+    layer, shards, count = make_layer(0), SubjectShards(), D_OUT + 5
+    memory = KeyMemory(20.0 * covariance_of(D_IN))
+    keys, answers = random(1, D_IN, seed=1) + 0.01 * random(count, D_IN, seed=2), random(count, D_OUT, seed=3)
+    for n in range(count):
+        unit = layer.score.directions(keys[n : n + 1])
+        shards.add(layer, memory, [Member((str(n), 1), keys[n : n + 1], answers[n : n + 1], unit, torch.tensor([0.6]))])
+    assert len(shards.members) == 1 and layer.score.known_keys() == 1
+    assert layer.shards.rows.shape == (1, D_OUT) and len(layer.tensors()["shard_left"]) == D_OUT
+    expected = answers.mT @ keys @ torch.linalg.inv(20.0 * covariance_of(D_IN) + keys.mT @ keys)
+    assert relative(edits_of(layer)[1], expected) < 1e-9
 
 
 @pytest.mark.parametrize("seed", [0, 1, 3])

@@ -137,11 +137,14 @@ class SubjectShards:
         chosen = sorted(shards & self.members.keys())
         found = {n: torch.zeros(0) for n in shards - self.members.keys()} | kept
         if chosen:
-            keys = [torch.cat([member.keys for member in self.members[n]]).to(memory.device, memory.dtype) for n in chosen]
-            sizes = [len(own) for own in keys]
-            solved = memory.solve(torch.cat(keys).mT).mT.split(sizes)
-            right = torch.cat([_least_squares(*pair) for pair in zip(keys, solved, strict=True)])
-            left = torch.cat([member.responses for n in chosen for member in self.members[n]])
+            keys, responses = (
+                [torch.cat([getattr(one, part) for one in self.members[n]]).to(memory.device, memory.dtype) for n in chosen]
+                for part in ("keys", "responses")
+            )
+            solved = memory.solve(torch.cat(keys).mT).mT.split([len(own) for own in keys])
+            factors = [_least_squares(*own) for own in zip(keys, responses, solved, strict=True)]
+            sizes = [len(left) for left, _ in factors]
+            left, right = (torch.cat(part) for part in zip(*factors, strict=True))
             if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
                 raise RequestError("an update is not finite; check the target values and the covariance")
             found |= dict(zip(chosen, layer.shards.append(left, right).split(sizes), strict=True))
@@ -150,11 +153,15 @@ class SubjectShards:
         layer.score.assign(torch.tensor(self.of_anchor, dtype=torch.int64))
 
 
-def _least_squares(keys: torch.Tensor, solved: torch.Tensor) -> torch.Tensor:
-    """``Kᵀ (A + K Kᵀ)⁻¹``, ``(m, d_in)``, for keys ``(m, d_in)`` and ``A⁻¹ K`` in rows, ``(m, d_in)``."""
+def _least_squares(keys: torch.Tensor, responses: torch.Tensor, solved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of ``V Kᵀ (A + K Kᵀ)⁻¹``, ``(m, d_out)`` and ``(m, d_in)``, for keys ``(m, d_in)``, responses ``(m, d_out)`` and
+    ``A⁻¹ K`` in rows, ``(m, d_in)``; the matrix itself where more keys than outputs would make it larger."""
     inner = keys @ solved.mT
     inner.diagonal().add_(1)
-    return torch.linalg.solve(inner, solved)
+    right = torch.linalg.solve(inner, solved)
+    if len(right) > responses.shape[1]:
+        return torch.eye(responses.shape[1], dtype=right.dtype, device=right.device), responses.mT @ right
+    return responses, right
 
 
 def _member(entry: Entry, name: str) -> Member:
