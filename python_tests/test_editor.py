@@ -618,16 +618,17 @@ def least_squares(editor, name, pairs):
 
 
 def assert_shards(editor, name, tolerance):
-    """Requests whose directions one anchor stands for share a shard, the others share none; each is the least squares of its own."""
+    """Requests with directions within ``SAME`` of each other's share a shard, by whatever steps; each is the least squares of its own."""
     layer = editor.layers[name]
     anchors = layer.score.anchors[: layer.score.known_keys()].double()
-    groups = []  # pairs of anchors and requests
+    groups = []  # pairs of directions and requests
     for entry in editor.ledger.live():
-        own = set((entry.anchors[name][0].double() @ anchors.T).argmax(1).tolist())
-        near = [group for group in groups if group[0] & own]
-        groups = [group for group in groups if group not in near]
-        groups.append((own.union(*(group[0] for group in near)), [*(e for group in near for e in group[1]), entry]))
-    assert set().union(*(anchors for anchors, _ in groups)) == set(range(len(anchors)))
+        own = entry.anchors[name][0].double()
+        near = [group for group in groups if (own @ group[0].T > SAME).any()]
+        groups = [group for group in groups if not any(group is other for other in near)]
+        groups.append((torch.cat([*(group[0] for group in near), own]), [*(e for group in near for e in group[1]), entry]))
+    groups = [({*(units @ anchors.T).argmax(1).tolist()}, entries) for units, entries in groups]
+    assert sorted(anchor for own, _ in groups for anchor in own) == list(range(len(anchors)))
     edits, numbers = edits_of(layer), layer.score.shards.tolist()
     assert not layer.delta.any()
     for own, entries in groups:

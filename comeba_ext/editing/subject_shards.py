@@ -1,8 +1,9 @@
 """Which keys share a shard (:mod:`comeba_ext.layers.shards`), layer by layer.
 
-A request's keys are in one shard, and so are requests of which one's anchor stands for a direction of the other
-(:func:`~comeba_ext.ops.nearest_hook.stands_for`): a token near that anchor cannot say which of them it means. These are facts of one
-subject, and subjects with nearly the same key. Where a new request joins what were two shards, they become one.
+A request's keys are in one shard, and so are requests that have a direction each so close to the other's that one anchor may stand for
+both (:func:`~comeba_ext.ops.nearest_hook.stands_for`): a token there cannot say which of them it means. These are facts of one
+subject, and subjects with nearly the same key. Where a new request is close to two shards, they become one; where one goes, what it held
+together comes apart. So which requests share a shard depends on which there are, and not on what was edited between.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import copy
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from comeba_ext.errors import RequestError
 from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.memory.key_memory import KeyMemory
 from comeba_ext.memory.ledger import Entry
+from comeba_ext.ops.nearest_hook import SAME
 
 
 class Member(NamedTuple):
@@ -25,6 +28,7 @@ class Member(NamedTuple):
         name: its id and the step that wrote it.
         keys: ``(m, d_in)``, responses: ``(m, d_out)``, what they are to answer.
         unit, thresholds: its directions ``(n, rows)`` and their thresholds ``(n,)``, as :meth:`NearestScore.add_anchors` takes them.
+        order: its place among all requests, which decides whose directions become anchors.
     """
 
     name: tuple[str, int]
@@ -32,27 +36,32 @@ class Member(NamedTuple):
     responses: torch.Tensor
     unit: torch.Tensor
     thresholds: torch.Tensor
+    order: int = 0
 
 
 class SubjectShards:
     """The shards of one layer.
 
     Attributes:
-        members: shard number to the requests in it.
+        members: shard number to the requests in it, in order.
+        units: ``(n, rows)``, all their directions, of_unit: the shard of each.
         of_anchor: the shard of every anchor, by number.
         count: shard numbers given so far, free: those of them that no shard has any more.
     """
 
     def __init__(self) -> None:
         self.members: dict[int, tuple[Member, ...]] = {}
+        self.units: torch.Tensor | None = None
+        self.of_unit: list[int] = []
         self.of_anchor: list[int] = []
-        self.count = 0
+        self.count = self.requests = 0
         self.free: list[int] = []
 
     def copy(self) -> SubjectShards:
         """Changes to one are not seen in the other."""
         other = copy.copy(self)
-        other.members, other.of_anchor, other.free = dict(self.members), list(self.of_anchor), list(self.free)
+        other.members, other.free = dict(self.members), list(self.free)
+        other.of_unit, other.of_anchor = list(self.of_unit), list(self.of_anchor)
         return other
 
     @classmethod
@@ -61,9 +70,13 @@ class SubjectShards:
         own = cls()
         own.of_anchor = layer.score.shards[: layer.score.known_keys()].tolist()
         own.count = len(layer.shards)
-        for entry, shard in zip(entries, shards, strict=True):
-            if shard >= 0:
-                own.members[shard] = (*own.members.get(shard, ()), _member(entry, name))
+        there = [(_member(entry, name, n), shard) for n, (entry, shard) in enumerate(zip(entries, shards, strict=True)) if shard >= 0]
+        own.requests = len(entries)
+        for member, shard in there:
+            own.members[shard] = (*own.members.get(shard, ()), member)
+        if there:
+            own.units = torch.cat([member.unit for member, _ in there])
+            own.of_unit = [shard for member, shard in there for _ in member.unit]
         own.free = [n for n in range(own.count) if n not in own.members]
         return own
 
@@ -75,13 +88,13 @@ class SubjectShards:
         """The shards of these entries, in order, in place of all there are. One whose requests stay keeps its factors."""
         rows = layer.shards.rows.cpu()
         before = {tuple(member.name for member in own): rows[n][rows[n] >= 0] for n, own in self.members.items()}
-        self.members, self.of_anchor, self.count, self.free = {}, [], 0, []
+        SubjectShards.__init__(self)
         layer.score.set_anchors(torch.zeros(0, len(layer.score.projection)))
         if not entries:
             layer.shards.clear()
             return
         layer.shards.forget()
-        changed = self._place(layer, [_member(entry, name) for entry in entries])
+        changed = self._place(layer, [_member(entry, name, n) for n, entry in enumerate(entries)])
         kept = {n: before.get(tuple(member.name for member in own)) for n, own in self.members.items()}
         kept = {n: rows for n, rows in kept.items() if rows is not None}
         self._solve(layer, memory, changed - kept.keys(), kept)
@@ -92,45 +105,60 @@ class SubjectShards:
         Raises:
             RequestError: an update is not finite.
         """
+        members = [member._replace(order=self.requests + n) for n, member in enumerate(members)]
         self._solve(layer, memory, self._place(layer, members), {})
 
     def remove(self, layer: HookedLinear, memory: KeyMemory, names: set[tuple[str, int]]) -> None:
         """Take requests out: what is left of their shards is placed anew."""
         gone = {n for n, own in self.members.items() if any(member.name in names for member in own)}
-        left = [member for n in sorted(gone) for member in self.members.pop(n) if member.name not in names]
+        left = [member for n in gone for member in self.members.pop(n) if member.name not in names]
         if not left and not self.members:
             self.rebuild(layer, memory, [], "")
             return
         self.free += sorted(gone)
-        stays = torch.tensor([shard not in gone for shard in self.of_anchor], dtype=torch.bool)
-        self.of_anchor = [shard for shard in self.of_anchor if shard not in gone]
-        layer.score.keep_anchors(stays)
-        self._solve(layer, memory, self._place(layer, left) | gone, {})
+        self.units = self.units[torch.tensor([shard not in gone for shard in self.of_unit])]
+        self.of_unit = [shard for shard in self.of_unit if shard not in gone]
+        self._forget_anchors(layer, gone)
+        self._solve(layer, memory, self._place(layer, sorted(left, key=lambda member: member.order)) | gone, {})
 
     def _place(self, layer: HookedLinear, members: list[Member]) -> set[int]:
-        """Anchors, and a shard for every request that has one; the numbers of shards that are other ones now, or none any more."""
+        """A shard for every request that has a direction, and their anchors; the numbers of shards that are other ones now, or none
+        any more."""
         changed: set[int] = set()
+        members = [member for member in members if len(member.unit)]  # without one, no token is ever in its scope
         if not members:
             return changed
-        places = layer.score.add_anchors(torch.cat([one.unit for one in members]), torch.cat([one.thresholds for one in members]))
-        places = places.split([len(one.thresholds) for one in members])
-        for member, own in zip(members, places, strict=True):
-            anchors = own.tolist()
-            if not anchors:
-                continue  # no token is ever in its scope
-            self.of_anchor += [-1] * (max(anchors) + 1 - len(self.of_anchor))
-            known = sorted({self.of_anchor[anchor] for anchor in anchors} - {-1})
+        self.requests = max(self.requests, members[-1].order + 1)
+        new = torch.cat([member.unit for member in members])
+        self.units = new if self.units is None else torch.cat([self.units, new])
+        near = F.linear(new, self.units) > SAME
+        start = 0
+        for member in members:
+            rows = slice(start, start + len(member.unit))
+            linked = near[rows, : len(self.of_unit)].any(0).nonzero()[:, 0].tolist()
+            known = sorted({self.of_unit[n] for n in linked})
             shard = known[0] if known else self.free.pop() if self.free else self.count
             self.count = max(self.count, shard + 1)
-            for other in known[1:]:
-                self.members[shard] += self.members.pop(other)
-                self.free.append(other)
-                self.of_anchor = [shard if n == other else n for n in self.of_anchor]
-            changed |= {shard, *known[1:]}
-            for anchor in anchors:
-                self.of_anchor[anchor] = shard
-            self.members[shard] = (*self.members.get(shard, ()), member)
+            joined = [self.members.pop(n) for n in known]
+            self.members[shard] = tuple(sorted((one for own in (*joined, (member,)) for one in own), key=lambda one: one.order))
+            self.free += known[1:]
+            if known[1:]:
+                self.of_unit = [shard if n in known else n for n in self.of_unit]
+            self.of_unit += [shard] * len(member.unit)
+            changed |= {shard, *known}
+            start = rows.stop
+        self._forget_anchors(layer, changed)
+        anchored = [(member, n) for n in sorted(changed & self.members.keys()) for member in self.members[n]]
+        places = layer.score.add_anchors(*(torch.cat([getattr(one, part) for one, _ in anchored]) for part in ("unit", "thresholds")))
+        for place, shard in zip(places.tolist(), (n for member, n in anchored for _ in member.unit), strict=True):
+            if place == len(self.of_anchor):  # an anchor of its own
+                self.of_anchor.append(shard)
         return changed
+
+    def _forget_anchors(self, layer: HookedLinear, shards: set[int]) -> None:
+        if shards.intersection(self.of_anchor):
+            layer.score.keep_anchors(torch.tensor([shard not in shards for shard in self.of_anchor]))
+            self.of_anchor = [shard for shard in self.of_anchor if shard not in shards]
 
     def _solve(self, layer: HookedLinear, memory: KeyMemory, shards: set[int], kept: dict[int, torch.Tensor]) -> None:
         """Factors of some shards anew, of others where they are; and what a token near an anchor gets."""
@@ -164,5 +192,5 @@ def _least_squares(keys: torch.Tensor, responses: torch.Tensor, solved: torch.Te
     return responses, right
 
 
-def _member(entry: Entry, name: str) -> Member:
-    return Member((entry.request.request_id, entry.step), entry.keys[name], entry.responses[name], *entry.anchors[name])
+def _member(entry: Entry, name: str, order: int) -> Member:
+    return Member((entry.request.request_id, entry.step), entry.keys[name], entry.responses[name], *entry.anchors[name], order)

@@ -75,7 +75,7 @@ class SequenceContext:
         if not torch.compiler.is_compiling():
             self.passes.begin()
         here = self.here
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        given = {**dict(zip(self._names[: len(args)], args)), **kwargs}
         cache = _cache_of(given)
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
@@ -105,7 +105,10 @@ CACHE_NAMES = ("past_key_values", "cache")  # the latter since Transformers 5.24
 
 
 def _cache_of(given: dict):
-    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    for name in CACHE_NAMES:  # no generator: torch.compile of older versions does not follow one
+        if given.get(name) is not None:
+            return given[name]
+    return None
 
 
 def _real_tokens(attention_mask, past, length: int) -> torch.Tensor | None:

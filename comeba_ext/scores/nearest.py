@@ -50,7 +50,7 @@ class NearestScore(Score):
     def hook(self, output, x, layer, mask, past, inplace):
         how = (self.projection, self.anchors, self.excess(layer.alpha), mask, layer.alpha)
         parts = layer.shards
-        shards = (self.shards, parts.rows, parts.left, parts.right) if parts else None
+        shards = (self.shards, parts.rows, parts.left, parts.right) if len(parts.rows) else None
         return ops.nearest_hook(output, x, layer.delta if self.needs_delta else None, *how, shards, inplace=inplace), None
 
     def excess(self, alpha: torch.Tensor) -> torch.Tensor:
