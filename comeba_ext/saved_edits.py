@@ -24,7 +24,7 @@ from comeba_ext.forward.architectures import Architecture
 from comeba_ext.layers.attachment import Attachment, detach
 from comeba_ext.methods import Method, method_named
 from comeba_ext.methods.base import of_layer
-from comeba_ext.storage import check_identity, identity, read_folder, write_folder
+from comeba_ext.storage import FORMATS, check_identity, identity, read_folder, write_folder
 from comeba_ext.text.request import EditRequest
 
 _SHARED = {field.name for field in dataclasses.fields(EditConfig)}  # settings that every method has
@@ -63,7 +63,6 @@ def save(session: Session, method: Method, folder: str | Path, to_go_on: tuple[l
     live, settings = session.ledger.live(), session.config.to_dict()
     wrapped = [name for name, attachment in method.attachments.items() if hasattr(attachment, "base_layer")]
     manifest = {
-        "format": 1,
         "model": identity(session.model, wrapped),
         "method": method.name,
         "config": {key: value for key, value in settings.items() if key in _SHARED},
@@ -79,7 +78,8 @@ def save(session: Session, method: Method, folder: str | Path, to_go_on: tuple[l
         manifest |= {**own, "prefixes": session.sampled, "next_id": next_id}
         manifest["ledger"] = [{"request": e.request.to_record(), "step": e.step, "removed": e.removed} for e in session.ledger.entries]
         texts["log"] = "".join(json.dumps(record) + "\n" for record in log)
-    write_folder(folder, manifest, tensors, texts)
+    apart = any(name.endswith((".shard_left", ".entry_shards")) for own in tensors.values() for name in own)
+    write_folder(folder, {"format": FORMATS[apart], **manifest}, tensors, texts)
 
 
 @dataclass

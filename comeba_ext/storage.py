@@ -159,6 +159,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 MANIFEST = "comeba_edits.json"
+FORMATS = (1, 2)  # that can be read; in 2 some edits are kept in shards, which versions that know 1 alone would leave out
 # What earlier saves left: their files, and temporary ones where a save was killed.
 _FILE = r"comeba_[a-z]+-[0-9a-f]{8}\.(safetensors|jsonl)"
 _OURS = re.compile(rf"{_FILE}|\.({_FILE}|{re.escape(MANIFEST)})\.[0-9a-f]{{8}}\.tmp")
@@ -225,7 +226,7 @@ def read_manifest(folder: str | Path) -> dict:
         raise StorageError(f"{folder} holds no edits: {MANIFEST} is missing") from None
     except ValueError as error:
         raise StorageError(f"{path} is truncated or not JSON ({error})") from None
-    files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("format") == 1 else None
+    files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("format") in FORMATS else None
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise StorageError(f"{path} was not written by this version of comeba_ext")
     for name in files.values():

@@ -155,6 +155,7 @@ def test_load_edits_gives_the_live_logits(tiny_model, tokenizer, tmp_path, infer
         editor.save_pretrained(tmp_path / form, inference_only=inference_only)
         manifest = json.loads((tmp_path / form / storage.MANIFEST).read_text())
         saved = storage.read_file(tmp_path / form, manifest, "adapter")
+        assert manifest["format"] == (2 if scope == "nearest" else 1)  # what versions before would read with edits left out is not theirs
         for name in editor.layers:
             if scope == "nearest":  # every subject's factors, whatever their number
                 assert f"{name}.left" not in saved and f"{name}.delta" not in saved and len(saved[f"{name}.shard_left"])
