@@ -46,7 +46,7 @@ class SubjectShards:
         members: shard number to the requests in it, in order.
         units: ``(n, rows)``, all their directions, of_unit: the shard of each.
         of_anchor: the shard of every anchor, by number.
-        count: shard numbers given so far, free: those of them that no shard has any more.
+        count: number of shards; free: numbers below it that none has, while something changes.
     """
 
     def __init__(self) -> None:
@@ -176,7 +176,18 @@ class SubjectShards:
             if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
                 raise RequestError("an update is not finite; check the target values and the covariance")
             found |= dict(zip(chosen, layer.shards.append(left, right).split(sizes), strict=True))
-        layer.shards.assign(found, self.count)
+        while self.free:  # the last shard takes a number that is free, so that no table has room for none
+            last, number = self.count - 1, min(self.free)
+            if last in self.members:
+                self.members[number] = self.members.pop(last)
+                self.of_unit = [number if n == last else n for n in self.of_unit]
+                self.of_anchor = [number if n == last else n for n in self.of_anchor]
+                found[number] = found[last] if last in found else layer.shards.rows[last][layer.shards.rows[last] >= 0].cpu()
+                self.free.remove(number)
+            else:
+                self.free.remove(last)
+            self.count -= 1
+        layer.shards.assign({n: rows for n, rows in found.items() if n < self.count}, self.count)
         layer.shards.compact()
         layer.score.assign(torch.tensor(self.of_anchor, dtype=torch.int64))
 
