@@ -47,6 +47,22 @@ def inputs_of(editor: Editor, texts: list[list[int]]) -> dict[str, list[torch.Te
     return found
 
 
+def reader_of(editor: Editor, requests: list[EditRequest]) -> KeyReader:
+    """Of the requests' keys behind every context prefix, in every edited layer."""
+    return KeyReader(
+        editor.session.decoder,
+        editor.session.blocks,
+        editor.config.layers,
+        list(editor.layers.values()),
+        prompt_rows(editor.tokenizer, requests, editor.prefixes),
+        whole=False,
+        pad_token=editor.session.pad_token,
+        max_tokens=2048,
+        device=torch.device("cpu"),
+        apart=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or .gguf file")
@@ -63,18 +79,7 @@ def main() -> None:
     _kept, placed, declined = editor.method.recognition.placed(editor._named(requests))
     requests = [request for request in placed if request.fact_token == "subject_last"]
     subjects, decoys = editor.method.recognition.subjects(requests), editor.method.recognition.decoys(requests)
-    reader = KeyReader(
-        editor.session.decoder,
-        list(model.get_submodule(editor.architecture.blocks)),
-        editor.config.layers,
-        list(editor.layers.values()),
-        prompt_rows(tokenizer, requests, editor.prefixes),
-        whole=False,
-        pad_token=pad_id(tokenizer),
-        max_tokens=2048,
-        device=torch.device("cpu"),
-        apart=True,
-    )
+    reader = reader_of(editor, requests)
     wordings = [(n, p) for n, r in enumerate(requests) for p in r.rephrase_prompts if r.subject in p]
     others = [p for r in requests for p, _ in r.locality_prompts]
     texts = [

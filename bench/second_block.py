@@ -12,17 +12,15 @@ import itertools
 from pathlib import Path
 
 import torch
-from bench_anchors import inputs_of
+from bench_anchors import inputs_of, reader_of
 from common import DATA, counterfact, finish
 
 from comeba_ext import EditConfig, Editor, EditRequest
 from comeba_ext.covariance import Covariance
 from comeba_ext.data import read_texts
 from comeba_ext.editing import anchors
-from comeba_ext.editing.keys import KeyReader
 from comeba_ext.loading import load_model
-from comeba_ext.text.encoding import encode, pad_id
-from comeba_ext.text.rows import prompt_rows
+from comeba_ext.text.encoding import encode
 
 
 @torch.no_grad()
@@ -38,21 +36,10 @@ def main() -> None:
     model, tokenizer = load_model(args.model)
     editor = Editor(model, tokenizer, EditConfig.for_model(model, scope="nearest", layers=tuple(args.blocks)))
     editor.set_covariance(Covariance.load(args.covariance))
-    recognition, session = editor.method.recognition, editor.session
+    recognition = editor.method.recognition
     _, placed, _ = recognition.placed(editor._named([EditRequest.from_record(r) for r in counterfact("train", args.subjects)]))
     requests = [request for request in placed if request.fact_token == "subject_last"]
-    reader = KeyReader(
-        session.decoder,
-        session.blocks,
-        editor.config.layers,
-        list(editor.layers.values()),
-        prompt_rows(tokenizer, requests, editor.prefixes),
-        whole=False,
-        pad_token=pad_id(tokenizer),
-        max_tokens=2048,
-        device=torch.device("cpu"),
-        apart=True,
-    )
+    reader = reader_of(editor, requests)
     wordings = [(n, p) for n, r in enumerate(requests) for p in r.rephrase_prompts if r.subject in p]
     names = {request.subject for request in requests}
     texts = itertools.islice(read_texts(DATA / "text" / "wikipedia_val_500.csv"), args.texts)

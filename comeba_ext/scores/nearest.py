@@ -88,13 +88,13 @@ class NearestScore(Score):
         wide = torch.promote_types(self.projection.dtype, torch.float32)  # in half precision a key's norm may overflow
         return ops.directions(x.to(self.projection.device, wide), self.projection.to(wide))
 
-    def set_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
+    def set_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None) -> None:
         """Anchors, as :meth:`add_anchors` takes them, in place of those known."""
         with torch.inference_mode(False):
             self.anchors = self.projection.new_zeros(0, len(self.projection))
             self.thresholds, self.shards = self.thresholds.new_zeros(0), self.shards.new_zeros(0)
             self.known = 0
-        return self.add_anchors(unit, thresholds)
+        self.add_anchors(unit, thresholds)
 
     def add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
         """More directions to compare with.
