@@ -1,11 +1,12 @@
-"""Which tokens anchors let in: other wordings of a subject, other subjects' prompts, unseen text, by how thresholds are set.
+"""Which tokens are in scope of an edit that is of their subject, and which that is of another: by how thresholds are set.
 
     python bench/bench_anchors.py models/smollm2-135m-instruct --covariance smol.cov
 
-One threshold for all keys, set on the corpus sample (as before); thresholds of each anchor's own, from its prompts and the
-corpus sample; the same with decoys, the product's (:mod:`comeba_ext.editing.anchors`). Subjects and wordings are
-CounterFact's training records, text is Wikipedia's validation articles; neither is reported on elsewhere. The covariance is
-one of ``comeba covariance``; nothing is edited, so keys are those of the unedited model.
+Three rules: one threshold for all keys, set on the corpus sample; each anchor's own, as before names were read (the nearest of corpus and
+decoys, as far as the subject's own prompts let it); the product's (:mod:`comeba_ext.editing.anchors`), near enough where the text names
+the subject, else nearer than any look-alike. Subjects and wordings are CounterFact's training records, text is Wikipedia's validation
+articles; neither is reported on elsewhere. The covariance is one of ``comeba covariance``; nothing is edited, so keys are those of the
+unedited model, at the value layer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import torch
 from common import DATA, counterfact, finish, target
-from torch.nn import functional as F
 
 from comeba_ext import EditConfig, Editor, EditRequest
 from comeba_ext.covariance import Covariance
@@ -26,9 +26,11 @@ from comeba_ext.editing.keys import KeyReader
 from comeba_ext.forward.partial import run_until
 from comeba_ext.loading import load_model
 from comeba_ext.text.encoding import encode, micro_batches, pad, pad_id
+from comeba_ext.text.names import names_of
 from comeba_ext.text.rows import prompt_rows
 
 RATE = 1e-3  # of corpus tokens that one threshold for all lets in
+FLOOR, MARGIN, CAP = 0.6, 0.6, 0.9  # of the rule before names were read
 
 
 def inputs_of(editor: Editor, texts: list[list[int]]) -> dict[str, list[torch.Tensor]]:
@@ -63,74 +65,100 @@ def reader_of(editor: Editor, requests: list[EditRequest]) -> KeyReader:
     )
 
 
+def misspelt(name: str) -> str:
+    """With two letters in its middle exchanged."""
+    n = len(name) // 2
+    return name[:n] + name[n + 1 : n + 2] + name[n : n + 1] + name[n + 2 :]
+
+
+FORMS = {
+    "as it is": lambda name: name,
+    "in small letters": str.lower,
+    "its last word": lambda name: name.split()[-1] if " " in name else None,
+    "misspelt": misspelt,
+}
+
+
+def named(ids: list[int], names: list[list[int]]) -> list[bool]:
+    """Where one of the names ends."""
+    return [any(ids[max(0, t + 1 - len(own)) : t + 1] == own for own in names) for t in range(len(ids))]
+
+
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or .gguf file")
     parser.add_argument("--covariance", type=Path, required=True)
-    parser.add_argument("--subjects", type=int, default=200)
+    parser.add_argument("--subjects", type=int, default=900)
+    parser.add_argument("--texts", type=int, default=500)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    count = 40 if args.quick else args.subjects
-    requests = [EditRequest.from_record(record) for record in counterfact("train", count)]
+    count, texts = (40, 20) if args.quick else (args.subjects, args.texts)
     model, tokenizer = load_model(args.model)
     editor = Editor(model, tokenizer, EditConfig.for_model(model, scope="nearest"))
     editor.set_covariance(Covariance.load(args.covariance))
-    _kept, placed, declined = editor.method.recognition.placed(editor._named(requests))
+    recognition, (name, layer) = editor.method.recognition, list(editor.layers.items())[-1]
+    _, placed, declined = recognition.placed(editor._named([EditRequest.from_record(record) for record in counterfact("train", count)]))
     requests = [request for request in placed if request.fact_token == "subject_last"]
-    subjects, decoys = editor.method.recognition.subjects(requests), editor.method.recognition.decoys(requests)
-    reader = reader_of(editor, requests)
-    wordings = [(n, p) for n, r in enumerate(requests) for p in r.rephrase_prompts if r.subject in p]
-    others = [p for r in requests for p, _ in r.locality_prompts]
-    texts = [
-        tokenizer(text)["input_ids"][:256]
-        for text in itertools.islice(read_texts(DATA / "text" / "wikipedia_val_500.csv"), 20 if args.quick else 60)
-    ]
-    asked = [encode(tokenizer, p).ids for _, p in wordings] + [encode(tokenizer, p).ids for p in others] + texts
-    units = inputs_of(editor, asked)
-    inside: dict[str, list] = {}
-    for number, (name, layer) in enumerate(editor.layers.items()):
-        background, each = editor.method.recognition.backgrounds[name], reader.read(number).each
-        unit = layer.score.directions(each)
-        told = anchors.tells(unit, background, subjects)
-        mean = layer.score.directions((each * told[..., None]).sum(1))
-        none = (torch.zeros(0, unit.shape[-1]), torch.zeros(0, dtype=torch.long))
-        how = {
-            "own, without decoys": anchors.anchors_of(unit, mean, background, subjects, none, 0.6, 0.6),
-            "own, with decoys": anchors.anchors_of(unit, mean, background, subjects, decoys[name], 0.6, 0.6),
-        }
-        common = torch.quantile((background.unit @ mean.T).amax(-1), 1 - RATE)
-        one = F.normalize(mean, dim=-1)
-        how["one for all"] = anchors.Anchors(one, common.expand(len(one)), torch.arange(len(one)))
-        for label, found in how.items():
-            hits = [tokens @ found.unit.T >= found.thresholds for tokens in units[name]]
-            first, rest = hits[: len(wordings)], hits[len(wordings) :]
-            own = [bool(hit[:, found.owner == n].any()) for (n, _), hit in zip(wordings, first, strict=True)]
-            inside.setdefault(label, []).append(
-                (own, [bool(h.any()) for h in rest[: len(others)]], torch.cat([h.any(-1) for h in rest[len(others) :]]))
-            )
-    rows = []
-    for label in ("one for all", "own, without decoys", "own, with decoys"):
-        own, other, text = zip(*inside[label], strict=True)
-        share = lambda values: torch.tensor(values, dtype=torch.float64).mean().item()  # noqa: E731
-        rows.append(
-            {
-                "thresholds": label,
-                "wordings in scope": share([share(v) for v in own]),
-                "other subjects' prompts, any layer": share([any(v) for v in zip(*other, strict=True)]),
-                "text tokens, per layer": share([v.double().mean().item() for v in text]),
-                "text tokens, any layer": torch.stack(text).any(0).double().mean().item(),
-            }
-        )
+    subjects, decoys, names = recognition.subjects(requests), recognition.decoys(requests)[name], names_of(tokenizer, requests)
+
+    # Keys, anchors, thresholds.
+    each = reader_of(editor, requests).read(len(editor.layers) - 1).each
+    unit, background = layer.score.directions(each), recognition.backgrounds[name]
+    mean = layer.score.directions((each * anchors.tells(unit, background, subjects)[..., None]).sum(1))
+    found = anchors.anchors_of(unit, mean, background, subjects, decoys, editor.config.alpha_floor, editor.config.unnamed_floor)
+    both = torch.stack([mean, unit[:, 0]])
+    lowest = (unit[:, 1:] * mean[:, None]).sum(-1).amin(-1)
+    own = torch.stack([lowest, torch.ones_like(lowest)])
+    corpus = torch.stack([background.highest(part, subjects)[0] for part in both])
+    decoy = (both @ decoys[0].T).masked_fill(decoys[1] != torch.arange(len(mean))[:, None], 0).amax(-1)
+    before = torch.stack([MARGIN * lowest, torch.zeros_like(lowest)])
+    before = before.maximum(torch.maximum(corpus + anchors.STEP, decoy).minimum(CAP * own)).clamp(min=FLOOR)
+    plain = (found.unit != mean[found.owner]).any(-1).long()  # which of a request's two anchors each is
+    common = torch.quantile((background.unit @ mean.T).amax(-1), 1 - RATE)
+    rules = {
+        "one for all": (common.expand(len(found.unit)), None),
+        "each its own": (before[plain, found.owner], None),
+        "names are read": (found.thresholds, found.named),
+    }
+
+    # What is asked: kind, request (of other prompts and texts: every one), text.
+    asked = [(kind, n, p.replace(r.subject, form(r.subject)))
+             for kind, form in FORMS.items() for n, r in enumerate(requests) for p in r.rephrase_prompts
+             if r.subject in p and form(r.subject)]  # fmt: skip
+    asked += [("other prompts", None, p) for r in requests for p, _ in r.locality_prompts]
+    asked += [("text", None, text) for text in itertools.islice(read_texts(DATA / "text" / "wikipedia_val_500.csv"), texts)]
+    ids = [encode(tokenizer, text).ids[:200] for _, _, text in asked]
+    units = inputs_of(editor, ids)[name]
+    counts = {rule: {} for rule in rules}
+    for (kind, request, text), row, tokens in zip(asked, ids, units, strict=True):
+        cosines = tokens @ found.unit.T
+        near = cosines >= min(thresholds.min() for rule in rules.values() for thresholds in rule if thresholds is not None)
+        owners = found.owner[near.any(0)].unique().tolist()
+        here = {n: torch.tensor(named(row, names[n])) for n in owners}
+        for rule, (far, close) in rules.items():
+            inside = cosines >= far
+            if close is not None:
+                for n in owners:
+                    inside[:, found.owner == n] |= here[n][:, None] & (cosines[:, found.owner == n] >= close[found.owner == n])
+            if request is not None:
+                value, size = bool(inside[:, found.owner == request].any()), 1
+            else:  # of subjects that the text does not name
+                others = [n for n in owners if requests[n].subject not in text]
+                value = inside[:, torch.isin(found.owner, torch.tensor(others, dtype=torch.long))].any(1)
+                value, size = (bool(value.any()), 1) if kind == "other prompts" else (int(value.sum()), len(row))
+            total = counts[rule].setdefault(kind, [0, 0])
+            total[0], total[1] = total[0] + value, total[1] + size
+    rows = [{"thresholds": rule, **{kind: {"in scope": a, "of": b} for kind, (a, b) in own.items()}} for rule, own in counts.items()]
     if not args.json:
-        print(
-            f"{len(requests)} subjects ({len(declined)} declined), {len(wordings)} other wordings, {len(others)} prompts of other "
-            f"subjects, {sum(map(len, texts))} tokens of text, blocks {list(editor.config.layers)}"
-        )
+        print(f"{len(requests)} subjects ({len(declined)} declined), block {editor.config.value_layer}")
         for row in rows:
-            print("  ".join(f"{key} {value if isinstance(value, str) else f'{value:.4f}'}" for key, value in row.items()))
-    last = rows[-1]["text tokens, per layer"]
-    finish(rows, [target("text tokens in scope of any key, per layer", last, 1e-3, last <= 1e-3)], args.json)
+            own = {kind: part for kind, part in row.items() if kind != "thresholds"}
+            shares = (f"{kind} {part['in scope']}/{part['of']} = {part['in scope'] / part['of']:.5f}" for kind, part in own.items())
+            print(f"{row['thresholds']}: {'  '.join(shares)}")
+    last = rows[-1]["text"]["in scope"] / rows[-1]["text"]["of"]
+    finish(rows, [target("text tokens in scope of a subject that is not named", last, 1e-3, last <= 1e-3)], args.json)
 
 
 if __name__ == "__main__":

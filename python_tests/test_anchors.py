@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from comeba_ext import EditRequest
 from comeba_ext.covariance.key_sample import TOKENS, KeySample
-from comeba_ext.editing.anchors import CAP, CEILING, STEP, Background, anchors_of, tells
+from comeba_ext.editing.anchors import CEILING, STEP, Background, anchors_of, tells
 from comeba_ext.editing.answers import answered
 from comeba_ext.text.decoys import decoy_rows
 from comeba_ext.text.rows import Row
@@ -62,8 +62,8 @@ def test_the_highest_of_all_other_tokens():
     assert highest.item() == pytest.approx(ordered[0]) and third.item() == pytest.approx(ordered[2])
 
 
-@pytest.mark.parametrize("floor, margin", [(0.0, 1.0), (0.55, 0.6), (0.7, 0.1)])
-def test_thresholds(floor, margin):
+@pytest.mark.parametrize("floor, unnamed", [(0.0, 0.0), (0.4, 0.55), (0.7, 0.9)])
+def test_thresholds(floor, unnamed):
     around, subjects = background(), SUBJECTS
     base = F.normalize(random(3, ROWS, seed=5), dim=-1)
     units = torch.stack(
@@ -72,20 +72,20 @@ def test_thresholds(floor, margin):
     units[2, 0] = around.unit[4]  # this one's plain key is a corpus token's
     decoys = F.normalize(torch.stack([near(base[n], c, seed=50 + k) for k, (n, c) in enumerate(DECOYS)]), dim=-1)
     owner = torch.tensor([n for n, _ in DECOYS])
-    found = anchors_of(units, base, around, subjects, (decoys, owner), floor, margin)
+    found = anchors_of(units, base, around, subjects, (decoys, owner), floor, unnamed)
     expected = []
     for n in range(3):
-        lowest, kept = min(float(units[n, p] @ base[n]) for p in range(1, 4)), []
-        for direction, own, least in ((base[n], lowest, margin * lowest), (units[n, 0], 1.0, 0.0)):
+        for direction in (base[n], units[n, 0]):
             corpus = loop_highest(direction, around, subjects[n])
-            named = max([float(d @ direction) for d, (who, _) in zip(decoys, DECOYS) if who == n] + [0.0])
-            own_threshold = max(floor, least, min(max(corpus + STEP, named), CAP * own))
-            kept.append(own_threshold if corpus <= CEILING else None)
-        expected += [(n, own) for own in kept if own is not None]
+            other = max([float(d @ direction) for d, (who, _) in zip(decoys, DECOYS, strict=True) if who == n] + [corpus])
+            if corpus <= CEILING:
+                expected.append((n, max(unnamed, other + STEP)))
     assert found.owner.tolist() == [n for n, _ in expected]
-    assert found.thresholds.tolist() == pytest.approx([own for _, own in expected])
-    assert len(expected) == 5
-    assert torch.equal(found.of(2)[0], base[2:]) and found.of(0)[1].tolist() == pytest.approx([own for n, own in expected if n == 0])
+    assert found.thresholds.tolist() == pytest.approx([own for _, own in expected]) and found.thresholds.max() > 1  # only where it is named
+    assert found.named.tolist() == [floor] * 5
+    unit, thresholds, named = found.of(0)
+    assert torch.equal(found.of(2)[0], base[2:]) and thresholds.tolist() == pytest.approx([own for n, own in expected if n == 0])
+    assert len(unit) == len(named) == 2
     assert tells(units, around, subjects)[:, 0].tolist() == [True, True, False]
 
 
@@ -189,9 +189,9 @@ def test_at_a_prompts_end_the_threshold_is_half_way_to_others(tokenizer):
     other = torch.nn.functional.normalize(units[1, 0] + 0.3 * torch.randn(8, generator=generator), dim=-1)
     around = Background(torch.zeros(0, 8), KeySample(), 1.0)
     decoys = (torch.stack([other, other]), torch.tensor([0, 1]))
-    found = anchors_of(units, mean, around, [[], []], decoys, 0.6, 0.6, torch.tensor([False, True]))
+    found = anchors_of(units, mean, around, [[], []], decoys, 0.6, 0.85, torch.tensor([False, True]))
     assert found.owner.tolist() == [0, 0, 1] and torch.equal(found.unit[2], units[1, 0])
-    assert found.thresholds[2].item() == pytest.approx((1 + (units[1, 0] @ other).item()) / 2, abs=1e-6)
+    assert found.thresholds[2].item() == found.named[2].item() == pytest.approx((1 + (units[1, 0] @ other).item()) / 2, abs=1e-6)
     request = EditRequest("{} is located in", "Norway", "x", fact_token="last")
     texts = [tokenizer.decode(row.ids) for row in decoy_rows(tokenizer, [request])]
     assert len(texts) == 6 and all(text.endswith(" is located in") and "Norway" not in text for text in texts)

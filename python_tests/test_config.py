@@ -78,7 +78,9 @@ BAD += [
     (name, bad) for name in ("lam", "lr", "clamp") for bad in (0, -1, math.nan, math.inf, "1", None, True) if (name, bad) != ("lam", None)
 ]
 BAD += [(name, bad) for name in ("kl_factor", "weight_decay", "early_stop") for bad in (-0.1, math.nan, "a", None)]
-BAD += [("leverage_ratio", bad) for bad in (0, -1, math.nan, "1", True)] + [("alpha_floor", bad) for bad in (-0.1, None, "a")]
+BAD += [("leverage_ratio", bad) for bad in (0, -1, math.nan, "1", True)] + [
+    (name, bad) for name in ("alpha_floor", "unnamed_floor") for bad in (-0.1, 0, None, "a")
+]
 BAD += [("lead_steps", bad) for bad in (-1, 0.5, "3", True)]
 BAD += [(name, bad) for name in ("steps", "prefix_length", "max_tokens") for bad in (0, -1, 1.5, "3", True)]
 BAD += [(name, None) for name in ("steps", "prefix_length")]

@@ -440,12 +440,12 @@ def test_gradients():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("apart", ["none", "some", "all"])
+@pytest.mark.parametrize("apart", ["none", "some", "all", "named"])
 @torch.no_grad()
 def test_operator_agrees_with_its_reference(inplace, apart):
     layer = make_layer()
     if apart != "none":
-        keep_apart(layer, every=apart == "all")
+        keep_apart(layer, every=apart != "some")
     x = inputs(layer)
     mask = torch.ones(2, 8, dtype=torch.bool)
     mask[0, :2] = False
@@ -453,13 +453,14 @@ def test_operator_agrees_with_its_reference(inplace, apart):
     arguments = (x, layer.delta, layer.score.projection, layer.score.anchors, layer.score.excess(layer.alpha), mask, layer.alpha)
     shards = (layer.score.shards, layer.shards.rows, layer.shards.left, layer.shards.right) if layer.shards else None
     arguments = (x, layer.delta if layer.score.needs_delta else None, *arguments[2:])
-    assert layer.score.needs_delta == (apart != "all")
+    assert layer.score.needs_delta == (apart in ("none", "some"))
+    named = (torch.arange(16).reshape(2, 8) % 4 - 1, torch.full((len(layer.score.anchors),), 0.1)) if apart == "named" else None
     output = layer.base_layer(x)
-    kept, expected = output.clone(), ops.nearest_hook_ref(output, *arguments, shards)
+    kept, expected = output.clone(), ops.nearest_hook_ref(output, *arguments, shards, named)
     by_operator = output.clone()
-    parts = shards or (None,) * 4
+    parts = (*(shards or (None,) * 4), *(named or (None,) * 2))
     torch.ops.comeba.nearest_hook_(by_operator, *arguments, *parts)
-    found = ops.nearest_hook(output, *arguments, shards, inplace=inplace)
+    found = ops.nearest_hook(output, *arguments, shards, named, inplace=inplace)
     assert torch.allclose(found, expected, rtol=1e-12) and torch.equal(by_operator, found)
     assert inplace == (found is output) and (inplace or torch.equal(output, kept))
     torch.library.opcheck(torch.ops.comeba.nearest_hook_, (kept, *arguments, *parts))
@@ -526,7 +527,7 @@ def test_state_dict_into_a_fresh_layer():
     layer = make_layer(70, alpha=0.6)
     state = layer.state_dict()
     own = {"delta", "alpha", "score.projection", "score.anchors", "score.thresholds", "score.shards"}
-    own |= {"shards.left", "shards.right", "shards.rows"}
+    own |= {"score.named_thresholds", "score.names", "score.of_name", "shards.left", "shards.right", "shards.rows"}
     assert set(state) == own | {"base_layer.weight", "base_layer.bias"}
     for other in (HookedLinear(nn.Linear(D_IN, D_OUT).double(), "nearest"), make_layer(3), make_layer(300)):
         model, container = nn.Sequential(layer), nn.Sequential(other)
@@ -627,9 +628,8 @@ def edited(tiny_model, tokenizer, family="gpt2", batches=3, background=True, **c
     return editor, requests
 
 
-@pytest.mark.parametrize("margin", [None, 1.0])
-def test_every_batch_is_in_scope_once_edited(tiny_model, tokenizer, margin):
-    editor = make_editor(small_model(tiny_model), tokenizer, scope="nearest", alpha_margin=margin)
+def test_every_batch_is_in_scope_once_edited(tiny_model, tokenizer):
+    editor = make_editor(small_model(tiny_model), tokenizer, scope="nearest")
     requests = some_requests(12)
     for n in range(3):
         batch = requests[4 * n : 4 * n + 4]
@@ -723,7 +723,7 @@ def in_scope(editor, tokenizer, **run):
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
 def test_padding_mates_and_cached_decoding(tiny_model, tokenizer, family):
     """Every way to run a text takes the same decisions for its tokens as running it alone in one pass. (Padding is nobody's.)"""
-    editor, requests = edited(tiny_model, tokenizer, family, background=False, alpha_floor=0.4)
+    editor, requests = edited(tiny_model, tokenizer, family, background=False, unnamed_floor=0.4)
     texts = [requests[0].text + " Paris and Lima", "People say that " + requests[5].text, requests[9].text, TEXTS[0]]
     rows = [tokenizer(text)["input_ids"] for text in texts]
     alone = [in_scope(editor, tokenizer, input_ids=torch.tensor([row]))[0][:, 0] for row in rows]

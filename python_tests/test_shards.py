@@ -20,13 +20,17 @@ from test_editor import (
     some_requests,
 )
 from test_nearest_hook import D_IN, D_OUT, covariance_of, inputs, keep_apart, loop_cosines, make_layer, random
+from torch import nn
 
 from comeba_ext import EditRequest
 from comeba_ext.editing.subject_shards import Member, SubjectShards
+from comeba_ext.layers.sequence_context import SequenceContext
 from comeba_ext.layers.shards import Shards
 from comeba_ext.layers.twin import twin_of
 from comeba_ext.memory.key_memory import KeyMemory
 from comeba_ext.ops import shard_edits as ops
+from comeba_ext.ops.mentions import name_hash, suffix_hashes
+from comeba_ext.ops.nearest_hook import SAME
 
 # -- the operator ---------------------------------------------------------------------------------------------------
 
@@ -242,26 +246,55 @@ def test_facts_of_one_subject_share_a_shard(tiny_model, tokenizer):
 
 
 def test_a_request_that_joins_two_shards_makes_them_one(tiny_model, tokenizer):
-    """Its mean key is like one's, its plain key like the other's."""
+    """It goes by the names of both."""
     editor = make_editor(small_model(tiny_model).double(), tokenizer)
-    editor.edit(some_requests(3), random_values(3))
+    editor.edit([EditRequest("The home of {} is", name, "Oslo") for name in ("Peru", "Angola", "Norway")], random_values(3))
     (name, layer), *_ = editor.layers.items()
-    shards, score = editor.method.recognition.shards[name].copy(), layer.score
-    one, other = sorted(shards.members)[:2]
-    first = [shards.of_anchor.index(number) for number in (one, other)]
-    unit = score.anchors[first].clone()
-    member = shards.members[one][0]._replace(name=("between", 2), unit=unit, thresholds=torch.tensor([0.7, 0.7]))
+    shards = editor.method.recognition.shards[name].copy()
+    of_request = shards.of_requests()
+    one, other = sorted((of_request["edit-0"], of_request["edit-1"]))
+    both = tuple(own.members[n][0].names[0] for own, n in ((shards, one), (shards, other)))
+    member = shards.members[one][0]._replace(name=("between", 2), unit=layer.score.directions(random(2, 48)), names=both)
+    member = member._replace(thresholds=torch.tensor([0.7, 0.7]), named=torch.tensor([0.4, 0.4]))
     shards.add(layer, editor.key_memory[name], [member])
     assert [m.name[0] for m in shards.members[one]] == ["edit-0", "edit-1", "between"]
-    assert len(shards.members) == 2 and set(shards.of_anchor) == set(shards.members) == {0, 1}
+    assert len(shards.members) == 2 and set(shards.of_anchor.tolist()) == set(shards.of_name.tolist()) == set(shards.members) == {0, 1}
     keys, answers = (torch.cat([getattr(m, part) for m in shards.members[one]]).mT for part in ("keys", "responses"))
     moment = 20.0 * editor.covariance[name]
     expected = answers @ keys.mT @ torch.linalg.inv(moment + keys @ keys.mT)
-    assert relative(edits_of(layer)[1 + shards.of_anchor.index(one)], expected) < 1e-9
+    assert relative(edits_of(layer)[1 + shards.of_anchor.tolist().index(one)], expected) < 1e-9
     assert len(layer.shards) == shards.count == 2 and not shards.free  # a number that was free is given to the last
     shards.remove(layer, editor.key_memory[name], {("between", 2)})  # what it joined comes apart again
     assert sorted(len(own) for own in shards.members.values()) == [1, 1, 1] and not shards.free
-    assert set(shards.of_anchor) == set(shards.members)
+    assert set(shards.of_anchor.tolist()) == set(shards.of_name.tolist()) == set(shards.members)
+
+
+def test_near_keys_of_two_subjects_stay_apart():
+    """Each gets its own where it is named; where neither is, the nearer one's."""
+    layer, shards = make_layer(0), SubjectShards()
+    layer.alpha.fill_(0.3)
+    memory, root = KeyMemory(1e-3 * covariance_of(D_IN)), torch.linalg.cholesky(covariance_of(D_IN))
+    keys = (random(1, D_IN, seed=1) + 0.1 * random(2, D_IN, seed=2)) @ root.mT
+    answers, unit = random(2, D_OUT, seed=3), layer.score.directions(keys)
+    assert unit[0] @ unit[1] > SAME
+    half = torch.tensor([0.3]), torch.tensor([0.3])
+    for n in range(2):
+        member = Member((str(n), 1), keys[n : n + 1], answers[n : n + 1], unit[n : n + 1], *half, (name_hash([5 + n, 9]),))
+        shards.add(layer, memory, [member])
+    assert len(shards.members) == layer.score.known_keys() == 2
+    x = keys[[0, 0, 0]][None]
+    layer.context = SequenceContext(nn.Module())
+    layer.context.here.hashes = suffix_hashes(torch.tensor([[1, 9, 9]]))
+    change = (layer(x) - layer.base_layer(x))[0]
+    assert (change - answers[0]).norm() < 0.02 * answers[0].norm()
+    layer.context.here.hashes = suffix_hashes(torch.tensor([[5, 9, 9]]), torch.tensor([[6]]))
+    named = (layer(x) - layer.base_layer(x))[0]
+    assert torch.equal(named[[0, 2]], change[[0, 2]]) and torch.equal(named[1], change[1])
+    layer.context.here.hashes = suffix_hashes(torch.tensor([[9, 9, 9]]), torch.tensor([[6]]))
+    named = (layer(x) - layer.base_layer(x))[0]
+    expected = answers[1] * (keys[0] @ torch.linalg.solve(1e-3 * covariance_of(D_IN) + keys[1:].mT @ keys[1:], keys[1]))
+    torch.testing.assert_close(named[0], expected)
+    assert torch.equal(named[1:], change[1:]) and not torch.allclose(named[0], change[0], rtol=0.1)
 
 
 def test_a_shard_takes_no_more_room_than_its_matrix():
@@ -271,7 +304,8 @@ def test_a_shard_takes_no_more_room_than_its_matrix():
     keys, answers = random(1, D_IN, seed=1) + 0.01 * random(count, D_IN, seed=2), random(count, D_OUT, seed=3)
     for n in range(count):
         unit = layer.score.directions(keys[n : n + 1])
-        shards.add(layer, memory, [Member((str(n), 1), keys[n : n + 1], answers[n : n + 1], unit, torch.tensor([0.6]))])
+        half = torch.tensor([0.6]), torch.tensor([0.6])
+        shards.add(layer, memory, [Member((str(n), 1), keys[n : n + 1], answers[n : n + 1], unit, *half, (name_hash([7]),))])
     assert len(shards.members) == 1 and layer.score.known_keys() == 1
     assert layer.shards.rows.shape == (1, D_OUT) and len(layer.tensors()["shard_left"]) == D_OUT
     expected = answers.mT @ keys @ torch.linalg.inv(20.0 * covariance_of(D_IN) + keys.mT @ keys)
@@ -307,7 +341,7 @@ def test_any_history_equals_a_fresh_editor_with_what_remains(tiny_model, tokeniz
     for name, layer in editor.layers.items():
         fresh = copy.deepcopy(layer)
         own = type(editor.method.recognition.shards[name])()
-        own.rebuild(fresh, editor.key_memory[name], editor.ledger.live(), name)
+        own.rebuild(fresh, editor.key_memory[name], editor.method.recognition.members(name, editor.ledger.live()))
         grouped = [{tuple(m.name for m in ms) for ms in side.members.values()} for side in (editor.method.recognition.shards[name], own)]
         assert grouped[0] == grouped[1] and len(layer.shards) == len(grouped[0]) and layer.score.known_keys() == fresh.score.known_keys()
         live = editor.ledger.live()

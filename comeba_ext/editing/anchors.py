@@ -1,16 +1,16 @@
-"""Anchors: the directions that the score ``nearest`` compares tokens with, each with a threshold of its own.
+"""Anchors: the directions that the score ``nearest`` compares tokens with, each with thresholds of its own.
 
 A request leaves two anchors in a layer: the direction of its key averaged over context prefixes, which other wordings come
 close to, and that of its key behind the prompt alone, which is often another one (a prompt that begins with its subject
-puts it where models without a start token keep an attention sink). How close other wordings come differs from subject to
-subject, and so does how close ordinary text comes. So an anchor's threshold is
+puts it where models without a start token keep an attention sink). How close is close enough depends on what the text says
+(:mod:`comeba_ext.ops.mentions`): where it names the subject, ``floor`` is; other names, which may be all but the same to a
+shallow block ("1976 Summer Olympics" for "1960 Summer Olympics"), must come closer than any that is known to be another,
 
-    τ = max(α_floor, margin · lowest, min(corpus + STEP, CAP · lowest), min(decoys, CAP · lowest))
+    τ = max(unnamed_floor, corpus + STEP, decoys + STEP)
 
-with the lowest cosine of its own prompts (of the plain key's anchor: 1), the highest of a corpus token (:mod:`key_sample`,
-mentions of the subject left out) and the highest of another name that ends as the subject does (:mod:`decoys`); neither of
-these may put the subject's own prompts out of scope. A request that is edited at its prompt's last token leaves the plain key's
-anchor alone, half-way between its own prompt and the nearest of corpus and decoys (the same prompt about others): it is that
+with the highest cosine of a corpus token (:mod:`key_sample`, mentions of the subject left out) and of another name that ends
+as the subject does (:mod:`decoys`). A request that is edited at its prompt's last token, of which no name tells, leaves the plain
+key's anchor alone, half-way between its own prompt and the nearest of corpus and decoys (the same prompt about others): it is that
 prompt or it is not. Where more than ``RATE`` of all corpus tokens come above ``CEILING``, a
 key says nothing: ordinary tokens look like it (its *leverage* ``kᵀ C0⁻¹ k`` is a fiftieth of what a subject's key has). Such
 an anchor is left out, and so is such a key from the mean; a request of which nothing is left where its own prompt would be
@@ -28,8 +28,7 @@ from comeba_ext.covariance.key_sample import KeySample
 
 CEILING = 0.85  # of a corpus token's cosine: closer ones are the same but for rounding and position
 RATE = 1e-3  # of corpus tokens: a name that the corpus has now and then is not what most texts share
-STEP = 0.05  # above the nearest corpus token, because there are more tokens than the sample holds
-CAP = 0.9
+STEP = 0.05  # above the nearest token that is another's, because there are more than were looked at
 APART = 0.95  # more alike, a prompt about another subject cannot be told from it where both end
 _CHUNK = 256  # directions compared with the corpus at a time: bounds the table of cosines
 
@@ -74,17 +73,20 @@ class Anchors:
     """What a batch leaves in a layer.
 
     Attributes:
-        unit: ``(m, rows)`` directions, ``thresholds``: ``(m,)``, ``owner``: ``(m,)`` the request of each.
+        unit: ``(m, rows)`` directions.
+        thresholds: ``(m,)``; named: ``(m,)``, where the text names the subject.
+        owner: ``(m,)`` the request of each.
     """
 
     unit: torch.Tensor
     thresholds: torch.Tensor
+    named: torch.Tensor
     owner: torch.Tensor
 
-    def of(self, request: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, request: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Directions and thresholds of one request."""
         own = self.owner == request
-        return self.unit[own], self.thresholds[own]
+        return self.unit[own], self.thresholds[own], self.named[own]
 
 
 def tells(units: torch.Tensor, background: Background, subjects: list[list[list[int]]]) -> torch.Tensor:
@@ -101,7 +103,7 @@ def anchors_of(
     subjects: list[list[list[int]]],
     decoys: tuple[torch.Tensor, torch.Tensor],
     floor: float,
-    margin: float,
+    unnamed_floor: float,
     at_end: torch.Tensor | None = None,
 ) -> Anchors:
     """Anchors of a batch in one layer; see the module docstring.
@@ -111,25 +113,23 @@ def anchors_of(
         mean: ``(u, rows)``, direction of the mean key.
         subjects: see :meth:`Background.highest`.
         decoys: ``(D, rows)`` directions, and ``(D,)`` the request of each.
-        floor: least threshold; ``margin``: share of the lowest cosine of a request's own prompts.
+        floor: threshold where the text names the subject; ``unnamed_floor``: least threshold elsewhere.
         at_end: ``(u,)`` bool, requests that are edited at their prompt's last token; default: none.
     """
     both = torch.stack([mean, units[:, 0]])  # (2, u, rows)
-    lowest = (units[:, 1:] if units.shape[1] > 1 else units).mul(mean[:, None]).sum(-1).amin(-1)
-    own = torch.stack([lowest, torch.ones_like(lowest)])  # (2, u); a lone key has no other prompts
-    wanted = torch.stack([margin * lowest, torch.zeros_like(lowest)])
     corpus, common = (torch.stack(found) for found in zip(*(background.highest(unit, subjects) for unit in both), strict=True))
     cosines = both @ decoys[0].to(both).mT  # (2, u, D)
     foreign = decoys[1].to(both.device) != torch.arange(len(mean), device=both.device)[:, None]
-    named = cosines.masked_fill(foreign, 0).amax(-1) if cosines.shape[-1] else torch.zeros_like(corpus)
-    others = torch.minimum(torch.maximum(corpus + STEP, named), CAP * own)
-    thresholds = torch.maximum(wanted, others).clamp(min=floor)
+    other = torch.maximum(corpus, cosines.masked_fill(foreign, 0).amax(-1)) if cosines.shape[-1] else corpus
+    thresholds = (other + STEP).clamp(min=unnamed_floor)
+    named = torch.full_like(thresholds, floor)
     kept = common <= CEILING
     if at_end is not None:
         at_end = at_end.to(kept.device)
-        thresholds[1] = torch.where(at_end, (1 + torch.maximum(corpus[1], named[1])) / 2, thresholds[1])
+        thresholds[1] = torch.where(at_end, (1 + other[1]) / 2, thresholds[1])
+        named[1] = torch.where(at_end, thresholds[1], named[1])
         kept[0] &= ~at_end
     # Request by request, the mean first: of near directions the first stands for the others.
     chosen = lambda pair: torch.stack(tuple(pair), 1)[kept.mT]  # noqa: E731
     owner = torch.arange(len(mean), device=mean.device)
-    return Anchors(chosen(both), chosen(thresholds), chosen((owner, owner)))
+    return Anchors(chosen(both), chosen(thresholds), chosen(named), chosen((owner, owner)))

@@ -35,9 +35,9 @@ class EditConfig:
         alpha: threshold before any edit; ``None`` for the score's own start (2.2, infinity, 1).
         alpha_margin: share of the lowest score of a batch's prompts that α is lowered to; below 1 leaves room for other
             wordings, which respond a little less than the prompt that was edited. ``None``: 1 for zscore (the paper),
-            0.25 for reference. With nearest, where every anchor has a threshold of its own, of the lowest score behind the
-            context prefixes; 0.6.
-        alpha_floor: with nearest, what no anchor's threshold falls below (:mod:`comeba_ext.editing.anchors`).
+            0.25 for reference. Of no effect with nearest.
+        alpha_floor: with nearest, every anchor's threshold where the text names the edited subject.
+        unnamed_floor: with nearest, what no anchor's threshold falls below where it does not (:mod:`comeba_ext.editing.anchors`).
         steps: loss evaluations per target value at most; the optimiser steps between them.
         lr: learning rate for target values.
         lr_unit: ``"absolute"``, or ``"hidden_rms"``: ``lr`` times the root mean square of the request's hidden state.
@@ -67,7 +67,8 @@ class EditConfig:
     gate: str = "exact"
     alpha: float | None = None
     alpha_margin: float | None = None
-    alpha_floor: float = 0.6
+    alpha_floor: float = 0.4
+    unnamed_floor: float = 0.85
     steps: int = 25
     lr: float = 0.5
     lr_unit: str = "absolute"
@@ -101,6 +102,7 @@ class EditConfig:
             "lam": 0,
             "leverage_ratio": 0,
             "alpha_floor": 0,
+            "unnamed_floor": 0,
             "lr": 0,
             "clamp": 0,
             "steps": 1,
@@ -117,7 +119,7 @@ class EditConfig:
             value = getattr(self, name)
             if name in ("max_tokens", "lead_steps", "lam", "leverage_ratio") and value is None:
                 continue
-            positive = name in ("lam", "leverage_ratio", "lr", "clamp")
+            positive = name in ("lam", "leverage_ratio", "lr", "clamp", "alpha_floor", "unnamed_floor")
             whole = name in ("steps", "lead_steps", "prefixes", "prefix_length", "max_tokens", "seed")
             if not (is_int(value) if whole else is_number(value)) or value < low or (positive and value <= 0):
                 kind = "a whole number" if whole else "a finite number"

@@ -232,7 +232,9 @@ class KeyReader:
         done = self.layers[batch.seen]
         if self.adds:
             mask = batch.inputs["attention_mask"][:, -batch.x.shape[1] :].bool()
-            now = self.projections[batch.seen](batch.x, mask=mask)
+            layer = self.projections[batch.seen]
+            with layer.context.reading(batch.inputs["input_ids"], mask):
+                now = layer(batch.x, mask=mask)
             hidden = batch.after + (now - batch.y.reshape(now.shape)).to(batch.after)
         elif done:
             done, hidden = done - 1, batch.before

@@ -21,7 +21,9 @@ from comeba_ext.editing.keys import LayerReading
 from comeba_ext.editing.subject_shards import Member, SubjectShards
 from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.memory.ledger import Entry
+from comeba_ext.ops.mentions import name_hash
 from comeba_ext.text.decoys import decoy_rows
+from comeba_ext.text.names import names_of
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import prompt_rows
 
@@ -84,8 +86,8 @@ class Recognition:
     def write(self, name: str, layer: HookedLinear, batch: list[EditRequest], keys: torch.Tensor, responses: torch.Tensor) -> None:
         """Tell a layer what a batch is to answer, ``(u, m, d_out)``, to its keys ``(u, m, d_in)``."""
 
-    def marks(self, request: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Layer name to what a request of the batch left with the score: directions and thresholds, on the host."""
+    def marks(self, request: int) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Layer name to what a request of the batch left with the score: directions and their two thresholds, on the host."""
         return {}
 
     def lowest(self, name: str) -> float | None:
@@ -115,6 +117,7 @@ class KeyRecognition(Recognition):
         self._anchors: dict[str, Anchors] = {}  # of the batch
         self._subjects: list[list[list[int]]] = []
         self._decoys: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._names: list[tuple[int, ...]] = []
         self._at_end = torch.zeros(0, dtype=torch.bool)
 
     def of(self, method: ComebaHK) -> KeyRecognition:
@@ -204,8 +207,9 @@ class KeyRecognition(Recognition):
     # -- while it is written ------------------------------------------------------------------------------------
 
     def begin(self, batch: list[EditRequest]) -> None:
-        """Subjects' tokens and decoys' keys of the batch."""
+        """Subjects' tokens, names and decoys' keys of the batch."""
         self._subjects, self._decoys = self.subjects(batch), self.decoys(batch)
+        self._names = self.names(batch)
         self._at_end = torch.tensor([request.fact_token == "last" for request in batch])
 
     def keys(self, name: str, reading: LayerReading) -> torch.Tensor:
@@ -226,7 +230,7 @@ class KeyRecognition(Recognition):
             self._subjects,
             self._decoys[name],
             config.alpha_floor,
-            config.margin,
+            config.unnamed_floor,
             self._at_end,
         )
         alone = torch.where(told[:, :1], reading.plain_keys.to(reading.keys), reading.keys)
@@ -235,21 +239,29 @@ class KeyRecognition(Recognition):
     def write(self, name: str, layer: HookedLinear, batch: list[EditRequest], keys: torch.Tensor, responses: torch.Tensor) -> None:
         step = self.method.session.step + 1
         members = [
-            Member((request.request_id, step), keys[n].cpu(), responses[n].cpu(), *(part.cpu() for part in self._anchors[name].of(n)))
+            Member((request.request_id, step), keys[n], responses[n], *self._anchors[name].of(n), self._names[n])
             for n, request in enumerate(batch)
         ]
-        self.shards[name].add(layer, self.method.key_memory[name], members)
+        self.shards[name].add(layer, self.method.key_memory[name], [_on_host(member) for member in members])
 
-    def marks(self, request: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def members(self, name: str, entries: list[Entry]) -> list[Member]:
+        """What entries left in a layer."""
+        called = self.names([entry.request for entry in entries])
+        return [
+            Member((entry.request.request_id, entry.step), entry.keys[name], entry.responses[name], *entry.anchors[name], own)
+            for entry, own in zip(entries, called, strict=True)
+        ]
+
+    def marks(self, request: int) -> dict[str, tuple[torch.Tensor, ...]]:
         return {name: tuple(part.cpu() for part in anchors.of(request)) for name, anchors in self._anchors.items()}
 
     def lowest(self, name: str) -> float | None:
-        own = self._anchors[name].thresholds
-        return own.min().item() if len(own) else float("inf")
+        own = self._anchors[name]
+        return torch.minimum(own.thresholds, own.named).min().item() if len(own.named) else float("inf")
 
     def compare_with(self, live: list[Entry]) -> None:
         for name, layer in self.method.layers.items():
-            self.shards[name].rebuild(layer, self.method.key_memory.get(name), live, name)
+            self.shards[name].rebuild(layer, self.method.key_memory.get(name), self.members(name, live))
 
     def forget(self, entries: list[Entry]) -> None:
         names = {(entry.request.request_id, entry.step) for entry in entries}
@@ -267,8 +279,16 @@ class KeyRecognition(Recognition):
         keys = self.method.subject_keys(rows, list(layers))
         return {name: (layer.score.directions(keys[name]), owner) for name, layer in layers.items()}
 
+    def names(self, batch: list[EditRequest]) -> list[tuple[int, ...]]:
+        """What every request's subject is called (:func:`~comeba_ext.text.names.names_of`), as :func:`name_hash`."""
+        return [tuple(map(name_hash, own)) for own in names_of(self.method.session.tokenizer, batch)]
+
     def subjects(self, batch: list[EditRequest]) -> list[list[list[int]]]:
         """Token ids of every request's subject, at the beginning of a text and behind other words."""
         forms = [form for request in batch for form in (request.subject, f" {request.subject}")]
         ids = self.method.session.tokenizer(forms, add_special_tokens=False)["input_ids"]
         return [ids[n : n + 2] for n in range(0, len(ids), 2)]
+
+
+def _on_host(member: Member) -> Member:
+    return Member(*(part.cpu() if isinstance(part, torch.Tensor) else part for part in member))

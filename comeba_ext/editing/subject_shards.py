@@ -1,9 +1,9 @@
-"""Which keys share a shard (:mod:`comeba_ext.layers.shards`), layer by layer.
+"""Which edits share a shard (:mod:`comeba_ext.layers.shards`), layer by layer.
 
-A request's keys are in one shard, and so are requests that have a direction each so close to the other's that one anchor may stand for
-both (:func:`~comeba_ext.ops.nearest_hook.stands_for`): a token there cannot say which of them it means. These are facts of one
-subject, and subjects with nearly the same key. Where a new request is close to two shards, they become one; where one goes, what it held
-together comes apart. So which requests share a shard depends on which there are, and not on what was edited between.
+Those of one subject: a request's keys are in one shard, and so are requests that have a name in common, directly or through others.
+Where a new request goes by the names of two shards, they become one; where one goes, what it held together comes apart. So which
+requests share a shard depends on which there are, and not on what was edited between. A request that no name tells of has a shard of
+its own. Subjects with nearly the same key stay apart: at a token of either the text says which is meant, and elsewhere the nearer one is.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import copy
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
 from comeba_ext.errors import RequestError
 from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.memory.key_memory import KeyMemory
-from comeba_ext.memory.ledger import Entry
-from comeba_ext.ops.nearest_hook import SAME
+from comeba_ext.ops.nearest_hook import stands_for
 
 
 class Member(NamedTuple):
@@ -27,7 +25,9 @@ class Member(NamedTuple):
     Attributes:
         name: its id and the step that wrote it.
         keys: ``(m, d_in)``, responses: ``(m, d_out)``, what they are to answer.
-        unit, thresholds: its directions ``(n, rows)`` and their thresholds ``(n,)``, as :meth:`NearestScore.add_anchors` takes them.
+        unit, thresholds, named: its directions ``(n, rows)`` and their thresholds ``(n,)``, in general and where the text names the
+            subject.
+        names: :func:`~comeba_ext.ops.mentions.name_hash` of what its subject is called.
         order: its place among all requests, which decides whose directions become anchors.
     """
 
@@ -36,6 +36,8 @@ class Member(NamedTuple):
     responses: torch.Tensor
     unit: torch.Tensor
     thresholds: torch.Tensor
+    named: torch.Tensor
+    names: tuple[int, ...] = ()
     order: int = 0
 
 
@@ -44,16 +46,15 @@ class SubjectShards:
 
     Attributes:
         members: shard number to the requests in it, in order.
-        units: ``(n, rows)``, all their directions, of_unit: the shard of each.
-        of_anchor: the shard of every anchor, by number.
+        names: ``(n,)`` int64, sorted, all their names; of_name: ``(n,)``, the shard of each.
+        of_anchor: ``(keys,)`` int64, the shard of every anchor.
         count: number of shards; free: numbers below it that none has, while something changes.
+        requests: number of requests that were ever placed.
     """
 
     def __init__(self) -> None:
         self.members: dict[int, tuple[Member, ...]] = {}
-        self.units: torch.Tensor | None = None
-        self.of_unit: list[int] = []
-        self.of_anchor: list[int] = []
+        self.names, self.of_name, self.of_anchor = (torch.zeros(0, dtype=torch.int64) for _ in range(3))  # replaced, never written
         self.count = self.requests = 0
         self.free: list[int] = []
 
@@ -61,22 +62,18 @@ class SubjectShards:
         """Changes to one are not seen in the other."""
         other = copy.copy(self)
         other.members, other.free = dict(self.members), list(self.free)
-        other.of_unit, other.of_anchor = list(self.of_unit), list(self.of_anchor)
         return other
 
     @classmethod
-    def loaded(cls, layer: HookedLinear, entries: list[Entry], name: str, shards: list[int]) -> SubjectShards:
-        """Those of a layer that holds its anchors and shards already, for live entries and the number of each one's shard."""
-        own = cls()
-        own.of_anchor = layer.score.shards[: layer.score.known_keys()].tolist()
-        own.count = len(layer.shards)
-        there = [(_member(entry, name, n), shard) for n, (entry, shard) in enumerate(zip(entries, shards, strict=True)) if shard >= 0]
-        own.requests = len(entries)
-        for member, shard in there:
-            own.members[shard] = (*own.members.get(shard, ()), member)
-        if there:
-            own.units = torch.cat([member.unit for member, _ in there])
-            own.of_unit = [shard for member, shard in there for _ in member.unit]
+    def loaded(cls, layer: HookedLinear, members: list[Member], shards: list[int]) -> SubjectShards:
+        """Those of a layer that holds its anchors and shards already, for its live requests and the number of each one's shard."""
+        own, score = cls(), layer.score
+        own.of_anchor = score.shards[: score.known_keys()].cpu()
+        own.names, own.of_name = score.names.cpu(), score.of_name.cpu()
+        own.count, own.requests = len(layer.shards), len(members)
+        for member, shard in zip(members, shards, strict=True):
+            if shard >= 0:
+                own.members[shard] = (*own.members.get(shard, ()), member)
         own.free = [n for n in range(own.count) if n not in own.members]
         return own
 
@@ -84,17 +81,17 @@ class SubjectShards:
         """Request id to shard number."""
         return {member.name[0]: shard for shard, members in self.members.items() for member in members}
 
-    def rebuild(self, layer: HookedLinear, memory: KeyMemory, entries: list[Entry], name: str) -> None:
-        """The shards of these entries, in order, in place of all there are. One whose requests stay keeps its factors."""
+    def rebuild(self, layer: HookedLinear, memory: KeyMemory | None, members: list[Member]) -> None:
+        """The shards of these requests, in order, in place of all there are. One whose requests stay keeps its factors."""
         rows = layer.shards.rows.cpu()
         before = {tuple(member.name for member in own): rows[n][rows[n] >= 0] for n, own in self.members.items()}
         SubjectShards.__init__(self)
         layer.score.set_anchors(torch.zeros(0, len(layer.score.projection)))
-        if not entries:
+        if not members:
             layer.shards.clear()
             return
         layer.shards.forget()
-        changed = self._place(layer, [_member(entry, name, n) for n, entry in enumerate(entries)])
+        changed = self._place(layer, [member._replace(order=n) for n, member in enumerate(members)])
         kept = {n: before.get(tuple(member.name for member in own)) for n, own in self.members.items()}
         kept = {n: rows for n, rows in kept.items() if rows is not None}
         self._solve(layer, memory, changed - kept.keys(), kept)
@@ -113,11 +110,11 @@ class SubjectShards:
         gone = {n for n, own in self.members.items() if any(member.name in names for member in own)}
         left = [member for n in gone for member in self.members.pop(n) if member.name not in names]
         if not left and not self.members:
-            self.rebuild(layer, memory, [], "")
+            self.rebuild(layer, memory, [])
             return
         self.free += sorted(gone)
-        self.units = self.units[torch.tensor([shard not in gone for shard in self.of_unit])]
-        self.of_unit = [shard for shard in self.of_unit if shard not in gone]
+        stays = ~_among(self.of_name, gone)
+        self.names, self.of_name = self.names[stays], self.of_name[stays]
         self._forget_anchors(layer, gone)
         self._solve(layer, memory, self._place(layer, sorted(left, key=lambda member: member.order)) | gone, {})
 
@@ -129,38 +126,52 @@ class SubjectShards:
         if not members:
             return changed
         self.requests = max(self.requests, members[-1].order + 1)
-        new = torch.cat([member.unit for member in members])
-        self.units = new if self.units is None else torch.cat([self.units, new])
-        near = F.linear(new, self.units) > SAME
-        start = 0
+        called = self._called([name for member in members for name in member.names])
         for member in members:
-            rows = slice(start, start + len(member.unit))
-            linked = near[rows, : len(self.of_unit)].any(0).nonzero()[:, 0].tolist()
-            known = sorted({self.of_unit[n] for n in linked})
+            known = sorted({called[name] for name in member.names if name in called})
             shard = known[0] if known else self.free.pop() if self.free else self.count
             self.count = max(self.count, shard + 1)
             joined = [self.members.pop(n) for n in known]
             self.members[shard] = tuple(sorted((one for own in (*joined, (member,)) for one in own), key=lambda one: one.order))
             self.free += known[1:]
             if known[1:]:
-                self.of_unit = [shard if n in known else n for n in self.of_unit]
-            self.of_unit += [shard] * len(member.unit)
+                self.of_name = torch.where(_among(self.of_name, known[1:]), shard, self.of_name)
+                called = {name: shard if own in known[1:] else own for name, own in called.items()}
+            called |= dict.fromkeys(member.names, shard)
             changed |= {shard, *known}
-            start = rows.stop
+        self._call(called)
         self._forget_anchors(layer, changed)
-        anchored = [(member, n) for n in sorted(changed & self.members.keys()) for member in self.members[n]]
-        places = layer.score.add_anchors(*(torch.cat([getattr(one, part) for one, _ in anchored]) for part in ("unit", "thresholds")))
-        for place, shard in zip(places.tolist(), (n for member, n in anchored for _ in member.unit), strict=True):
-            if place == len(self.of_anchor):  # an anchor of its own
-                self.of_anchor.append(shard)
+        found = [_anchors(self.members[n]) for n in sorted(changed & self.members.keys())]
+        layer.score.append_anchors(*(torch.cat(part) for part in zip(*found, strict=True)))
+        sizes = torch.tensor([len(unit) for unit, *_ in found])
+        self.of_anchor = torch.cat([self.of_anchor, torch.tensor(sorted(changed & self.members.keys())).repeat_interleave(sizes)])
         return changed
 
-    def _forget_anchors(self, layer: HookedLinear, shards: set[int]) -> None:
-        if shards.intersection(self.of_anchor):
-            layer.score.keep_anchors(torch.tensor([shard not in shards for shard in self.of_anchor]))
-            self.of_anchor = [shard for shard in self.of_anchor if shard not in shards]
+    def _called(self, names: list[int]) -> dict[int, int]:
+        """Those of these names that there are, and the shard of each."""
+        if not len(self.names) or not names:
+            return {}
+        wanted = torch.tensor(names)
+        place = torch.searchsorted(self.names, wanted).clamp(max=len(self.names) - 1)
+        there = self.names[place] == wanted
+        return dict(zip(wanted[there].tolist(), self.of_name[place[there]].tolist(), strict=True))
 
-    def _solve(self, layer: HookedLinear, memory: KeyMemory, shards: set[int], kept: dict[int, torch.Tensor]) -> None:
+    def _call(self, called: dict[int, int]) -> None:
+        """Names, known ones or not, for shards."""
+        known = self._called(list(called))
+        new = [name for name in called if name not in known]
+        names = torch.cat([self.names, torch.tensor(new, dtype=torch.int64)])
+        of_name = torch.cat([self.of_name, torch.tensor([called[name] for name in new], dtype=torch.int64)])
+        self.names, order = names.sort()
+        self.of_name = of_name[order]
+
+    def _forget_anchors(self, layer: HookedLinear, shards: set[int]) -> None:
+        gone = _among(self.of_anchor, shards)
+        if gone.any():
+            layer.score.keep_anchors(~gone)
+            self.of_anchor = self.of_anchor[~gone]
+
+    def _solve(self, layer: HookedLinear, memory: KeyMemory | None, shards: set[int], kept: dict[int, torch.Tensor]) -> None:
         """Factors of some shards anew, of others where they are; and what a token near an anchor gets."""
         chosen = sorted(shards & self.members.keys())
         found = {n: torch.zeros(0) for n in shards - self.members.keys()} | kept
@@ -180,8 +191,8 @@ class SubjectShards:
             last, number = self.count - 1, min(self.free)
             if last in self.members:
                 self.members[number] = self.members.pop(last)
-                self.of_unit = [number if n == last else n for n in self.of_unit]
-                self.of_anchor = [number if n == last else n for n in self.of_anchor]
+                self.of_name = torch.where(self.of_name == last, number, self.of_name)
+                self.of_anchor = torch.where(self.of_anchor == last, number, self.of_anchor)
                 found[number] = found[last] if last in found else layer.shards.rows[last][layer.shards.rows[last] >= 0].cpu()
                 self.free.remove(number)
             else:
@@ -189,7 +200,19 @@ class SubjectShards:
             self.count -= 1
         layer.shards.assign({n: rows for n, rows in found.items() if n < self.count}, self.count)
         layer.shards.compact()
-        layer.score.assign(torch.tensor(self.of_anchor, dtype=torch.int64))
+        layer.score.assign(self.of_anchor, self.names, self.of_name)
+
+
+def _among(numbers: torch.Tensor, some) -> torch.Tensor:
+    return torch.isin(numbers, torch.tensor(sorted(some), dtype=torch.int64))
+
+
+def _anchors(members: tuple[Member, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The directions of one subject's requests that add a neighbourhood, and their thresholds, the lowest where one stands for others."""
+    unit, thresholds, named = (torch.cat([getattr(one, part) for one in members]) for part in ("unit", "thresholds", "named"))
+    first, own = stands_for(unit, unit[:0]).unique(return_inverse=True)  # increasing: in order
+    lowest = lambda of: of.new_full((len(first),), torch.inf).scatter_reduce(0, own, of, "amin")  # noqa: E731
+    return unit[first], lowest(thresholds), lowest(named)
 
 
 def _least_squares(keys: torch.Tensor, responses: torch.Tensor, solved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,7 +224,3 @@ def _least_squares(keys: torch.Tensor, responses: torch.Tensor, solved: torch.Te
     if len(right) > responses.shape[1]:
         return torch.eye(responses.shape[1], dtype=right.dtype, device=right.device), responses.mT @ right
     return responses, right
-
-
-def _member(entry: Entry, name: str, order: int) -> Member:
-    return Member((entry.request.request_id, entry.step), entry.keys[name], entry.responses[name], *entry.anchors[name], order)

@@ -17,6 +17,7 @@ from torch import nn
 
 from comeba_ext.errors import ArchitectureError, ComebaError
 from comeba_ext.layers.sequence_context import SequenceContext
+from comeba_ext.ops.mentions import mentions
 from comeba_ext.scores.base import set_buffer, take_over_buffers
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,19 @@ class Attachment(nn.Module):
     def reads_sequence(self) -> bool:
         """Whether a token's output depends on other tokens, beyond what the base layer does."""
         return False
+
+    @property
+    def reads_names(self) -> bool:
+        """Whether it asks what a text names (:meth:`mentions`)."""
+        return False
+
+    def mentions(self, shape: torch.Size, names: torch.Tensor, shards: torch.Tensor) -> torch.Tensor | None:
+        """The shard whose name ends at every token, ``(batch, seq)``, −1: none's (:func:`ops.mentions.mentions`); ``None`` where the
+        token ids are not known, as outside of a model."""
+        hashes = self.context.here.hashes if self.context is not None else None
+        if hashes is None or not len(names) or hashes.shape[:-1] != shape[:-1]:
+            return None
+        return mentions(hashes.to(names.device), names, shards)
 
     def past(self) -> torch.Tensor | None:
         """What the sequence's earlier tokens left behind, in cached decoding."""
@@ -175,7 +189,7 @@ def attach(model: nn.Module, found: dict[str, Attachment], decoder: str) -> dict
     """
     if attachments(model):
         raise ArchitectureError("the model is edited already; edit through the editor that holds it, or close that one first")
-    context = SequenceContext(model.get_submodule(decoder))
+    context = SequenceContext(model.get_submodule(decoder), any(own.reads_names for own in found.values()))
     for name, attachment in found.items():
         attachment.context, attachment.name = context, name
         if hasattr(attachment, "base_layer"):

@@ -98,6 +98,10 @@ class HookedLinear(Attachment):
         """Whether a token's output depends on other tokens, beyond what the base layer does."""
         return self.score.whole_sequence and self.mode == "validated"
 
+    @property
+    def reads_names(self) -> bool:
+        return self.score.compares_keys
+
     def forward(self, x: torch.Tensor, *args, mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """Base or edited output.
 
@@ -116,7 +120,7 @@ class HookedLinear(Attachment):
             output = self.base_layer(x, *args, **kwargs)
             return output + self.edit_output(x).to(output.dtype)
         score = self.score
-        if score.whole_sequence and not torch.compiler.is_compiling():
+        if (score.whole_sequence or score.named) and not torch.compiler.is_compiling():
             self._refuse_recomputing()
         plain = self._plain_base() and not args and not kwargs
         given, mask = self.as_sequences(self._to_delta(x), mask, self.score.whole_sequence)
@@ -137,11 +141,10 @@ class HookedLinear(Attachment):
         return output
 
     def _refuse_recomputing(self) -> None:
-        """Gradient checkpointing runs blocks again in the backward pass, when nobody knows the mask and the tokens before."""
+        """Gradient checkpointing runs blocks again in the backward pass, when nobody knows the mask and the token ids."""
         if self.context is not None and self.context.here.shape is None and torch._C._current_graph_task_id() != -1:
             raise ComebaError(
-                f"the score {self.scope!r} cannot be computed again in gradient checkpointing; switch that off, or use "
-                "score 'nearest' or 'reference'"
+                f"the score {self.scope!r} cannot be computed again in gradient checkpointing; switch that off, or use score 'reference'"
             )
 
     def edit_output(self, x: torch.Tensor) -> torch.Tensor:
@@ -184,8 +187,9 @@ class HookedLinear(Attachment):
         if "shard_left" in tensors and self.shards is not None:
             self.shards.restore(tensors)
         self.score.restore(tensors)
-        if "anchor_shards" in tensors and self.shards is not None and not self.score.shards.lt(len(self.shards)).all():
-            raise ValueError(f"anchor_shards names shards that are not among the {len(self.shards)}")
+        for what, own in (("anchor_shards", "shards"), ("name_shards", "of_name")):
+            if what in tensors and self.shards is not None and not getattr(self.score, own).lt(len(self.shards)).all():
+                raise ValueError(f"{what} has numbers that are not among the {len(self.shards)} shards")
         self.score.refresh(self)
 
     def _to_delta(self, x: torch.Tensor) -> torch.Tensor:

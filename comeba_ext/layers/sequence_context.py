@@ -1,24 +1,30 @@
 """What a hooked layer must know of the forward pass around it: which tokens are real, and what came before them.
 
 A linear layer sees only its input. The attention mask is known one level up, and in cached decoding the earlier tokens
-of a sequence are gone. One :class:`SequenceContext` a model listens at the decoder (forward hooks), reads the mask
-there, and keeps each layer's running z-score statistics *on the generation's own cache*, so that they follow it through
-beam reordering, batch expansion and copies.
+of a sequence are gone. One :class:`SequenceContext` a model listens at the decoder (forward hooks), reads the mask and the token
+ids there, and keeps the last of these, and each layer's running z-score statistics, *on the generation's own cache*, so that they
+follow it through beam reordering, batch expansion and copies.
 
 Any number of threads may run the model: what belongs to a pass is kept for its thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from comeba_ext.errors import ComebaError
 from comeba_ext.layers.passes import Passes
+from comeba_ext.ops.mentions import LONGEST, UNKNOWN, suffix_hashes
+
+IDS = "token ids"  # among a cache's statistics, where no layer has that name
+KEPT = 4 * LONGEST  # tokens: a cache that is cropped by as many as a draft is long still knows the last ones
 
 
 class _Here(threading.local):
@@ -27,6 +33,9 @@ class _Here(threading.local):
     Attributes:
         shape: ``(batch, seq)`` of the pass, or ``None`` when no pass is in progress.
         mask: ``(batch, seq)`` bool of real tokens, or ``None`` when every token is real or no pass is in progress.
+        hashes: ``(batch, seq, LONGEST)`` of the last tokens up to every one (:func:`ops.mentions.suffix_hashes`), or ``None`` when
+            no attachment asks for them, the ids are not known, or no pass is in progress.
+        embedded: ids that were embedded since the last pass.
         statistics: layer name to ``(batch, 3)`` statistics of the tokens before this pass (:func:`ops.zscore`).
         updated: the same after this pass, filled in by the layers.
         told: what attachments tell those behind them in the same pass.
@@ -35,9 +44,16 @@ class _Here(threading.local):
 
     shape: tuple[int, int] | None = None
     mask: torch.Tensor | None = None
+    hashes: torch.Tensor | None = None
+    embedded: torch.Tensor | None = None
     off = 0
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """No pass is in progress."""
+        self.shape = self.mask = self.hashes = self.embedded = None
         self.statistics: dict[str, torch.Tensor] = {}
         self.updated: dict[str, torch.Tensor] = {}
         self.told: dict[str, torch.Tensor | None] = {}
@@ -46,18 +62,25 @@ class _Here(threading.local):
 class SequenceContext:
     """Listens at a model's decoder.
 
+    Args:
+        decoder: receives token ids and mask.
+        names: whether somebody asks for ``here.hashes``.
+
     Attributes:
         here: the calling thread's :class:`_Here`.
         passes: which threads are in a pass.
     """
 
-    def __init__(self, decoder: nn.Module):
-        self.here, self.passes = _Here(), Passes()
+    def __init__(self, decoder: nn.Module, names: bool = False):
+        self.here, self.passes, self.names = _Here(), Passes(), names
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._handles = [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
+        embedding = decoder.get_input_embeddings() if names and hasattr(decoder, "get_input_embeddings") else None
+        if embedding is not None:  # models with a vision part hand their decoder embeddings
+            self._handles.append(embedding.register_forward_pre_hook(self._embed))
 
     def detach(self) -> None:
         """Stop listening."""
@@ -86,6 +109,45 @@ class SequenceContext:
         here.mask = _real_tokens(given.get("attention_mask"), past, tokens.shape[1])
         here.statistics = getattr(cache, "comeba_statistics", {})
         here.updated = {}
+        here.hashes = None
+        if self.names:
+            ids = given.get("input_ids")
+            if ids is None and here.embedded is not None and here.embedded.shape == tokens.shape[:2]:
+                ids = here.embedded
+            self._read(here, ids)
+
+    def _embed(self, module: nn.Module, args: tuple) -> None:
+        self.here.embedded = args[0] if args else None
+
+    @contextlib.contextmanager
+    def reading(self, ids: torch.Tensor, mask: torch.Tensor):
+        """Inside, between passes, a layer that is called by hand knows the text its inputs are of: ``ids`` and ``mask`` of real tokens,
+        ``(batch, seq)``."""
+        here = self.here
+        here.shape, here.mask, here.statistics = tuple(ids.shape), mask, {}
+        if self.names:
+            self._read(here, ids)
+        try:
+            yield
+        finally:
+            here.clear()
+
+    def _read(self, here: _Here, ids: torch.Tensor | None) -> None:
+        """The pass's token ids; of embeddings from elsewhere none are known."""
+        batch, length = here.shape
+        before = here.statistics.get(IDS)
+        if before is None or len(before) != batch:
+            before = None
+        if ids is None:
+            device = before.device if before is not None else None
+            ids = torch.full((batch, length), UNKNOWN, device=device)
+        else:
+            if here.mask is not None:
+                ids = ids.masked_fill(~here.mask.to(ids.device), UNKNOWN)
+            here.hashes = suffix_hashes(ids, before)
+        if before is None:
+            before = ids.new_full((batch, KEPT), UNKNOWN)
+        here.updated[IDS] = torch.cat([before.to(ids.device), ids], 1)[:, -KEPT:]
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         here = self.here
@@ -96,7 +158,7 @@ class SequenceContext:
             if not hasattr(cache, "comeba_statistics"):
                 cache.__class__ = _with_statistics(type(cache))
             cache.comeba_statistics = {**getattr(cache, "comeba_statistics", {}), **here.updated}
-        here.shape, here.mask, here.statistics, here.updated, here.told = None, None, {}, {}, {}
+        here.clear()
         if not torch.compiler.is_compiling():
             self.passes.end()
 
@@ -146,12 +208,15 @@ def _with_statistics(cache_class: type) -> type:
             self._carry(lambda s: s[indices.to(s.device)])
 
         def crop(self, *args, **kwargs):
-            if self.comeba_statistics:
+            if set(self.comeba_statistics) - {IDS}:
                 raise ComebaError(
                     "the z-score's running statistics cannot go back with a cache that is cropped (assisted decoding); "
                     "score 'nearest' or 'reference' can"
                 )
+            before = self.get_seq_length()
             super().crop(*args, **kwargs)
+            gone = min(before - self.get_seq_length(), KEPT)
+            self._carry(lambda ids: F.pad(ids[:, : KEPT - gone], (gone, 0), value=UNKNOWN))
 
         def reset(self):
             super().reset()

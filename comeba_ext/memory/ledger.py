@@ -28,8 +28,8 @@ class Entry:
         removed: the step that superseded or retracted it, ``None`` while live.
         keys, responses: layer name to ``(m, d_in)`` and ``(m, d_out)``, float32 or better, on the host; empty with methods that
             keep none.
-        anchors: layer name to directions ``(m, rows)`` and thresholds ``(m,)`` (:mod:`anchors`), on the host; empty with
-            scores that do not compare keys.
+        anchors: layer name to directions ``(m, rows)``, thresholds ``(m,)`` and thresholds where the subject is named (:mod:`anchors`),
+            on the host; empty with scores that do not compare keys.
     """
 
     request: EditRequest
@@ -37,7 +37,7 @@ class Entry:
     keys: dict[str, torch.Tensor] = field(default_factory=dict)
     responses: dict[str, torch.Tensor] = field(default_factory=dict)
     removed: int | None = None
-    anchors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    anchors: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 class Ledger:

@@ -37,6 +37,7 @@ _SHAPES = {
     "projection": ("rows", "d_in"),
     "anchors": ("keys", "rows"),
     "thresholds": ("keys",),
+    "named_thresholds": ("keys",),
     "shard_left": ("factors", "d_out"),
     "shard_right": ("factors", "d_in"),
     "moment": ("d_in", "d_in"),
@@ -44,8 +45,9 @@ _SHAPES = {
     "responses": ("other", "entries"),
     "directions": ("units", "rows"),
     "direction_thresholds": ("units",),
+    "named_direction_thresholds": ("units",),
 }
-_MAY_BE_INFINITE = ("alpha", "thresholds", "direction_thresholds")
+_MAY_BE_INFINITE = ("alpha", "thresholds", "named_thresholds", "direction_thresholds", "named_direction_thresholds")
 
 
 def check(model: nn.Module, wanted: list[str], names: list[str], tensors: dict) -> None:
@@ -125,6 +127,7 @@ def state(method: ComebaHK) -> tuple[dict[str, torch.Tensor], dict]:
             if any(own is not None for own in marks):
                 tensors[f"{name}.directions"] = torch.cat([own[0] for own in marks])
                 tensors[f"{name}.direction_thresholds"] = torch.cat([own[1] for own in marks])
+                tensors[f"{name}.named_direction_thresholds"] = torch.cat([own[2] for own in marks])
                 tensors[f"{name}.direction_counts"] = torch.tensor([len(own[1]) for own in marks])
     manifest: dict = {"alphas": _finite(method.alphas)}
     if covariance is not None:
@@ -174,8 +177,8 @@ def _load_shards(method: ComebaHK, tensors: dict[str, torch.Tensor]) -> None:
         if len(numbers) != len(entries) or any(n >= len(layer.shards) for n in numbers):
             raise ValueError(f"{name}.entry_shards is malformed")
         live = [(entry, n) for entry, n in zip(entries, numbers, strict=True) if entry.removed is None]
-        own = SubjectShards.loaded(layer, [entry for entry, _ in live], name, [n for _, n in live])
-        method.recognition.shards[name] = own
+        members = method.recognition.members(name, [entry for entry, _ in live])
+        method.recognition.shards[name] = SubjectShards.loaded(layer, members, [n for _, n in live])
 
 
 def entries(requests: list[tuple[EditRequest, int]], tensors: dict[str, torch.Tensor], names: list[str]) -> list[Entry]:
@@ -210,11 +213,13 @@ def _written(tensors: dict[str, torch.Tensor], name: str) -> tuple[list[torch.Te
     return tuple([part.clone() for part in both.split(counts)] for both in (keys, responses))
 
 
-def _marks(tensors: dict[str, torch.Tensor], name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _marks(tensors: dict[str, torch.Tensor], name: str) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Every entry's anchors in a layer."""
     counts = tensors[f"{name}.direction_counts"].tolist()
-    parts = (tensors[f"{name}.{what}"].split(counts) for what in ("directions", "direction_thresholds"))
-    return [(unit.clone(), thresholds.clone()) for unit, thresholds in zip(*parts, strict=True)]
+    thresholds = tensors[f"{name}.direction_thresholds"]
+    named = tensors.get(f"{name}.named_direction_thresholds", thresholds)  # a version before made no difference
+    parts = (own.split(counts) for own in (tensors[f"{name}.directions"], thresholds, named))
+    return [tuple(part.clone() for part in own) for own in zip(*parts, strict=True)]
 
 
 def _finite(alphas: list[dict[str, float]]) -> list[dict[str, float | None]]:

@@ -33,6 +33,7 @@ class Score(nn.Module):
         compares_keys: whether it compares inputs with those that were edited, and so must be told of them.
         decodes: whether :meth:`decode` computes the whole layer for few tokens at once.
         precise: buffers that keep their dtype when the model's changes.
+        named: whether it asks what the text names (:mod:`comeba_ext.ops.mentions`); an instance may know names or none.
 
     Args:
         d_in: inputs of the layer.
@@ -49,6 +50,7 @@ class Score(nn.Module):
     compares_keys: ClassVar[bool] = False
     decodes: ClassVar[bool] = False
     precise: ClassVar[tuple[str, ...]] = ()
+    named: bool = False
 
     def __init__(self, d_in: int, *, gate: str = "exact", dtype: torch.dtype = torch.float32, device="cpu"):
         super().__init__()

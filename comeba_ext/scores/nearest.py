@@ -10,18 +10,23 @@ from comeba_ext.errors import ComebaError
 from comeba_ext.ops import nearest_hook as ops
 from comeba_ext.scores.base import Score
 
+PER_ANCHOR = ("anchors", "thresholds", "named_thresholds", "shards")  # buffers that grow together
+
 
 class NearestScore(Score):
-    """The largest cosine with an edited key in the metric of ``C0⁻¹``; every key may ask for more than α.
+    """The largest cosine with an edited key in the metric of ``C0⁻¹``; every key may ask for more than α, and for less of it where
+    the text names its subject.
 
     Needs :meth:`fit` and the keys, which :mod:`comeba_ext.editing.anchors` chooses.
 
     Attributes:
         projection: ``(rows, d_in)`` buffer, what inputs and keys are compared under.
         anchors: ``(keys, rows)`` buffer, the edited keys' directions, filled up with rows of zeros.
-        thresholds: ``(keys,)`` float32 buffer, each anchor's own, where it lies above α.
+        thresholds: ``(keys,)`` float32 buffer, each anchor's own, where it lies above α; named_thresholds: the same where the text
+            names the anchor's shard.
         shards: ``(keys,)`` int64 buffer, whose edit a token near that anchor gets (:class:`~comeba_ext.layers.shards.Shards`); −1:
             the layer's ``delta``.
+        names: ``(n,)`` int64 buffer, sorted, :func:`~comeba_ext.ops.mentions.name_hash` of the names; of_name: ``(n,)``, whose each is.
     """
 
     name = "nearest"
@@ -30,19 +35,28 @@ class NearestScore(Score):
     leverage_ratio = 4.0
     ratio_of_one_layer = 32.0
     compares_keys = True
-    precise = ("thresholds",)
+    precise = ("thresholds", "named_thresholds")
 
     def __init__(self, d_in: int, *, gate: str = "exact", dtype: torch.dtype = torch.float32, device="cpu"):
         super().__init__(d_in, gate=gate, dtype=dtype, device=device)
         self.register_buffer("projection", torch.zeros(0, d_in, dtype=dtype, device=device))
         self.register_buffer("anchors", torch.zeros(0, 0, dtype=dtype, device=device))
         self.register_buffer("thresholds", torch.zeros(0, dtype=torch.float32, device=device))
+        self.register_buffer("named_thresholds", torch.zeros(0, dtype=torch.float32, device=device))
         self.register_buffer("shards", torch.zeros(0, dtype=torch.int64, device=device))
+        self.register_buffer("names", torch.zeros(0, dtype=torch.int64, device=device))
+        self.register_buffer("of_name", torch.zeros(0, dtype=torch.int64, device=device))
         self.known = 0  # rows of anchors that are one, and
         self.needs_delta = True  # whether one of them, or none at all, is outside all shards: known without asking the device
 
+    @property
+    def named(self) -> bool:
+        return len(self.names) > 0
+
     def scores(self, x, layer, mask=None, past=None):
-        return ops.nearest_scores(x, self.projection, self.anchors, self.excess(layer.alpha)), None
+        named = self._named(x, layer)
+        named = ops.Mentions(named[0], self.shards, named[1]) if named else None
+        return ops.nearest_scores(x, self.projection, self.anchors, self.excess(layer.alpha), named), None
 
     def peaks(self, x, mask, layer):
         return ops.peak_scores(x, mask, self.projection, self.anchors, self.excess(layer.alpha))
@@ -51,11 +65,17 @@ class NearestScore(Score):
         how = (self.projection, self.anchors, self.excess(layer.alpha), mask, layer.alpha)
         parts = layer.shards
         shards = (self.shards, parts.rows, parts.left, parts.right) if len(parts.rows) else None
-        return ops.nearest_hook(output, x, layer.delta if self.needs_delta else None, *how, shards, inplace=inplace), None
+        named = self._named(x, layer) if shards else None
+        return ops.nearest_hook(output, x, layer.delta if self.needs_delta else None, *how, shards, named, inplace=inplace), None
 
     def excess(self, alpha: torch.Tensor) -> torch.Tensor:
         """What every anchor's threshold lies above α, ``(keys,)``."""
         return (self.thresholds - alpha).clamp(min=0)
+
+    def _named(self, x: torch.Tensor, layer) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The shard that the text names at every token, and every anchor's excess there."""
+        found = layer.mentions(x.shape, self.names, self.of_name)
+        return None if found is None else (found, (self.named_thresholds - layer.alpha).clamp(min=0))
 
     def fit(self, covariance):
         """The metric to compare in; forgets all keys."""
@@ -89,23 +109,26 @@ class NearestScore(Score):
         return ops.directions(x.to(self.projection.device, wide), self.projection.to(wide))
 
     def set_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None) -> None:
-        """Anchors, as :meth:`add_anchors` takes them, in place of those known."""
+        """Anchors, as :meth:`add_anchors` takes them, in place of those known, and of all names."""
         with torch.inference_mode(False):
+            for name in PER_ANCHOR:
+                setattr(self, name, getattr(self, name)[:0].clone())
             self.anchors = self.projection.new_zeros(0, len(self.projection))
-            self.thresholds, self.shards = self.thresholds.new_zeros(0), self.shards.new_zeros(0)
             self.known = 0
+        self.assign(self.shards)
         self.add_anchors(unit, thresholds)
 
-    def add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
+    def add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None, named: torch.Tensor | None = None) -> torch.Tensor:
         """More directions to compare with.
 
-        One that a known one stands for (:func:`ops.nearest_hook.stands_for`) adds nothing but its threshold, where that is
+        One that a known one stands for (:func:`ops.nearest_hook.stands_for`) adds nothing but its thresholds, where they are
         lower. ``anchors`` grows by 64 or more, a thirtieth or so, at a time, so that its shape seldom changes; a CUDA graph
         captured by hand must be captured again.
 
         Args:
             unit: ``(n, rows)``, of :meth:`directions`.
             thresholds: ``(n,)``, each one's own; it counts where it lies above ``alpha``. Default: none above.
+            named: ``(n,)``, the same where the text names its shard. Default: no other.
 
         Returns:
             ``(n,)`` int64 on the CPU: the anchor that stands for each direction. New ones are in no shard (:meth:`assign`).
@@ -113,18 +136,28 @@ class NearestScore(Score):
         with torch.inference_mode(False), torch.no_grad():
             if thresholds is None:
                 thresholds = torch.full((len(unit),), -math.inf)
-            unit, thresholds = unit.to(self.anchors), thresholds.to(self.thresholds)
-            parts = zip(unit.split(1024), thresholds.split(1024), strict=True)
-            places = torch.cat([self._add_anchors(part, own) for part, own in parts])
+            both = torch.stack([thresholds, thresholds if named is None else named], 1)
+            unit, both = unit.to(self.anchors), both.to(self.thresholds)
+            places = torch.cat([self._add_anchors(*part) for part in zip(unit.split(1024), both.split(1024), strict=True)])
             self._look()
         return places
+
+    def append_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor, named: torch.Tensor) -> None:
+        """More directions, as :meth:`add_anchors` takes them, each an anchor of its own."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._grow(len(unit))
+            for name, own in (("anchors", unit), ("thresholds", thresholds), ("named_thresholds", named)):
+                buffer = getattr(self, name)
+                buffer[self.known : self.known + len(unit)] = own.to(buffer)
+            self.known += len(unit)
+        self._look()
 
     @torch.no_grad()
     def keep_anchors(self, stays: torch.Tensor) -> None:
         """Forget those of the known anchors that do not stay, ``(known,)`` bool; the others keep their order."""
         known = self.known_keys()
         with torch.inference_mode(False):
-            for name in ("anchors", "thresholds", "shards"):
+            for name in PER_ANCHOR:
                 old = getattr(self, name)
                 new = torch.full_like(old, -1) if name == "shards" else torch.zeros_like(old)
                 kept = old[:known][stays.to(old.device)]
@@ -133,11 +166,14 @@ class NearestScore(Score):
         self.known = len(kept)
         self._look()
 
-    def assign(self, shards: torch.Tensor) -> None:
-        """Say which shard every known anchor is in, ``(known,)`` int64."""
+    def assign(self, shards: torch.Tensor, names: torch.Tensor | None = None, of_name: torch.Tensor | None = None) -> None:
+        """Say which shard every known anchor is in, ``(known,)`` int64; and, by :func:`~comeba_ext.ops.mentions.name_hash`, what
+        names them: ``(n,)`` int64, sorted, and whose each is."""
         with torch.inference_mode(False):
             self.shards = torch.full_like(self.shards, -1)
             self.shards[: len(shards)] = shards.to(self.shards)
+            self.names = self.names.new_zeros(0) if names is None else names.to(self.names, copy=True)
+            self.of_name = self.of_name.new_zeros(0) if of_name is None else of_name.to(self.of_name, copy=True)
         self._look()
 
     def _count(self) -> None:
@@ -149,26 +185,32 @@ class NearestScore(Score):
         self.needs_delta = not self.known or bool((self.shards[: self.known] < 0).any())
 
     def _add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-        """More directions, ``(n, rows)``, in the dtype of ``anchors``; what stands for each."""
+        """More directions, ``(n, rows)``, in the dtype of ``anchors``, and their two thresholds ``(n, 2)``; what stands for each."""
         known = self.known_keys()
         stands = ops.stands_for(unit, self.anchors[:known])
         new = stands == torch.arange(known, known + len(unit))
         place = known + new.cumsum(0) - 1  # of the new ones, among the anchors
         stands = torch.where(stands < known, stands, place[(stands - known).clamp(min=0)])
         count = known + int(new.sum())
+        self._grow(count - known)
+        self.anchors[known:count] = unit[new.to(unit.device)]
+        for own, given in zip((self.thresholds, self.named_thresholds), thresholds.unbind(1), strict=True):
+            own[known:count] = math.inf
+            own.scatter_reduce_(0, stands.to(unit.device), given, "amin")
+        self.known = count
+        return stands
+
+    def _grow(self, more: int) -> None:
+        """Make room for more anchors."""
+        count = self.known + more
         if count > len(self.anchors):
             step = max(64, 1 << max(count.bit_length() - 5, 0))
             size = -(-count // step) * step
-            grown, own = unit.new_zeros(size, len(self.projection)), thresholds.new_zeros(size)
-            grown[:known], own[:known] = self.anchors[:known], self.thresholds[:known]
-            shards = self.shards.new_full((size,), -1)
-            shards[:known] = self.shards[:known]
-            self.anchors, self.thresholds, self.shards = grown, own, shards
-        self.anchors[known:count] = unit[new.to(unit.device)]
-        self.thresholds[known:count] = math.inf
-        self.thresholds.scatter_reduce_(0, stands.to(unit.device), thresholds, "amin")
-        self.known = count
-        return stands
+            for name in PER_ANCHOR:
+                old = getattr(self, name)
+                grown = old.new_full((size, *old.shape[1:]), -1 if name == "shards" else 0)
+                grown[: self.known] = old[: self.known]
+                setattr(self, name, grown)
 
     def known_keys(self) -> int:
         """Number of directions that the nearest score compares with: those in the first rows of ``anchors``."""
@@ -181,9 +223,15 @@ class NearestScore(Score):
         if given and projection.shape[1:] == (self.d_in,) and anchors.shape[1:] == projection.shape[:1]:
             self.projection = self.projection.new_zeros(projection.shape)
             self.anchors = self.anchors.new_zeros(anchors.shape)
-            self.thresholds = self.thresholds.new_zeros(anchors.shape[:1])
+            for name in ("thresholds", "named_thresholds"):
+                setattr(self, name, getattr(self, name).new_zeros(anchors.shape[:1]))
             self.shards = self.shards.new_full(anchors.shape[:1], -1)
-            state_dict.setdefault(f"{prefix}shards", self.shards)  # of a version that had none
+            for name in ("names", "of_name"):
+                own = state_dict.setdefault(prefix + name, getattr(self, name)[:0])  # a version before had none
+                setattr(self, name, getattr(self, name).new_zeros(own.shape))
+            state_dict.setdefault(f"{prefix}shards", self.shards)
+            if f"{prefix}thresholds" in state_dict:
+                state_dict.setdefault(f"{prefix}named_thresholds", state_dict[f"{prefix}thresholds"])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._count()
 
@@ -194,21 +242,33 @@ class NearestScore(Score):
     def tensors(self):
         known = self.known_keys()
         own = {"projection": self.projection, "anchors": self.anchors[:known], "thresholds": self.thresholds[:known]}
-        return own | {"anchor_shards": self.shards[:known]} if (self.shards[:known] >= 0).any() else own
+        if (self.shards[:known] >= 0).any():
+            own |= {"anchor_shards": self.shards[:known], "named_thresholds": self.named_thresholds[:known]}
+            own |= {"names": self.names, "name_shards": self.of_name}
+        return own
 
     def restore(self, tensors):
         projection, anchors, thresholds = (tensors[what] for what in ("projection", "anchors", "thresholds"))
+        named = tensors.get("named_thresholds", thresholds)
         fits = projection.shape[1:] == (self.d_in,) and anchors.shape[1:] == projection.shape[:1]
-        if not fits or thresholds.shape != anchors.shape[:1]:
-            shapes = ", ".join(str(tuple(part.shape)) for part in (projection, anchors, thresholds))
+        if not fits or not thresholds.shape == named.shape == anchors.shape[:1]:
+            shapes = ", ".join(str(tuple(part.shape)) for part in (projection, anchors, thresholds, named))
             raise ValueError(f"projection, anchors and thresholds {shapes} do not fit")
         # Copied, because where a file's tensors begin decides how BLAS sums them: aligned, equal bits follow.
         self.projection, self.anchors = (part.to(self.projection, copy=True) for part in (projection, anchors))
-        self.thresholds = thresholds.to(self.thresholds, copy=True)
-        self.shards = torch.full(thresholds.shape, -1, dtype=torch.int64, device=self.shards.device)
-        if "anchor_shards" in tensors:
-            shards = tensors["anchor_shards"]
-            if shards.shape != thresholds.shape or shards.is_floating_point():
-                raise ValueError(f"anchor_shards is {shards.dtype} {tuple(shards.shape)}, expected {tuple(thresholds.shape)}")
-            self.shards.copy_(shards)
+        self.thresholds, self.named_thresholds = (part.to(self.thresholds, copy=True) for part in (thresholds, named))
+        shards = _integers(tensors, "anchor_shards", torch.full(thresholds.shape, -1), thresholds.shape)
+        names = _integers(tensors, "names", torch.zeros(0, dtype=torch.int64))
+        of_name = _integers(tensors, "name_shards", names, names.shape)
+        if len(names) and not (names[1:] > names[:-1]).all():
+            raise ValueError("names are not in order")
+        self.shards = self.shards.new_full(thresholds.shape, -1)
+        self.assign(shards, names, of_name)
         self._count()
+
+
+def _integers(tensors: dict[str, torch.Tensor], name: str, default: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor:
+    own = tensors.get(name, default)
+    if own.is_floating_point() or own.dim() != 1 or (shape is not None and own.shape != shape):
+        raise ValueError(f"{name} is {own.dtype} {tuple(own.shape)}, expected whole numbers {'(any,)' if shape is None else tuple(shape)}")
+    return own
