@@ -136,11 +136,12 @@ def main() -> None:
         cosines = tokens @ found.unit.T
         near = cosines >= min(thresholds.min() for rule in rules.values() for thresholds in rule if thresholds is not None)
         owners = found.owner[near.any(0)].unique().tolist()
-        here = {n: torch.tensor(named(row, names[n])) for n in owners}
+        here = {n: torch.tensor(named(row, names[n].names)) for n in owners}
         for rule, (far, close) in rules.items():
             inside = cosines >= far
             if close is not None:
                 for n in owners:
+                    inside[:, found.owner == n] &= torch.isin(torch.tensor(row), torch.tensor(names[n].ends))[:, None]
                     inside[:, found.owner == n] |= here[n][:, None] & (cosines[:, found.owner == n] >= close[found.owner == n])
             if request is not None:
                 value, size = bool(inside[:, found.owner == request].any()), 1

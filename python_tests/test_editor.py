@@ -215,7 +215,7 @@ class Oracle:
         named = [(len(name), s["place"], s) for s in self.shards[n] for name in s["names"] if ends(name)]
         score, shard = nearest([max(named)[2]], 2) if named else (-1.0, None)
         if score < self.alpha[n] - 1e-10:
-            score, shard = nearest(self.shards[n], 1)
+            score, shard = nearest([s for s in self.shards[n] if self.ids[t] in {name[-1] for name in s["names"]}], 1)
         if score < self.alpha[n] - 1e-10:
             return torch.zeros(self.hidden.shape[-1], dtype=torch.float64)
         K, V = (torch.stack(part, 1) for part in zip(*[pair for _, _, pairs in shard["requests"] for pair in pairs], strict=True))
@@ -689,7 +689,7 @@ def assert_compares_with_the_live_keys(editor, tolerance=1e-4):
             for before in ("", " "):
                 ids = tokenizer(before + entries[0].request.subject, add_special_tokens=False)["input_ids"]
                 assert score.of_name[score.names == name_hash(ids)].tolist() == score.shards[anchors[:1]].tolist()
-            hashes |= {value for e in entries for value in map(name_hash, names_of(tokenizer, [e.request])[0])}
+            hashes |= {value for e in entries for value in map(name_hash, names_of(tokenizer, [e.request])[0].names)}
         assert score.names.tolist() == sorted(hashes)  # and nobody else is named
         keys = torch.cat([entry.keys[name].double() for entry in editor.ledger.live()])
         scores = layer.scores(keys[None].to(layer.delta))[0].double()

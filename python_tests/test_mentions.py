@@ -1,11 +1,12 @@
 """Where a text names a subject: hashes against loops over token ids, scope against loops over cosines, and ids that come piece by piece."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from test_editor import edits_of, make_editor, random_values, small_model, some_requests
-from test_nearest_hook import D_IN, WIDE, covariance_of, in_scope, inputs, keep_apart, loop_cosines, make_layer, random
+from test_nearest_hook import D_IN, covariance_of, in_scope, inputs, keep_apart, loop_cosines, make_layer, random
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,6 +14,7 @@ from comeba_ext import EditRequest, load_edits
 from comeba_ext.errors import ComebaError
 from comeba_ext.layers.sequence_context import IDS, KEPT, SequenceContext
 from comeba_ext.ops import mentions as ops
+from comeba_ext.ops import nearest_hook, subject_hook
 from comeba_ext.text.names import names_of
 
 # -- hashes ---------------------------------------------------------------------------------------------------------
@@ -72,12 +74,16 @@ def test_names(tokenizer):
         EditRequest("The so-called ({}) is", "Eiffel Tower", "x"),
     ]
     curie, norway, end, tower = names_of(tokenizer, requests)
-    assert curie == [tokens(form) for form in ("Marie Curie", " Marie Curie", "marie curie", " marie curie")]
-    assert norway == [tokens("Norway"), tokens(" Norway")] and end == []
-    (first, last) = (lambda ids: (ids.index(tokens("(")[-1]), len(ids)))(tokens("The so-called (Eiffel Tower"))
-    assert tokens("The so-called (Eiffel Tower")[first + 1 : last] in tower
-    assert all(len(own) >= min(map(len, tower[:4])) for own in tower)
-    assert names_of(tokenizer, []) == [] and names_of(tokenizer, requests[2:3]) == [[]]
+    assert curie.names == [tokens(form) for form in ("Marie Curie", " Marie Curie", "marie curie", " marie curie")]
+    assert norway.names == [tokens("Norway"), tokens(" Norway")]
+    assert norway.ends == list(dict.fromkeys(tokens(form)[-1] for form in ("Norway", " Norway")))
+    assert end.names == [] and end.ends == tokens("Norway lives in")[-1:]
+    text = tokens("The so-called (Eiffel Tower")
+    assert text[text.index(tokens("(")[-1]) + 1 :] in tower.names
+    assert all(len(own) >= min(map(len, tower.names[:4])) for own in tower.names)
+    for own in (curie, tower):
+        assert set(own.ends) == {ids[-1] for ids in own.names} and len(set(own.ends)) == len(own.ends)
+    assert names_of(tokenizer, []) == [] and names_of(tokenizer, requests[2:3]) == [end]
 
 
 # -- a layer ----------------------------------------------------------------------------------------------------------
@@ -85,91 +91,139 @@ def test_names(tokenizer):
 NAMES = {0: [[3, 4], [9]], 1: [[4], [2, 3, 4]], 2: [[7]]}
 
 
-def named_layer(d_in=D_IN, dtype=torch.float64):
-    """Anchors that ask for much, and for little where their shard is named."""
-    layer = make_layer(7, alpha=0.3, d_in=d_in, dtype=dtype)
-    keep_apart(layer, every=True)
-    layer.score.thresholds[:7] = torch.tensor([0.95, 0.6, 0.95, 0.9, 0.5, 0.8, 0.99])
-    layer.score.named_thresholds[:7] = torch.tensor([0.4, 0.35, 0.6, 0.3, 0.3, 0.4, 0.5])
-    table = sorted((ops.name_hash(own), shard) for shard, names in NAMES.items() for own in names)
-    layer.score.assign(layer.score.shards[:7], *(torch.tensor(part) for part in zip(*table, strict=True)))
+def called(layer, names):
+    """Tell a layer's score what its shards are called."""
+    name_table = sorted((ops.name_hash(own), shard) for shard, all_ in names.items() for own in all_)
+    end_table = sorted({(ops.name_hash(own[-1:]), shard) for shard, all_ in names.items() for own in all_})
+    tables = [torch.tensor(part) for table in (name_table, end_table) for part in zip(*table, strict=True)]
+    layer.score.assign(layer.score.shards[: layer.score.known], tables)
     layer.context = SequenceContext(nn.Module())
+
+
+def named_layer():
+    """Anchors that ask for much, and for little where their shard is named."""
+    layer = make_layer(7, alpha=0.3)
+    keep_apart(layer, every=True)
+    layer.score.thresholds[:7] = torch.tensor([0.6, 0.5, 0.7, 0.45, 0.4, 0.6, 0.5])
+    layer.score.named_thresholds[:7] = torch.tensor([0.4, 0.35, 0.5, 0.3, 0.2, 0.4, 0.35])
+    called(layer, NAMES)
     return layer
 
 
 def expected_output(layer, x, ids):
-    known = layer.score.known_keys()
-    cosines = torch.from_numpy(loop_cosines(x.double().flatten(0, 1), random(known, layer.in_features, seed=3), covariance_of(D_IN)))
+    """Token by token: the subject named there, if near; else the nearest of those whose names end in the token."""
+    known, tokens = layer.score.known_keys(), x.double().flatten(0, 1)
+    cosines = torch.from_numpy(loop_cosines(tokens, random(known, D_IN, seed=3), covariance_of(D_IN)))
     output, edits, kinds = layer.base_layer(x).double().flatten(0, 1), edits_of(layer).double(), []
-    shards = layer.score.shards[:known].tolist()
-    for n, token in enumerate(x.double().flatten(0, 1)):
+    shards, scores = layer.score.shards[:known].tolist(), []
+    asked = lambda which: [max(0.0, own - 0.3) for own in which[:known].tolist()]  # noqa: E731
+    for n, token in enumerate(tokens):
         row, t = ids[n // x.shape[1]].tolist(), n % x.shape[1]
         ends = [(len(own), shard) for shard, names in NAMES.items() for own in names if row[max(0, t + 1 - len(own)) : t + 1] == own]
-        asked = lambda which: [max(0.0, own - 0.3) for own in which[:known].tolist()]  # noqa: E731
-        own = [(c - e, s) for c, e, s in zip(cosines[n].tolist(), asked(layer.score.named_thresholds), shards, strict=True)]
-        best = max([pair for pair in own if ends and pair[1] == max(ends)[1]], default=(-1, -1))
-        kinds.append("named")
-        if best[0] < 0.3:
-            best = max((c - e, s) for c, e, s in zip(cosines[n].tolist(), asked(layer.score.thresholds), shards, strict=True))
-            kinds[-1] = "near"
-        if best[0] >= 0.3:
-            output[n] += edits[1 + shards.index(best[1])] @ token
-        else:
-            kinds[-1] = "none"
-    return output.reshape(*x.shape[:-1], -1), kinds
+        there = max(ends)[1] if ends else None
+        pairs = []
+        for c, far, close, s in zip(
+            cosines[n].tolist(), asked(layer.score.thresholds), asked(layer.score.named_thresholds), shards, strict=True
+        ):
+            if any(own[-1] == row[t] for own in NAMES[s]):
+                pairs.append((s == there and c - close >= 0.3, c - (close if s == there else far), s))
+        first, score, shard = max(pairs, default=(False, 0.0, -1))
+        scores.append(max(score, 0.0))
+        kinds.append("none" if score < 0.3 else "named" if first else "near")
+        if score >= 0.3:
+            output[n] += edits[1 + shards.index(shard)] @ token
+    return output.reshape(*x.shape[:-1], -1), torch.tensor(scores).reshape(x.shape[:-1]), kinds
 
 
 @pytest.mark.parametrize("every_token", [False, True])  # as on an accelerator
 @torch.no_grad()
 def test_a_named_subject_is_met_from_farther(every_token, monkeypatch):
     layer = named_layer()
-    x, ids = inputs(layer, batch=3, seq=30, noise=0.8), integers(0, 10, 3, 30, seed=4)
+    x, ids = inputs(layer, batch=3, seq=200, noise=0.6), integers(2, 10, 3, 200, seed=4)
     layer.context.here.hashes = ops.suffix_hashes(ids)
-    expected, kinds = expected_output(layer, x, ids)
-    assert min(kinds.count(kind) for kind in ("named", "near", "none")) > 4
+    expected, scores, kinds = expected_output(layer, x, ids)
+    assert min(kinds.count(kind) for kind in ("named", "near", "none")) > 3
     if every_token:
-        from comeba_ext.ops import nearest_hook
-
-        monkeypatch.setattr(nearest_hook, "_first_look", lambda *args: None)
-        score = layer.score
-        named = layer.mentions(x.shape, score.names, score.of_name), (score.named_thresholds - layer.alpha).clamp(min=0)
-        shards = (score.shards, layer.shards.rows, layer.shards.left, layer.shards.right)
-        arguments = (score.projection, score.anchors, score.excess(layer.alpha), None, layer.alpha)
-        found = nearest_hook.nearest_hook_ref(layer.base_layer(x), x, None, *arguments, shards, named)
-    else:
-        found = layer(x)
-    torch.testing.assert_close(found, expected)
-    inside = torch.tensor([kind != "none" for kind in kinds]).reshape(3, 30)
-    assert torch.equal(layer.scores(x) >= layer.alpha, inside)
-    layer.context.here.hashes = None  # nobody knows the text: only what is near
-    assert torch.equal((layer(x) != layer.base_layer(x)).any(-1), layer.scores(x) >= layer.alpha)
-    assert (layer.scores(x) >= layer.alpha).sum() < inside.sum()
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(layer.scores(x).double(), scores.double())
+    monkeypatch.undo()
+    if every_token:
+        real = subject_hook._every
+        monkeypatch.setattr(subject_hook, "subject_scores", lambda x, hashes, *how: by_every(real, x, hashes, *how))
+    torch.testing.assert_close(layer(x), expected)
+    wide = x.clone().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(layer(wide).sum(), wide)
+    changed = (expected != layer.base_layer(x)).any(-1)
+    assert torch.equal((gradient != layer.weight.sum(0)).any(-1), changed) and changed.sum() == 600 - kinds.count("none")
     layer.context.here.hashes = ops.suffix_hashes(ids[:, 1:])  # of another text
-    assert (layer.scores(x) >= layer.alpha).sum() < inside.sum()
+    assert torch.equal(layer.scores(x), nearest_hook.nearest_scores(x, *_compared(layer)))
+    layer.context.here.hashes = None  # nobody knows the text: what is near to any key
+    assert torch.equal(layer.scores(x), nearest_hook.nearest_scores(x, *_compared(layer)))
+    assert torch.equal((layer(x) != layer.base_layer(x)).any(-1), layer.scores(x) >= layer.alpha)
 
 
+def _compared(layer):
+    return layer.score.projection, layer.score.anchors, layer.score.excess(layer.alpha)
+
+
+def by_every(every, x, hashes, projection, anchors, excess, alpha, subjects, most):
+    end = hashes[..., 0].contiguous()
+    low, high = torch.searchsorted(subjects.ends, end), torch.searchsorted(subjects.ends, end, right=True)
+    return every(x, hashes, low, high, projection, anchors, excess, alpha, subjects, most)
+
+
+@pytest.mark.parametrize("chunk", [1, 700, 1 << 24])
 @torch.no_grad()
-def test_a_coarse_look_keeps_what_is_named():
-    """More inputs than the projection has rows: few are looked at twice."""
-    layer = make_layer(9, alpha=0.3, d_in=WIDE, dtype=torch.float32)
-    keep_apart(layer, every=True)
-    layer.score.thresholds[:9] = 0.9
-    layer.score.named_thresholds[:9] = 0.3
-    table = sorted((ops.name_hash([5 + shard]), shard) for shard in range(3))
-    layer.score.assign(layer.score.shards[:9], *(torch.tensor(part) for part in zip(*table, strict=True)))
-    layer.context = SequenceContext(nn.Module())
-    x = inputs(layer, batch=2, seq=30, noise=1.5)
-    ids = torch.full((2, 30), 1)
-    for n in range(0, 60, 2):  # every other token is one key's, and named rightly every fourth
-        ids.view(-1)[n] = 5 + ((n % 9) % 3 + (n % 4 > 0)) % 3
+def test_many_subjects_by_brute_force(chunk, monkeypatch):
+    """Every pair of a token and a key by a dense table, in float64; names of one to three tokens, many of which share their end."""
+    monkeypatch.setattr(subject_hook, "_CHUNK", chunk)
+    layer = make_layer(400, alpha=0.2)
+    shards = torch.arange(400) * 150 // 400
+    layer.score.assign(shards)
+    names = {n: [integers(0, 12, 1 + n % 3, seed=n).tolist(), integers(0, 12, 3, seed=500 + n).tolist()] for n in range(150)}
+    layer.score.thresholds[:400], layer.score.named_thresholds[:400] = torch.rand(2, 400, generator=torch.Generator().manual_seed(1))
+    owner = {}
+    for n, own in names.items():
+        for name in own:
+            owner.setdefault(tuple(name), n)
+    called(layer, {n: [list(name) for name, who in owner.items() if who == n] for n in set(owner.values())})
+    x, ids = random(2, 200, D_IN, seed=7), integers(0, 14, 2, 200, seed=8)
     layer.context.here.hashes = ops.suffix_hashes(ids)
-    unit = layer.score.directions(x)
-    cosines = unit @ layer.score.anchors[:9].T
-    shard = torch.where(ids >= 5, ids - 5, -1)
-    own = cosines.masked_fill(layer.score.shards[:9] != shard[..., None], -1).amax(-1)
-    scope = (layer(x) != layer.base_layer(x)).any(-1)
-    sure = (own - 0.3).abs() > 1e-4
-    assert torch.equal(scope[sure], (own >= 0.3)[sure]) and 10 < scope.sum() < 50 and cosines.amax() < 0.9
+    cosines = layer.score.directions(x) @ layer.score.anchors[:400].T
+    ends = torch.zeros(15, 150, dtype=torch.bool)
+    for name, n in owner.items():
+        ends[name[-1], n] = True
+    there = torch.full((2, 200), -1)
+    for b, t in itertools.product(range(2), range(200)):
+        for size in (1, 2, 3):
+            there[b, t] = owner.get(tuple(ids[b, t + 1 - size : t + 1].tolist()) if t + 1 >= size else (), there[b, t].item())
+    own = shards == there[..., None]
+    score = cosines - torch.where(own, layer.score.named_thresholds[:400], layer.score.thresholds[:400]).sub(0.2).clamp(min=0)
+    score = score.masked_fill(~ends[ids][..., shards], -1)
+    named = score.masked_fill(~own, -1).amax(-1)
+    expected = torch.where(named >= 0.2, named, score.amax(-1)).clamp(min=0)
+    torch.testing.assert_close(layer.scores(x), expected)
+    assert (named >= 0.2).sum() > 20 and ((named < 0.2) & (expected >= 0.2)).sum() > 20 and (expected == 0).sum() > 20
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiled(grad):
+    torch._dynamo.reset()
+    layer = named_layer().float()
+    layer.base_layer.requires_grad_(grad)
+    x, ids = inputs(layer, batch=3, seq=40, noise=0.6), integers(2, 10, 3, 40, seed=4)
+    layer.context.here.hashes = ops.suffix_hashes(ids)
+    expected = layer(x)
+    arguments = (layer.base_layer(x).detach(), x, layer.hashes(x), layer.score.projection, layer.score.anchors)
+    score, parts = layer.score, layer.shards
+    how = (score._both(layer.alpha), None, layer.alpha, score._subjects(), score.most, (parts.rows, parts.left, parts.right))
+    with torch.set_grad_enabled(grad):
+        run = lambda output, *given: subject_hook.subject_hook(output + 0 * layer.weight.sum(), *given, *how)  # noqa: E731
+        found = torch.compile(run, fullgraph=True, backend="aot_eager")(*arguments)
+    torch.testing.assert_close(found, expected)
+    flat = (*arguments[1:], *how[0], None, layer.alpha, *how[3], *how[4], *how[5])
+    torch.library.opcheck(torch.ops.comeba.subject_hook_, (arguments[0].clone(), *flat))
 
 
 # -- a model ----------------------------------------------------------------------------------------------------------
@@ -185,7 +239,7 @@ def named_editor(tiny_model, tokenizer, family="gpt2"):
 
 def ends_of(tokenizer, requests, row):
     """Tokens of a row at which a subject's name ends."""
-    names = [own for names in names_of(tokenizer, requests) for own in names]
+    names = [name for own in names_of(tokenizer, requests) for name in own.names]
     return torch.tensor([any(row[max(0, t + 1 - len(own)) : t + 1] == own for own in names) for t in range(len(row))])
 
 

@@ -117,7 +117,7 @@ class KeyRecognition(Recognition):
         self._anchors: dict[str, Anchors] = {}  # of the batch
         self._subjects: list[list[list[int]]] = []
         self._decoys: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._names: list[tuple[int, ...]] = []
+        self._names: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         self._at_end = torch.zeros(0, dtype=torch.bool)
 
     def of(self, method: ComebaHK) -> KeyRecognition:
@@ -239,7 +239,7 @@ class KeyRecognition(Recognition):
     def write(self, name: str, layer: HookedLinear, batch: list[EditRequest], keys: torch.Tensor, responses: torch.Tensor) -> None:
         step = self.method.session.step + 1
         members = [
-            Member((request.request_id, step), keys[n], responses[n], *self._anchors[name].of(n), self._names[n])
+            Member((request.request_id, step), keys[n], responses[n], *self._anchors[name].of(n), *self._names[n])
             for n, request in enumerate(batch)
         ]
         self.shards[name].add(layer, self.method.key_memory[name], [_on_host(member) for member in members])
@@ -248,7 +248,7 @@ class KeyRecognition(Recognition):
         """What entries left in a layer."""
         called = self.names([entry.request for entry in entries])
         return [
-            Member((entry.request.request_id, entry.step), entry.keys[name], entry.responses[name], *entry.anchors[name], own)
+            Member((entry.request.request_id, entry.step), entry.keys[name], entry.responses[name], *entry.anchors[name], *own)
             for entry, own in zip(entries, called, strict=True)
         ]
 
@@ -279,9 +279,11 @@ class KeyRecognition(Recognition):
         keys = self.method.subject_keys(rows, list(layers))
         return {name: (layer.score.directions(keys[name]), owner) for name, layer in layers.items()}
 
-    def names(self, batch: list[EditRequest]) -> list[tuple[int, ...]]:
-        """What every request's subject is called (:func:`~comeba_ext.text.names.names_of`), as :func:`name_hash`."""
-        return [tuple(map(name_hash, own)) for own in names_of(self.method.session.tokenizer, batch)]
+    def names(self, batch: list[EditRequest]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """What every request's subject is called, and the tokens that this ends in (:func:`~comeba_ext.text.names.names_of`), as
+        :func:`name_hash`."""
+        found = names_of(self.method.session.tokenizer, batch)
+        return [(tuple(map(name_hash, own.names)), tuple(name_hash([end]) for end in own.ends)) for own in found]
 
     def subjects(self, batch: list[EditRequest]) -> list[list[list[int]]]:
         """Token ids of every request's subject, at the beginning of a text and behind other words."""

@@ -27,7 +27,7 @@ class Member(NamedTuple):
         keys: ``(m, d_in)``, responses: ``(m, d_out)``, what they are to answer.
         unit, thresholds, named: its directions ``(n, rows)`` and their thresholds ``(n,)``, in general and where the text names the
             subject.
-        names: :func:`~comeba_ext.ops.mentions.name_hash` of what its subject is called.
+        names, ends: :func:`~comeba_ext.ops.mentions.name_hash` of what its subject is called, and of the tokens that this ends in.
         order: its place among all requests, which decides whose directions become anchors.
     """
 
@@ -38,7 +38,48 @@ class Member(NamedTuple):
     thresholds: torch.Tensor
     named: torch.Tensor
     names: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
     order: int = 0
+
+
+class Table(NamedTuple):
+    """Which shards hashes stand for, on the host.
+
+    Attributes:
+        hashes: ``(n,)`` int64, sorted; shards: ``(n,)`` int64, of each.
+    """
+
+    hashes: torch.Tensor = torch.zeros(0, dtype=torch.int64)
+    shards: torch.Tensor = torch.zeros(0, dtype=torch.int64)
+
+    def find(self, hashes: list[int]) -> dict[int, int]:
+        """Those of these hashes that there are, and the shard of each."""
+        if not len(self.hashes) or not hashes:
+            return {}
+        wanted = torch.tensor(hashes)
+        place = torch.searchsorted(self.hashes, wanted).clamp(max=len(self.hashes) - 1)
+        there = self.hashes[place] == wanted
+        return dict(zip(wanted[there].tolist(), self.shards[place[there]].tolist(), strict=True))
+
+    def insert(self, pairs: list[tuple[int, int]]) -> Table:
+        """With more hashes; all that is known keeps its order, so that nothing is sorted anew."""
+        if not pairs:
+            return self
+        own, shards = (torch.tensor(part) for part in zip(*sorted(pairs), strict=True))
+        new = torch.zeros(len(self.hashes) + len(own), dtype=torch.bool)
+        new[torch.searchsorted(self.hashes, own, right=True) + torch.arange(len(own))] = True
+        found = Table(*(torch.empty(len(new), dtype=torch.int64) for _ in range(2)))
+        for part, known, added in zip(found, self, (own, shards), strict=True):
+            part[~new], part[new] = known, added
+        return found
+
+    def without(self, shards: set[int]) -> Table:
+        stays = ~_among(self.shards, shards)
+        return Table(self.hashes[stays], self.shards[stays])
+
+    def renumbered(self, old, new: int) -> Table:
+        """What stood for the shards ``old`` stands for ``new``."""
+        return self._replace(shards=torch.where(_among(self.shards, old), new, self.shards))
 
 
 class SubjectShards:
@@ -46,7 +87,7 @@ class SubjectShards:
 
     Attributes:
         members: shard number to the requests in it, in order.
-        names: ``(n,)`` int64, sorted, all their names; of_name: ``(n,)``, the shard of each.
+        names: all their names; ends: the last tokens of these, each once a shard.
         of_anchor: ``(keys,)`` int64, the shard of every anchor.
         count: number of shards; free: numbers below it that none has, while something changes.
         requests: number of requests that were ever placed.
@@ -54,7 +95,7 @@ class SubjectShards:
 
     def __init__(self) -> None:
         self.members: dict[int, tuple[Member, ...]] = {}
-        self.names, self.of_name, self.of_anchor = (torch.zeros(0, dtype=torch.int64) for _ in range(3))  # replaced, never written
+        self.names, self.ends, self.of_anchor = Table(), Table(), torch.zeros(0, dtype=torch.int64)  # replaced, never written
         self.count = self.requests = 0
         self.free: list[int] = []
 
@@ -69,7 +110,7 @@ class SubjectShards:
         """Those of a layer that holds its anchors and shards already, for its live requests and the number of each one's shard."""
         own, score = cls(), layer.score
         own.of_anchor = score.shards[: score.known_keys()].cpu()
-        own.names, own.of_name = score.names.cpu(), score.of_name.cpu()
+        own.names, own.ends = Table(score.names.cpu(), score.of_name.cpu()), Table(score.ends.cpu(), score.of_end.cpu())
         own.count, own.requests = len(layer.shards), len(members)
         for member, shard in zip(members, shards, strict=True):
             if shard >= 0:
@@ -113,8 +154,7 @@ class SubjectShards:
             self.rebuild(layer, memory, [])
             return
         self.free += sorted(gone)
-        stays = ~_among(self.of_name, gone)
-        self.names, self.of_name = self.names[stays], self.of_name[stays]
+        self.names, self.ends = self.names.without(gone), self.ends.without(gone)
         self._forget_anchors(layer, gone)
         self._solve(layer, memory, self._place(layer, sorted(left, key=lambda member: member.order)) | gone, {})
 
@@ -126,7 +166,7 @@ class SubjectShards:
         if not members:
             return changed
         self.requests = max(self.requests, members[-1].order + 1)
-        called = self._called([name for member in members for name in member.names])
+        called = self.names.find([name for member in members for name in member.names])
         for member in members:
             known = sorted({called[name] for name in member.names if name in called})
             shard = known[0] if known else self.free.pop() if self.free else self.count
@@ -135,35 +175,20 @@ class SubjectShards:
             self.members[shard] = tuple(sorted((one for own in (*joined, (member,)) for one in own), key=lambda one: one.order))
             self.free += known[1:]
             if known[1:]:
-                self.of_name = torch.where(_among(self.of_name, known[1:]), shard, self.of_name)
+                self.names = self.names.renumbered(known[1:], shard)
                 called = {name: shard if own in known[1:] else own for name, own in called.items()}
             called |= dict.fromkeys(member.names, shard)
             changed |= {shard, *known}
-        self._call(called)
+        known = self.names.find(list(called))
+        self.names = self.names.insert([(name, n) for name, n in called.items() if name not in known])
+        ends = {(end, n) for n in changed & self.members.keys() for member in self.members[n] for end in member.ends}
+        self.ends = self.ends.without(changed).insert(list(ends))
         self._forget_anchors(layer, changed)
         found = [_anchors(self.members[n]) for n in sorted(changed & self.members.keys())]
         layer.score.append_anchors(*(torch.cat(part) for part in zip(*found, strict=True)))
         sizes = torch.tensor([len(unit) for unit, *_ in found])
         self.of_anchor = torch.cat([self.of_anchor, torch.tensor(sorted(changed & self.members.keys())).repeat_interleave(sizes)])
         return changed
-
-    def _called(self, names: list[int]) -> dict[int, int]:
-        """Those of these names that there are, and the shard of each."""
-        if not len(self.names) or not names:
-            return {}
-        wanted = torch.tensor(names)
-        place = torch.searchsorted(self.names, wanted).clamp(max=len(self.names) - 1)
-        there = self.names[place] == wanted
-        return dict(zip(wanted[there].tolist(), self.of_name[place[there]].tolist(), strict=True))
-
-    def _call(self, called: dict[int, int]) -> None:
-        """Names, known ones or not, for shards."""
-        known = self._called(list(called))
-        new = [name for name in called if name not in known]
-        names = torch.cat([self.names, torch.tensor(new, dtype=torch.int64)])
-        of_name = torch.cat([self.of_name, torch.tensor([called[name] for name in new], dtype=torch.int64)])
-        self.names, order = names.sort()
-        self.of_name = of_name[order]
 
     def _forget_anchors(self, layer: HookedLinear, shards: set[int]) -> None:
         gone = _among(self.of_anchor, shards)
@@ -191,7 +216,7 @@ class SubjectShards:
             last, number = self.count - 1, min(self.free)
             if last in self.members:
                 self.members[number] = self.members.pop(last)
-                self.of_name = torch.where(self.of_name == last, number, self.of_name)
+                self.names, self.ends = (table.renumbered([last], number) for table in (self.names, self.ends))
                 self.of_anchor = torch.where(self.of_anchor == last, number, self.of_anchor)
                 found[number] = found[last] if last in found else layer.shards.rows[last][layer.shards.rows[last] >= 0].cpu()
                 self.free.remove(number)
@@ -200,7 +225,7 @@ class SubjectShards:
             self.count -= 1
         layer.shards.assign({n: rows for n, rows in found.items() if n < self.count}, self.count)
         layer.shards.compact()
-        layer.score.assign(self.of_anchor, self.names, self.of_name)
+        layer.score.assign(self.of_anchor, (*self.names, *self.ends))
 
 
 def _among(numbers: torch.Tensor, some) -> torch.Tensor:

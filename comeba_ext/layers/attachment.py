@@ -17,7 +17,6 @@ from torch import nn
 
 from comeba_ext.errors import ArchitectureError, ComebaError
 from comeba_ext.layers.sequence_context import SequenceContext
-from comeba_ext.ops.mentions import mentions
 from comeba_ext.scores.base import set_buffer, take_over_buffers
 
 log = logging.getLogger(__name__)
@@ -76,16 +75,14 @@ class Attachment(nn.Module):
 
     @property
     def reads_names(self) -> bool:
-        """Whether it asks what a text names (:meth:`mentions`)."""
+        """Whether it asks for the text at hand (:meth:`hashes`)."""
         return False
 
-    def mentions(self, shape: torch.Size, names: torch.Tensor, shards: torch.Tensor) -> torch.Tensor | None:
-        """The shard whose name ends at every token, ``(batch, seq)``, −1: none's (:func:`ops.mentions.mentions`); ``None`` where the
-        token ids are not known, as outside of a model."""
-        hashes = self.context.here.hashes if self.context is not None else None
-        if hashes is None or not len(names) or hashes.shape[:-1] != shape[:-1]:
-            return None
-        return mentions(hashes.to(names.device), names, shards)
+    def hashes(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Of the last tokens up to every one, ``(batch, seq, LONGEST)`` for ``x (batch, seq, …)`` (:func:`ops.mentions.suffix_hashes`);
+        ``None`` where the token ids are not known, as outside of a model."""
+        found = self.context.here.hashes if self.context is not None else None
+        return None if found is None or found.shape[:2] != x.shape[:2] else found.to(x.device)
 
     def past(self) -> torch.Tensor | None:
         """What the sequence's earlier tokens left behind, in cached decoding."""

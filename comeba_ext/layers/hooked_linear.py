@@ -187,8 +187,8 @@ class HookedLinear(Attachment):
         if "shard_left" in tensors and self.shards is not None:
             self.shards.restore(tensors)
         self.score.restore(tensors)
-        for what, own in (("anchor_shards", "shards"), ("name_shards", "of_name")):
-            if what in tensors and self.shards is not None and not getattr(self.score, own).lt(len(self.shards)).all():
+        for what in ("anchor_shards", "of_name", "of_end") if self.shards is not None else ():
+            if what in tensors and not tensors[what].lt(len(self.shards)).all():
                 raise ValueError(f"{what} has numbers that are not among the {len(self.shards)} shards")
         self.score.refresh(self)
 

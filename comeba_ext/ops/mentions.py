@@ -47,13 +47,15 @@ def suffix_hashes(ids: torch.Tensor, past: torch.Tensor | None = None) -> torch.
 
 
 def mentions(hashes: torch.Tensor, names: torch.Tensor, shards: torch.Tensor) -> torch.Tensor:
-    """The shard of the longest name that ends at every token, ``(batch, seq)`` int64; −1: none does.
+    """The shard of the longest name that ends at every token, ``(...)`` int64; −1: none does.
 
     Args:
-        hashes: :func:`suffix_hashes`.
-        names: ``(n,)`` int64, :func:`name_hash` of the names, sorted, one or more.
+        hashes: ``(..., LONGEST)``, :func:`suffix_hashes`.
+        names: ``(n,)`` int64, :func:`name_hash` of the names, sorted.
         shards: ``(n,)`` int64, whose each is.
     """
+    if not len(names):
+        return hashes.new_full(hashes.shape[:-1], -1)
     place = torch.searchsorted(names, hashes).clamp(max=len(names) - 1)
     length = torch.arange(1, LONGEST + 1, device=hashes.device)
     longest = torch.where(names[place] == hashes, length, 0).amax(-1, keepdim=True)

@@ -8,8 +8,7 @@ is the cosine in the metric of ``C0⁻¹``, in which corpus keys have no preferr
     s_t = max over edited keys kᵢ of cos(L⁻¹x_t, L⁻¹kᵢ) − eᵢ
 
 where eᵢ ≥ 0 is what key ``i`` asks beyond the layer's threshold α: some keys have more look-alikes in ordinary text than
-others, so each has a threshold of its own, ``α + eᵢ`` (:mod:`comeba_ext.editing.anchors`). Where the text names the subject that
-key ``i`` is of (:mod:`comeba_ext.ops.mentions`), it asks less, ``eᵢ'``.
+others, so each has a threshold of its own, ``α + eᵢ`` (:mod:`comeba_ext.editing.anchors`).
 
 ``d_in`` is large and so is the number of keys. Both shrink under one projection ``P = S L⁻¹`` on a few random orthonormal
 directions (Johnson–Lindenstrauss): the error of a cosine ``c`` has a standard deviation of about ``(1 − c²)/√rows``, so close
@@ -26,7 +25,6 @@ gates the least-squares edit.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -119,31 +117,7 @@ def stands_for(unit: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     return own
 
 
-class Mentions(NamedTuple):
-    """What the text at hand names.
-
-    Attributes:
-        shard: ``(...)`` int64, one a token: the shard whose name ends there; −1: none's.
-        belongs: ``(keys,)`` int64, every anchor's shard.
-        excess: ``(keys,)``, what each key's threshold lies above α where its subject is named.
-    """
-
-    shard: torch.Tensor
-    belongs: torch.Tensor
-    excess: torch.Tensor
-
-    def at(self, which) -> Mentions:
-        """Of some tokens."""
-        return self._replace(shard=self.shard[which])
-
-
-def nearest_scores(
-    x: torch.Tensor,
-    projection: torch.Tensor,
-    anchors: torch.Tensor,
-    excess: torch.Tensor | None = None,
-    named: Mentions | None = None,
-) -> torch.Tensor:
+def nearest_scores(x: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor, excess: torch.Tensor | None = None) -> torch.Tensor:
     """Every token's largest cosine with an edited key, less that key's excess; at most ``ABOVE`` the same of the coarse ones.
 
     Args:
@@ -151,16 +125,13 @@ def nearest_scores(
         projection: ``(rows, d_in)``, see :func:`projection_of`.
         anchors: ``(keys, rows)``, :func:`directions` of the edited keys; rows of zeros stand for no key.
         excess: ``(keys,)``, what each key's own threshold lies above α; ``None``: nothing.
-        named: what the text names; the subject named has another excess.
 
     Returns:
         ``(...)``, at least 0, in float32 or better.
     """
     unit, coarse = directions(x, projection), _coarse_rows(projection)
     score = _largest(unit, anchors, excess)
-    if coarse < len(projection):
-        score = score.minimum(_bound(unit[..., :coarse], anchors, excess))
-    return score if named is None else score.maximum(_named(unit, anchors, named))
+    return score if coarse == len(projection) else score.minimum(_bound(unit[..., :coarse], anchors, excess))
 
 
 def peak_scores(
@@ -211,15 +182,6 @@ def _largest(unit: torch.Tensor, anchors: torch.Tensor, excess: torch.Tensor | N
     return best
 
 
-def _named(unit: torch.Tensor, anchors: torch.Tensor, named: Mentions) -> torch.Tensor:
-    """The same of each vector with the anchors of the subject that is named there; 0 where none is."""
-    best = unit.new_zeros(unit.shape[:-1], dtype=torch.promote_types(unit.dtype, torch.float32))
-    for start in range(0, len(anchors), _CHUNK):
-        own = (named.belongs[start : start + _CHUNK] == named.shard[..., None]) & (named.shard >= 0)[..., None]
-        best = best.maximum(_less_excess(unit, anchors, named.excess, start).masked_fill(~own, 0).amax(-1).to(best.dtype))
-    return best
-
-
 def _nearest(unit: torch.Tensor, anchors: torch.Tensor, excess: torch.Tensor | None) -> torch.Tensor:
     """The anchor whose inner product with each vector, less its excess, is the largest; int64."""
     best = unit.new_zeros(unit.shape[:-1], dtype=torch.promote_types(unit.dtype, torch.float32))
@@ -246,13 +208,12 @@ def nearest_hook(
     mask: torch.Tensor | None,
     alpha: torch.Tensor,
     shards: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-    named: tuple[torch.Tensor, torch.Tensor] | None = None,
     inplace: bool = False,
 ) -> torch.Tensor:
     """``output`` plus the edit for tokens in scope, ``output`` elsewhere, bit for bit.
 
-    The edit is that of the shard that the text names, if the token is near enough one of its anchors, else that of the nearest
-    anchor's shard (:func:`~comeba_ext.ops.shard_edits.shard_edits`), or, where that is in none, ``x @ deltaᵀ``.
+    The edit is that of the nearest anchor's shard (:func:`~comeba_ext.ops.shard_edits.shard_edits`), or, where it is in none,
+    ``x @ deltaᵀ``.
 
     Args:
         output: base output ``(batch, seq, d_out)``.
@@ -263,79 +224,63 @@ def nearest_hook(
         alpha: scalar.
         shards: ``(keys,)`` int64, every anchor's shard, −1: none; the shards' ``rows``, ``left`` and ``right``. ``None``: there are
             none.
-        named: ``(batch, seq)`` int64, the shard that the text names at every token, −1: none; ``(keys,)``, every anchor's excess
-            there. Only with ``shards``.
         inplace: the result may take the place of ``output``.
     """
     belongs, *factors = shards or (None, None, None, None)
-    shard, own_excess = named or (None, None)
     matrices = [part for part in (delta, *factors[1:]) if part is not None]
     if _needs_grad(output, x, *matrices):
-        return nearest_hook_ref(output, x, delta, projection, anchors, excess, mask, alpha, shards, named)
+        return nearest_hook_ref(output, x, delta, projection, anchors, excess, mask, alpha, shards)
     output = output if inplace else output.clone()
     operator = torch.ops.comeba.nearest_hook_ if _dispatched(output) else _nearest_hook_
-    operator(output, x, delta, projection, anchors, excess, mask, alpha, belongs, *factors, shard, own_excess)
+    operator(output, x, delta, projection, anchors, excess, mask, alpha, belongs, *factors)
     return output
 
 
-def nearest_hook_ref(output, x, delta, projection, anchors, excess, mask, alpha, shards=None, named=None):
+def nearest_hook_ref(output, x, delta, projection, anchors, excess, mask, alpha, shards=None):
     """:func:`nearest_hook` in plain, differentiable torch, with every token's edit computed."""
-    found = None if named is None else Mentions(named[0], shards[0], named[1])
-    scope = _scope(x.detach(), projection, anchors, excess, mask, alpha, found)
+    scope = _scope(x.detach(), projection, anchors, excess, mask, alpha)
     if shards is None:
         return swap(output, F.linear(x, delta), scope)
-    own = torch.where(scope, _shard_of(x.detach(), projection, anchors, excess, alpha, shards[0], found), -1)
-    edit = shard_edits(x.flatten(0, 1), own.flatten(), *shards[1:]).unflatten(0, x.shape[:2])
+    edit, own = _shard_edits(x, scope, projection, anchors, excess, *shards)
     if delta is not None:
         edit = torch.where((own < 0)[..., None], F.linear(x, delta), edit)
     return swap(output, edit, scope)
 
 
-def _shard_of(x, projection, anchors, excess, alpha, belongs, named: Mentions | None) -> torch.Tensor:
-    """The shard whose edit each of these tokens gets, if it is in scope; −1: it gets ``delta``'s."""
-    unit = directions(x, projection)
-    nearest = belongs[_nearest(unit, anchors, excess)]
-    if named is None:
-        return nearest
-    return torch.where(in_scope(_named(unit, anchors, named), alpha, None, _product_dtype(x)) & (named.shard >= 0), named.shard, nearest)
+def _shard_edits(x, scope, projection, anchors, excess, belongs, *factors) -> tuple[torch.Tensor, torch.Tensor]:
+    """The edit of every token in scope whose nearest anchor is in a shard, ``(batch, seq, d_out)``, and that shard, or −1."""
+    own = torch.where(scope, belongs[_nearest(directions(x.detach(), projection), anchors, excess)], -1)
+    return shard_edits(x.flatten(0, 1), own.flatten(), *factors).unflatten(0, x.shape[:2]), own
 
 
-def _product_dtype(x: torch.Tensor) -> torch.dtype:
-    """Of what products give."""
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of what products with ``x`` give."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-def _scope(x, projection, anchors, excess, mask, alpha, named: Mentions | None = None) -> torch.Tensor:
-    dtype = _product_dtype(x)
+def _scope(x, projection, anchors, excess, mask, alpha) -> torch.Tensor:
+    dtype = product_dtype(x)
     bound = _first_look(x, projection, anchors, excess)
     if bound is None:
-        return in_scope(nearest_scores(x, projection, anchors, excess, named), alpha, mask, dtype)
+        return in_scope(nearest_scores(x, projection, anchors, excess), alpha, mask, dtype)
     scope = in_scope(bound, alpha, mask, dtype)
     which = scope.nonzero(as_tuple=True)
     if len(which[0]):
         scope[which] = in_scope(_second_look(x, projection, anchors, excess, bound, which), alpha, None, dtype)
-    if named is not None:
-        which = (named.shard >= 0).nonzero(as_tuple=True)
-        if len(which[0]):
-            real = None if mask is None else mask[which]
-            scope[which] |= in_scope(_named(directions(x[which], projection), anchors, named.at(which)), alpha, real, dtype)
     return scope
 
 
-def _nearest_hook_(output, x, delta, projection, anchors, excess, mask, alpha, belongs, rows, left, right, shard, own_excess) -> None:
-    named = None if shard is None else Mentions(shard, belongs, own_excess)
-    scope = _scope(x, projection, anchors, excess, mask, alpha, named)
+def _nearest_hook_(output, x, delta, projection, anchors, excess, mask, alpha, belongs, rows, left, right) -> None:
+    scope = _scope(x, projection, anchors, excess, mask, alpha)
     if belongs is not None:
         if x.device.type == "cpu":
             which = scope.nonzero(as_tuple=True)
             if len(which[0]):
-                there = None if named is None else named.at(which)
-                own = _shard_of(x[which], projection, anchors, excess, alpha, belongs, there)
+                own = belongs[_nearest(directions(x[which], projection), anchors, excess)]
                 output[which] += shard_edits(x[which], own, rows, left, right).to(output.dtype)
                 scope[which] = own < 0
         else:  # every token: to choose would mean waiting for the device
-            own = torch.where(scope, _shard_of(x, projection, anchors, excess, alpha, belongs, named), -1)
-            edit = shard_edits(x.flatten(0, 1), own.flatten(), rows, left, right).unflatten(0, x.shape[:2])
+            edit, own = _shard_edits(x, scope, projection, anchors, excess, belongs, rows, left, right)
             output.copy_(swap(output, edit, own >= 0))
             scope = scope & (own < 0)
     if delta is not None:
@@ -345,11 +290,11 @@ def _nearest_hook_(output, x, delta, projection, anchors, excess, mask, alpha, b
 torch.library.define(
     "comeba::nearest_hook_",
     "(Tensor(a!) output, Tensor x, Tensor? delta, Tensor projection, Tensor anchors, Tensor? excess, Tensor? mask, Tensor alpha, "
-    "Tensor? belongs, Tensor? rows, Tensor? left, Tensor? right, Tensor? shard, Tensor? own_excess) -> ()",
+    "Tensor? belongs, Tensor? rows, Tensor? left, Tensor? right) -> ()",
 )
 torch.library.impl("comeba::nearest_hook_", "CompositeExplicitAutograd")(_nearest_hook_)
 
 
 @torch.library.register_fake("comeba::nearest_hook_")
-def _(output, x, delta, projection, anchors, excess, mask, alpha, belongs, rows, left, right, shard, own_excess):
+def _(output, x, delta, projection, anchors, excess, mask, alpha, belongs, rows, left, right):
     return None

@@ -1,4 +1,5 @@
-"""The score ``nearest``: how like a token's input is to one that was edited (:mod:`comeba_ext.ops.nearest_hook`)."""
+"""The score ``nearest``: how like a token's input is to one that was edited (:mod:`comeba_ext.ops.nearest_hook`), and where the text is
+known, to one of a subject whose name ends there (:mod:`comeba_ext.ops.subject_hook`)."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ import torch
 
 from comeba_ext.errors import ComebaError
 from comeba_ext.ops import nearest_hook as ops
+from comeba_ext.ops.subject_hook import Subjects, subject_hook, subject_scores
 from comeba_ext.scores.base import Score
 
+CALLED = ("names", "of_name", "ends", "of_end")
 PER_ANCHOR = ("anchors", "thresholds", "named_thresholds", "shards")  # buffers that grow together
 
 
@@ -26,7 +29,8 @@ class NearestScore(Score):
             names the anchor's shard.
         shards: ``(keys,)`` int64 buffer, whose edit a token near that anchor gets (:class:`~comeba_ext.layers.shards.Shards`); −1:
             the layer's ``delta``.
-        names: ``(n,)`` int64 buffer, sorted, :func:`~comeba_ext.ops.mentions.name_hash` of the names; of_name: ``(n,)``, whose each is.
+            Anchors of one shard lie side by side.
+        names, of_name, ends, of_end: int64 buffers, of :class:`~comeba_ext.ops.subject_hook.Subjects`.
     """
 
     name = "nearest"
@@ -44,38 +48,50 @@ class NearestScore(Score):
         self.register_buffer("thresholds", torch.zeros(0, dtype=torch.float32, device=device))
         self.register_buffer("named_thresholds", torch.zeros(0, dtype=torch.float32, device=device))
         self.register_buffer("shards", torch.zeros(0, dtype=torch.int64, device=device))
-        self.register_buffer("names", torch.zeros(0, dtype=torch.int64, device=device))
-        self.register_buffer("of_name", torch.zeros(0, dtype=torch.int64, device=device))
-        self.known = 0  # rows of anchors that are one, and
-        self.needs_delta = True  # whether one of them, or none at all, is outside all shards: known without asking the device
+        for name in CALLED:
+            self.register_buffer(name, torch.zeros(0, dtype=torch.int64, device=device))
+        for name in ("first", "count"):  # where the anchors of every shard are; follows from the shards
+            self.register_buffer(name, torch.zeros(0, dtype=torch.int64, device=device), persistent=False)
+        # Known without asking the device: rows of anchors that are one; whether one of them, or none at all, is outside all shards;
+        self.known, self.needs_delta = 0, True
+        self.most = (0, 0)  # how many shards share an end at most, and how many anchors a shard has.
 
     @property
     def named(self) -> bool:
-        return len(self.names) > 0
+        """Whether every anchor is of a subject that has a name."""
+        return not self.needs_delta and len(self.ends) > 0
 
     def scores(self, x, layer, mask=None, past=None):
-        named = self._named(x, layer)
-        named = ops.Mentions(named[0], self.shards, named[1]) if named else None
-        return ops.nearest_scores(x, self.projection, self.anchors, self.excess(layer.alpha), named), None
+        hashes = layer.hashes(x) if self.named else None
+        if hashes is None:
+            return ops.nearest_scores(x, self.projection, self.anchors, self.excess(layer.alpha)), None
+        how = (self.projection, self.anchors, self._both(layer.alpha), layer.alpha, self._subjects(), self.most)
+        return subject_scores(x, hashes, *how)[0], None
 
     def peaks(self, x, mask, layer):
         return ops.peak_scores(x, mask, self.projection, self.anchors, self.excess(layer.alpha))
 
     def hook(self, output, x, layer, mask, past, inplace):
-        how = (self.projection, self.anchors, self.excess(layer.alpha), mask, layer.alpha)
         parts = layer.shards
-        shards = (self.shards, parts.rows, parts.left, parts.right) if len(parts.rows) else None
-        named = self._named(x, layer) if shards else None
-        return ops.nearest_hook(output, x, layer.delta if self.needs_delta else None, *how, shards, named, inplace=inplace), None
+        shards = (parts.rows, parts.left, parts.right)
+        hashes = layer.hashes(x) if self.named else None
+        if hashes is not None:
+            how = (self.projection, self.anchors, self._both(layer.alpha), mask, layer.alpha, self._subjects(), self.most, shards)
+            return subject_hook(output, x, hashes, *how, inplace=inplace), None
+        how = (self.projection, self.anchors, self.excess(layer.alpha), mask, layer.alpha)
+        apart = (self.shards, *shards) if len(parts.rows) else None
+        return ops.nearest_hook(output, x, layer.delta if self.needs_delta else None, *how, apart, inplace=inplace), None
 
     def excess(self, alpha: torch.Tensor) -> torch.Tensor:
         """What every anchor's threshold lies above α, ``(keys,)``."""
         return (self.thresholds - alpha).clamp(min=0)
 
-    def _named(self, x: torch.Tensor, layer) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The shard that the text names at every token, and every anchor's excess there."""
-        found = layer.mentions(x.shape, self.names, self.of_name)
-        return None if found is None else (found, (self.named_thresholds - layer.alpha).clamp(min=0))
+    def _both(self, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, and where its subject is named."""
+        return self.excess(alpha), (self.named_thresholds - alpha).clamp(min=0)
+
+    def _subjects(self) -> Subjects:
+        return Subjects(*(getattr(self, name) for name in CALLED), self.first, self.count)
 
     def fit(self, covariance):
         """The metric to compare in; forgets all keys."""
@@ -143,18 +159,18 @@ class NearestScore(Score):
         return places
 
     def append_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor, named: torch.Tensor) -> None:
-        """More directions, as :meth:`add_anchors` takes them, each an anchor of its own."""
+        """More directions, as :meth:`add_anchors` takes them, each an anchor of its own; to be followed by :meth:`assign`."""
         with torch.inference_mode(False), torch.no_grad():
             self._grow(len(unit))
             for name, own in (("anchors", unit), ("thresholds", thresholds), ("named_thresholds", named)):
                 buffer = getattr(self, name)
                 buffer[self.known : self.known + len(unit)] = own.to(buffer)
             self.known += len(unit)
-        self._look()
 
     @torch.no_grad()
     def keep_anchors(self, stays: torch.Tensor) -> None:
-        """Forget those of the known anchors that do not stay, ``(known,)`` bool; the others keep their order."""
+        """Forget those of the known anchors that do not stay, ``(known,)`` bool; the others keep their order; to be followed by
+        :meth:`assign`."""
         known = self.known_keys()
         with torch.inference_mode(False):
             for name in PER_ANCHOR:
@@ -164,16 +180,20 @@ class NearestScore(Score):
                 new[: len(kept)] = kept
                 setattr(self, name, new)
         self.known = len(kept)
-        self._look()
 
-    def assign(self, shards: torch.Tensor, names: torch.Tensor | None = None, of_name: torch.Tensor | None = None) -> None:
-        """Say which shard every known anchor is in, ``(known,)`` int64; and, by :func:`~comeba_ext.ops.mentions.name_hash`, what
-        names them: ``(n,)`` int64, sorted, and whose each is."""
+    def assign(self, shards: torch.Tensor, called: tuple[torch.Tensor, ...] = ()) -> None:
+        """Say which shard every known anchor is in, ``(known,)`` int64; and what the shards are called, ``CALLED``.
+
+        Raises:
+            ValueError: a shard's anchors do not lie side by side.
+        """
         with torch.inference_mode(False):
             self.shards = torch.full_like(self.shards, -1)
             self.shards[: len(shards)] = shards.to(self.shards)
-            self.names = self.names.new_zeros(0) if names is None else names.to(self.names, copy=True)
-            self.of_name = self.of_name.new_zeros(0) if of_name is None else of_name.to(self.of_name, copy=True)
+            for name in CALLED:
+                setattr(self, name, getattr(self, name).new_zeros(0))
+            for name, own in zip(CALLED, called, strict=False):
+                setattr(self, name, own.to(self.names, copy=True))
         self._look()
 
     def _count(self) -> None:
@@ -182,7 +202,21 @@ class NearestScore(Score):
         self._look()
 
     def _look(self) -> None:
-        self.needs_delta = not self.known or bool((self.shards[: self.known] < 0).any())
+        shards = self.shards[: self.known].cpu()
+        self.needs_delta = not self.known or bool((shards < 0).any())
+        begins = torch.ones(len(shards), dtype=torch.bool)
+        begins[1:] = shards[1:] != shards[:-1]
+        start = begins.nonzero()[:, 0]
+        of_run, size = shards[start], torch.diff(start, append=torch.tensor([len(shards)]))
+        start, size, of_run = start[of_run >= 0], size[of_run >= 0], of_run[of_run >= 0]
+        total = int(of_run.max()) + 1 if len(of_run) else 0
+        if len(of_run) and of_run.bincount().max() > 1:
+            raise ValueError("the anchors of a shard do not lie side by side")
+        with torch.inference_mode(False):
+            for name, value in (("first", start), ("count", size)):
+                setattr(self, name, torch.zeros(total, dtype=torch.int64).index_copy(0, of_run, value).to(self.shards.device))
+        shared = self.ends.cpu().unique_consecutive(return_counts=True)[1]
+        self.most = (int(shared.max()) if len(shared) else 0, int(size.max()) if len(size) else 0)
 
     def _add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
         """More directions, ``(n, rows)``, in the dtype of ``anchors``, and their two thresholds ``(n, 2)``; what stands for each."""
@@ -226,7 +260,7 @@ class NearestScore(Score):
             for name in ("thresholds", "named_thresholds"):
                 setattr(self, name, getattr(self, name).new_zeros(anchors.shape[:1]))
             self.shards = self.shards.new_full(anchors.shape[:1], -1)
-            for name in ("names", "of_name"):
+            for name in CALLED:
                 own = state_dict.setdefault(prefix + name, getattr(self, name)[:0])  # a version before had none
                 setattr(self, name, getattr(self, name).new_zeros(own.shape))
             state_dict.setdefault(f"{prefix}shards", self.shards)
@@ -237,14 +271,14 @@ class NearestScore(Score):
 
     def take_over(self, other):
         super().take_over(other)
-        self.known, self.needs_delta = other.known, other.needs_delta
+        self.known, self.needs_delta, self.most = other.known, other.needs_delta, other.most
 
     def tensors(self):
         known = self.known_keys()
         own = {"projection": self.projection, "anchors": self.anchors[:known], "thresholds": self.thresholds[:known]}
         if (self.shards[:known] >= 0).any():
             own |= {"anchor_shards": self.shards[:known], "named_thresholds": self.named_thresholds[:known]}
-            own |= {"names": self.names, "name_shards": self.of_name}
+            own |= {name: getattr(self, name) for name in CALLED}
         return own
 
     def restore(self, tensors):
@@ -258,13 +292,16 @@ class NearestScore(Score):
         self.projection, self.anchors = (part.to(self.projection, copy=True) for part in (projection, anchors))
         self.thresholds, self.named_thresholds = (part.to(self.thresholds, copy=True) for part in (thresholds, named))
         shards = _integers(tensors, "anchor_shards", torch.full(thresholds.shape, -1), thresholds.shape)
-        names = _integers(tensors, "names", torch.zeros(0, dtype=torch.int64))
-        of_name = _integers(tensors, "name_shards", names, names.shape)
-        if len(names) and not (names[1:] > names[:-1]).all():
-            raise ValueError("names are not in order")
+        none = torch.zeros(0, dtype=torch.int64)
+        names, ends = (_integers(tensors, name, none) for name in ("names", "ends"))
+        of_name, of_end = _integers(tensors, "of_name", none, names.shape), _integers(tensors, "of_end", none, ends.shape)
+        if not (names[1:] > names[:-1]).all() or not (ends[1:] >= ends[:-1]).all():
+            raise ValueError("names or ends are not in order")
         self.shards = self.shards.new_full(thresholds.shape, -1)
-        self.assign(shards, names, of_name)
-        self._count()
+        self.known = int(self.anchors.any(-1).sum())
+        self.assign(shards, (names, of_name, ends, of_end))
+        if any(len(own) and not 0 <= own.min() <= own.max() < len(self.first) for own in (of_name, of_end)):
+            raise ValueError("of_name or of_end has shards that have no anchors")
 
 
 def _integers(tensors: dict[str, torch.Tensor], name: str, default: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor:

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from comeba_ext.text.encoding import encode_all
 from comeba_ext.text.request import EditRequest
 
 
-def names_of(tokenizer, requests: list[EditRequest]) -> list[list[list[int]]]:
-    """Every request's names, lists of token ids without repetition; none where the edit is not at the subject.
+class Names(NamedTuple):
+    """What tells a request's subject in a text.
 
-    A name of several words counts in small letters too: those of a single one may be another word ("turkey").
+    Attributes:
+        names: lists of token ids, none of them twice; none where the edit is not at the subject.
+        ends: their last tokens, and that which the request is edited at.
     """
-    there = [n for n, request in enumerate(requests) if request.fact_token == "subject_last"]
-    if not there:
-        return [[] for _ in requests]
+
+    names: list[list[int]]
+    ends: list[int]
+
+
+def names_of(tokenizer, requests: list[EditRequest]) -> list[Names]:
+    """Every request's names. One of several words counts in small letters too: a single word may be another one then ("turkey")."""
+    if not requests:
+        return []
     forms, owner = [], []
-    for n in there:
-        subject = requests[n].subject
+    for n, request in enumerate(requests):
+        subject = request.subject
         for form in dict.fromkeys((subject, subject.lower() if len(subject.split()) > 1 else subject)):
-            forms += [form, f" {form}"]
-            owner += [n, n]
+            if request.fact_token == "subject_last":
+                forms += [form, f" {form}"]
+                owner += [n, n]
     found: list[list[list[int]]] = [[] for _ in requests]
-    for n, ids in zip(owner, tokenizer(forms, add_special_tokens=False)["input_ids"], strict=True):
+    for n, ids in zip(owner, tokenizer(forms, add_special_tokens=False)["input_ids"] if forms else [], strict=True):
         if ids and ids not in found[n]:
             found[n].append(ids)
-    # Where the tokenizer splits or joins it in another way in its prompt. What begins the text is covered.
-    inside = [n for n in there if requests[n].place > len(requests[n].subject)]
-    texts = [requests[n].text for n in inside]
-    ends = encode_all(tokenizer, [(text, None, requests[n].place) for n, text in zip(inside, texts, strict=True)])
-    starts = encode_all(
-        tokenizer, [(text, None, requests[n].place - len(requests[n].subject)) for n, text in zip(inside, texts, strict=True)]
-    )
-    for n, start, end in zip(inside, starts, ends, strict=True):
-        ids = end.ids[start.subject_last + 1 : end.subject_last + 1]
+    # In its prompt the tokenizer may split or join it in another way. (What begins the text is covered.)
+    edited = encode_all(tokenizer, [(request.text, None, request.place) for request in requests])
+    inside = [n for n, request in enumerate(requests) if found[n] and request.place > len(request.subject)]
+    before = encode_all(tokenizer, [(requests[n].text, None, requests[n].place - len(requests[n].subject)) for n in inside])
+    for n, start in zip(inside, before, strict=True):
+        ids = edited[n].ids[start.subject_last + 1 : edited[n].subject_last + 1]
         # Less than the name, from its middle on, would be another one.
         whole = ids and (len(ids) >= min(map(len, found[n])) or any(ids[0] == own[0] for own in found[n]))
         if whole and ids not in found[n]:
             found[n].append(ids)
-    return found
+    last = [own.ids[own.subject_last] for own in edited]
+    return [Names(own, list(dict.fromkeys([*(ids[-1] for ids in own), end]))) for own, end in zip(found, last, strict=True)]
