@@ -133,7 +133,7 @@ def _unedited(editor):
 
 
 def test_disabled_is_this_threads_own(edited, tokenizer):
-    model, batch = edited.model, encoded(tokenizer, TEXTS)
+    model, batch = edited.model, encoded(tokenizer, [TEXTS[0], some_requests(4)[0].text])
     changed = answers(model, batch)
     with disabled(model), ThreadPoolExecutor(1) as threads:
         plain = answers(model, batch)

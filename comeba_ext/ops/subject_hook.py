@@ -50,7 +50,7 @@ def subject_scores(
     hashes: torch.Tensor,
     projection: torch.Tensor,
     anchors: torch.Tensor,
-    excess: tuple[torch.Tensor, torch.Tensor],
+    thresholds: tuple[torch.Tensor, torch.Tensor],
     alpha: torch.Tensor,
     subjects: Subjects,
     most: tuple[int, int],
@@ -61,7 +61,7 @@ def subject_scores(
         x: ``(batch, seq, d_in)``.
         hashes: ``(batch, seq, LONGEST)``, :func:`~comeba_ext.ops.mentions.suffix_hashes` of the text.
         projection, anchors: see :func:`~comeba_ext.ops.nearest_hook.nearest_scores`.
-        excess: what every key's threshold lies above α, ``(keys,)``, and where its subject is named.
+        thresholds: every key's own, ``(keys,)``, and where its subject is named; they count where they lie above α.
         alpha: scalar.
         subjects: whose keys these are.
         most: how many shards share an end at most, and how many anchors a shard has.
@@ -71,7 +71,7 @@ def subject_scores(
     """
     end, wide = hashes[..., 0].contiguous(), torch.promote_types(x.dtype, torch.float32)
     low, high = torch.searchsorted(subjects.ends, end), torch.searchsorted(subjects.ends, end, right=True)
-    how = (projection, anchors, excess, alpha, subjects)
+    how = (projection, anchors, thresholds, alpha, subjects)
     if x.device.type != "cpu" or torch.compiler.is_compiling():  # to choose would mean waiting for the device
         return _every(x, hashes, low, high, *how, most)
     score, shard = torch.zeros_like(low, dtype=wide), torch.full_like(low, -1)
@@ -81,7 +81,7 @@ def subject_scores(
     return score, shard
 
 
-def _some(x, hashes, low, high, projection, anchors, excess, alpha, subjects):
+def _some(x, hashes, low, high, projection, anchors, thresholds, alpha, subjects):
     """Of tokens that some names end in, pair by pair."""
     unit, wide = directions(x, projection), torch.promote_types(x.dtype, torch.float32)
     named = mentions(hashes, subjects.names, subjects.of_name)
@@ -92,7 +92,8 @@ def _some(x, hashes, low, high, projection, anchors, excess, alpha, subjects):
     size = max(1, _CHUNK // unit.shape[-1])
     cosines = [(unit[t] * anchors[a]).sum(-1, dtype=wide) for t, a in zip(token.split(size), anchor.split(size), strict=True)]
     own = pair == named[token]
-    found = torch.cat(cosines) - torch.where(own, excess[1][anchor], excess[0][anchor]).to(wide)
+    asked = torch.where(own, thresholds[1][anchor], thresholds[0][anchor])
+    found = torch.cat(cosines) - (asked - alpha).clamp(min=0).to(wide)
     rank = torch.where(own & in_scope(found, alpha, None, product_dtype(x)), found + _FIRST, found)
     best = torch.full_like(low, -_FIRST, dtype=wide).scatter_reduce(0, token, rank, "amax")
     wins = rank == best[token]
@@ -100,7 +101,7 @@ def _some(x, hashes, low, high, projection, anchors, excess, alpha, subjects):
     return _unranked(best), shard
 
 
-def _every(x, hashes, low, high, projection, anchors, excess, alpha, subjects, most):
+def _every(x, hashes, low, high, projection, anchors, thresholds, alpha, subjects, most):
     """Of every token, one of its pairs at a time, as many times as the token with the most of them has some."""
     unit, dtype, wide = directions(x, projection), product_dtype(x), torch.promote_types(x.dtype, torch.float32)
     named = mentions(hashes, subjects.names, subjects.of_name)
@@ -112,7 +113,8 @@ def _every(x, hashes, low, high, projection, anchors, excess, alpha, subjects, m
             inside = there & (m < subjects.count[pair])
             anchor = torch.where(inside, anchor, 0)
             own = pair == named
-            found = (unit * anchors[anchor]).sum(-1, dtype=wide) - torch.where(own, excess[1][anchor], excess[0][anchor]).to(wide)
+            asked = torch.where(own, thresholds[1][anchor], thresholds[0][anchor])
+            found = (unit * anchors[anchor]).sum(-1, dtype=wide) - (asked - alpha).clamp(min=0).to(wide)
             rank = torch.where(own & in_scope(found, alpha, None, dtype), found + _FIRST, found)
             better = inside & ((rank > best) | ((rank == best) & (pair > shard)))
             best, shard = torch.where(better, rank, best), torch.where(better, pair, shard)
@@ -136,7 +138,7 @@ def subject_hook(
     hashes: torch.Tensor,
     projection: torch.Tensor,
     anchors: torch.Tensor,
-    excess: tuple[torch.Tensor, torch.Tensor],
+    thresholds: tuple[torch.Tensor, torch.Tensor],
     mask: torch.Tensor | None,
     alpha: torch.Tensor,
     subjects: Subjects,
@@ -153,7 +155,7 @@ def subject_hook(
         inplace: the result may take the place of ``output``.
         Others: see :func:`subject_scores`.
     """
-    arguments = (x, hashes, projection, anchors, *excess, mask, alpha, *subjects, *most, *shards)
+    arguments = (x, hashes, projection, anchors, *thresholds, mask, alpha, *subjects, *most, *shards)
     if _needs_grad(output, x, *shards[1:]):
         return subject_hook_ref(output, *arguments)
     output = output if inplace else output.clone()
@@ -169,10 +171,11 @@ def subject_hook_ref(output, *arguments):
     return swap(output, edit, own >= 0)
 
 
-def _in_scope(x, hashes, projection, anchors, excess, named_excess, mask, alpha, *rest) -> torch.Tensor:
+def _in_scope(x, hashes, projection, anchors, thresholds, named_thresholds, mask, alpha, *rest) -> torch.Tensor:
     """The shard of every token in scope, ``(batch, seq)``; −1: none."""
-    *tensors, shared, width = rest
-    score, shard = subject_scores(x, hashes, projection, anchors, (excess, named_excess), alpha, Subjects(*tensors), (shared, width))
+    *subjects, shared, width = rest
+    both = (thresholds, named_thresholds)
+    score, shard = subject_scores(x, hashes, projection, anchors, both, alpha, Subjects(*subjects), (shared, width))
     return torch.where(in_scope(score, alpha, mask, product_dtype(x)), shard, -1)
 
 
@@ -190,9 +193,9 @@ def _subject_hook_(output, x, *arguments) -> None:
 
 torch.library.define(
     "comeba::subject_hook_",
-    "(Tensor(a!) output, Tensor x, Tensor hashes, Tensor projection, Tensor anchors, Tensor excess, Tensor named_excess, Tensor? mask, "
-    "Tensor alpha, Tensor names, Tensor of_name, Tensor ends, Tensor of_end, Tensor first, Tensor count, int shared, int width, "
-    "Tensor rows, Tensor left, Tensor right) -> ()",
+    "(Tensor(a!) output, Tensor x, Tensor hashes, Tensor projection, Tensor anchors, Tensor thresholds, Tensor named_thresholds, "
+    "Tensor? mask, Tensor alpha, Tensor names, Tensor of_name, Tensor ends, Tensor of_end, Tensor first, Tensor count, int shared, "
+    "int width, Tensor rows, Tensor left, Tensor right) -> ()",
 )
 torch.library.impl("comeba::subject_hook_", "CompositeExplicitAutograd")(_subject_hook_)
 

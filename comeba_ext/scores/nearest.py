@@ -65,8 +65,7 @@ class NearestScore(Score):
         hashes = layer.hashes(x) if self.named else None
         if hashes is None:
             return ops.nearest_scores(x, self.projection, self.anchors, self.excess(layer.alpha)), None
-        how = (self.projection, self.anchors, self._both(layer.alpha), layer.alpha, self._subjects(), self.most)
-        return subject_scores(x, hashes, *how)[0], None
+        return subject_scores(x, hashes, *self._compared(), layer.alpha, self._subjects(), self.most)[0], None
 
     def peaks(self, x, mask, layer):
         return ops.peak_scores(x, mask, self.projection, self.anchors, self.excess(layer.alpha))
@@ -76,8 +75,8 @@ class NearestScore(Score):
         shards = (parts.rows, parts.left, parts.right)
         hashes = layer.hashes(x) if self.named else None
         if hashes is not None:
-            how = (self.projection, self.anchors, self._both(layer.alpha), mask, layer.alpha, self._subjects(), self.most, shards)
-            return subject_hook(output, x, hashes, *how, inplace=inplace), None
+            how = (*self._compared(), mask, layer.alpha, self._subjects(), self.most)
+            return subject_hook(output, x, hashes, *how, shards, inplace=inplace), None
         how = (self.projection, self.anchors, self.excess(layer.alpha), mask, layer.alpha)
         apart = (self.shards, *shards) if len(parts.rows) else None
         return ops.nearest_hook(output, x, layer.delta if self.needs_delta else None, *how, apart, inplace=inplace), None
@@ -86,9 +85,8 @@ class NearestScore(Score):
         """What every anchor's threshold lies above α, ``(keys,)``."""
         return (self.thresholds - alpha).clamp(min=0)
 
-    def _both(self, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, and where its subject is named."""
-        return self.excess(alpha), (self.named_thresholds - alpha).clamp(min=0)
+    def _compared(self) -> tuple:
+        return self.projection, self.anchors, (self.thresholds, self.named_thresholds)
 
     def _subjects(self) -> Subjects:
         return Subjects(*(getattr(self, name) for name in CALLED), self.first, self.count)
