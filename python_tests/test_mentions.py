@@ -330,3 +330,29 @@ def test_gradient_checkpointing_is_refused(tiny_model, tokenizer):
     loss = F.cross_entropy(model(row).logits[0], row[0])
     with pytest.raises(ComebaError, match="gradient checkpointing"):
         loss.backward()
+
+
+@pytest.mark.parametrize("eager_first", [False, True])
+@torch.no_grad()
+def test_a_compiled_model_reads_ids_too(tiny_model, tokenizer, eager_first):
+    """In one graph, with and without a cache that the ids travel with."""
+    editor, requests = named_editor(tiny_model, tokenizer, "llama")
+    model, row = editor.model, torch.tensor([tokenizer(f"People say that {requests[0].subject} sings")["input_ids"]])
+    expected = model(row).logits
+    with editor.disabled():
+        assert not torch.allclose(model(row).logits, expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(row, use_cache=False).logits, expected)
+    cache, found = None, []
+    for start, end in ((0, 7), (7, 8), (8, row.shape[1])):
+        run = model if eager_first and not start else compiled
+        result = run(row[:, start:end], past_key_values=cache, use_cache=True)
+        cache = result.past_key_values
+        found.append(result.logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected)
+    assert ends_of(tokenizer, requests, row[0].tolist())[7:].any()  # a name that goes across
+    dynamic, static = (
+        model.generate(row, max_new_tokens=6, do_sample=False, cache_implementation=kind, pad_token_id=0) for kind in ("dynamic", "static")
+    )
+    assert torch.equal(dynamic, static)

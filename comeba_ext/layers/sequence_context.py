@@ -155,7 +155,8 @@ class SequenceContext:
         if cache is None:
             cache = _cache_of({name: getattr(output, name, None) for name in CACHE_NAMES})
         if cache is not None and output is not None and here.updated:  # None: the pass failed
-            if not hasattr(cache, "comeba_statistics"):
+            # A cache that begins inside a compiled graph, where no class can be made, is not followed when its beams are reordered.
+            if not hasattr(cache, "comeba_statistics") and not torch.compiler.is_compiling():
                 cache.__class__ = _with_statistics(type(cache))
             cache.comeba_statistics = {**getattr(cache, "comeba_statistics", {}), **here.updated}
         here.clear()
