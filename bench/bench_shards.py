@@ -5,10 +5,10 @@ with a covariance of condition 10³, a batch of 100 a step as the editor makes i
 over). At every number of subjects:
 
 - ``update_ms``: a request's share of a step, median of ten steps;
-- ``retract_ms``: taking one request out, ``layer_ms`` and ``token_ms``: the layer on 512 tokens and on one, none of them in scope;
+- ``retract_ms``: taking one request out;
 - ``stored_mb``: factors, anchors and tables as they are saved, ``save_s`` and ``load_s``: into a file and back.
 
-The hooked layer's base product is measured beside it, in the same minutes.
+Names have three tokens, of which the last is drawn from 5,000. What the layer costs a text: ``bench_subjects.py``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import nn
 from comeba_ext.editing.subject_shards import Member, SubjectShards
 from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.memory.key_memory import KeyMemory
+from comeba_ext.ops.mentions import name_hash
 
 D_IN, D_OUT, BATCH = 1536, 576, 100
 
@@ -59,14 +60,15 @@ def main() -> None:
     layer = HookedLinear(nn.Linear(D_IN, D_OUT), "nearest", 0.6)
     layer.score.fit(moment.float())
     memory, shards = KeyMemory(48.0 * moment), SubjectShards()
-    x = torch.randn(1, 512, D_IN, generator=generator) @ root.mT
     count, rows, steps = 0, [], []
     for size in (1_000, 10_000) if args.quick else (1_000, 10_000, 100_000):
         while count < size:
             keys = torch.randn(BATCH, D_IN, generator=generator) @ root.mT
+            unit = layer.score.directions(keys)
+            answers = torch.randn(BATCH, D_OUT, generator=generator)
             members = [
-                Member((f"{count + n}", 1), k[None], torch.randn(1, D_OUT, generator=generator), layer.score.directions(k)[None], FLOOR)
-                for n, k in enumerate(keys)
+                Member((f"{count + n}", 1), keys[n : n + 1], answers[n : n + 1], unit[n : n + 1], FAR, NEAR, *called(count + n))
+                for n in range(BATCH)
             ]
             start = time.perf_counter()
             twin, own = copied(layer), shards.copy()
@@ -78,9 +80,6 @@ def main() -> None:
         row = {"subjects": count, "update_ms": statistics.median(steps[-10:]) / BATCH * 1e3}
         twin, own = copied(layer), shards.copy()
         row["retract_ms"] = timed(lambda: own.remove(twin, memory, {next(iter(own.members.values()))[0].name}), 5) * 1e3  # noqa: B023
-        for name, part in (("layer_ms", x), ("token_ms", x[:, :1])):
-            row[name] = timed(lambda: layer(part), 20) * 1e3  # noqa: B023
-            row[f"plain_{name}"] = timed(lambda: layer.base_layer(part), 20) * 1e3  # noqa: B023
         row |= stored(layer)
         rows.append({name: round(value, 4) for name, value in row.items()})
         print(rows[-1], file=sys.stderr, flush=True)
@@ -90,7 +89,14 @@ def main() -> None:
     finish(rows, [target(f"update at {rows[-1]['subjects']:,} subjects / at 1,000", ratio, 1.1, ratio <= 1.1)], args.json)
 
 
-FLOOR = torch.tensor([0.6])
+FAR, NEAR = torch.tensor([0.85]), torch.tensor([0.4])
+
+
+def called(n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Two forms of a name, and their ends."""
+    last = n * 7919 % 5000
+    forms = [[first, 6000 + n % 1000, last] for first in (7000 + n, 200_000 + n)]
+    return tuple(map(name_hash, forms)), (name_hash([last]),)
 
 
 def copied(layer: HookedLinear) -> HookedLinear:
@@ -121,7 +127,7 @@ def draw(rows: list[dict], path: str) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
     subjects = [row["subjects"] for row in rows]
-    for name, label in (("update_ms", "an edit, ms"), ("retract_ms", "taking one back, ms"), ("token_ms", "one token, ms")):
+    for name, label in (("update_ms", "an edit, ms"), ("retract_ms", "taking one back, ms")):
         axes[0].plot(subjects, [row[name] for row in rows], marker="o", label=label)
     axes[0].set(xscale="log", yscale="log", xlabel="subjects", title="time")
     axes[0].legend()
