@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "dtype.h"
+
 #if defined(COMEBA_EMULATE)
 #include "emulation/cuda.h"
 #include "emulation/tensor_core.h"
@@ -57,7 +59,20 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::si
 #endif
 }
 
+// What to tell the caller of a launcher.
+inline const char* reason(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
 // --- Numbers: kernels compute in float whatever is stored.
+
+// body(T()) for the type that is stored.
+template <typename F>
+const char* with_type(DType type, F&& body) {
+  switch (type) {
+    case DType::f16: return body(__half());
+    case DType::bf16: return body(__nv_bfloat16());
+    default: return body(float());
+  }
+}
 
 __host__ __device__ __forceinline__ float to_float(float value) { return value; }
 __host__ __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }

@@ -68,17 +68,6 @@ int multiprocessors() {
   return count;
 }
 
-const char* reason(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
-template <typename F>
-const char* with_type(DType type, F&& body) {
-  switch (type) {
-    case DType::f16: return body(__half());
-    case DType::bf16: return body(__nv_bfloat16());
-    default: return body(float());
-  }
-}
-
 template <typename T, typename Action>
 cudaError_t launch_scope(const T* response, int width, Decision d, const ScopeLayout& layout, Action action,
                          cudaStream_t stream) {

@@ -4,9 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace comeba {
+#include "dtype.h"
 
-enum class DType { f32, f16, bf16 };
+namespace comeba {
 
 // What turns norms into scope. All pointers are device pointers; those of optional tensors may be null.
 struct Decision {

@@ -11,6 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from comeba_ext.ops import hooked_linear as ops
+from comeba_ext.ops import subject_hook  # noqa: F401  (defines the operator)
+from comeba_ext.ops.mentions import name_hash, suffix_hashes
+from comeba_ext.ops.nearest_hook import directions
 from comeba_ext.ops.sketch import rows_for, sketch_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -278,3 +281,119 @@ def test_public_functions_agree_with_their_references(inplace):
     kept = output.clone()
     ops.exact_hook(output, edit, *case.decision)
     assert torch.equal(output, kept)  # not in place unless asked
+
+
+# -- the edits of what a text names -----------------------------------------------------------------------------------
+
+
+class NamedCase:
+    """Tokens that name a subject, or only end as one does, at chosen cosines of its key; the outcome by loops over tokens and names.
+
+    Every fourth hundredth of cosine that decides lies 0.05 or more from a threshold: a name counts from 0.5, an end from 0.8.
+    """
+
+    KINDS = {  # what ends at a token, and how close its key is: (whole name?, cosine), or nothing
+        "named": [(True, 0.6)],
+        "ends alike": [(False, 0.6)],
+        "ends alike, very near": [(False, 0.9)],
+        "nothing": [],
+        "named, another nearer": [(True, 0.6), (False, 0.95)],
+        "named and far, another near": [(True, 0.3), (False, 0.9)],
+        "named and far": [(True, 0.3), (False, 0.7)],
+        "two ends": [(False, 0.86), (False, 0.95)],
+    }
+
+    def __init__(self, shape, dtype, device, masked=True):
+        batch, seq, d_in, d_out = shape
+        generator = torch.Generator().manual_seed(sum(shape))
+        random = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
+        rows = min(256, d_in)
+        self.x, self.projection = random(batch, seq, d_in).to(dtype), (random(rows, d_in) / d_in**0.5).to(dtype)
+        self.base = random(batch, seq, d_out).to(dtype)
+        unit = directions(self.x.double(), self.projection.double())
+        names, ends, anchors, owners, self.ids = {}, [], [], [], torch.zeros(batch, seq + 1, dtype=torch.long)
+        self.expected_shard = torch.full((batch, seq), -1)
+        for n in range(batch * seq):
+            b, t = divmod(n, seq)
+            last = 100 + 2 * n
+            self.ids[b, t + 1] = last
+            kind = list(self.KINDS.values())[n % len(self.KINDS)]
+            best = (0.0, -1)
+            for whole, cosine in kind:
+                shard = len(names)
+                name = (self.ids[b, t].item(), last) if whole else (7, last)
+                names[name_hash(list(name) if whole else [7 + shard, 8, last])] = shard
+                ends.append((name_hash([last]), shard))
+                for c in (cosine, 0.1)[: 1 + shard % 2] if shard % 3 else (0.1, cosine):
+                    other = random(rows).double()
+                    other = torch.nn.functional.normalize(other - (other @ unit[b, t]) * unit[b, t], dim=0)
+                    anchors.append(c * unit[b, t] + (1 - c**2) ** 0.5 * other)
+                    owners.append(shard)
+                if whole and cosine >= 0.5:
+                    best = (10.0, shard)
+                elif cosine >= 0.8:
+                    best = max(best, (cosine, shard))
+            self.expected_shard[b, t] = best[1]
+        count = max(1, len(names))
+        self.anchors = (torch.stack(anchors) if anchors else torch.zeros(0, rows)).to(dtype)
+        owners = torch.tensor(owners, dtype=torch.long)
+        width = 3
+        sizes = torch.arange(count) % (width + 1)  # some shards have no factor
+        self.rows = torch.where(torch.arange(width) < sizes[:, None], torch.arange(count * width).reshape(count, width), -1)
+        self.left, self.right = random(count * width, d_out).to(dtype), (random(count * width, d_in) / d_in**0.5).to(dtype)
+        tables = [
+            torch.tensor(part, dtype=torch.long)
+            for table in (sorted(names.items()), sorted(ends))
+            for part in (zip(*table) if table else ((), ()))
+        ]
+        first = torch.tensor([int((owners < n).sum()) for n in range(count)])
+        self.subjects = [*tables, first, torch.bincount(owners, minlength=count)]
+        self.thresholds, self.named = torch.full((len(owners),), 0.8), torch.full((len(owners),), 0.5)
+        self.alpha = torch.tensor(0.5, dtype=torch.float64)
+        self.mask = torch.ones(batch, seq, dtype=torch.bool)
+        if masked:
+            self.mask[:, : seq // 5] = False
+            self.expected_shard[~self.mask] = -1
+        self.hashes = suffix_hashes(self.ids[:, 1:], self.ids[:, :1])
+        most = (2, 2)
+        self.arguments = [self.x, self.hashes, self.projection, self.anchors, self.thresholds, self.named, self.mask if masked else None,
+                          self.alpha, *self.subjects, *most, self.rows, self.left, self.right]  # fmt: skip
+        self.arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in self.arguments]
+        self.device = device
+
+    def expected(self, dtype):
+        output = self.base.to(dtype)
+        for b, t in (self.expected_shard >= 0).nonzero().tolist():
+            for row in self.rows[self.expected_shard[b, t]].tolist():
+                if row >= 0:
+                    output[b, t] += self.left[row].to(dtype) * (self.right[row].to(dtype) @ self.x[b, t].to(dtype))
+        return output
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 64, 5), (2, 17, 130, 33), (3, 20, 64, 16), (1, 40, 300, 140), (5, 1, 280, 24)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_subject_hook(shape, dtype, device, masked):
+    case = NamedCase(shape, dtype, device, masked)
+    output = case.base.clone().to(device)
+    torch.ops.comeba.subject_hook_(output, *case.arguments)
+    changed = torch.tensor([[(case.rows[s] >= 0).any() if s >= 0 else False for s in row] for row in case.expected_shard.tolist()])
+    assert torch.equal((output.cpu() != case.base).any(-1), changed.reshape(changed.shape[:2]))  # all else bit for bit
+    exact, own = case.expected(torch.float64), case.expected(dtype).double()
+    floor = torch.finfo(dtype).eps * exact.abs().max().item()
+    assert (output.cpu().double() - exact).abs().max().item() <= max(2 * (own - exact).abs().max().item(), 4 * floor)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_subject_hook_with_nobody_to_name(device):
+    case = NamedCase((2, 9, 64, 16), torch.float32, device)
+    for empty in (8, 10):  # no names; then no ends either
+        case.arguments[empty] = case.arguments[empty][:0]
+        case.arguments[empty + 1] = case.arguments[empty + 1][:0]
+        output = case.base.clone().to(device)
+        torch.ops.comeba.subject_hook_(output, *case.arguments)
+        near = case.expected_shard.clone()
+        kinds = torch.arange(18).reshape(2, 9) % len(case.KINDS)
+        changed = (output.cpu() != case.base).any(-1)
+        assert not changed[kinds == 0].any() and (empty == 10) == (not changed.any()) and near.max() > 0

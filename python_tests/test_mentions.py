@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from test_editor import edits_of, make_editor, random_values, small_model, some_requests
+from test_hooked_linear import captured
 from test_nearest_hook import D_IN, covariance_of, in_scope, inputs, keep_apart, loop_cosines, make_layer, random
 from torch import nn
 from torch.nn import functional as F
@@ -231,6 +232,23 @@ def test_compiled(grad):
     torch.testing.assert_close(found, expected)
     flat = (*arguments[1:], *how[0], None, layer.alpha, *how[3], *how[4], *how[5])
     torch.library.opcheck(torch.ops.comeba.subject_hook_, (arguments[0].clone(), *flat))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_cuda_graph_replays_without_synchronising(dtype):
+    layer = named_layer().to("cuda", dtype)
+    x, ids = inputs(layer.cpu().double(), batch=1, seq=64, noise=0.2), integers(2, 10, 1, 64, seed=4)
+    hashes = ops.suffix_hashes(ids)
+    layer.context.here.hashes = hashes
+    expected = (layer(x) != layer.base_layer(x)).any(-1)
+    layer, x = layer.to("cuda", dtype), x.to("cuda", dtype)
+    layer.context.here.hashes = hashes.cuda()
+    graph, replayed = captured(layer, x)
+    graph.replay()
+    found = (replayed != layer.base_layer(x)).any(-1).cpu()
+    assert expected.any() and (found != expected).sum() <= (0 if dtype == torch.float32 else 3)  # rounding may decide a few
 
 
 # -- a model ----------------------------------------------------------------------------------------------------------

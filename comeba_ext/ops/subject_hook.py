@@ -8,7 +8,8 @@ its key asks for less than where only the end does, ``eᵢ'`` instead of ``eᵢ`
 
 Both look-ups are binary searches by a hash of token ids (:mod:`comeba_ext.ops.mentions`), so what a text costs hardly grows with the
 subjects: of 18,688 subjects of CounterFact a token of Wikipedia meets 11, and two tokens in three none at all
-(``bench/bench_subjects.py``); only for the third one is the input projected.
+(``bench/bench_subjects.py``); only for the third one is the input projected. On a GPU the projection is a library product, and one
+kernel does the rest, a block a token (``csrc/subject_hook.cuh``), without waiting for the host.
 
 Where the text is not known, every token is compared with every key (:func:`~comeba_ext.ops.nearest_hook.nearest_hook`).
 """
@@ -159,7 +160,9 @@ def subject_hook(
     if _needs_grad(output, x, *shards[1:]):
         return subject_hook_ref(output, *arguments)
     output = output if inplace else output.clone()
-    (torch.ops.comeba.subject_hook_ if _dispatched(output) else _subject_hook_)(output, *arguments)
+    one_dtype = all(part.dtype == x.dtype for part in (projection, anchors, *shards[1:]))  # for the kernel
+    operator = torch.ops.comeba.subject_hook_ if _dispatched(output) and one_dtype else _subject_hook_
+    operator(output, *arguments)
     return output
 
 
