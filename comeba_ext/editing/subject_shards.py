@@ -86,7 +86,7 @@ class SubjectShards:
     """The shards of one layer.
 
     Attributes:
-        members: shard number to the requests in it, in order.
+        members: shard number to the requests in it, in order; place: request to the number of its shard.
         names: all their names; ends: the last tokens of these, each once a shard.
         of_anchor: ``(keys,)`` int64, the shard of every anchor.
         count: number of shards; free: numbers below it that none has, while something changes.
@@ -95,6 +95,7 @@ class SubjectShards:
 
     def __init__(self) -> None:
         self.members: dict[int, tuple[Member, ...]] = {}
+        self.place: dict[tuple[str, int], int] = {}
         self.names, self.ends, self.of_anchor = Table(), Table(), torch.zeros(0, dtype=torch.int64)  # replaced, never written
         self.count = self.requests = 0
         self.free: list[int] = []
@@ -102,7 +103,7 @@ class SubjectShards:
     def copy(self) -> SubjectShards:
         """Changes to one are not seen in the other."""
         other = copy.copy(self)
-        other.members, other.free = dict(self.members), list(self.free)
+        other.members, other.place, other.free = dict(self.members), dict(self.place), list(self.free)
         return other
 
     @classmethod
@@ -114,13 +115,17 @@ class SubjectShards:
         own.count, own.requests = len(layer.shards), len(members)
         for member, shard in zip(members, shards, strict=True):
             if shard >= 0:
-                own.members[shard] = (*own.members.get(shard, ()), member)
+                own._hold(shard, (*own.members.get(shard, ()), member))
         own.free = [n for n in range(own.count) if n not in own.members]
         return own
 
     def of_requests(self) -> dict[str, int]:
         """Request id to shard number."""
-        return {member.name[0]: shard for shard, members in self.members.items() for member in members}
+        return {name: shard for (name, _), shard in self.place.items()}
+
+    def _hold(self, shard: int, members: tuple[Member, ...]) -> None:
+        self.members[shard] = members
+        self.place.update(dict.fromkeys((member.name for member in members), shard))
 
     def rebuild(self, layer: HookedLinear, memory: KeyMemory | None, members: list[Member]) -> None:
         """The shards of these requests, in order, in place of all there are. One whose requests stay keeps its factors."""
@@ -148,7 +153,7 @@ class SubjectShards:
 
     def remove(self, layer: HookedLinear, memory: KeyMemory, names: set[tuple[str, int]]) -> None:
         """Take requests out: what is left of their shards is placed anew."""
-        gone = {n for n, own in self.members.items() if any(member.name in names for member in own)}
+        gone = {self.place.pop(name) for name in names & self.place.keys()}
         left = [member for n in gone for member in self.members.pop(n) if member.name not in names]
         if not left and not self.members:
             self.rebuild(layer, memory, [])
@@ -172,7 +177,7 @@ class SubjectShards:
             shard = known[0] if known else self.free.pop() if self.free else self.count
             self.count = max(self.count, shard + 1)
             joined = [self.members.pop(n) for n in known]
-            self.members[shard] = tuple(sorted((one for own in (*joined, (member,)) for one in own), key=lambda one: one.order))
+            self._hold(shard, tuple(sorted((one for own in (*joined, (member,)) for one in own), key=lambda one: one.order)))
             self.free += known[1:]
             if known[1:]:
                 self.names = self.names.renumbered(known[1:], shard)
@@ -215,7 +220,7 @@ class SubjectShards:
         while self.free:  # the last shard takes a number that is free, so that no table has room for none
             last, number = self.count - 1, min(self.free)
             if last in self.members:
-                self.members[number] = self.members.pop(last)
+                self._hold(number, self.members.pop(last))
                 self.names, self.ends = (table.renumbered([last], number) for table in (self.names, self.ends))
                 self.of_anchor = torch.where(self.of_anchor == last, number, self.of_anchor)
                 found[number] = found[last] if last in found else layer.shards.rows[last][layer.shards.rows[last] >= 0].cpu()
