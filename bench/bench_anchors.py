@@ -132,22 +132,23 @@ def main() -> None:
     ids = [encode(tokenizer, text).ids[:200] for _, _, text in asked]
     units = inputs_of(editor, ids)[name]
     counts = {rule: {} for rule in rules}
+    lowest_of_all = min(thresholds.min() for rule in rules.values() for thresholds in rule if thresholds is not None)
     for (kind, request, text), row, tokens in zip(asked, ids, units, strict=True):
         cosines = tokens @ found.unit.T
-        near = cosines >= min(thresholds.min() for rule in rules.values() for thresholds in rule if thresholds is not None)
-        owners = found.owner[near.any(0)].unique().tolist()
-        here = {n: torch.tensor(named(row, names[n].names)) for n in owners}
+        near = (cosines >= lowest_of_all).any(0).nonzero()[:, 0]  # few of the anchors
+        cosines, owner = cosines[:, near], found.owner[near]
+        whole, end = (torch.zeros(cosines.shape, dtype=torch.bool) for _ in range(2))
+        for column, n in enumerate(owner.tolist()):
+            whole[:, column] = torch.tensor(named(row, names[n].names))
+            end[:, column] = torch.isin(torch.tensor(row), torch.tensor(names[n].ends))
         for rule, (far, close) in rules.items():
-            inside = cosines >= far
+            inside = cosines >= far[near]
             if close is not None:
-                for n in owners:
-                    inside[:, found.owner == n] &= torch.isin(torch.tensor(row), torch.tensor(names[n].ends))[:, None]
-                    inside[:, found.owner == n] |= here[n][:, None] & (cosines[:, found.owner == n] >= close[found.owner == n])
+                inside = (inside & end) | (whole & (cosines >= close[near]))
             if request is not None:
-                value, size = bool(inside[:, found.owner == request].any()), 1
+                value, size = bool(inside[:, owner == request].any()), 1
             else:  # of subjects that the text does not name
-                others = [n for n in owners if requests[n].subject not in text]
-                value = inside[:, torch.isin(found.owner, torch.tensor(others, dtype=torch.long))].any(1)
+                value = inside[:, torch.tensor([requests[n].subject not in text for n in owner.tolist()], dtype=torch.bool)].any(1)
                 value, size = (bool(value.any()), 1) if kind == "other prompts" else (int(value.sum()), len(row))
             total = counts[rule].setdefault(kind, [0, 0])
             total[0], total[1] = total[0] + value, total[1] + size
