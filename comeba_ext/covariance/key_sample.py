@@ -54,6 +54,14 @@ class KeySample:
             self._mentions[key] = torch.stack(ends).any(0)
         return self._mentions[key]
 
+    def holds(self, forms: list[list[int]]) -> bool:
+        """Whether one of these forms is anywhere in the texts that the tokens are of."""
+        return any(
+            (self.tokens.unfold(1, len(own), 1) == torch.tensor(own, dtype=self.tokens.dtype)).all(-1).any()
+            for own in forms
+            if len(own) <= TOKENS
+        )
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """By names, for :meth:`from_tensors`."""
         if not len(self):

@@ -281,9 +281,20 @@ class KeyRecognition(Recognition):
 
     def names(self, batch: list[EditRequest]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """What every request's subject is called, and the tokens that this ends in (:func:`~comeba_ext.text.names.names_of`), as
-        :func:`name_hash`."""
-        found = names_of(self.method.session.tokenizer, batch)
-        return [(tuple(map(name_hash, own.names)), tuple(name_hash([end]) for end in own.ends)) for own in found]
+        :func:`name_hash`. An ordinary word names nobody."""
+        found = zip(batch, names_of(self.method.session.tokenizer, batch), strict=True)
+        hashed = lambda lists: tuple(map(name_hash, lists))  # noqa: E731
+        return [
+            (() if self._ordinary(request.subject, own.names) else hashed(own.names), hashed([end] for end in own.ends))
+            for request, own in found
+        ]
+
+    def _ordinary(self, subject: str, names: list[list[int]]) -> bool:
+        """Whether it is a single word in small letters that the corpus sample holds ("song"); a rarer one may be a name ("insulin")."""
+        covariance = self.method.covariance
+        if covariance is None or not len(covariance.sample) or not names:
+            return False
+        return subject.islower() and len(subject.split()) == 1 and bool(covariance.sample.holds(names))
 
     def subjects(self, batch: list[EditRequest]) -> list[list[list[int]]]:
         """Token ids of every request's subject, at the beginning of a text and behind other words."""
