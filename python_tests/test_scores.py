@@ -42,7 +42,7 @@ def test_what_follows_from_a_score():
     starts = {name: HookedLinear(nn.Linear(2, 2), name).alpha.item() for name in ("zscore", "reference", "nearest")}
     assert starts == {"zscore": 2.2, "reference": math.inf, "nearest": 1.0}
     margins = {name: EditConfig(layers=(0,), scope=name).margin for name in starts}
-    assert margins == {"zscore": 1.0, "reference": 0.25, "nearest": 0.6}
+    assert margins == {"zscore": 1.0, "reference": 0.25, "nearest": 1.0}
     lams = {(name, n): EditConfig(layers=tuple(range(n)), scope=name).lam_of(64) for name in starts for n in (1, 2)}
     assert lams == {("zscore", 1): 64, ("zscore", 2): 64, ("reference", 1): 64, ("reference", 2): 64, ("nearest", 1): 2, ("nearest", 2): 16}
 

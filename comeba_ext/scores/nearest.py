@@ -35,7 +35,6 @@ class NearestScore(Score):
 
     name = "nearest"
     start = 1.0
-    margin = 0.6
     leverage_ratio = 4.0
     ratio_of_one_layer = 32.0
     compares_keys = True
