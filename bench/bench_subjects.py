@@ -1,6 +1,6 @@
 """What ``nearest`` costs a layer by the number of subjects it knows: ``python bench/bench_subjects.py [--quick] [--json] [--plot FILE]``
 
-GPT2-XL's shape (6,400 to 1,600), float32, two keys a subject, names and text real: subjects of CounterFact, beyond those the first words
+GPT2-XL's shape (6,400 to 1,600), float32 on a CPU and bfloat16 on a GPU, two keys a subject, names and text real: subjects of CounterFact, beyond those the first words
 of one with the last word of another; tokens of Wikipedia's validation articles; GPT-2's tokenizer. Inputs and keys are random, so
 nothing is in scope, as for almost all text, but every token whose id ends a name is looked at. Layer and plain layer take turns, on 512
 tokens and on 32 single ones. Beside them: how many tokens some name ends in, how many keys these meet, and hashing the text, which is
@@ -13,7 +13,6 @@ import argparse
 import random
 import statistics
 import sys
-import time
 
 import torch
 from bench_hooked_linear import Clock
@@ -64,22 +63,21 @@ def layer_of(tokens: list[list[list[int]]]) -> HookedLinear:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="up to 10,000 subjects, fewer rounds")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", help="write a PNG")
     args = parser.parse_args()
+    how = {"device": args.device, "dtype": torch.float32 if args.device == "cpu" else torch.bfloat16}
     sizes = (1_000, 10_000) if args.quick else (1_000, 10_000, 100_000)
     tokenizer = GPT2Tokenizer(str(DATA / "gpt2_bpe" / "vocab.json"), str(DATA / "gpt2_bpe" / "merges.txt"))
     forms = [tokenizer([name, f" {name}"])["input_ids"] for name in names(max(sizes))]
     articles = [tokenizer(text)["input_ids"] for text in list(read_texts(DATA / "text" / "wikipedia_val_500.csv"))[:60]]
-    ids = torch.tensor([[token for article in articles for token in article][:TOKENS]])
-    x = torch.randn(1, TOKENS, D_IN, generator=torch.Generator().manual_seed(1))
-    clock, rows = Clock("cpu"), []
-    start = time.perf_counter()
-    for _ in range(20):
-        hashes = suffix_hashes(ids)
-    hash_ms = (time.perf_counter() - start) / 20 * 1e3
+    ids = torch.tensor([[token for article in articles for token in article][:TOKENS]], device=args.device)
+    x = torch.randn(1, TOKENS, D_IN, generator=torch.Generator().manual_seed(1)).to(**how)
+    clock, rows, hashes = Clock(args.device), [], suffix_hashes(ids)
+    hash_ms = statistics.median(clock({"hash": lambda: suffix_hashes(ids)}, 1.0, 20)["hash"]) * 1e3
     for size in sizes:
-        layer = layer_of(forms[:size])
+        layer = layer_of(forms[:size]).to(**how)
         here, score = layer.context.here, layer.score
 
         def whole(layer=layer, here=here):
@@ -102,6 +100,7 @@ def main() -> None:
         ratio = lambda a, b: statistics.median(p / q for p, q in zip(taken[a], taken[b], strict=True))  # noqa: B023, E731
         rows.append(
             {
+                "device": args.device,
                 "subjects": size,
                 "looked_up": round((met > 0).float().mean().item(), 4),
                 "keys_a_token": round(2 * met.float().mean().item(), 3),

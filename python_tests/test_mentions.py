@@ -308,7 +308,7 @@ def test_ids_reach_the_layers_however_a_text_is_run(tiny_model, tokenizer, famil
 
 
 @torch.no_grad()
-def test_embeddings_name_what_was_embedded(tiny_model, tokenizer):
+def test_embeddings_name_what_was_embedded(tiny_model, tokenizer, caplog):
     """Models with a vision part give their decoder embeddings. Of those from elsewhere nobody knows the text."""
     editor, requests = named_editor(tiny_model, tokenizer)
     row = torch.tensor([tokenizer(f"People say that {requests[0].subject}")["input_ids"]])
@@ -316,11 +316,13 @@ def test_embeddings_name_what_was_embedded(tiny_model, tokenizer):
     expected = model(row).logits
     embedded = model.get_input_embeddings()(row)
     torch.testing.assert_close(model(inputs_embeds=embedded).logits, expected)
+    assert "embeddings" not in caplog.text
     with editor.disabled():
         plain = model(inputs_embeds=embedded).logits
     assert torch.equal(model(inputs_embeds=embedded).logits, plain) and not torch.allclose(plain, expected)
     model.get_input_embeddings()(row[:, 1:])  # of another text
     assert torch.equal(model(inputs_embeds=embedded).logits, plain)
+    assert caplog.text.count("embeddings whose token ids are not known") == 1
     assert torch.equal(copied(row).logits, expected)  # a copy reads its own ids
 
 

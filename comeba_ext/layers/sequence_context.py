@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import threading
 
 import torch
@@ -22,6 +23,8 @@ from torch.nn import functional as F
 from comeba_ext.errors import ComebaError
 from comeba_ext.layers.passes import Passes
 from comeba_ext.ops.mentions import LONGEST, UNKNOWN, suffix_hashes
+
+log = logging.getLogger(__name__)
 
 IDS = "token ids"  # among a cache's statistics, where no layer has that name
 KEPT = 4 * LONGEST  # tokens: a cache that is cropped by as many as a draft is long still knows the last ones
@@ -73,6 +76,7 @@ class SequenceContext:
 
     def __init__(self, decoder: nn.Module, names: bool = False):
         self.here, self.passes, self.names = _Here(), Passes(), names
+        self._warned = False
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._handles = [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -139,6 +143,10 @@ class SequenceContext:
         if before is None or len(before) != batch:
             before = None
         if ids is None:
+            if not self._warned and not torch.compiler.is_compiling():
+                self._warned = True
+                log.warning("the model was given embeddings whose token ids are not known, so a text's names are not: only tokens that "
+                            "are all but the same as an edited one take its edit (unnamed_floor)")  # fmt: skip
             device = before.device if before is not None else None
             ids = torch.full((batch, length), UNKNOWN, device=device)
         else:
