@@ -1,10 +1,10 @@
 """What ``nearest`` costs a layer by the number of subjects it knows: ``python bench/bench_subjects.py [--quick] [--json] [--plot FILE]``
 
-GPT2-XL's shape (6,400 to 1,600), float32 on a CPU and bfloat16 on a GPU, two keys a subject, names and text real: subjects of CounterFact, beyond those the first words
-of one with the last word of another; tokens of Wikipedia's validation articles; GPT-2's tokenizer. Inputs and keys are random, so
-nothing is in scope, as for almost all text, but every token whose id ends a name is looked at. Layer and plain layer take turns, on 512
-tokens and on 32 single ones. Beside them: how many tokens some name ends in, how many keys these meet, and hashing the text, which is
-done once a pass.
+GPT2-XL's shape (6,400 to 1,600), float32 on a CPU and bfloat16 on a GPU, two keys a subject, names and text real: subjects of
+CounterFact, beyond those the first words of one with the last word of another; tokens of Wikipedia's validation articles; GPT-2's
+tokenizer. Inputs and keys are random, so nothing is in scope, as for almost all text, but every token whose id ends a name is looked at.
+Layer and plain layer take turns, on 512 tokens and on 32 single ones. Beside them: how many tokens some name ends in, how many keys
+these meet, and hashing the text, which is done once a pass.
 """
 
 from __future__ import annotations

@@ -34,14 +34,14 @@ __device__ inline int64_t named_shard(const Subjects& s, const int64_t* hashes) 
   return low;
 }
 
-// The best pair of a token and a key so far.
+// The best pair of a token and a key so far; of equal ones the first.
 struct Best {
   float rank;
-  int shard;
+  int place;  // among the ends
 };
 
-__device__ __forceinline__ bool better(float rank, int shard, const Best& than) {
-  return rank > than.rank || (rank == than.rank && shard > than.shard);
+__device__ __forceinline__ bool better(const Best& one, const Best& other) {
+  return one.rank > other.rank || (one.rank == other.rank && one.place < other.place);
 }
 
 // A named subject's score that is in scope comes before all others: cosines differ by less.
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kSubjectThreads)
   // A warp takes every fourth subject that ends here, key by key.
   const double exact = *scope.alpha, sign = (exact > 0) - (exact < 0);
   const float alpha = static_cast<float>(exact), limit = static_cast<float>(exact * (1.0 - scope.slack * sign));
-  Best best{-kNamedFirst, -1};
+  Best best{-kNamedFirst, s.ends_count};
   for (int place = low + warp; place < high; place += kSubjectWarps) {
     const int shard = static_cast<int>(s.of_end[place]);
     const int64_t begin = s.first[shard], end = begin + s.count[shard];
@@ -95,17 +95,17 @@ __global__ void __launch_bounds__(kSubjectThreads)
       const bool own = shard == named;
       const float score = cosine - fmaxf((own ? s.named_thresholds : s.thresholds)[key] - alpha, 0.f);
       const float rank = own && score >= limit ? score + kNamedFirst : score;
-      if (better(rank, shard, best)) best = {rank, shard};
+      if (better({rank, place}, best)) best = {rank, place};
     }
   }
   if (lane == 0) bests[warp] = best;
   __syncthreads();
   for (int other = 0; other < kSubjectWarps; ++other)
-    if (better(bests[other].rank, bests[other].shard, best)) best = bests[other];
+    if (better(bests[other], best)) best = bests[other];
   const float score = best.rank > kNamedFirst / 2 ? best.rank - kNamedFirst : fmaxf(best.rank, 0.f);
-  if (best.shard < 0 || !(score >= limit)) return;
+  if (best.place == s.ends_count || !(score >= limit)) return;
 
-  const int64_t* rows = factors.rows + static_cast<size_t>(best.shard) * factors.width;
+  const int64_t* rows = factors.rows + s.of_end[best.place] * factors.width;
   float* share = unit + scope.rows;
   for (int j = 0; j < factors.width; ++j) {
     if (rows[j] < 0) continue;

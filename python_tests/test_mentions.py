@@ -149,8 +149,7 @@ def test_a_named_subject_is_met_from_farther(every_token, monkeypatch):
     torch.testing.assert_close(layer.scores(x).double(), scores.double())
     monkeypatch.undo()
     if every_token:
-        real = subject_hook._every
-        monkeypatch.setattr(subject_hook, "subject_scores", lambda x, hashes, *how: by_every(real, x, hashes, *how))
+        monkeypatch.setattr(subject_hook, "_chosen", by_every)
     torch.testing.assert_close(layer(x), expected)
     wide = x.clone().requires_grad_()
     with torch.enable_grad():
@@ -164,14 +163,15 @@ def test_a_named_subject_is_met_from_farther(every_token, monkeypatch):
     assert torch.equal((layer(x) != layer.base_layer(x)).any(-1), layer.scores(x) >= layer.alpha)
 
 
+def by_every(x, *how):
+    """In place of the choice of tokens: all of them."""
+    score, shard = subject_hook._every(x, *how, (9, 9))
+    which = (torch.ones_like(shard, dtype=torch.bool)).nonzero(as_tuple=True)
+    return which, score.flatten(), shard.flatten()
+
+
 def _compared(layer):
     return layer.score.projection, layer.score.anchors, layer.score.excess(layer.alpha)
-
-
-def by_every(every, x, hashes, projection, anchors, thresholds, alpha, subjects, most):
-    end = hashes[..., 0].contiguous()
-    low, high = torch.searchsorted(subjects.ends, end), torch.searchsorted(subjects.ends, end, right=True)
-    return every(x, hashes, low, high, projection, anchors, thresholds, alpha, subjects, most)
 
 
 @pytest.mark.parametrize("chunk", [1, 700, 1 << 24])

@@ -19,13 +19,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from comeba_ext.ops.hooked_linear import _dispatched, _needs_grad, in_scope, swap
 from comeba_ext.ops.mentions import mentions
 from comeba_ext.ops.nearest_hook import directions, product_dtype
 from comeba_ext.ops.shard_edits import shard_edits
 
-_CHUNK = 1 << 24  # numbers gathered at a time
+_CHUNK = 1 << 24  # pairs of a token and a key at a time
 _FIRST = 4.0  # above any difference of two cosines
 
 
@@ -70,40 +71,58 @@ def subject_scores(
     Returns:
         ``(batch, seq)`` in float32 or better, 0 where nothing ends; ``(batch, seq)`` int64, −1 there.
     """
-    end, wide = hashes[..., 0].contiguous(), torch.promote_types(x.dtype, torch.float32)
-    low, high = torch.searchsorted(subjects.ends, end), torch.searchsorted(subjects.ends, end, right=True)
-    how = (projection, anchors, thresholds, alpha, subjects)
+    how = (x, hashes, projection, anchors, thresholds, alpha, subjects)
     if x.device.type != "cpu" or torch.compiler.is_compiling():  # to choose would mean waiting for the device
-        return _every(x, hashes, low, high, *how, most)
-    score, shard = torch.zeros_like(low, dtype=wide), torch.full_like(low, -1)
-    which = (high > low).nonzero(as_tuple=True)
-    if len(which[0]):
-        score[which], shard[which] = _some(x[which], hashes[which], low[which], high[which], *how)
+        return _every(*how, most)
+    score = x.new_zeros(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    shard = torch.full_like(score, -1, dtype=torch.int64)
+    which, *found = _chosen(*how)
+    if found:
+        score[which], shard[which] = found
     return score, shard
 
 
+def _places(hashes: torch.Tensor, subjects: Subjects) -> tuple[torch.Tensor, torch.Tensor]:
+    """From where to where among the ends each token's are."""
+    end = hashes[..., 0].contiguous()
+    return torch.searchsorted(subjects.ends, end), torch.searchsorted(subjects.ends, end, right=True)
+
+
+def _chosen(x, hashes, projection, anchors, thresholds, alpha, subjects) -> tuple:
+    """The tokens that some names end in, and if there are any, their scores and shards."""
+    low, high = _places(hashes, subjects)
+    which = (high > low).nonzero(as_tuple=True)
+    if not len(which[0]):
+        return (which,)
+    return which, *_some(x[which], hashes[which], low[which], high[which], projection, anchors, thresholds, alpha, subjects)
+
+
 def _some(x, hashes, low, high, projection, anchors, thresholds, alpha, subjects):
-    """Of tokens that some names end in, pair by pair."""
-    unit, wide = directions(x, projection), torch.promote_types(x.dtype, torch.float32)
-    named = mentions(hashes, subjects.names, subjects.of_name)
-    token, place = _spread(low, high)
+    """Of tokens that some names end in. Those that are the same word meet the same keys, which are gathered once."""
+    wide, dtype = torch.promote_types(x.dtype, torch.float32), product_dtype(x)
+    unit, named = directions(x, projection).to(wide), mentions(hashes, subjects.names, subjects.of_name)
+    start, word = low.unique(return_inverse=True)
+    of_word, place = _spread(start, torch.empty_like(start).scatter_(0, word, high))
     pair = subjects.of_end[place]
     again, anchor = _spread(subjects.first[pair], subjects.first[pair] + subjects.count[pair])
-    token, pair = token[again], pair[again]
-    size = max(1, _CHUNK // unit.shape[-1])
-    cosines = [(unit[t] * anchors[a]).sum(-1, dtype=wide) for t, a in zip(token.split(size), anchor.split(size), strict=True)]
-    own = pair == named[token]
-    asked = torch.where(own, thresholds[1][anchor], thresholds[0][anchor])
-    found = torch.cat(cosines) - (asked - alpha).clamp(min=0).to(wide)
-    rank = torch.where(own & in_scope(found, alpha, None, product_dtype(x)), found + _FIRST, found)
-    best = torch.full_like(low, -_FIRST, dtype=wide).scatter_reduce(0, token, rank, "amax")
-    wins = rank == best[token]
-    shard = torch.full_like(low, -1).scatter_reduce(0, token[wins], pair[wins], "amax")
-    return _unranked(best), shard
+    of_word, pair = of_word[again], pair[again]
+    keys = anchors[anchor].to(wide)
+    far, near = ((own[anchor] - alpha).clamp(min=0).to(wide) for own in thresholds)
+    score, shard = [], []
+    for part in torch.arange(len(x), device=x.device).split(max(1, _CHUNK // max(len(pair), 1))):
+        own = pair == named[part][:, None]  # (tokens, keys)
+        rank = F.linear(unit[part], keys) - torch.where(own, near, far)
+        rank += _FIRST * (own & in_scope(rank, alpha, None, dtype))
+        rank.masked_fill_(of_word != word[part][:, None], -_FIRST)
+        best = rank.max(-1)
+        score.append(_unranked(best.values))
+        shard.append(pair[best.indices])
+    return torch.cat(score), torch.cat(shard)
 
 
-def _every(x, hashes, low, high, projection, anchors, thresholds, alpha, subjects, most):
+def _every(x, hashes, projection, anchors, thresholds, alpha, subjects, most):
     """Of every token, one of its pairs at a time, as many times as the token with the most of them has some."""
+    low, high = _places(hashes, subjects)
     unit, dtype, wide = directions(x, projection), product_dtype(x), torch.promote_types(x.dtype, torch.float32)
     named = mentions(hashes, subjects.names, subjects.of_name)
     best, shard = torch.full_like(low, -_FIRST, dtype=wide), torch.full_like(low, -1)
@@ -117,7 +136,7 @@ def _every(x, hashes, low, high, projection, anchors, thresholds, alpha, subject
             asked = torch.where(own, thresholds[1][anchor], thresholds[0][anchor])
             found = (unit * anchors[anchor]).sum(-1, dtype=wide) - (asked - alpha).clamp(min=0).to(wide)
             rank = torch.where(own & in_scope(found, alpha, None, dtype), found + _FIRST, found)
-            better = inside & ((rank > best) | ((rank == best) & (pair > shard)))
+            better = inside & (rank > best)  # of equal ones the first
             best, shard = torch.where(better, rank, best), torch.where(better, pair, shard)
     return _unranked(best), shard
 
@@ -184,14 +203,19 @@ def _in_scope(x, hashes, projection, anchors, thresholds, named_thresholds, mask
 
 def _subject_hook_(output, x, *arguments) -> None:
     *how, rows, left, right = arguments
-    own = _in_scope(x, *how)
-    if x.device.type == "cpu":
-        which = (own >= 0).nonzero(as_tuple=True)
-        if len(which[0]):
-            output[which] += shard_edits(x[which], own[which], rows, left, right).to(output.dtype)
-    else:
+    if x.device.type != "cpu":
+        own = _in_scope(x, *how)
         edit = shard_edits(x.flatten(0, 1), own.flatten(), rows, left, right).unflatten(0, x.shape[:2])
         output.copy_(swap(output, edit, own >= 0))
+        return
+    hashes, projection, anchors, thresholds, named_thresholds, mask, alpha, *subjects, _, _ = how
+    which, *found = _chosen(x, hashes, projection, anchors, (thresholds, named_thresholds), alpha, Subjects(*subjects))
+    if not found:
+        return
+    inside = in_scope(found[0], alpha, None if mask is None else mask[which], product_dtype(x))
+    which = tuple(part[inside] for part in which)
+    if len(which[0]):
+        output[which] += shard_edits(x[which], found[1][inside], rows, left, right).to(output.dtype)
 
 
 torch.library.define(
