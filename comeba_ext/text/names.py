@@ -26,7 +26,7 @@ def names_of(tokenizer, requests: list[EditRequest]) -> list[Names]:
         return []
     forms, owner = [], []
     for n, request in enumerate(requests):
-        subject = request.subject
+        subject = request.subject.strip()
         for form in dict.fromkeys((subject, subject.lower() if len(subject.split()) > 1 else subject)):
             if request.fact_token == "subject_last":
                 forms += [form, f" {form}"]
