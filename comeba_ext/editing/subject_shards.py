@@ -186,13 +186,14 @@ class SubjectShards:
             changed |= {shard, *known}
         known = self.names.find(list(called))
         self.names = self.names.insert([(name, n) for name, n in called.items() if name not in known])
-        ends = {(end, n) for n in changed & self.members.keys() for member in self.members[n] for end in member.ends}
+        there = sorted(changed & self.members.keys())
+        ends = {(end, n) for n in there for member in self.members[n] for end in member.ends}
         self.ends = self.ends.without(changed).insert(list(ends))
         self._forget_anchors(layer, changed)
-        found = [_anchors(self.members[n]) for n in sorted(changed & self.members.keys())]
+        found = [_anchors(self.members[n]) for n in there]
         layer.score.append_anchors(*(torch.cat(part) for part in zip(*found, strict=True)))
         sizes = torch.tensor([len(unit) for unit, *_ in found])
-        self.of_anchor = torch.cat([self.of_anchor, torch.tensor(sorted(changed & self.members.keys())).repeat_interleave(sizes)])
+        self.of_anchor = torch.cat([self.of_anchor, torch.tensor(there).repeat_interleave(sizes)])
         return changed
 
     def _forget_anchors(self, layer: HookedLinear, shards: set[int]) -> None:

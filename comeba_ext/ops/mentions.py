@@ -42,8 +42,9 @@ def suffix_hashes(ids: torch.Tensor, past: torch.Tensor | None = None) -> torch.
     before = ids[:, :0] if past is None else past[:, -(LONGEST - 1) :]
     before = F.pad(before, (LONGEST - 1 - before.shape[1], 0), value=UNKNOWN)
     whole = torch.cat([before, ids], 1) - UNKNOWN  # 0 where unknown
-    powers = torch.tensor(_POWERS, device=ids.device)
-    return (whole.unfold(1, LONGEST, 1).flip(-1) * powers).cumsum(-1)
+    powers = whole.new_full((LONGEST,), _signed(_BASE))  # made where they are needed: a copy from the host would make a GPU wait
+    powers[0] = 1
+    return (whole.unfold(1, LONGEST, 1).flip(-1) * powers.cumprod(0)).cumsum(-1)
 
 
 def mentions(hashes: torch.Tensor, names: torch.Tensor, shards: torch.Tensor) -> torch.Tensor:

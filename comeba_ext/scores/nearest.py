@@ -131,17 +131,16 @@ class NearestScore(Score):
         self.assign(self.shards)
         self.add_anchors(unit, thresholds)
 
-    def add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None, named: torch.Tensor | None = None) -> torch.Tensor:
-        """More directions to compare with.
+    def add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
+        """More directions to compare with, which no name tells of.
 
-        One that a known one stands for (:func:`ops.nearest_hook.stands_for`) adds nothing but its thresholds, where they are
+        One that a known one stands for (:func:`ops.nearest_hook.stands_for`) adds nothing but its threshold, where that is
         lower. ``anchors`` grows by 64 or more, a thirtieth or so, at a time, so that its shape seldom changes; a CUDA graph
         captured by hand must be captured again.
 
         Args:
             unit: ``(n, rows)``, of :meth:`directions`.
             thresholds: ``(n,)``, each one's own; it counts where it lies above ``alpha``. Default: none above.
-            named: ``(n,)``, the same where the text names its shard. Default: no other.
 
         Returns:
             ``(n,)`` int64 on the CPU: the anchor that stands for each direction. New ones are in no shard (:meth:`assign`).
@@ -149,14 +148,14 @@ class NearestScore(Score):
         with torch.inference_mode(False), torch.no_grad():
             if thresholds is None:
                 thresholds = torch.full((len(unit),), -math.inf)
-            both = torch.stack([thresholds, thresholds if named is None else named], 1)
-            unit, both = unit.to(self.anchors), both.to(self.thresholds)
-            places = torch.cat([self._add_anchors(*part) for part in zip(unit.split(1024), both.split(1024), strict=True)])
+            unit, thresholds = unit.to(self.anchors), thresholds.to(self.thresholds)
+            places = torch.cat([self._add_anchors(*part) for part in zip(unit.split(1024), thresholds.split(1024), strict=True)])
             self._look()
         return places
 
     def append_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor, named: torch.Tensor) -> None:
-        """More directions, as :meth:`add_anchors` takes them, each an anchor of its own; to be followed by :meth:`assign`."""
+        """More directions ``(n, rows)``, each an anchor of its own, with thresholds ``(n,)`` in general and where its shard is named;
+        to be followed by :meth:`assign`."""
         with torch.inference_mode(False), torch.no_grad():
             self._grow(len(unit))
             for name, own in (("anchors", unit), ("thresholds", thresholds), ("named_thresholds", named)):
@@ -216,7 +215,7 @@ class NearestScore(Score):
         self.most = (int(shared.max()) if len(shared) else 0, int(size.max()) if len(size) else 0)
 
     def _add_anchors(self, unit: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-        """More directions, ``(n, rows)``, in the dtype of ``anchors``, and their two thresholds ``(n, 2)``; what stands for each."""
+        """More directions, ``(n, rows)``, in the dtype of ``anchors``, and their thresholds ``(n,)``; what stands for each."""
         known = self.known_keys()
         stands = ops.stands_for(unit, self.anchors[:known])
         new = stands == torch.arange(known, known + len(unit))
@@ -225,9 +224,9 @@ class NearestScore(Score):
         count = known + int(new.sum())
         self._grow(count - known)
         self.anchors[known:count] = unit[new.to(unit.device)]
-        for own, given in zip((self.thresholds, self.named_thresholds), thresholds.unbind(1), strict=True):
+        for own in (self.thresholds, self.named_thresholds):
             own[known:count] = math.inf
-            own.scatter_reduce_(0, stands.to(unit.device), given, "amin")
+            own.scatter_reduce_(0, stands.to(unit.device), thresholds, "amin")
         self.known = count
         return stands
 
