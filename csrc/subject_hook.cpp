@@ -7,7 +7,9 @@
 namespace comeba {
 namespace {
 
-constexpr int kCoarse = 96;  // COARSE in ops/nearest_hook.py
+// As in ops/nearest_hook.py.
+constexpr int kCoarse = 96;
+constexpr float kAbove = 0.17f;
 
 void subject_hook_op(Tensor output, const Tensor& x, const Tensor& hashes, const Tensor& projection, const Tensor& anchors,
                      const Tensor& thresholds, const Tensor& named_thresholds, const OptionalTensor& mask,
@@ -75,7 +77,8 @@ void subject_hook_op(Tensor output, const Tensor& x, const Tensor& hashes, const
                            exact.const_data_ptr<double>(),
                            slack_of(type),
                            int_of(directions),
-                           int_of(kCoarse < directions && directions < d_in ? kCoarse : directions)};
+                           int_of(kCoarse < directions && directions < d_in ? kCoarse : directions),
+                           kAbove};
   const Factors factors{table.const_data_ptr<int64_t>(), l.const_data_ptr(), r.const_data_ptr(), int_of(rows.size(1))};
   check_launch(subject_hook(output_type, out.data_ptr(), type, own.const_data_ptr(), scope, subjects, factors, tokens,
                             int_of(d_in), int_of(d_out), current_stream(output)));

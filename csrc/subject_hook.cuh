@@ -83,17 +83,20 @@ __global__ void __launch_bounds__(kSubjectThreads)
   // A warp takes every fourth subject that ends here, key by key.
   const double exact = *scope.alpha, sign = (exact > 0) - (exact < 0);
   const float alpha = static_cast<float>(exact), limit = static_cast<float>(exact * (1.0 - scope.slack * sign));
+  const float coarse_share = static_cast<float>(scope.rows) / static_cast<float>(scope.coarse);
   Best best{-kNamedFirst, s.ends_count};
   for (int place = low + warp; place < high; place += kSubjectWarps) {
     const int shard = static_cast<int>(s.of_end[place]);
     const int64_t begin = s.first[shard], end = begin + s.count[shard];
     for (int64_t key = begin; key < end; ++key) {
       const T* anchor = static_cast<const T*>(scope.anchors) + key * scope.rows;
-      float cosine = 0;
-      for (int i = lane; i < scope.rows; i += 32) cosine += unit[i] * to_float(anchor[i]);
-      cosine = warp_sum(cosine);
       const bool own = shard == named;
-      const float score = cosine - fmaxf((own ? s.named_thresholds : s.thresholds)[key] - alpha, 0.f);
+      const float asked = fmaxf((own ? s.named_thresholds : s.thresholds)[key] - alpha, 0.f);
+      float cosine = 0;
+      for (int i = lane; i < scope.coarse; i += 32) cosine += unit[i] * to_float(anchor[i]);
+      if (!own && !(warp_sum(cosine) * coarse_share + scope.above - asked >= limit)) continue;
+      for (int i = scope.coarse + lane; i < scope.rows; i += 32) cosine += unit[i] * to_float(anchor[i]);
+      const float score = warp_sum(cosine) - asked;
       const float rank = own && score >= limit ? score + kNamedFirst : score;
       if (better({rank, place}, best)) best = {rank, place};
     }

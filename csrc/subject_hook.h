@@ -37,7 +37,8 @@ struct SubjectScope {
   const double* alpha;    // scalar
   float slack;            // share of alpha within which a score counts as reaching it
   int rows;
-  int coarse;  // of the rows, those that are normalised apart
+  int coarse;   // of the rows, those that are normalised apart, and that a first look is at
+  float above;  // how far above the coarse cosine one may lie
 };
 
 // output (tokens, d_out) += the edits of the tokens in scope; returns nullptr, or why nothing was launched.

@@ -290,9 +290,10 @@ class NamedCase:
     """Tokens that name a subject, or only end as one does, at chosen cosines of its key; the outcome by loops over tokens and names.
 
     Every fourth hundredth of cosine that decides lies 0.05 or more from a threshold: a name counts from 0.5, an end from 0.8.
+    Where a first look is taken, the cosine at its directions may be another one, by which an end is out; a name takes no such look.
     """
 
-    KINDS = {  # what ends at a token, and how close its key is: (whole name?, cosine), or nothing
+    KINDS = {  # what ends at a token, and how close its key is: (whole name?, cosine or those at either directions), or nothing
         "named": [(True, 0.6)],
         "ends alike": [(False, 0.6)],
         "ends alike, very near": [(False, 0.9)],
@@ -301,6 +302,8 @@ class NamedCase:
         "named and far, another near": [(True, 0.3), (False, 0.9)],
         "named and far": [(True, 0.3), (False, 0.7)],
         "two ends": [(False, 0.86), (False, 0.95)],
+        "ends alike, near at second look": [(False, (0.57, 1.0))],
+        "named, near at second look": [(True, (0.1, 1.0)), (False, 0.9)],
     }
 
     def __init__(self, shape, dtype, device, masked=True):
@@ -311,6 +314,7 @@ class NamedCase:
         self.x, self.projection = random(batch, seq, d_in).to(dtype), (random(rows, d_in) / d_in**0.5).to(dtype)
         self.base = random(batch, seq, d_out).to(dtype)
         unit = directions(self.x.double(), self.projection.double())
+        looks = [slice(0, 96), slice(96, rows)] if 96 < rows < d_in else [slice(0, rows)]
         names, ends, anchors, owners, self.ids = {}, [], [], [], torch.zeros(batch, seq + 1, dtype=torch.long)
         self.expected_shard = torch.full((batch, seq), -1)
         for n in range(batch * seq):
@@ -324,12 +328,20 @@ class NamedCase:
                 name = (self.ids[b, t].item(), last) if whole else (7, last)
                 names[name_hash(list(name) if whole else [7 + shard, 8, last])] = shard
                 ends.append((name_hash([last]), shard))
+                if isinstance(cosine, tuple) and len(looks) == 1:
+                    cosine = 0.7
                 for c in (cosine, 0.1)[: 1 + shard % 2] if shard % 3 else (0.1, cosine):
-                    other = random(rows).double()
-                    other = torch.nn.functional.normalize(other - (other @ unit[b, t]) * unit[b, t], dim=0)
-                    anchors.append(c * unit[b, t] + (1 - c**2) ** 0.5 * other)
+                    parts = []
+                    for look, own in zip(looks, c if isinstance(c, tuple) else (c, c), strict=False):
+                        part = unit[b, t, look]
+                        other = random(len(part)).double()
+                        other -= (other @ part) / (part @ part) * part
+                        parts.append(own * part + (1 - own**2) ** 0.5 * other * part.norm() / other.norm())
+                    anchors.append(torch.cat(parts))
                     owners.append(shard)
-                if whole and cosine >= 0.5:
+                if isinstance(cosine, tuple):
+                    best = (10.0, shard) if whole else best
+                elif whole and cosine >= 0.5:
                     best = (10.0, shard)
                 elif cosine >= 0.8:
                     best = max(best, (cosine, shard))

@@ -126,7 +126,8 @@ def expected_output(layer, x, ids):
         for c, far, close, s in zip(
             cosines[n].tolist(), asked(layer.score.thresholds), asked(layer.score.named_thresholds), shards, strict=True
         ):
-            if any(own[-1] == row[t] for own in NAMES[s]):
+            looked_at = s == there or c + nearest_hook.ABOVE - far >= 0.3
+            if looked_at and any(own[-1] == row[t] for own in NAMES[s]):
                 pairs.append((s == there and c - close >= 0.3, c - (close if s == there else far), s))
         first, score, shard = max(pairs, default=(False, 0.0, -1))
         scores.append(max(score, 0.0))
@@ -174,12 +175,12 @@ def _compared(layer):
     return layer.score.projection, layer.score.anchors, layer.score.excess(layer.alpha)
 
 
-@pytest.mark.parametrize("chunk", [1, 700, 1 << 24])
+@pytest.mark.parametrize(("chunk", "d_in", "every_token"), [(1, 24, False), (700, 300, False), (1 << 24, 300, False), (1, 300, True)])
 @torch.no_grad()
-def test_many_subjects_by_brute_force(chunk, monkeypatch):
+def test_many_subjects_by_brute_force(chunk, d_in, every_token, monkeypatch):
     """Every pair of a token and a key by a dense table, in float64; names of one to three tokens, many of which share their end."""
     monkeypatch.setattr(subject_hook, "_CHUNK", chunk)
-    layer = make_layer(400, alpha=0.2)
+    layer = make_layer(400, alpha=0.2, d_in=d_in)
     shards = torch.arange(400) * 150 // 400
     layer.score.assign(shards)
     names = {n: [integers(0, 12, 1 + n % 3, seed=n).tolist(), integers(0, 12, 3, seed=500 + n).tolist()] for n in range(150)}
@@ -189,9 +190,8 @@ def test_many_subjects_by_brute_force(chunk, monkeypatch):
         for name in own:
             owner.setdefault(tuple(name), n)
     called(layer, {n: [list(name) for name, who in owner.items() if who == n] for n in set(owner.values())})
-    x, ids = random(2, 200, D_IN, seed=7), integers(0, 14, 2, 200, seed=8)
+    ids = integers(0, 14, 2, 200, seed=8)
     layer.context.here.hashes = ops.suffix_hashes(ids)
-    cosines = layer.score.directions(x) @ layer.score.anchors[:400].T
     ends = torch.zeros(15, 150, dtype=torch.bool)
     for name, n in owner.items():
         ends[name[-1], n] = True
@@ -200,10 +200,22 @@ def test_many_subjects_by_brute_force(chunk, monkeypatch):
         for size in (1, 2, 3):
             there[b, t] = owner.get(tuple(ids[b, t + 1 - size : t + 1].tolist()) if t + 1 >= size else (), there[b, t].item())
     own = shards == there[..., None]
-    score = cosines - torch.where(own, layer.score.named_thresholds[:400], layer.score.thresholds[:400]).sub(0.2).clamp(min=0)
-    score = score.masked_fill(~ends[ids][..., shards], -1)
+    draw = torch.Generator().manual_seed(9)  # inputs that are like a key whose name ends there, more or less
+    likely = torch.multinomial((ends[ids][..., shards] + 9 * own + 1e-9).flatten(0, 1), 1, generator=draw)[:, 0].view(2, 200)
+    noise = F.normalize(random(2, 200, len(layer.score.projection), seed=7), dim=-1) * torch.rand(2, 200, 1, generator=draw) * 3
+    x = (layer.score.anchors[likely] + noise) @ torch.linalg.pinv(layer.score.projection).T
+    cosines = layer.score.directions(x) @ layer.score.anchors[:400].T
+    asked = torch.where(own, layer.score.named_thresholds[:400], layer.score.thresholds[:400]).sub(0.2).clamp(min=0)
+    score = cosines - asked
+    few = min(d_in, nearest_hook.COARSE)
+    unit, keys = (F.normalize(part[..., :few], dim=-1) for part in (x @ layer.score.projection.T, layer.score.anchors[:400]))
+    too_far = ~own & (unit @ keys.T + nearest_hook.ABOVE - asked < 0.2)
+    assert d_in == 24 or (too_far & (score >= 0.2)).sum() > 0
+    score = score.masked_fill(~ends[ids][..., shards] | too_far, -1)
     named = score.masked_fill(~own, -1).amax(-1)
     expected = torch.where(named >= 0.2, named, score.amax(-1)).clamp(min=0)
+    if every_token:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(layer.scores(x), expected)
     assert (named >= 0.2).sum() > 20 and ((named < 0.2) & (expected >= 0.2)).sum() > 20 and (expected == 0).sum() > 20
 

@@ -76,16 +76,27 @@ def directions(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
     projected = F.linear(x, projection)
     wide = projected.to(torch.promote_types(projected.dtype, torch.float32))  # in float16 normalize divides zero by zero
     unit = torch.empty_like(wide)
-    for part in slice(_coarse_rows(projection)), slice(_coarse_rows(projection), None):
+    for part in slice(coarse_rows(projection)), slice(coarse_rows(projection), None):
         size = unit[..., part].shape[-1]
         unit[..., part] = F.normalize(wide[..., part], dim=-1) * math.sqrt(size / max(len(projection), 1))
     return unit.to(projected.dtype)
 
 
-def _coarse_rows(projection: torch.Tensor) -> int:
+def coarse_rows(projection: torch.Tensor) -> int:
     """How many rows a first look takes: all where they are few, or every dimension's own."""
     rows, width = projection.shape
     return COARSE if COARSE < rows < width else rows
+
+
+def coarse_directions(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """The coarse entries of :func:`directions` alone, ``(..., coarse)``."""
+    coarse = coarse_rows(projection)
+    return directions(x, projection[:coarse]) * math.sqrt(coarse / max(len(projection), 1))
+
+
+def bound_of(product: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """What a cosine counts as at most, from the inner product of the coarse entries alone."""
+    return product * (len(projection) / max(coarse_rows(projection), 1)) + ABOVE
 
 
 def stands_for(unit: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
@@ -129,7 +140,7 @@ def nearest_scores(x: torch.Tensor, projection: torch.Tensor, anchors: torch.Ten
     Returns:
         ``(...)``, at least 0, in float32 or better.
     """
-    unit, coarse = directions(x, projection), _coarse_rows(projection)
+    unit, coarse = directions(x, projection), coarse_rows(projection)
     score = _largest(unit, anchors, excess)
     return score if coarse == len(projection) else score.minimum(_bound(unit[..., :coarse], anchors, excess))
 
@@ -163,10 +174,9 @@ def _bound(unit: torch.Tensor, anchors: torch.Tensor, excess: torch.Tensor | Non
 
 def _first_look(x: torch.Tensor, projection: torch.Tensor, anchors: torch.Tensor, excess) -> torch.Tensor | None:
     """Every token's bound, in the dtype of its score, where a second look at some tokens is cheaper than one at all."""
-    coarse, rows = _coarse_rows(projection), len(projection)
-    if x.device.type != "cpu" or coarse == rows:
+    if x.device.type != "cpu" or coarse_rows(projection) == len(projection):
         return None
-    return _bound(directions(x, projection[:coarse]) * math.sqrt(coarse / rows), anchors, excess)
+    return _bound(coarse_directions(x, projection), anchors, excess)
 
 
 def _second_look(x, projection, anchors, excess, bound, which: tuple[torch.Tensor, ...]) -> torch.Tensor:
