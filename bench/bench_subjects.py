@@ -41,22 +41,43 @@ def names(count: int) -> list[str]:
 
 
 @torch.no_grad()
-def layer_of(tokens: list[list[list[int]]]) -> HookedLinear:
-    """A layer that knows subjects by these names, each in two forms."""
+def know(layer: HookedLinear, tokens: list[list[list[int]]]) -> None:
+    """Let a layer know subjects by these names, each in two forms; keys and edits are random."""
     generator = torch.Generator().manual_seed(0)
-    layer = HookedLinear(nn.Linear(D_IN, D_OUT), "nearest", 0.4)
-    layer.score.set_projection(torch.randn(ROWS, D_IN, generator=generator))
-    count = len(tokens)
-    unit = nn.functional.normalize(torch.randn(2 * count, ROWS, generator=generator), dim=-1)
+    d_in, d_out, count = layer.in_features, layer.out_features, len(tokens)
+    rows = min(ROWS, d_in)
+    layer.score.set_projection(torch.randn(rows, d_in, generator=generator))
+    unit = nn.functional.normalize(torch.randn(2 * count, rows, generator=generator), dim=-1)
     layer.score.append_anchors(unit, torch.full((2 * count,), 0.85), torch.full((2 * count,), 0.4))
-    layer.shards.append(torch.randn(2, D_OUT, generator=generator), torch.randn(2, D_IN, generator=generator))
+    layer.shards.append(torch.randn(2, d_out, generator=generator), torch.randn(2, d_in, generator=generator))
     layer.shards.assign({n: torch.arange(2) for n in range(count)}, count)  # nobody reads them
     called = {name_hash(own): n for n, forms in enumerate(tokens) for own in forms}
     ends = sorted({(name_hash(own[-1:]), n) for n, forms in enumerate(tokens) for own in forms})
     tables = [torch.tensor(part) for table in (sorted(called.items()), ends) for part in zip(*table, strict=True)]
     layer.score.assign(torch.arange(count).repeat_interleave(2), tables)
+
+
+def layer_of(tokens: list[list[list[int]]]) -> HookedLinear:
+    """A layer that knows subjects by these names."""
+    layer = HookedLinear(nn.Linear(D_IN, D_OUT), "nearest", 0.4)
+    know(layer, tokens)
     layer.context = SequenceContext(nn.Module())
     return layer
+
+
+def gpt2_tokenizer() -> GPT2Tokenizer:
+    return GPT2Tokenizer(str(DATA / "gpt2_bpe" / "vocab.json"), str(DATA / "gpt2_bpe" / "merges.txt"))
+
+
+def name_forms(tokenizer, count: int) -> list[list[list[int]]]:
+    """The token ids of names at the start of a text and within one."""
+    return [tokenizer([name, f" {name}"], add_special_tokens=False)["input_ids"] for name in names(count)]
+
+
+def article_tokens(tokenizer) -> list[int]:
+    """Wikipedia, one article after another."""
+    articles = list(read_texts(DATA / "text" / "wikipedia_val_500.csv"))[:60]
+    return [token for text in articles for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 @torch.no_grad()
@@ -69,10 +90,9 @@ def main() -> None:
     args = parser.parse_args()
     how = {"device": args.device, "dtype": torch.float32 if args.device == "cpu" else torch.bfloat16}
     sizes = (1_000, 10_000) if args.quick else (1_000, 10_000, 100_000)
-    tokenizer = GPT2Tokenizer(str(DATA / "gpt2_bpe" / "vocab.json"), str(DATA / "gpt2_bpe" / "merges.txt"))
-    forms = [tokenizer([name, f" {name}"])["input_ids"] for name in names(max(sizes))]
-    articles = [tokenizer(text)["input_ids"] for text in list(read_texts(DATA / "text" / "wikipedia_val_500.csv"))[:60]]
-    ids = torch.tensor([[token for article in articles for token in article][:TOKENS]], device=args.device)
+    tokenizer = gpt2_tokenizer()
+    forms = name_forms(tokenizer, max(sizes))
+    ids = torch.tensor([article_tokens(tokenizer)[:TOKENS]], device=args.device)
     x = torch.randn(1, TOKENS, D_IN, generator=torch.Generator().manual_seed(1)).to(**how)
     clock, rows, hashes = Clock(args.device), [], suffix_hashes(ids)
     hash_ms = statistics.median(clock({"hash": lambda: suffix_hashes(ids)}, 1.0, 20)["hash"]) * 1e3

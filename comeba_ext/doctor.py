@@ -94,6 +94,7 @@ def examine_model(model, tokenizer) -> tuple[dict[str, object], list[str]]:
         "norm after the MLP": "yes: one block is edited, before the norm" if after else "no",
         "score": config.scope,
         "λ": f"{lam:g} = d_in / {d_in / lam:g}; a key of average leverage (d_in) realises {d_in / (lam + d_in):.2f} of its edit a layer",
+        "target values": f"{config.optimizer}, matrix products in {config.compute_dtype or 'the dtype of the model'}",
         "covariance": f"{TOKENS_PER_DIMENSION * d_in} tokens of plain text",
         "memory while editing": f"{size / 1e6:.0f} MB beside the model",
         "an edit keeps": f"{kept / 1e3:.0f} kB, two keys a layer with what they are to answer and as factors, until it is taken back",

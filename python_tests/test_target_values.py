@@ -407,3 +407,23 @@ def test_polyak_needs_fewer_steps():
     adam, polyak = (run(model, tokenizer, config.replace(optimizer=name), requests) for name in ("adam", "polyak"))
     assert max(polyak.losses) < config.early_stop and max(polyak.steps) <= 6
     assert sum(polyak.steps) < 0.75 * sum(adam.steps)
+
+
+def test_the_default_dtype_of_products(tiny_model, monkeypatch):
+    """bfloat16 for a float32 model where the processor has it and the copies have room; else the model's own."""
+    from comeba_ext.forward import half_compute
+
+    model = tiny_model("llama")
+    for native, free, dtype, expected in (
+        (True, 1 << 40, torch.float32, "bfloat16"),
+        (False, 1 << 40, torch.float32, None),
+        (True, 1000, torch.float32, None),
+        (True, None, torch.float32, "bfloat16"),
+        (True, 1 << 40, torch.float64, None),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr(half_compute, "free_memory", lambda device, free=free: free)
+        model.to(dtype)
+        assert EditConfig.for_model(model).compute_dtype == expected
+        assert EditConfig.for_model(model, compute_dtype=None).compute_dtype is None

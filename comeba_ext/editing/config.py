@@ -12,6 +12,7 @@ from pathlib import Path
 
 from comeba_ext.errors import ConfigError
 from comeba_ext.forward.architectures import Architecture
+from comeba_ext.forward.half_compute import fast_product_dtype
 from comeba_ext.layers.hooked_linear import GATES
 from comeba_ext.scores import NearestScore, score_named, score_names
 
@@ -49,7 +50,7 @@ class EditConfig:
             never.
         optimizer: of target values: ``"adam"`` (the paper's) or ``"polyak"`` (steps from the loss alone, ``lr`` unused).
         compute_dtype: ``"bfloat16"`` to optimise target values with matrix products in that precision above the value
-            layer, with δ, loss and optimiser in float32; ``None`` for the model's own.
+            layer, with δ, loss and optimiser in float32; ``None`` for the model's own. (:meth:`for_model` chooses.)
         prefixes: number of sampled context prefixes (beside the empty one).
         prefix_length: tokens each.
         seed: of the sampled prefixes; the user's random state is never touched.
@@ -162,7 +163,8 @@ class EditConfig:
         for just this model (GPT2-XL and GPT-J: the paper; Llama 2/3, Mistral and Qwen of 7B and more: EasyEdit's for
         MEMIT); elsewhere settings without a scale, which follow from the model's depth, widths and hidden states. A
         published λ is for scores of the response, where any token may meet the edits; with nearest λ follows from
-        ``leverage_ratio``. ``comeba tune`` finds better ones for one model.
+        ``leverage_ratio``. Target values have matrix products in bfloat16 where the device has them
+        (:func:`~comeba_ext.forward.half_compute.fast_product_dtype`). ``comeba tune`` finds better ones for one model.
 
         Raises:
             ArchitectureError: the model's parts cannot be found.
@@ -176,6 +178,7 @@ class EditConfig:
             values = _settings(model.config.get_text_config(), depth)
             if architecture.after_norm(model, depth - 1) is not None:
                 values |= {"layers": values["layers"][-1:], "spread": None, **AFTER_NORM}
+            values["compute_dtype"] = fast_product_dtype(model)
         return cls.from_dict(changed(values, changes))
 
     @classmethod

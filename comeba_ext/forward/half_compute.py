@@ -10,7 +10,23 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from comeba_ext.forward.budget import free_memory
 from comeba_ext.forward.partial import restore
+
+
+def fast_product_dtype(model: nn.Module) -> str | None:
+    """``"bfloat16"`` for a float32 model on a device that multiplies it natively: processors with AVX-512 BF16 or AMX, GPUs from
+    compute capability 8.0; elsewhere it would be emulated, and slower. And where twice the copies' memory is free."""
+    weight, size = model.get_input_embeddings().weight, sum(p.numel() * p.element_size() for p in model.parameters())
+    free = free_memory(weight.device)
+    if weight.dtype != torch.float32 or (free is not None and free < size):
+        return None
+    if weight.device.type == "cuda":
+        fast = torch.version.cuda is not None and torch.cuda.get_device_capability(weight.device)[0] >= 8
+    else:
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch 2.6 has no public ones
+        fast = weight.device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+    return "bfloat16" if fast else None
 
 
 @contextmanager

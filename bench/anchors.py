@@ -1,6 +1,6 @@
 """Which tokens are in scope of an edit that is of their subject, and which that is of another: by how thresholds are set.
 
-    python bench/bench_anchors.py models/smollm2-135m-instruct --covariance smol.cov
+    python bench/anchors.py models/smollm2-135m-instruct --covariance smol.cov
 
 Three rules: one threshold for all keys, set on the corpus sample; each anchor's own, as before names were read (the nearest of corpus and
 decoys, as far as the subject's own prompts let it); the product's (:mod:`comeba_ext.editing.anchors`), near enough where the text names
