@@ -83,7 +83,7 @@ class Descent:
 
 
 NEAR = 3.0  # loss below which curvature is looked at
-STALLED = (3, 0.85)  # evaluations, and what they leave of the loss of a request that is done
+STALLED = (2, 0.8)  # evaluations, and what they leave of the loss of a request that is done
 
 
 def adam(descent: Descent) -> None:
