@@ -2,6 +2,7 @@
 one that nobody disturbed.
 
     python bench/kill_harness.py --kills 300          # on demand
+    python bench/kill_harness.py --edits 10000        # one long run of CounterFact records, killed four to five times on its way
 
 A run is killed (SIGKILL) after a random part of the time it takes undisturbed, started again with the same command, and so on
 until it has been killed often enough in a row; the last start is left alone.
@@ -35,7 +36,7 @@ import common
 import comeba_ext.editor
 import comeba_ext.evaluation.protocols
 import comeba_ext.experiments.runner
-import comeba_ext.methods  # noqa: F401
+import comeba_ext.methods
 from comeba_ext import cli, testbed
 from comeba_ext.storage import MANIFEST, read_folder, write_folder
 
@@ -54,14 +55,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--edits", type=int, help="instead: edit so many records in one run, in batches of 50")
     parser.add_argument("--quick", action="store_true", help="eight kills")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    args.kills = 8 if args.quick else args.kills
+    args.kills = 1 if args.edits else 8 if args.quick else args.kills
+    least, most = (0.1, 0.3) if args.edits else (0.05, 0.8)
     draw, counts = random.Random(args.seed), {}
     with tempfile.TemporaryDirectory() as home:
         home = Path(home)
-        jobs = prepared(home)
+        jobs = long_run(home, args.edits) if args.edits else prepared(home)
         expected, seconds = {}, {}
         for name, (command, result) in jobs.items():
             start = time.monotonic()
@@ -73,7 +76,7 @@ def main() -> None:
             command, result = jobs[name]
             out, own = home / f"{name}-{counts[name]['runs']}", counts[name]
             for _ in range(IN_A_ROW):
-                own["kills"] += killed(command(out), draw.uniform(0.05, 0.8) * seconds[name])
+                own["kills"] += killed(command(out), draw.uniform(least, most) * seconds[name])
             finished(command(out))
             own["runs"] += 1
             own["equal"] += result(out) == expected[name]
@@ -95,29 +98,26 @@ def prepared(home: Path) -> dict:
     cov = str(home / "c.safetensors")
     finished(lambda: comeba("covariance", "testbed", home / "texts.txt", "--out", cov))
     return {
-        "edit": (
-            lambda out: (
-                lambda: comeba(
-                    "edit",
-                    "testbed",
-                    home / "facts.jsonl",
-                    "--covariance",
-                    cov,
-                    "--out",
-                    out,
-                    "--resume",
-                    "--save-every",
-                    "1",
-                    "--batch-size",
-                    "3",
-                )
-            ),
-            saved,
-        ),
+        "edit": (edits_of(home / "facts.jsonl", cov, 1, 3), saved),
         "covariance": (lambda out: lambda: comeba("covariance", "testbed", home / "texts.txt", "--tokens", "15000", "--out", out), tensors),
         "experiment": (lambda out: lambda: comeba("experiment", home / "kills.yaml", "--covariance", cov, "--out", out), measured),
         "save": (lambda out: lambda: save_often(out), saved),
     }
+
+
+def long_run(home: Path, edits: int) -> dict:
+    """The same for one job, real records."""
+    (home / "records.json").write_text(json.dumps(common.counterfact("edit", edits)))
+    editor = comeba_ext.editor.Editor(*testbed.load())
+    editor.collect_covariance(testbed.texts(), progress=False)
+    editor.save_covariance(home / "c.safetensors")
+    return {f"{edits} edits": (edits_of(home / "records.json", home / "c.safetensors", 4, 50), saved)}
+
+
+def edits_of(records: Path, covariance, save_every: int, batch_size: int):
+    """For an output path, the command that edits the embedded model."""
+    how = ("--covariance", covariance, "--resume", "--save-every", save_every, "--batch-size", batch_size)
+    return lambda out: lambda: comeba("edit", "testbed", records, "--out", out, *how)
 
 
 def comeba(*arguments) -> None:

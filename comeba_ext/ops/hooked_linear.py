@@ -252,11 +252,12 @@ def reference_score(norm: torch.Tensor, reference_scale: torch.Tensor | float) -
 
 def in_scope(score: torch.Tensor, alpha: torch.Tensor | float, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Tokens whose edited output goes on: real ones with ``score ≥ α`` up to the rounding of ``dtype`` (``SLACK``)."""
-    scope = score >= _limit(alpha, dtype)
+    scope = score >= scope_limit(alpha, dtype)
     return scope if mask is None else scope & mask.bool()
 
 
-def _limit(alpha: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor | float:
+def scope_limit(alpha: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor | float:
+    """What a score must reach to be in scope."""
     slack = SLACK.get(dtype, 1e-5)
     if isinstance(alpha, float):
         return alpha * (1.0 - math.copysign(slack, alpha))
@@ -301,7 +302,7 @@ def _decide(response, mask, statistics, alpha, reference_scale, score):
     if response.device.type == "cpu":
         alpha, reference_scale = alpha.item(), reference_scale.item()
         if score == "reference" and mask is None and alpha > 0 and reference_scale > 0:  # n² / scale ≥ α
-            return edit_norm(response) >= math.sqrt(_limit(alpha, response.dtype) * reference_scale), None
+            return edit_norm(response) >= math.sqrt(scope_limit(alpha, response.dtype) * reference_scale), None
     return decide(response, mask, statistics, alpha, reference_scale, score)
 
 

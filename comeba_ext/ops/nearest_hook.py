@@ -94,9 +94,9 @@ def coarse_directions(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor
     return directions(x, projection[:coarse]) * math.sqrt(coarse / max(len(projection), 1))
 
 
-def bound_of(product: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    """What a cosine counts as at most, from the inner product of the coarse entries alone."""
-    return product * (len(projection) / max(coarse_rows(projection), 1)) + ABOVE
+def coarse_limit(limit: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """What the inner product of the coarse entries alone must reach where a cosine that reaches ``limit`` is to be found."""
+    return (limit - ABOVE) * (coarse_rows(projection) / max(len(projection), 1))
 
 
 def stands_for(unit: torch.Tensor, known: torch.Tensor) -> torch.Tensor:

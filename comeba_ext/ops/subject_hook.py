@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from comeba_ext.ops.hooked_linear import _dispatched, _needs_grad, in_scope, swap
+from comeba_ext.ops.hooked_linear import _dispatched, _needs_grad, in_scope, scope_limit, swap
 from comeba_ext.ops.mentions import mentions
-from comeba_ext.ops.nearest_hook import bound_of, coarse_directions, coarse_rows, directions, product_dtype
+from comeba_ext.ops.nearest_hook import coarse_directions, coarse_limit, coarse_rows, directions, product_dtype
 from comeba_ext.ops.shard_edits import shard_edits
 
 _CHUNK = 1 << 24  # pairs of a token and a key at a time
@@ -109,11 +109,10 @@ def _some(x, hashes, low, high, projection, anchors, thresholds, alpha, subjects
     of_word, shard = of_word[again], shard[again]
     # First look, at a few directions; what is named needs none.
     rough, keys = coarse_directions(x, projection).to(wide), anchors[:, :coarse][anchor].to(wide)
-    far = _asked(thresholds[0][anchor], alpha, wide)
+    least = coarse_limit(scope_limit(alpha, dtype) + _asked(thresholds[0][anchor], alpha, wide), projection)
     near = []
     for part in torch.arange(len(x), device=x.device).split(max(1, _CHUNK // max(len(shard), 1))):
-        bound = bound_of(F.linear(rough[part], keys), projection) - far
-        close = (in_scope(bound, alpha, None, dtype) & (of_word == word[part][:, None])).nonzero()
+        close = (F.linear(rough[part], keys) >= least).logical_and_(of_word == word[part][:, None]).nonzero()
         near.append(close[shard[close[:, 1]] != named[part][close[:, 0]]] + torch.stack([part[0], 0 * part[0]]))
     token, pair = torch.cat(near).unbind(1)
     called = (named >= 0).nonzero()[:, 0]
@@ -153,8 +152,8 @@ def _every(x, hashes, projection, anchors, thresholds, alpha, subjects, most):
             anchor = torch.where(inside, anchor, 0)
             own, parts = pair == named, unit * anchors[anchor]
             asked = _asked(torch.where(own, thresholds[1][anchor], thresholds[0][anchor]), alpha, wide)
-            bound = bound_of(parts[..., :coarse].sum(-1, dtype=wide), projection) - asked
-            inside &= own | in_scope(bound, alpha, None, dtype)
+            least = coarse_limit(scope_limit(alpha, dtype) + asked, projection)
+            inside &= own | (parts[..., :coarse].sum(-1, dtype=wide) >= least)
             found = parts.sum(-1, dtype=wide) - asked
             rank = torch.where(own & in_scope(found, alpha, None, dtype), found + _FIRST, found)
             better = inside & (rank > best)  # of equal ones the first
