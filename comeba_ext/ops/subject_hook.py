@@ -77,8 +77,8 @@ def subject_scores(
         return _every(*how, most)
     score = x.new_zeros(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
     shard = torch.full_like(score, -1, dtype=torch.int64)
-    which, *found = _chosen(*how)
-    if found:
+    if found := _chosen(*how):
+        which, *found = found
         score[which], shard[which] = found
     return score, shard
 
@@ -90,11 +90,12 @@ def _places(hashes: torch.Tensor, subjects: Subjects) -> tuple[torch.Tensor, tor
 
 
 def _chosen(x, hashes, projection, anchors, thresholds, alpha, subjects) -> tuple:
-    """The tokens that some names end in, and if there are any, their scores and shards."""
+    """The tokens that some names end in, their scores and shards; empty where there are none."""
     low, high = _places(hashes, subjects)
-    which = (high > low).nonzero(as_tuple=True)
-    if not len(which[0]):
-        return (which,)
+    there = high > low
+    if not there.any():  # most tokens of a decoding
+        return ()
+    which = there.nonzero(as_tuple=True)
     return which, *_some(x[which], hashes[which], low[which], high[which], projection, anchors, thresholds, alpha, subjects)
 
 
@@ -102,7 +103,7 @@ def _some(x, hashes, low, high, projection, anchors, thresholds, alpha, subjects
     """Of tokens that some names end in. Those that are the same word meet the same keys, which are gathered once."""
     wide, dtype, coarse = torch.promote_types(x.dtype, torch.float32), product_dtype(x), coarse_rows(projection)
     named = mentions(hashes, subjects.names, subjects.of_name)
-    start, word = low.unique(return_inverse=True)
+    start, word = low.unique(return_inverse=True) if len(low) > 1 else (low, torch.zeros_like(low))
     of_word, place = _spread(start, torch.empty_like(start).scatter_(0, word, high))
     shard = subjects.of_end[place]
     again, anchor = _spread(subjects.first[shard], subjects.first[shard] + subjects.count[shard])
@@ -112,25 +113,26 @@ def _some(x, hashes, low, high, projection, anchors, thresholds, alpha, subjects
     least = coarse_limit(scope_limit(alpha, dtype) + _asked(thresholds[0][anchor], alpha, wide), projection)
     near = []
     for part in torch.arange(len(x), device=x.device).split(max(1, _CHUNK // max(len(shard), 1))):
-        close = (F.linear(rough[part], keys) >= least).logical_and_(of_word == word[part][:, None]).nonzero()
-        near.append(close[shard[close[:, 1]] != named[part][close[:, 0]]] + torch.stack([part[0], 0 * part[0]]))
-    token, pair = torch.cat(near).unbind(1)
+        token, pair = (F.linear(rough[part], keys) >= least).logical_and_(of_word == word[part][:, None]).nonzero(as_tuple=True)
+        other = shard[pair] != named[part][token]
+        near.append((part[token[other]], pair[other]))
+    token, pair = (torch.cat(parts) for parts in zip(*near, strict=True))
     called = (named >= 0).nonzero()[:, 0]
+    best, best_shard = x.new_full((len(x),), -_FIRST, dtype=wide), torch.full_like(low, -1)
+    if not len(token) + len(called):
+        return _unranked(best), best_shard
     again, own = _spread(subjects.first[named[called]], subjects.first[named[called]] + subjects.count[named[called]])
     token, anchor, shard = (torch.cat(both) for both in ((token, called[again]), (anchor[pair], own), (shard[pair], named[called][again])))
     own = torch.arange(len(token), device=x.device) >= len(pair)
     # Second look, at all.
-    score, best_shard = x.new_zeros(len(x), dtype=wide), torch.full_like(low, -1)
-    if not len(token):
-        return score, best_shard
     looked, row = token.unique(return_inverse=True)
     cosine = (directions(x[looked], projection)[row] * anchors[anchor]).sum(-1, dtype=wide)
     rank = cosine - _asked(torch.where(own, thresholds[1][anchor], thresholds[0][anchor]), alpha, wide)
     rank += _FIRST * (own & in_scope(rank, alpha, None, dtype))
-    best = torch.full_like(score, -_FIRST).scatter_reduce(0, token, rank, "amax")
-    shard = torch.where(rank == best[token], shard, len(subjects.first))  # of equal ones the first
-    shard = torch.full_like(best_shard, len(subjects.first)).scatter_reduce(0, token, shard, "amin")
-    return _unranked(best), torch.where(best > -_FIRST, shard, -1)
+    best.scatter_reduce_(0, token, rank, "amax")
+    first = torch.where(rank == best[token], shard, len(subjects.first))  # of equal ones
+    best_shard[looked] = torch.full_like(looked, len(subjects.first)).scatter_reduce(0, row, first, "amin")
+    return _unranked(best), best_shard
 
 
 def _asked(thresholds: torch.Tensor, alpha: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -167,6 +169,9 @@ def _unranked(best: torch.Tensor) -> torch.Tensor:
 
 def _spread(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """All numbers from each ``low`` up to its ``high``: whose each is, and they."""
+    if len(low) == 1:
+        number = torch.arange(int(low), int(high), device=low.device)
+        return torch.zeros_like(number), number
     size = high - low
     owner = torch.arange(len(low), device=low.device).repeat_interleave(size)
     return owner, torch.arange(len(owner), device=low.device) - (size.cumsum(0) - size - low)[owner]
@@ -229,9 +234,10 @@ def _subject_hook_(output, x, *arguments) -> None:
         output.copy_(swap(output, edit, own >= 0))
         return
     hashes, projection, anchors, thresholds, named_thresholds, mask, alpha, *subjects, _, _ = how
-    which, *found = _chosen(x, hashes, projection, anchors, (thresholds, named_thresholds), alpha, Subjects(*subjects))
+    found = _chosen(x, hashes, projection, anchors, (thresholds, named_thresholds), alpha, Subjects(*subjects))
     if not found:
         return
+    which, *found = found
     inside = in_scope(found[0], alpha, None if mask is None else mask[which], product_dtype(x))
     which = tuple(part[inside] for part in which)
     if len(which[0]):
