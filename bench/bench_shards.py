@@ -6,7 +6,8 @@ over). At every number of subjects:
 
 - ``update_ms``: a request's share of a step, median of ten steps;
 - ``retract_ms``: taking one request out;
-- ``stored_mb``: factors, anchors and tables as they are saved, ``save_s`` and ``load_s``: into a file and back.
+- ``stored_mb``: factors, anchors and tables as they are saved; ``save_s``: into an empty folder, one step before; ``save_more_s``: into
+  the same folder a step later; ``load_s``: back from there.
 
 Names have three tokens, of which the last is drawn from 5,000. What the layer costs a text: ``bench_subjects.py``.
 """
@@ -22,13 +23,13 @@ from pathlib import Path
 
 import torch
 from common import finish, target
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from comeba_ext.editing.subject_shards import Member, SubjectShards
 from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.memory.key_memory import KeyMemory
 from comeba_ext.ops.mentions import name_hash
+from comeba_ext.storage import read_folder, write_folder
 
 D_IN, D_OUT, BATCH = 1536, 576, 100
 
@@ -62,7 +63,10 @@ def main() -> None:
     memory, shards = KeyMemory(48.0 * moment), SubjectShards()
     count, rows, steps = 0, [], []
     for size in (1_000, 10_000) if args.quick else (1_000, 10_000, 100_000):
+        home = tempfile.TemporaryDirectory()
         while count < size:
+            if count == size - BATCH:
+                first = saved(layer, home.name)
             keys = torch.randn(BATCH, D_IN, generator=generator) @ root.mT
             unit = layer.score.directions(keys)
             answers = torch.randn(BATCH, D_OUT, generator=generator)
@@ -80,7 +84,7 @@ def main() -> None:
         row = {"subjects": count, "update_ms": statistics.median(steps[-10:]) / BATCH * 1e3}
         twin, own = copied(layer), shards.copy()
         row["retract_ms"] = timed(lambda: own.remove(twin, memory, {next(iter(own.members.values()))[0].name}), 5) * 1e3  # noqa: B023
-        row |= stored(layer)
+        row |= {"save_s": first, "save_more_s": saved(layer, home.name), **loaded(layer, home.name)}
         rows.append({name: round(value, 4) for name, value in row.items()})
         print(rows[-1], file=sys.stderr, flush=True)
     if args.plot:
@@ -106,17 +110,21 @@ def copied(layer: HookedLinear) -> HookedLinear:
     return other
 
 
-def stored(layer: HookedLinear) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        path, start = Path(folder) / "layer.safetensors", time.perf_counter()
-        tensors = {name: tensor.contiguous() for name, tensor in layer.tensors().items() if name not in ("delta", "projection")}
-        save_file(tensors, path)
-        saved = time.perf_counter()
-        other = HookedLinear(layer.base_layer, "nearest", 0.6)
-        other.restore(load_file(path) | {"projection": layer.score.projection})
-        loaded = time.perf_counter()
-        size = path.stat().st_size / 1e6
-    return {"stored_mb": size, "save_s": saved - start, "load_s": loaded - saved}
+def saved(layer: HookedLinear, folder: str) -> float:
+    """Seconds of a save; what does not grow is left out."""
+    start = time.perf_counter()
+    tensors = {name: tensor for name, tensor in layer.tensors().items() if name not in ("delta", "projection")}
+    write_folder(folder, {"format": 2}, {"adapter": tensors}, {})
+    return time.perf_counter() - start
+
+
+def loaded(layer: HookedLinear, folder: str) -> dict[str, float]:
+    start, other = time.perf_counter(), HookedLinear(layer.base_layer, "nearest", 0.6)
+    (tensors,) = read_folder(folder, "adapter")[1]
+    other.restore(tensors | {"projection": layer.score.projection})
+    took = time.perf_counter() - start
+    assert torch.equal(other.score.anchors[: other.score.known], layer.score.anchors[: layer.score.known])
+    return {"stored_mb": sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6, "load_s": took}
 
 
 def draw(rows: list[dict], path: str) -> None:

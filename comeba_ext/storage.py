@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from comeba_ext.errors import StorageError
+from comeba_ext.row_blocks import KIND, join, split
 
 
 def make_folder(path: str | Path) -> Path:
@@ -159,9 +160,10 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 MANIFEST = "comeba_edits.json"
-FORMATS = (1, 2)  # that can be read; in 2 some edits are kept in shards, which versions that know 1 alone would leave out
+# That can be read; in 2 some edits are kept in shards, in 3 large tables in blocks, which versions that know less would leave out.
+FORMATS = (1, 2, 3)
 # What earlier saves left: their files, and temporary ones where a save was killed.
-_FILE = r"comeba_[a-z]+-[0-9a-f]{8}\.(safetensors|jsonl)"
+_FILE = rf"comeba_[a-z]+-[0-9a-f]{{8}}\.(safetensors|jsonl)|comeba_{KIND}-[0-9a-f]{{32}}\.safetensors"
 _OURS = re.compile(rf"{_FILE}|\.({_FILE}|{re.escape(MANIFEST)})\.[0-9a-f]{{8}}\.tmp")
 
 
@@ -170,7 +172,7 @@ def write_folder(folder: str | Path, manifest: dict, tensors: dict[str, dict], t
 
     Args:
         manifest: JSON-serialisable; gains ``"files"``, the kind-to-name table.
-        tensors: kind to tensors, each a safetensors file.
+        tensors: kind to tensors, each a safetensors file, with what is large beside it (:mod:`comeba_ext.row_blocks`).
         texts: kind to text, each a ``.jsonl`` file.
 
     Raises:
@@ -184,7 +186,13 @@ def write_folder(folder: str | Path, manifest: dict, tensors: dict[str, dict], t
         complete = False
         try:
             for kind, content in tensors.items():
-                write_tensors(folder / files[kind], content)
+                rest, digests, blocks = split(content)
+                for name, block in blocks.items():
+                    files[f"{KIND} {name}"] = f"comeba_{KIND}-{name}.safetensors"
+                    if not (folder / files[f"{KIND} {name}"]).is_file():
+                        write_tensors(folder / files[f"{KIND} {name}"], {KIND: block})
+                write_tensors(folder / files[kind], rest, {KIND: digests} if digests else None)
+                manifest = {**manifest, "format": FORMATS[-1]} if digests else manifest
             for kind, content in texts.items():
                 write_text(folder / files[kind], content)
             write_text(folder / MANIFEST, json.dumps({**manifest, "files": files}, indent=2) + "\n")
@@ -253,13 +261,19 @@ def read_folder(folder: str | Path, *kinds: str) -> tuple[dict, list]:
 def read_file(folder: str | Path, manifest: dict, kind: str) -> dict[str, torch.Tensor] | str:
     """Tensors or text of one kind."""
     name = manifest["files"].get(kind)
+    if name is None and kind.startswith(KIND):
+        raise StorageError(f"{folder} has no block {kind.removeprefix(KIND)} of its tables")
     if name is None:
         raise StorageError(f"{folder} has no {kind}: it was saved for inference only, so editing cannot go on from it")
     path = Path(folder) / name
     if path.exists() and not path.is_file():
         raise StorageError(f"{path} is not a regular file")
     if path.suffix == ".safetensors":
-        return read_tensors(path)[0]
+        tensors, metadata = read_tensors(path)
+        try:
+            return join(tensors, metadata.get(KIND, {}), lambda digest: read_file(folder, manifest, f"{KIND} {digest}")[KIND])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StorageError(f"{path} is damaged: {error}") from None
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
