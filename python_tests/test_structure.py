@@ -10,7 +10,7 @@ ROOT = Path(comeba_ext.__file__).parent
 # From the ground up; a room may use those in the rows before its own.
 FLOORS = [
     {"errors", "interrupts"},
-    {"storage", "kernels", "distributed", "text", "registry"},
+    {"row_blocks", "storage", "kernels", "distributed", "text", "registry"},
     {"forward", "ops", "data"},
     {"scores"},
     {"layers"},
