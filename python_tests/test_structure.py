@@ -9,8 +9,8 @@ from comeba_ext.methods import METHODS
 ROOT = Path(comeba_ext.__file__).parent
 # From the ground up; a room may use those in the rows before its own.
 FLOORS = [
-    {"errors", "interrupts"},
-    {"row_blocks", "storage", "kernels", "distributed", "text", "registry"},
+    {"errors", "interrupts", "row_blocks"},
+    {"storage", "kernels", "distributed", "text", "registry"},
     {"forward", "ops", "data"},
     {"scores"},
     {"layers"},
