@@ -16,6 +16,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from comeba_ext.forward.architectures import FAMILIES
+
 NAME = "comeba_grouped"
 
 
@@ -49,12 +51,13 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextmanager
 def grouped(decoder: nn.Module):
-    """Inside, a decoder on a CPU whose heads share keys, and that would use torch's attention, uses :func:`grouped_attention`."""
+    """Inside, a decoder of a known family on a CPU whose heads share keys, and that would use torch's attention, uses
+    :func:`grouped_attention`."""
     config = decoder.config
     heads = getattr(config, "num_attention_heads", None)
     shares = getattr(config, "num_key_value_heads", heads) != heads
     cpu = all(p.device.type == "cpu" for p in decoder.parameters())
-    if not (shares and cpu and getattr(config, "_attn_implementation", None) == "sdpa"):
+    if not (config.model_type in FAMILIES and shares and cpu and getattr(config, "_attn_implementation", None) == "sdpa"):
         yield
         return
     config._attn_implementation = NAME
