@@ -13,7 +13,6 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import plain_procedure
 import torch
@@ -22,6 +21,7 @@ from plain_procedure import PlainEditor, target_value
 
 from comeba_ext import EditConfig, Editor, evaluate, testbed
 from comeba_ext.covariance import Covariance
+from comeba_ext.editing.report import peak_memory, reset_peak_memory
 from comeba_ext.editing.target_values import optimise_target_values
 from comeba_ext.forward.activation_recorder import ActivationRecorder
 from comeba_ext.forward.architectures import Architecture
@@ -292,23 +292,18 @@ def memory_rows(quick: bool, rows: list, targets: list) -> None:
         rows.append({"what": "memory", "model": "gpt2-124m", "max_tokens": budget, **json.loads(out.stdout.splitlines()[-1])})
 
 
-def high_water() -> int:
-    """Bytes; not ``ru_maxrss``, which a new process inherits from the one that started it."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
-
-
 def peak_of_a_batch(size: int, max_tokens: int) -> str:
     model, tokenizer = gpt2_124m()
     config = EditConfig(layers=(3, 4, 5), steps=2, early_stop=0.0, max_tokens=max_tokens)
     prefixes = sample_prefixes(model, tokenizer, 5, 10, 0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = high_water()
+    cpu = torch.device("cpu")
+    reset_peak_memory(cpu)
+    before = peak_memory(cpu)
     architecture = Architecture.of(model)
     block, projection = architecture.block(model, 3), model.get_submodule(architecture.projection_name(3))
     trace = ActivationRecorder(block, projection, max_tokens)  # as the editor asks for
     optimise_target_values(model, tokenizer, architecture, config, records(size), prefixes, trace=trace)
-    return json.dumps({"requests": size, "own_mb": before / 1e6, "above_mb": (high_water() - before) / 1e6})
+    return json.dumps({"requests": size, "own_mb": before / 1e6, "above_mb": (peak_memory(cpu) - before) / 1e6})
 
 
 PARTS = {"values": values_rows, "step": step_rows, "embedded": embedded_rows, "flat": flat_rows, "memory": memory_rows}
