@@ -17,12 +17,13 @@ import time
 import torch
 from bench_subjects import article_tokens, gpt2_tokenizer, know, name_forms
 from common import finish, target
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTJConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig
 
 from comeba_ext import EditConfig
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.layers import hooked_linear
 from comeba_ext.layers.attachment import detach
+from comeba_ext.loading import load_model
 
 CONFIGS = {
     "gpt2-xl": lambda: GPT2Config(n_embd=1600, n_layer=48, n_head=25),
@@ -90,7 +91,8 @@ def loaded(name: str, dtype: torch.dtype, device: str):
     """``(model, tokenizer)`` of a folder, or of a shape."""
     if name in CONFIGS:
         return random_model(name, dtype, device), gpt2_tokenizer()
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval().to(device), AutoTokenizer.from_pretrained(name)
+    model, tokenizer = load_model(name, dtype)
+    return model.to(device), tokenizer
 
 
 def layers_of(model, count: int) -> tuple[int, ...]:

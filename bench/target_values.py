@@ -15,11 +15,11 @@ import time
 import plain_procedure
 import torch
 from common import counterfact, finish, target
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from comeba_ext import EditConfig
 from comeba_ext.editing import target_values
 from comeba_ext.forward.architectures import Architecture
+from comeba_ext.loading import load_model
 from comeba_ext.text.prefixes import sample_prefixes
 from comeba_ext.text.request import as_requests
 
@@ -34,10 +34,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     count, few = (10, 2) if args.quick else (40, 8)
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval(),
-        AutoTokenizer.from_pretrained(args.model),
-    )
+    model, tokenizer = load_model(args.model, torch.float32)
     requests = as_requests(counterfact("train", FIRST + count)[FIRST:])
     config, architecture = EditConfig.for_model(model), Architecture.of(model)
     prefixes = sample_prefixes(model, tokenizer, config.prefixes, config.prefix_length, config.seed)

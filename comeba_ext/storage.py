@@ -81,7 +81,7 @@ def alone(folder: str | Path):
     try:
         if outermost:  # what is inside clears up after itself
             with suppress(OSError, StorageError):
-                _clear(folder, set(read_manifest(folder)["files"].values()) if (folder / MANIFEST).exists() else set())
+                _clear(folder, _named(read_manifest(folder)) if (folder / MANIFEST).exists() else set())
         yield
     finally:
         lock.release()
@@ -163,15 +163,26 @@ MANIFEST = "comeba_edits.json"
 # That can be read; in 2 some edits are kept in shards, in 3 large tables in blocks, which versions that know less would leave out.
 FORMATS = (1, 2, 3)
 # What earlier saves left: their files, and temporary ones where a save was killed.
-_FILE = rf"comeba_[a-z]+-[0-9a-f]{{8}}\.(safetensors|jsonl)|comeba_{KIND}-[0-9a-f]{{32}}\.safetensors"
+_DIGEST = "[0-9a-f]{32}"
+_KIND_FILE = r"comeba_[a-z]+-[0-9a-f]{8}\.(safetensors|jsonl)"
+_FILE = rf"{_KIND_FILE}|comeba_{KIND}-{_DIGEST}\.safetensors"
 _OURS = re.compile(rf"{_FILE}|\.({_FILE}|{re.escape(MANIFEST)})\.[0-9a-f]{{8}}\.tmp")
+
+
+def _block_file(digest: str) -> str:
+    return f"comeba_{KIND}-{digest}.safetensors"
+
+
+def _named(manifest: dict) -> set[str]:
+    """The files of a save."""
+    return {*manifest["files"].values(), *map(_block_file, manifest.get("blocks", []))}
 
 
 def write_folder(folder: str | Path, manifest: dict, tensors: dict[str, dict], texts: dict[str, str]) -> None:
     """Replace a folder's contents of ours in one step; other files in it are left alone.
 
     Args:
-        manifest: JSON-serialisable; gains ``"files"``, the kind-to-name table.
+        manifest: JSON-serialisable; gains ``"files"``, the kind-to-name table, and ``"blocks"``, the digests of large tables' blocks.
         tensors: kind to tensors, each a safetensors file, with what is large beside it (:mod:`comeba_ext.row_blocks`).
         texts: kind to text, each a ``.jsonl`` file.
 
@@ -187,23 +198,23 @@ def write_folder(folder: str | Path, manifest: dict, tensors: dict[str, dict], t
         try:
             for kind, content in tensors.items():
                 rest, digests, blocks = split(content)
-                for name, block in blocks.items():
-                    files[f"{KIND} {name}"] = f"comeba_{KIND}-{name}.safetensors"
-                    if not (folder / files[f"{KIND} {name}"]).is_file():
-                        write_tensors(folder / files[f"{KIND} {name}"], {KIND: block})
+                for digest, block in blocks.items():
+                    if not (folder / _block_file(digest)).is_file():
+                        write_tensors(folder / _block_file(digest), {KIND: block})
                 write_tensors(folder / files[kind], rest, {KIND: digests} if digests else None)
-                manifest = {**manifest, "format": FORMATS[-1]} if digests else manifest
+                if digests:
+                    manifest = {**manifest, "format": FORMATS[-1], "blocks": sorted({*manifest.get("blocks", []), *blocks})}
             for kind, content in texts.items():
                 write_text(folder / files[kind], content)
-            write_text(folder / MANIFEST, json.dumps({**manifest, "files": files}, indent=2) + "\n")
+            manifest = {**manifest, "files": files}
+            write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
             complete = True
         except (OSError, SafetensorError) as error:
             raise StorageError(f"{folder}: could not be written ({error}); what was saved there before is as it was") from None
         finally:
             # Of the new files those of a save that failed, else of the old ones: whatever the manifest does not name.
             with suppress(OSError, StorageError):
-                named = files if complete else read_manifest(folder)["files"]
-                _clear(folder, set(named.values()))
+                _clear(folder, _named(manifest if complete else read_manifest(folder)))
 
 
 def _clear(folder: Path, named: set[str]) -> None:
@@ -225,9 +236,7 @@ def read_manifest(folder: str | Path) -> dict:
     """
     path = Path(folder) / MANIFEST
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise StorageError(f"{path} is not a regular file")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(_regular(path).read_text(encoding="utf-8"))
     except RecursionError:
         raise StorageError(f"{path} is nested too deeply to be ours") from None
     except OSError:
@@ -235,11 +244,12 @@ def read_manifest(folder: str | Path) -> dict:
     except ValueError as error:
         raise StorageError(f"{path} is truncated or not JSON ({error})") from None
     files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("format") in FORMATS else None
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+    if not isinstance(files, dict) or not isinstance(manifest.get("blocks", []), list):
         raise StorageError(f"{path} was not written by this version of comeba_ext")
-    for name in files.values():
-        if not re.fullmatch(_FILE, name):
-            raise StorageError(f"{path} names {name!r}, which is no file of ours")
+    for form, names in ((_KIND_FILE, files.values()), (_DIGEST, manifest.get("blocks", []))):
+        for name in names:
+            if not isinstance(name, str) or not re.fullmatch(form, name):
+                raise StorageError(f"{path} names {name!r}, which is no file of ours")
     return manifest
 
 
@@ -254,30 +264,39 @@ def read_folder(folder: str | Path, *kinds: str) -> tuple[dict, list]:
         try:
             return manifest, [read_file(folder, manifest, kind) for kind in kinds]
         except StorageError:
-            if read_manifest(folder)["files"] == manifest["files"]:
+            if _named(read_manifest(folder)) == _named(manifest):
                 raise
 
 
 def read_file(folder: str | Path, manifest: dict, kind: str) -> dict[str, torch.Tensor] | str:
     """Tensors or text of one kind."""
-    name = manifest["files"].get(kind)
-    if name is None and kind.startswith(KIND):
-        raise StorageError(f"{folder} has no block {kind.removeprefix(KIND)} of its tables")
+    folder, name = Path(folder), manifest["files"].get(kind)
     if name is None:
         raise StorageError(f"{folder} has no {kind}: it was saved for inference only, so editing cannot go on from it")
-    path = Path(folder) / name
-    if path.exists() and not path.is_file():
-        raise StorageError(f"{path} is not a regular file")
+    path = folder / name
     if path.suffix == ".safetensors":
-        tensors, metadata = read_tensors(path)
+
+        def block(digest: str) -> torch.Tensor:
+            if digest not in known:
+                raise StorageError(f"{folder} has no block {digest} of its tables")
+            return read_tensors(_regular(folder / _block_file(digest)))[0][KIND]
+
+        known = set(manifest.get("blocks", []))
+        tensors, metadata = read_tensors(_regular(path))
         try:
-            return join(tensors, metadata.get(KIND, {}), lambda digest: read_file(folder, manifest, f"{KIND} {digest}")[KIND])
+            return join(tensors, metadata.get(KIND, {}), block)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StorageError(f"{path} is damaged: {error}") from None
     try:
-        return path.read_text(encoding="utf-8")
+        return _regular(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"{path} cannot be read ({error})") from None
+
+
+def _regular(path: Path) -> Path:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise StorageError(f"{path} is not a regular file")
+    return path
 
 
 def identity(model: nn.Module, layers: list[str]) -> dict:

@@ -1,5 +1,7 @@
 """Tables in blocks of rows: what is read is what was written, and only what is new is written."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,8 +56,10 @@ def test_only_what_is_new_is_written(tmp_path):
         manifest, (adapter, state, log) = storage.read_folder(tmp_path, "adapter", "state", "log")
         assert same(adapter, {"a": tensor}) and same(state, {"b": tensor, "n": torch.tensor(1)}) and log == "x"
         assert manifest["format"] == (3 if len(tensor) >= 8 else 1)
-        assert {path.name for path in tmp_path.iterdir()} == {*manifest["files"].values(), storage.MANIFEST, storage.LOCK}
-        return blocks_in(tmp_path)
+        files = blocks_in(tmp_path)
+        assert files.keys() == {f"comeba_rows-{digest}.safetensors" for digest in manifest.get("blocks", [])}
+        assert {path.name for path in tmp_path.iterdir()} == {*manifest["files"].values(), *files, storage.MANIFEST, storage.LOCK}
+        return files
 
     first = save(whole[:50])
     assert len(first) == 6  # shared by both files
@@ -89,7 +93,9 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
     assert same(storage.read_folder(tmp_path, "adapter")[1][0], after) and not blocks_in(tmp_path).keys() & files.keys()
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "other dtype", "other width", "a number", "not named"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "other dtype", "other width", "a number", "not named", "named otherwise", "no list"]
+)
 def test_damaged_blocks_are_one_error(tmp_path, damage):
     storage.write_folder(tmp_path, {"format": 1}, {"adapter": {"a": table(40, 8)}}, {})
     block = sorted(tmp_path.glob("comeba_rows-*"))[0]
@@ -97,9 +103,12 @@ def test_damaged_blocks_are_one_error(tmp_path, damage):
         block.unlink()
     elif damage == "truncated":
         block.write_bytes(block.read_bytes()[:100])
-    elif damage == "not named":
-        manifest = tmp_path / storage.MANIFEST
-        manifest.write_text(manifest.read_text().replace(block.name.removesuffix(".safetensors")[-32:], "0" * 32, 1))
+    elif damage in ("not named", "named otherwise", "no list"):
+        path = tmp_path / storage.MANIFEST
+        manifest, digest = json.loads(path.read_text()), block.stem[-32:]
+        manifest["blocks"].remove(digest)
+        manifest["blocks"] += ["../" + digest[3:]] if damage == "named otherwise" else []
+        path.write_text(json.dumps(manifest | ({"blocks": 5} if damage == "no list" else {})))
     else:
         other = {"other dtype": table(8, 8, torch.int64), "other width": table(8, 9), "a number": torch.tensor(1.0)}[damage]
         storage.write_tensors(block, {"rows": other})

@@ -46,7 +46,7 @@ from torch import nn
 from comeba_ext.forward.activation_recorder import ActivationRecorder
 from comeba_ext.forward.architectures import FAMILIES, Architecture
 from comeba_ext.forward.budget import launch_tokens
-from comeba_ext.forward.grouped_attention import grouped
+from comeba_ext.forward.grouped_attention import can_group, grouped
 from comeba_ext.forward.partial import hidden_of, only_at, resumed, run_until, watched, with_hidden
 from comeba_ext.forward.past import Past, States, cache_name, right_aligned
 from comeba_ext.forward.shared_prefix import SharedPrefix, can_share, own_inputs
@@ -90,6 +90,7 @@ class Suffix:
         self.last_mlp = self.blocks[-1].get_submodule(mlp) if known else None
         below, above = self.blocks[: self.value_layer + 1], self.blocks[self.value_layer + 1 :]
         self.launch_below, self.launch = launch_tokens(below, self.device), launch_tokens(above, self.device, self.last_mlp)
+        self.attention = grouped if can_group(self.decoder) else contextlib.nullcontext  # of the decoder
         self.whole = True  # run every token at every step
         self.contexts: SharedPrefix | None = None
         self.context_states: States = {}
@@ -199,7 +200,7 @@ class CachedRows:
         cache = {"use_cache": False} if self.past is None else {cache_name(suffix.decoder): self.past, "use_cache": True}
         few = suffix.last_mlp is not None and 2 * len(read[0]) < self.base.shape[0] * self.base.shape[1]
         with resumed(suffix.blocks, suffix.value_layer, hidden, self.form):
-            with only_at(suffix.last_mlp, read) if few else contextlib.nullcontext(), grouped(suffix.decoder):
+            with only_at(suffix.last_mlp, read) if few else contextlib.nullcontext(), suffix.attention(suffix.decoder):
                 out = suffix.decoder(**self.inputs, **cache)[0]
         return out[tuple(i.to(out.device) for i in read)]
 

@@ -49,19 +49,20 @@ AttentionInterface.register(NAME, grouped_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-@contextmanager
-def grouped(decoder: nn.Module):
-    """Inside, a decoder of a known family on a CPU whose heads share keys, and that would use torch's attention, uses
-    :func:`grouped_attention`."""
+def can_group(decoder: nn.Module) -> bool:
+    """Whether this is a decoder of a known family on a CPU whose heads share keys, and that uses torch's attention."""
     config = decoder.config
     heads = getattr(config, "num_attention_heads", None)
     shares = getattr(config, "num_key_value_heads", heads) != heads
-    cpu = all(p.device.type == "cpu" for p in decoder.parameters())
-    if not (config.model_type in FAMILIES and shares and cpu and getattr(config, "_attn_implementation", None) == "sdpa"):
-        yield
-        return
-    config._attn_implementation = NAME
+    known = config.model_type in FAMILIES and getattr(config, "_attn_implementation", None) == "sdpa"
+    return known and shares and all(p.device.type == "cpu" for p in decoder.parameters())
+
+
+@contextmanager
+def grouped(decoder: nn.Module):
+    """Inside, a decoder that :func:`can_group` uses :func:`grouped_attention`."""
+    decoder.config._attn_implementation = NAME
     try:
         yield
     finally:
-        config._attn_implementation = "sdpa"
+        decoder.config._attn_implementation = "sdpa"
