@@ -77,6 +77,7 @@ def examine_model(model, tokenizer) -> tuple[dict[str, object], list[str]]:
     from comeba_ext.editing.config import EditConfig
     from comeba_ext.forward.architectures import Architecture, context_length
     from comeba_ext.layers.hooked_linear import shape_of
+    from comeba_ext.ops.nearest_hook import ROWS
 
     config = EditConfig.for_model(model)
     architecture = Architecture.of(model, config.blocks, config.projection)
@@ -85,7 +86,8 @@ def examine_model(model, tokenizer) -> tuple[dict[str, object], list[str]]:
     lam, after = config.lam_of(d_in), architecture.after_norm(model, config.value_layer) is not None
     start = bool(tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]) if tokenizer.bos_token_id is not None else False
     size = len(names) * (d_in * d_out * 4 + 2 * d_in * d_in * 8)
-    kept = len(names) * 2 * (d_in + d_out) * (4 + 4)
+    kept = len(names) * 2 * (d_in + d_out) * 4
+    added = kept + len(names) * 2 * min(ROWS, d_in) * 4
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     found = {
         "model": f"{model.config.model_type}, {millions:.1f}M parameters, {architecture.num_blocks(model)} blocks",
@@ -97,7 +99,8 @@ def examine_model(model, tokenizer) -> tuple[dict[str, object], list[str]]:
         "target values": f"{config.optimizer}, matrix products in {config.compute_dtype or 'the dtype of the model'}",
         "covariance": f"{TOKENS_PER_DIMENSION * d_in} tokens of plain text",
         "memory while editing": f"{size / 1e6:.0f} MB beside the model",
-        "an edit keeps": f"{kept / 1e3:.0f} kB, two keys a layer with what they are to answer and as factors, until it is taken back",
+        "an edit takes": f"{added / 1e3:.0f} kB in the model (bounded by max_edit_memory), two keys a layer as factors and directions, and "
+        f"{kept / 1e3:.0f} kB in the editor, the keys and what they are to answer, until it is taken back",
         "start token": "yes" if start else "no",
     }
     hints = (

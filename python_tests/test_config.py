@@ -26,6 +26,7 @@ CHANGED = EditConfig(
     prefix_length=3,
     seed=4,
     max_tokens=99,
+    max_edit_memory=1.5,
     blocks="model.layers",
     projection="mlp.down_proj",
 )
@@ -81,6 +82,7 @@ BAD += [(name, bad) for name in ("kl_factor", "weight_decay", "early_stop") for 
 BAD += [("leverage_ratio", bad) for bad in (0, -1, math.nan, "1", True)] + [
     (name, bad) for name in ("alpha_floor", "unnamed_floor") for bad in (-0.1, 0, None, "a")
 ]
+BAD += [("max_edit_memory", bad) for bad in (0, -1, math.inf, "1", True)]
 BAD += [("lead_steps", bad) for bad in (-1, 0.5, "3", True)]
 BAD += [(name, bad) for name in ("steps", "prefix_length", "max_tokens") for bad in (0, -1, 1.5, "3", True)]
 BAD += [(name, None) for name in ("steps", "prefix_length")]

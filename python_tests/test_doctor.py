@@ -107,4 +107,6 @@ def test_what_editing_a_model_would_mean(tiny_model, tokenizer):
     assert (
         seen["score"] == EditConfig.for_model(model).scope and f"{layer.in_features} → {layer.out_features}" in seen["edited projections"]
     )
+    width = layer.in_features + layer.out_features
+    assert f"{8 * (width + layer.in_features) / 1e3:.0f} kB in the model" in seen["an edit takes"]  # two keys in one layer, float32
     assert f"{editor.config.lam_of(layer.in_features):g} = d_in / 32" in seen["λ"] and seen["start token"] == "no" and hints

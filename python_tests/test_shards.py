@@ -11,12 +11,14 @@ import torch
 from test_editor import (
     assert_compares_with_the_live_keys,
     assert_least_squares,
+    assert_same,
     edits_of,
     ids_of,
     make_editor,
     random_values,
     relative,
     small_model,
+    snapshot,
     some_requests,
 )
 from test_nearest_hook import D_IN, D_OUT, covariance_of, inputs, keep_apart, loop_cosines, make_layer, random
@@ -24,6 +26,8 @@ from torch import nn
 
 from comeba_ext import EditRequest
 from comeba_ext.editing.subject_shards import Member, SubjectShards
+from comeba_ext.errors import RequestError
+from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.layers.sequence_context import SequenceContext
 from comeba_ext.layers.shards import Shards
 from comeba_ext.layers.twin import twin_of
@@ -236,6 +240,45 @@ def test_a_twin_shares_the_factors(tiny_model, tokenizer):
     before = [layer.shards.left for layer in editor.layers.values()]
     editor.edit(some_requests(4)[3:], random_values(1))
     assert all(layer.shards.left is own for layer, own in zip(editor.layers.values(), before, strict=True))  # nothing was copied
+
+
+def held(layer):
+    """Bytes of all that grows with the edits, but names and where they are."""
+    score = layer.score
+    own = (layer.shards.left, layer.shards.right, score.anchors, score.thresholds, score.named_thresholds, score.shards)
+    return sum(part.nbytes for part in own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_known_before_they_are_taken(dtype):
+    layer = HookedLinear(nn.Linear(D_IN, D_OUT, dtype=dtype), "nearest", 0.5)
+    layer.score.set_projection(random(16, D_IN).to(dtype))
+    for count in (0, 1, 63, 2, 500, 1, 3000):
+        expected = layer.shards.nbytes_with(count) + layer.score.nbytes_with(count)
+        layer.shards.append(torch.zeros(count, D_OUT), torch.zeros(count, D_IN))
+        layer.score.append_anchors(torch.ones(count, 16), *(torch.zeros(count) for _ in range(2)))
+        assert held(layer) == expected
+
+
+def test_a_bound_on_what_edits_take(tiny_model, tokenizer):
+    limit = 0.15  # MB
+    editor = make_editor(small_model(tiny_model), tokenizer, max_edit_memory=limit, steps=1)
+    requests = some_requests(60)
+    with pytest.raises(RequestError, match=r"with \d+ more edits .* max_edit_memory is 0.15"):
+        editor.edit(requests)
+    for start in range(0, len(requests), 4):
+        before = snapshot(editor)
+        try:
+            editor.edit(requests[start : start + 4])
+        except RequestError as error:
+            assert "max_edit_memory" in str(error)
+            assert_same(before, snapshot(editor))
+            break
+        assert sum(map(held, editor.layers.values())) <= limit * 1e6
+    assert 4 <= start < 56
+    editor.retract([entry.request.request_id for entry in editor.ledger.live()])
+    report = editor.edit(requests[start : start + 4])
+    assert len(report.request_ids) + len(report.declined) == 4
 
 
 # -- requests -------------------------------------------------------------------------------------------------------

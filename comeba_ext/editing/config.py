@@ -55,6 +55,8 @@ class EditConfig:
         prefix_length: tokens each.
         seed: of the sampled prefixes; the user's random state is never touched.
         max_tokens: padded tokens per forward pass, which bounds memory; ``None``: from the free memory (:mod:`budget`).
+        max_edit_memory: with nearest, megabytes (10⁶ bytes) that what is added to the model for its edits may take; a batch that
+            would need more is refused before anything is changed. ``None``: no bound. ``comeba doctor MODEL`` says what an edit takes.
         blocks, projection: names for models that cannot be inspected, see ``Architecture.of``.
 
     Raises:
@@ -84,6 +86,7 @@ class EditConfig:
     prefix_length: int = 10
     seed: int = 0
     max_tokens: int | None = None
+    max_edit_memory: float | None = None
     blocks: str | None = None
     projection: str | None = None
 
@@ -114,13 +117,14 @@ class EditConfig:
             "prefixes": 0,
             "prefix_length": 1,
             "max_tokens": 1,
+            "max_edit_memory": 0,
             "seed": 0,
         }
         for name, low in bounds.items():
             value = getattr(self, name)
-            if name in ("max_tokens", "lead_steps", "lam", "leverage_ratio") and value is None:
+            if name in ("max_tokens", "max_edit_memory", "lead_steps", "lam", "leverage_ratio") and value is None:
                 continue
-            positive = name in ("lam", "leverage_ratio", "lr", "clamp", "alpha_floor", "unnamed_floor")
+            positive = name in ("lam", "leverage_ratio", "lr", "clamp", "alpha_floor", "unnamed_floor", "max_edit_memory")
             whole = name in ("steps", "lead_steps", "prefixes", "prefix_length", "max_tokens", "seed")
             if not (is_int(value) if whole else is_number(value)) or value < low or (positive and value <= 0):
                 kind = "a whole number" if whole else "a finite number"

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from comeba_ext.editing.anchors import APART, Anchors, Background, anchors_of, tells
 from comeba_ext.editing.keys import LayerReading
 from comeba_ext.editing.subject_shards import Member, SubjectShards
+from comeba_ext.errors import RequestError
 from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.ops.mentions import name_hash
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+KEYS = 2  # that an edit is written at in a layer
 _SHARED_STATE = "the model keeps the same state for most texts where its subject ends (near the beginning of a text)"
 
 
@@ -71,6 +73,13 @@ class Recognition:
     def companions(self, batch: list[EditRequest]) -> list[Entry]:
         """Live edits that must be written anew together with these."""
         return []
+
+    def check_memory(self, count: int) -> None:
+        """So many requests are going to be written.
+
+        Raises:
+            RequestError: what the model holds of its edits would exceed ``max_edit_memory``.
+        """
 
     def together(self, batch: list[EditRequest]) -> list[list[int]]:
         """Which requests share a target value's δ."""
@@ -182,6 +191,18 @@ class KeyRecognition(Recognition):
             for entry in self.method.session.ledger.live()
             if entry.request.subject in subjects and entry.request.fact_token == "subject_last" and entry.request.fact not in facts
         ]
+
+    def check_memory(self, count: int) -> None:
+        limit, layers = self.method.config.max_edit_memory, self.method.layers.values()
+        if limit is None:
+            return
+        directions = self.method.config.prefixes + 2  # a key behind each prefix, the prompt's own, their mean
+        needed = sum(layer.shards.nbytes_with(KEYS * count) + layer.score.nbytes_with(directions * count) for layer in layers)
+        if needed > limit * 1e6:
+            raise RequestError(
+                f"with {count} more edits the model would hold {needed / 1e6:.1f} MB of edits, and max_edit_memory is {limit:g}; "
+                "take some back, or raise it"
+            )
 
     def together(self, batch: list[EditRequest]) -> list[list[int]]:
         """Facts of one subject."""

@@ -51,13 +51,21 @@ class Shards(nn.Module):
         """``delta_s x``, ``(n, d_out)``, for tokens ``x (n, d_in)`` and their shards ``(n,)``; zero where that is negative."""
         return shard_edits(x, shards, self.rows, self.left, self.right)
 
+    def _size(self, count: int) -> int:
+        """Rows of the storage for so many."""
+        return len(self.left) if count <= len(self.left) else count + max(64, count // GROWTH)
+
+    def nbytes_with(self, more: int) -> int:
+        """Bytes of the storage once so many rows more are written."""
+        return self._size(self.used + more) * sum(part.shape[1] * part.element_size() for part in (self.left, self.right))
+
     @torch.no_grad()
     def append(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """Store factors ``(n, d_out)`` and ``(n, d_in)``; where they are, ``(n,)`` int64 on the CPU."""
         start, end = self.used, self.used + len(left)
         with torch.inference_mode(False):
             if end > len(self.left):
-                size = end + max(64, end // GROWTH)
+                size = self._size(end)
                 for name in ("left", "right"):
                     old = getattr(self, name)
                     grown = old.new_zeros(size, old.shape[1])

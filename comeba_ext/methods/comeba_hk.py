@@ -121,16 +121,15 @@ class ComebaHK(Method):
         asked = len(batch)  # behind them, other facts of the same subjects, whose values must be found anew together with theirs
         companions = self.recognition.companions(batch) if values is None else []
         batch = batch + [entry.request for entry in companions]
+        self.recognition.check_memory(len(batch))
         found = trace = None
         with phases("values"):
             if values is None:
                 if distributed.world_size() == 1:  # else this process runs only its own requests
-                    first = self.session.blocks[self.config.layers[0]]
-                    trace = ActivationRecorder(first, next(iter(self.layers.values())), self.session.max_tokens)
+                    first, layer = self.session.blocks[self.config.layers[0]], next(iter(self.layers.values()))
+                    trace = ActivationRecorder(first, layer, self.session.max_tokens)
                 found = self.optimise(batch, on_progress, trace)
-                values = found.values
-            else:
-                values = self._checked(values, len(batch))
+            values = found.values if found else self._checked(values, len(batch))
         replaced = self.superseded(batch)
         if replaced:
             with phases("update"):

@@ -232,15 +232,23 @@ class NearestScore(Score):
 
     def _grow(self, more: int) -> None:
         """Make room for more anchors."""
-        count = self.known + more
-        if count > len(self.anchors):
-            step = max(64, 1 << max(count.bit_length() - 5, 0))
-            size = -(-count // step) * step
+        size = self._size(self.known + more)
+        if size > len(self.anchors):
             for name in PER_ANCHOR:
                 old = getattr(self, name)
                 grown = old.new_full((size, *old.shape[1:]), -1 if name == "shards" else 0)
                 grown[: self.known] = old[: self.known]
                 setattr(self, name, grown)
+
+    def _size(self, count: int) -> int:
+        """Rows of the buffers for so many anchors."""
+        step = max(64, 1 << max(count.bit_length() - 5, 0))
+        return len(self.anchors) if count <= len(self.anchors) else -(-count // step) * step
+
+    def nbytes_with(self, more: int) -> int:
+        """Bytes of the anchors and what is kept of each, once there are so many more."""
+        own = [getattr(self, name) for name in PER_ANCHOR]
+        return self._size(self.known + more) * sum(part.element_size() * math.prod(part.shape[1:]) for part in own)
 
     def known_keys(self) -> int:
         """Number of directions that the nearest score compares with: those in the first rows of ``anchors``."""
