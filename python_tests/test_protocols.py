@@ -1,7 +1,9 @@
 """Protocols: what is evaluated when, and that a run stopped anywhere ends in the same table."""
 
+import contextlib
 import copy
 import json
+import mmap
 import sys
 
 import pytest
@@ -219,22 +221,29 @@ def test_what_cannot_be_edited_is_said_before_anything_runs(setting, tmp_path):
     assert not log.exists() or '"edit"' not in log.read_text()
 
 
+@contextlib.contextmanager
+def ballast():
+    """Half a GB of pages that are there inside and nowhere afterwards (what the heap takes may be free pages that it kept)."""
+    with mmap.mmap(-1, 2**29) as pages:
+        for page in range(0, len(pages), mmap.PAGESIZE):
+            pages[page] = 1
+        yield
+
+
 def test_peak_memory_is_that_of_a_step(setting, tmp_path):
     """Of this process only while it runs: what other tests held before must not show, so all is seen from a reset."""
     cpu, half = torch.device("cpu"), 2**28
     reset_peak_memory(cpu)
-    ballast = torch.ones(2**27)  # half a GB, gone before the run
-    with_ballast = peak_memory(cpu)
-    del ballast
+    with ballast():
+        with_ballast = peak_memory(cpu)
     result = run(setting, tmp_path, requests_with_prompts(2), Protocol(batch_size=2, generate=False))
     if sys.platform != "linux":  # nothing to reset elsewhere: the peak is that of the process
         return
     assert result.efficiency()["peak_memory"] <= with_ballast - half
     reset_peak_memory(cpu)
     before = peak_memory(cpu)
-    ballast = torch.ones(2**27)
-    assert peak_memory(cpu) > before + half
-    del ballast
+    with ballast():
+        assert peak_memory(cpu) > before + half
     reset_peak_memory(cpu)
     assert peak_memory(cpu) < before + half
 
