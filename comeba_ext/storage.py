@@ -81,7 +81,7 @@ def alone(folder: str | Path):
     try:
         if outermost:  # what is inside clears up after itself
             with suppress(OSError, StorageError):
-                _clear(folder, _named(read_manifest(folder)) if (folder / MANIFEST).exists() else set())
+                _clear(folder, files_of(read_manifest(folder)) if (folder / MANIFEST).exists() else set())
         yield
     finally:
         lock.release()
@@ -173,8 +173,8 @@ def _block_file(digest: str) -> str:
     return f"comeba_{KIND}-{digest}.safetensors"
 
 
-def _named(manifest: dict) -> set[str]:
-    """The files of a save."""
+def files_of(manifest: dict) -> set[str]:
+    """The names of a save's files."""
     return {*manifest["files"].values(), *map(_block_file, manifest.get("blocks", []))}
 
 
@@ -214,7 +214,7 @@ def write_folder(folder: str | Path, manifest: dict, tensors: dict[str, dict], t
         finally:
             # Of the new files those of a save that failed, else of the old ones: whatever the manifest does not name.
             with suppress(OSError, StorageError):
-                _clear(folder, _named(manifest if complete else read_manifest(folder)))
+                _clear(folder, files_of(manifest if complete else read_manifest(folder)))
 
 
 def _clear(folder: Path, named: set[str]) -> None:
@@ -264,7 +264,7 @@ def read_folder(folder: str | Path, *kinds: str) -> tuple[dict, list]:
         try:
             return manifest, [read_file(folder, manifest, kind) for kind in kinds]
         except StorageError:
-            if _named(read_manifest(folder)) == _named(manifest):
+            if files_of(read_manifest(folder)) == files_of(manifest):
                 raise
 
 
