@@ -175,11 +175,11 @@ def _compared(layer):
     return layer.score.projection, layer.score.anchors, layer.score.excess(layer.alpha)
 
 
-@pytest.mark.parametrize(("chunk", "d_in", "every_token"), [(1, 24, False), (700, 300, False), (1 << 24, 300, False), (1, 300, True)])
+@pytest.mark.parametrize(("together", "d_in", "every_token"), [(1, 24, False), (7, 300, False), (1000, 300, False), (1, 300, True)])
 @torch.no_grad()
-def test_many_subjects_by_brute_force(chunk, d_in, every_token, monkeypatch):
+def test_many_subjects_by_brute_force(together, d_in, every_token, monkeypatch):
     """Every pair of a token and a key by a dense table, in float64; names of one to three tokens, many of which share their end."""
-    monkeypatch.setattr(subject_hook, "_CHUNK", chunk)
+    monkeypatch.setattr(subject_hook, "_TOGETHER", together)
     layer = make_layer(400, alpha=0.2, d_in=d_in)
     shards = torch.arange(400) * 150 // 400
     layer.score.assign(shards)

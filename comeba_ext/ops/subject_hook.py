@@ -27,7 +27,7 @@ from comeba_ext.ops.mentions import mentions
 from comeba_ext.ops.nearest_hook import coarse_directions, coarse_limit, coarse_rows, directions, product_dtype
 from comeba_ext.ops.shard_edits import shard_edits
 
-_CHUNK = 1 << 24  # pairs of a token and a key at a time
+_TOGETHER = 16  # tokens whose keys are compared with all of them at once
 _FIRST = 4.0  # above any difference of two cosines
 
 
@@ -109,13 +109,15 @@ def _some(x, hashes, low, high, projection, anchors, thresholds, alpha, subjects
     again, anchor = _spread(subjects.first[shard], subjects.first[shard] + subjects.count[shard])
     of_word, shard = of_word[again], shard[again]
     # First look, at a few directions; what is named needs none.
-    rough, keys = coarse_directions(x, projection).to(wide), anchors[:, :coarse][anchor].to(wide)
+    rough, keys = coarse_directions(x, projection).to(wide), anchors[:, :coarse]
     least = coarse_limit(scope_limit(alpha, dtype) + _asked(thresholds[0][anchor], alpha, wide), projection)
     near = []
-    for part in torch.arange(len(x), device=x.device).split(max(1, _CHUNK // max(len(shard), 1))):
-        token, pair = (F.linear(rough[part], keys) >= least).logical_and_(of_word == word[part][:, None]).nonzero(as_tuple=True)
-        other = shard[pair] != named[part][token]
-        near.append((part[token[other]], pair[other]))
+    for part, theirs in _together(word, of_word):
+        likely = F.linear(rough[part], keys.index_select(0, anchor[theirs]).to(wide)) >= least[theirs]
+        token, pair = likely.logical_and_(of_word[theirs] == word[part][:, None]).nonzero(as_tuple=True)
+        token, pair = part[token], pair + theirs.start
+        other = shard[pair] != named[token]
+        near.append((token[other], pair[other]))
     token, pair = (torch.cat(parts) for parts in zip(*near, strict=True))
     called = (named >= 0).nonzero()[:, 0]
     best, best_shard = x.new_full((len(x),), -_FIRST, dtype=wide), torch.full_like(low, -1)
@@ -133,6 +135,17 @@ def _some(x, hashes, low, high, projection, anchors, thresholds, alpha, subjects
     first = torch.where(rank == best[token], shard, len(subjects.first))  # of equal ones
     best_shard[looked] = torch.full_like(looked, len(subjects.first)).scatter_reduce(0, row, first, "amin")
     return _unranked(best), best_shard
+
+
+def _together(word: torch.Tensor, of_word: torch.Tensor):
+    """Tokens in the order of their words, a few at a time, and where among all keys, which are in that order, those of these words are."""
+    if len(word) == 1:
+        yield torch.zeros_like(word), slice(0, len(of_word))
+        return
+    order = word.argsort()
+    begin = torch.searchsorted(of_word, torch.arange(int(word[order[-1]]) + 2, device=word.device)).tolist()
+    for part in order.split(_TOGETHER):
+        yield part, slice(begin[word[part[0]]], begin[word[part[-1]] + 1])
 
 
 def _asked(thresholds: torch.Tensor, alpha: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
