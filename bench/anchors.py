@@ -4,9 +4,10 @@
 
 Three rules: one threshold for all keys, set on the corpus sample; each anchor's own, as before names were read (the nearest of corpus and
 decoys, as far as the subject's own prompts let it); the product's (:mod:`comeba_ext.editing.anchors`), near enough where the text names
-the subject, else nearer than any look-alike. Subjects and wordings are CounterFact's training records, text is Wikipedia's validation
-articles; neither is reported on elsewhere. The covariance is one of ``comeba covariance``; nothing is edited, so keys are those of the
-unedited model, at the value layer.
+the subject, else nearer than any look-alike. And whether the first look, at 96 of 256 directions, which keys of subjects that are not
+named must pass (:mod:`comeba_ext.ops.subject_hook`), decides as all directions do. Subjects and wordings are CounterFact's training
+records, text is Wikipedia's validation articles; neither is reported on elsewhere. The covariance is one of ``comeba covariance``;
+nothing is edited, so keys are those of the unedited model, at the value layer.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from comeba_ext.editing import anchors
 from comeba_ext.editing.keys import KeyReader
 from comeba_ext.forward.partial import run_until
 from comeba_ext.loading import load_model
+from comeba_ext.ops.nearest_hook import coarse_limit, coarse_rows
 from comeba_ext.text.encoding import encode, micro_batches, pad, pad_id
 from comeba_ext.text.names import names_of
 from comeba_ext.text.rows import prompt_rows
@@ -132,11 +134,15 @@ def main() -> None:
     ids = [encode(tokenizer, text).ids[:200] for _, _, text in asked]
     units = inputs_of(editor, ids)[name]
     counts = {rule: {} for rule in rules}
+    coarse = coarse_rows(layer.score.projection)
+    least = coarse_limit(found.thresholds, layer.score.projection)
+    looks = {"decisions": 0, "in scope, unnamed": 0, "in scope after the first look": 0}
     lowest_of_all = min(thresholds.min() for rule in rules.values() for thresholds in rule if thresholds is not None)
     for (kind, request, text), row, tokens in zip(asked, ids, units, strict=True):
         cosines = tokens @ found.unit.T
         near = (cosines >= lowest_of_all).any(0).nonzero()[:, 0]  # few of the anchors
         cosines, owner = cosines[:, near], found.owner[near]
+        passed = tokens[:, :coarse] @ found.unit[near, :coarse].T >= least[near]
         whole, end = (torch.zeros(cosines.shape, dtype=torch.bool) for _ in range(2))
         for column, n in enumerate(owner.tolist()):
             whole[:, column] = torch.tensor(named(row, names[n].names))
@@ -144,6 +150,10 @@ def main() -> None:
         for rule, (far, close) in rules.items():
             inside = cosines >= far[near]
             if close is not None:
+                unnamed = inside & end & ~whole
+                looks["decisions"] += len(tokens)
+                looks["in scope, unnamed"] += int(unnamed.any(1).sum())
+                looks["in scope after the first look"] += int((unnamed & passed).any(1).sum())
                 inside = (inside & end) | (whole & (cosines >= close[near]))
             if request is not None:
                 value, size = bool(inside[:, owner == request].any()), 1
@@ -153,14 +163,22 @@ def main() -> None:
             total = counts[rule].setdefault(kind, [0, 0])
             total[0], total[1] = total[0] + value, total[1] + size
     rows = [{"thresholds": rule, **{kind: {"in scope": a, "of": b} for kind, (a, b) in own.items()}} for rule, own in counts.items()]
+    hits, kept = looks["in scope, unnamed"], looks["in scope after the first look"]
+    alike = 1 - (hits - kept) / looks["decisions"]
+    rows.append({"first look": looks, "recall": kept / hits if hits else None, "decisions alike": alike})
     if not args.json:
         print(f"{len(requests)} subjects ({len(declined)} declined), block {editor.config.value_layer}")
-        for row in rows:
+        print(f"first look: {kept} of {hits} tokens in scope of a subject that is not named there are found; decisions alike {alike:.6f}")
+        for row in rows[:-1]:
             own = {kind: part for kind, part in row.items() if kind != "thresholds"}
             shares = (f"{kind} {part['in scope']}/{part['of']} = {part['in scope'] / part['of']:.5f}" for kind, part in own.items())
             print(f"{row['thresholds']}: {'  '.join(shares)}")
-    last = rows[-1]["text"]["in scope"] / rows[-1]["text"]["of"]
-    finish(rows, [target("text tokens in scope of a subject that is not named", last, 1e-3, last <= 1e-3)], args.json)
+    last = rows[-2]["text"]["in scope"] / rows[-2]["text"]["of"]
+    targets = [
+        target("text tokens in scope of a subject that is not named", last, 1e-3, last <= 1e-3),
+        target("decisions that the first look leaves as they are", alike, 0.999, alike >= 0.999),
+    ]
+    finish(rows, targets, args.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Does a step cost more the more was edited before? ``python bench/bench_step_cost.py [--quick] [--json] [--plot FILE]``
+"""Does a step cost more the more was edited before? ``python bench/bench_step_cost.py [--edits N] [--quick] [--json] [--plot FILE]``
 
 Two hundred consecutive batches of five edits of the embedded model, with a fixed number of optimiser steps so that every
 batch has the same work. The last tenth is edited twice, batch by batch in turn: by the editor that has edited everything
@@ -7,6 +7,9 @@ so that neither the length of the prompts nor a neighbour's load can pass for gr
 20 % on shared cores). Memory is the process's resident set after free heap pages were handed back (``malloc_trim``; without
 it the allocator's spare pages come and go by 100 MB), with the ledger's own bytes (keys and responses kept for retraction:
 d_in + d_out floats a request and layer) beside it.
+
+With ``--edits 10000``: so many records of CounterFact, other subjects all, are edited with values that nobody looked for, which costs
+little; then twenty batches of ten, with as many steps as the model's settings have, by that editor and by a fresh one in turn.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import ctypes
 import gc
 import statistics
 
-from common import finish, target
+import torch
+from common import counterfact, finish, target
 
 from comeba_ext import EditConfig, Editor, testbed
+from comeba_ext.text.request import as_requests
 
 
 def resident() -> int:
@@ -30,25 +35,48 @@ def resident() -> int:
         return int(file.read().split()[1]) * 4096
 
 
-def fresh_editor(requests, size: int) -> Editor:
+def fresh_editor(requests, size: int, **changes) -> Editor:
     model, tokenizer = testbed.load()
-    editor = Editor(model, tokenizer, EditConfig.for_model(model, steps=3, early_stop=0.0))
+    editor = Editor(model, tokenizer, EditConfig.for_model(model, early_stop=0.0, **changes))
     editor.collect_covariance(testbed.texts(), progress=False)
     editor.edit(requests[:size])  # warm-up
     editor.rollback(0)
     return editor
 
 
+def after(edits: int, batches: int) -> tuple[list[dict], list[dict]]:
+    """Rows and targets of batches of ten after so many edits, and before any."""
+    size, many, width = 10, 100, testbed.load()[0].config.hidden_size
+    requests = as_requests((counterfact("edit") + counterfact("train"))[: edits + batches * size])
+    young, old = fresh_editor(requests, size), fresh_editor(requests, size)
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, edits, many):
+        part = requests[start : min(start + many, edits)]
+        old.edit(part, torch.randn(len(part), width, generator=generator))
+    rows = []
+    for start in range(edits, edits + batches * size, size):
+        reports = {name: editor.edit(requests[start : start + size]) for name, editor in (("", old), ("fresh_", young))}
+        rows.append({"edits": start, "live": len(old.ledger.live())})
+        for name, report in reports.items():
+            rows[-1] |= {f"{name}seconds": sum(report.seconds.values())}
+            rows[-1] |= {f"{name}{phase}": seconds for phase, seconds in report.seconds.items()}
+    ratio = statistics.median(row["seconds"] / row["fresh_seconds"] for row in rows)
+    return rows, [target(f"step time after {edits:,} edits / the first steps of a fresh editor", ratio, 1.10, ratio <= 1.10)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="60 batches of three")
+    parser.add_argument("--edits", type=int, help="instead: steps after so many edits, and first ones")
+    parser.add_argument("--quick", action="store_true", help="60 batches of three; with --edits, five batches")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", help="write a PNG")
     args = parser.parse_args()
+    if args.edits is not None:
+        finish(*after(args.edits, 5 if args.quick else 20), args.json)
     batches, size = (60, 3) if args.quick else (200, 5)
     tenth = batches // 10
     requests = testbed.facts()[: batches * size]
-    editor, young = fresh_editor(requests, size), fresh_editor(requests, size)
+    editor, young = (fresh_editor(requests, size, steps=3) for _ in range(2))
     rows = []
     for start in range(0, batches * size, size):
         batch = requests[start : start + size]
