@@ -18,7 +18,7 @@ from comeba_ext.cli.inputs import (
     requests_of,
     settings_of,
 )
-from comeba_ext.cli.terminal import METRICS, counted, metric_row, reporting, say_counts, say_settings, size_of
+from comeba_ext.cli.terminal import FORCED, METRICS, counted, metric_table, reporting, say_counts, say_settings, size_of
 from comeba_ext.errors import ComebaError
 
 
@@ -87,7 +87,7 @@ def demo(
             ("prompt", "before", "edited to say", "after"), [(e["prompt"], e["before"], e["wanted"], e["after"]) for e in examples]
         )
         report.say(f"\nAll {edits} edits, measured at the end (95 % interval), locality against the unedited model:")
-        report.table(("", "teacher-forced", "exact", "greedy generation"), [metric_row(final, m) for m in METRICS])
+        metric_table(report, final, METRICS, FORCED)
         if out is not None:
             editor.save_pretrained(out)
             report.say(f"\nSaved to {out}.")

@@ -13,7 +13,7 @@ import typer
 
 from comeba_ext.cli.app import Device, Dtype, Edits, Json, Limit, Model, Trust, app
 from comeba_ext.cli.inputs import fitting, loaded
-from comeba_ext.cli.terminal import METRICS, flattened, metric_row, reporting, say_counts
+from comeba_ext.cli.terminal import FORCED, METRICS, WRITTEN, flattened, metric_table, reporting, say_counts
 from comeba_ext.errors import ComebaError
 
 PLAIN_TEXTS = 400  # at most, to measure perplexity on in experiments
@@ -24,7 +24,9 @@ def evaluate_(
     model: Model,
     records: Annotated[Path, typer.Argument(help="JSON or JSONL records")],
     edits: Edits = None,
-    generate: Annotated[bool, typer.Option(help="also measure greedy generation")] = True,
+    generate: Annotated[bool, typer.Option(help="also measure greedy generation, cut at the answer's length")] = True,
+    answer_tokens: Annotated[int, typer.Option(min=0, help="let the model write at most so many; 0: not at all")] = 32,
+    chat: Annotated[bool, typer.Option("--chat", help="ask in the model's chat template where it writes")] = False,
     predictions: Annotated[Optional[Path], typer.Option(help="write every record's scores and texts as JSONL")] = None,
     limit: Limit = None,
     device: Device = None,
@@ -34,7 +36,7 @@ def evaluate_(
 ) -> None:
     """Reliability, generality and locality of a model, with or without saved edits, on the records of a file."""
     from comeba_ext.data import read_requests
-    from comeba_ext.evaluation import evaluate
+    from comeba_ext.evaluation import Writing, evaluate
     from comeba_ext.storage import write_text
 
     with reporting(as_json) as report:
@@ -45,11 +47,14 @@ def evaluate_(
         used, skipped = fitting(net, tokenizer, read)
         if not used:
             raise ComebaError(f"{records}: none of {read.read} records can be used; first reason: {skipped[0]['reason']}")
-        metrics = evaluate(net, tokenizer, used, generate=generate, progress=not as_json)
+        writing = Writing(answer_tokens, chat) if answer_tokens else None
+        metrics = evaluate(net, tokenizer, used, generate=generate, writing=writing, progress=not as_json)
         if predictions is not None:
             write_text(predictions, "".join(json.dumps(row) + "\n" for row in metrics.per_record))
         names = [m for m in (*METRICS, "portability") if metrics.get(m) is not None]
-        report.table(("", "teacher-forced", "exact", "greedy generation"), [metric_row(metrics, m) for m in names])
+        for ways in (WRITTEN, FORCED):
+            metric_table(report, metrics, names, ways, explained=True)
+        report.say("Locality compares with the unedited model instead of an answer.")
         counts = {"read": read.read, "used": len(used), "skipped": skipped}
         say_counts(report, counts)
         report.result = {**metrics.to_dict(), "records": counts, "edits_folder": str(edits) if edits else None}

@@ -6,6 +6,7 @@ from comeba_ext.evaluation.fluency import fluency, ngram_entropy
 from comeba_ext.evaluation.metrics import Metrics, bootstrap_interval, evaluate, summarise
 from comeba_ext.evaluation.probabilities import counterfact_scores
 from comeba_ext.evaluation.protocols import Protocol, Result, run_protocol
+from comeba_ext.evaluation.written import Writing
 
 __all__ = [
     "BasePredictions",
@@ -13,6 +14,7 @@ __all__ = [
     "Protocol",
     "Reading",
     "Result",
+    "Writing",
     "bootstrap_interval",
     "counterfact_scores",
     "evaluate",

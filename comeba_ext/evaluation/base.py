@@ -10,8 +10,9 @@ import torch
 from tqdm import tqdm
 
 from comeba_ext.errors import RequestError
-from comeba_ext.evaluation.queries import check_context, record_queries, where
+from comeba_ext.evaluation.queries import check_context, record_prompts, record_queries, where
 from comeba_ext.evaluation.scoring import Prediction, Query, predict
+from comeba_ext.evaluation.written import Writing
 from comeba_ext.layers.attachment import attachments, disabled
 from comeba_ext.text.encoding import pad_id
 from comeba_ext.text.request import as_requests
@@ -27,13 +28,18 @@ class BasePredictions:
     Attributes:
         predictions: prediction of each locality query.
         generate: whether greedy continuations are among them.
+        writing: how it was let write, if at all; answers: what it wrote, by :meth:`Writing.ids` of the prompt.
     """
 
     predictions: Mapping[Query, Prediction] = field(repr=False)
     generate: bool
+    writing: Writing | None = None
+    answers: Mapping[tuple[int, ...], str] = field(default_factory=dict, repr=False)
 
-    def check(self, queries: list[list[Query]], requests: list, generate: bool) -> None:
+    def check(self, queries: list[list[Query]], requests: list, generate: bool, writing: Writing | None = None) -> None:
         """Raises a RequestError unless every query of every request, ``queries[i]`` of ``requests[i]``, is known."""
+        if writing is not None and writing != self.writing:
+            raise RequestError(f"the base predictions were made with writing={self.writing}; make them again with {writing}")
         if generate and not self.generate:
             raise RequestError("the base predictions were made with generate=False; make them again or evaluate with generate=False")
         for index, (request, own) in enumerate(zip(requests, queries)):
@@ -51,6 +57,7 @@ def predict_base(
     *,
     max_tokens: int = 4096,
     generate: bool = True,
+    writing: Writing | None = None,
     progress: bool = False,
 ) -> BasePredictions:
     """The unedited model's predictions for the locality prompts of ``records``.
@@ -62,6 +69,7 @@ def predict_base(
         max_tokens: padded tokens in one forward pass; give :func:`evaluate` the same, so that both runs form the same
             batches and rounding cannot tell them apart.
         generate: also continue each prompt greedily.
+        writing: also let it write to a natural end, so.
         progress: show a progress bar.
 
     Raises:
@@ -72,9 +80,13 @@ def predict_base(
     for index, (request, own) in enumerate(zip(requests, queries)):
         check_context(model, own, index, request)
     distinct = list(dict.fromkeys(query for own in queries for query in own))
-    with unedited(model), tqdm(total=len(distinct) * (1 + generate), disable=not progress, desc="base") as bar:
+    prompts: list[tuple[int, ...]] = []
+    if writing is not None:
+        prompts = list(dict.fromkeys(writing.ids(tokenizer, own.prompt) for r in requests for own in record_prompts(r)["locality"]))
+    with unedited(model), tqdm(total=len(distinct) * (1 + generate) + len(prompts), disable=not progress, desc="base") as bar:
         predictions = predict(model, distinct, pad_token=pad_id(tokenizer), max_tokens=max_tokens, generate=generate, bar=bar)
-    return BasePredictions(predictions, generate)
+        answers = {} if writing is None else writing.answers(model, tokenizer, prompts, max_tokens=max_tokens, bar=bar)
+    return BasePredictions(predictions, generate, writing, answers)
 
 
 def has_edits(model: torch.nn.Module) -> bool:

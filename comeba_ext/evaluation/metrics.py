@@ -8,14 +8,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from comeba_ext.evaluation.answers import WRITTEN, WrittenAnswers, mean
 from comeba_ext.evaluation.base import BasePredictions, has_edits, predict_base
 from comeba_ext.evaluation.queries import METRICS, check_context, record_queries
 from comeba_ext.evaluation.scoring import Prediction, predict
+from comeba_ext.evaluation.written import Writing
 from comeba_ext.layers.attachment import prompt_rewriter
 from comeba_ext.text.encoding import pad_id
 from comeba_ext.text.request import as_requests
 
-SCORES = ("", "_exact", "_generation")  # suffixes of the three ways each metric is scored
+SCORES = ("", "_exact", "_generation")  # suffixes of the ways each metric is scored
 
 
 class Metrics(dict):
@@ -40,6 +42,7 @@ def evaluate(
     *,
     max_tokens: int = 4096,
     generate: bool = True,
+    writing: Writing | None = None,
     progress: bool = False,
     seed: int = 0,
 ) -> Metrics:
@@ -55,6 +58,10 @@ def evaluate(
     writes exactly the target (locality: exactly what the unedited model writes). Each is averaged over the prompts of
     a record, then over the records that have such prompts.
 
+    With ``writing`` the model also writes to a natural end behind the prompt alone, in its chat template if that is asked for, and
+    ``<name>_written`` counts a prompt if the answer is the target or one of its aliases, or opens with it (locality: if
+    it is what the unedited model writes), ``<name>_contained`` if one of them stands in it (:mod:`comeba_ext.evaluation.written`).
+
     Args:
         model: causal language model; left as it was, training flags and generation config included.
         tokenizer: its tokenizer.
@@ -64,6 +71,7 @@ def evaluate(
             tokenizer, likewise switched off. :class:`BasePredictions`: what :func:`predict_base` computed before.
         max_tokens: padded tokens in one forward pass; bounds the memory of the logits.
         generate: compute ``<name>_generation``; otherwise these are ``None``.
+        writing: compute ``<name>_written`` and ``<name>_contained``, so; otherwise there are none.
         progress: show a progress bar.
         seed: of the bootstrap; the global generators are not touched.
 
@@ -75,7 +83,8 @@ def evaluate(
         ``subject``, ``target_new``, the record's scores, ``predicted`` (text of the teacher-forced argmax) and
         ``generated`` (greedy text or ``None``), the last two for the record's own prompt, and ``answers``: the same for
         every prompt asked, with its ``metric``, ``wanted`` text (for locality the unedited model's, and what that generates as
-        ``unedited``), ``score`` and ``tokens``, the prompt's length.
+        ``unedited``), ``score`` and ``tokens``, the prompt's length; with ``writing`` what was ``written`` and, for locality, by the
+            unedited model.
 
     Raises:
         RequestError: a record cannot be used, a text is longer than the model's context, or the base predictions do
@@ -88,7 +97,7 @@ def evaluate(
     for index, (request, own) in enumerate(zip(requests, asked)):
         check_context(model, [query for name in METRICS for query in own[name]], index, request)
     if isinstance(base, BasePredictions):
-        base.check([own["locality"] for own in queries], requests, generate)
+        base.check([own["locality"] for own in queries], requests, generate, writing)
     elif base is not None or has_edits(model):
         base = predict_base(
             model if base is None else base,
@@ -96,6 +105,7 @@ def evaluate(
             requests,
             max_tokens=max_tokens,
             generate=generate,
+            writing=writing,
             progress=progress,
         )
 
@@ -105,16 +115,19 @@ def evaluate(
         dict.fromkeys(query for own in asked for name in METRICS if name != "locality" for query in own[name]),
         dict.fromkeys(query for own in asked for query in own["locality"]),
     ]
-    total = sum(map(len, pools)) * (1 + generate)
+    written = None if writing is None else WrittenAnswers(tokenizer, requests, writing, rewrite)
+    total = sum(map(len, pools)) * (1 + generate) + (0 if written is None else written.total)
     with tqdm(total=total, disable=not progress, desc="evaluate") as bar:
         run = lambda pool: predict(  # noqa: E731
             model, pool, pad_token=pad_id(tokenizer), max_tokens=max_tokens, generate=generate, bar=bar
         )
         edited, local = map(run, pools)
+        if written is not None:
+            written.ask(model, None if base is None else base.answers, max_tokens=max_tokens, bar=bar)
     unedited = local if base is None else base.predictions  # without a base there is nothing that rewrites
 
     rows = []
-    for request, own, put in zip(requests, queries, asked):
+    for n, (request, own, put) in enumerate(zip(requests, queries, asked)):
         row = {field: getattr(request, field) for field in ("request_id", "prompt", "subject", "target_new")}
         answers = []
         for name in METRICS:
@@ -125,8 +138,8 @@ def evaluate(
                 wanted = [(q.target_ids,) * 2 for q in put[name]]
             answered = [found[q] for q in put[name]]
             scores = [_score(answer, *pair) for answer, pair in zip(answered, wanted, strict=True)]
-            for n, suffix in enumerate(SCORES):
-                row[name + suffix] = _mean([score[n] for score in scores])
+            for place, suffix in enumerate(SCORES):
+                row[name + suffix] = mean([score[place] for score in scores])
             answers += [
                 {
                     "metric": name,
@@ -144,6 +157,9 @@ def evaluate(
         row["predicted"] = _text(tokenizer, answer.forced)
         row["generated"] = _text(tokenizer, answer.generated)
         row["answers"] = answers
+        if written is not None:
+            row |= written.scores(n)
+            row["answers"] = [answer | texts for answer, texts in zip(answers, written.texts(n), strict=True)]
         rows.append(row)
     return summarise(rows, seed)
 
@@ -184,9 +200,11 @@ def summarise(rows: list[dict], seed: int = 0) -> Metrics:
     """What :func:`evaluate` returns, from its ``per_record`` rows: means over records, intervals, numbers of prompts."""
     metrics = Metrics(records=len(rows))
     for name in METRICS:
-        for key in (name + suffix for suffix in SCORES):
-            values = [row[key] for row in rows]
-            metrics[key] = _mean(values)
+        for key in (name + suffix for suffix in (*SCORES, *WRITTEN)):
+            values = [row.get(key) for row in rows]
+            if key.endswith(WRITTEN) and not any(key in row for row in rows):
+                continue  # not asked for
+            metrics[key] = mean(values)
             metrics[f"{key}_interval"] = bootstrap_interval(values, seed)
         metrics[f"{name}_prompts"] = sum(answer["metric"] == name for row in rows for answer in row["answers"])
     metrics["per_record"] = rows
@@ -197,11 +215,6 @@ def _score(found: Prediction, forced: tuple[int, ...], generated: tuple[int, ...
     """Share of equal teacher-forced tokens, whether all are equal, whether the generated ones all are (or None)."""
     share = sum(a == b for a, b in zip(found.forced, forced, strict=True)) / len(forced)
     return share, float(share == 1), None if found.generated is None else float(found.generated == generated)
-
-
-def _mean(values: list) -> float | None:
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else None
 
 
 def _text(tokenizer, ids: tuple[int, ...] | None) -> str | None:

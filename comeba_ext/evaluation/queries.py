@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 
@@ -14,27 +16,44 @@ from comeba_ext.text.request import EditRequest
 METRICS = ("reliability", "generality", "locality", "portability")
 
 
+class Asked(NamedTuple):
+    """A prompt of a record, its answer if there is one, and other names of that."""
+
+    prompt: str
+    answer: str | None
+    aliases: tuple[str, ...] = ()
+
+
+def record_prompts(request: EditRequest) -> dict[str, list[Asked]]:
+    """What is asked of a request by metric; a metric without prompts has an empty list.
+
+    Portability prompts without an answer cannot be scored and are left out. Locality prompts without one are compared
+    in the next token.
+    """
+    portability = zip_longest(request.portability_prompts, request.portability_aliases[: len(request.portability_prompts)], fillvalue=())
+    return {
+        "reliability": [Asked(request.text, request.target_new, request.aliases)],
+        "generality": [Asked(prompt, request.target_new, request.aliases) for prompt in request.rephrase_prompts],
+        "locality": [Asked(*pair) for pair in request.locality_prompts],
+        "portability": [Asked(p, answer, own) for (p, answer), own in portability if answer and answer.strip()],
+    }
+
+
 def record_queries(tokenizer, request: EditRequest, index: int, rewrite: Callable[[str], str] | None = None) -> dict[str, list[Query]]:
-    """The queries of a request by metric; a metric without prompts has an empty list.
+    """:func:`record_prompts`, tokenised.
 
     Args:
         rewrite: how the model is to be asked (:func:`~comeba_ext.layers.attachment.prompt_rewriter`).
 
-    Portability prompts without an answer cannot be scored and are left out. Locality prompts without one are compared
-    in the next token.
-
     Raises:
         RequestError: a prompt or target has no token; the message names the record.
     """
-    texts = {
-        "reliability": [(request.text, request.target_new)],
-        "generality": [(prompt, request.target_new) for prompt in request.rephrase_prompts],
-        "locality": request.locality_prompts,
-        "portability": [(p, answer) for p, answer in request.portability_prompts if answer and answer.strip()],
-    }
     asked = rewrite or (lambda prompt: prompt)
     try:
-        return {name: [Query.of(tokenizer, asked(p), answer) for p, answer in texts[name]] for name in METRICS}
+        return {
+            name: [Query.of(tokenizer, asked(own.prompt), own.answer) for own in prompts]
+            for name, prompts in record_prompts(request).items()
+        }
     except RequestError as error:
         raise RequestError(f"{where(index, request)}: {error}") from None
 

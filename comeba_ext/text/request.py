@@ -26,6 +26,8 @@ class EditRequest:
         locality_prompts: ``(prompt, answer)`` pairs, or prompts alone, whose predictions must not change.
         portability_prompts: ``(prompt, answer)`` pairs that follow from the new fact.
         request_id: a name to retract it by; the editor assigns one when absent.
+        aliases: other names of the new object, which count as well where what was written is read (never used to edit).
+        portability_aliases: the same for each answer of ``portability_prompts``, in their order; may be shorter.
         wordings: other texts that the new object shall follow too, subject spelled out (or ``{}``), e.g. as a question: target
             values are found for them together with the prompt. (``rephrase_prompts`` are only asked, never used.)
         fact_token: where the edit happens: ``"subject_last"``, the subject's last token, which carries it to other wordings; or
@@ -45,6 +47,8 @@ class EditRequest:
     request_id: str | None = None
     wordings: tuple[str, ...] = ()
     fact_token: str = "subject_last"
+    aliases: tuple[str, ...] = ()
+    portability_aliases: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         where = f"request {self.request_id!r}" if self.request_id is not None else "request"
@@ -77,6 +81,10 @@ class EditRequest:
         for wording in self.wordings:
             if self.subject not in wording:
                 raise RequestError(f"{where}: the wording {wording!r} does not name the subject {self.subject!r}")
+        set_("aliases", _texts(self.aliases, f"{where}: aliases"))
+        if not isinstance(self.portability_aliases, (list, tuple)):
+            raise RequestError(f"{where}: portability_aliases must be a list of texts for each answer, got {self.portability_aliases!r}")
+        set_("portability_aliases", tuple(_texts(own, f"{where}: portability_aliases") for own in self.portability_aliases))
         if self.fact_token not in FACT_TOKENS:
             raise RequestError(f"{where}: fact_token must be one of {', '.join(FACT_TOKENS)}, got {self.fact_token!r}")
         set_("locality_prompts", _pairs(self.locality_prompts, where, "locality_prompts"))
@@ -148,6 +156,10 @@ class EditRequest:
             record[name] = [_unfilled(text, self.subject) for text in record[name]]
         for name in ("locality_prompts", "portability_prompts"):  # lists, as JSON gives them back
             record[name] = [list(pair) for pair in record[name]]
+        for name in ("aliases", "portability_aliases"):  # like records of versions that did not know them, where there are none
+            record[name] = [own if isinstance(own, str) else list(own) for own in record[name]]
+            if not record[name]:
+                del record[name]
         return record
 
 

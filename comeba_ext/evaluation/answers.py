@@ -1,0 +1,84 @@
+"""What a model wrote to the prompts of some records, and its scores (:mod:`comeba_ext.evaluation.written`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from comeba_ext.evaluation.queries import METRICS, record_prompts
+from comeba_ext.evaluation.written import Writing, is_contained, is_written, normalised
+from comeba_ext.text.request import EditRequest
+
+WRITTEN = ("_written", "_contained")  # suffixes of its scores
+
+
+class WrittenAnswers:
+    """Of every prompt of some records.
+
+    Args:
+        requests: the records.
+        writing: how the model is let write.
+        rewrite: how it is to be asked (:func:`~comeba_ext.layers.attachment.prompt_rewriter`).
+
+    Attributes:
+        total: how many prompts are asked.
+    """
+
+    def __init__(self, tokenizer, requests: list[EditRequest], writing: Writing, rewrite: Callable[[str], str] | None = None):
+        self.tokenizer, self.writing = tokenizer, writing
+        self.prompts = [record_prompts(request) for request in requests]
+        plain = lambda prompt: prompt  # noqa: E731
+        self.ids, self.plain = (
+            [{name: [writing.ids(tokenizer, how(own.prompt)) for own in prompts[name]] for name in METRICS} for prompts in self.prompts]
+            for how in (rewrite or plain, plain)
+        )
+        self.total = len({ids for own in self.ids for name in METRICS for ids in own[name]})
+        self.found: dict[str, Mapping[tuple[int, ...], str]] = {}
+        self.before: Mapping[tuple[int, ...], str] = {}
+
+    def ask(self, model: torch.nn.Module, unedited: Mapping[tuple[int, ...], str] | None, *, max_tokens: int, bar=None) -> None:
+        """Let the model write; ``unedited``: what it wrote to the locality prompts before, or ``None`` if it is unedited."""
+        # Locality in batches of its own, as the unedited model's were: rounding cannot make a difference between equal models.
+        pools = {"locality": [ids for own in self.ids for ids in own["locality"]]}
+        pools["other"] = [ids for own in self.ids for name in METRICS if name != "locality" for ids in own[name]]
+        for name, pool in pools.items():
+            self.found[name] = self.writing.answers(model, self.tokenizer, pool, max_tokens=max_tokens, bar=bar)
+        self.before = self.found["locality"] if unedited is None else unedited
+
+    def _answers(self, record: int, name: str) -> list[str]:
+        found = self.found["locality" if name == "locality" else "other"]
+        return [found[ids] for ids in self.ids[record][name]]
+
+    def _before(self, record: int) -> list[str]:
+        return [self.before[ids] for ids in self.plain[record]["locality"]]
+
+    def scores(self, record: int) -> dict[str, float | None]:
+        """``<name>_written`` of every metric, and ``<name>_contained`` of all but locality, which is about equal answers."""
+        found: dict[str, float | None] = {}
+        for name in METRICS:
+            answers = self._answers(record, name)
+            if name == "locality":
+                same = [normalised(a) == normalised(b) for a, b in zip(answers, self._before(record), strict=True)]
+                found["locality_written"] = mean([float(own) for own in same])
+                continue
+            for suffix, right in zip(WRITTEN, (is_written, is_contained), strict=True):
+                asked = zip(answers, self.prompts[record][name], strict=True)
+                found[name + suffix] = mean([float(right(answer, (own.answer, *own.aliases))) for answer, own in asked])
+        return found
+
+    def texts(self, record: int) -> list[dict[str, str]]:
+        """Of every prompt, metric by metric: what was ``written``, and for locality what was ``unedited_written``."""
+        found = []
+        for name in METRICS:
+            own = [{"written": answer} for answer in self._answers(record, name)]
+            if name == "locality":
+                own = [one | {"unedited_written": before} for one, before in zip(own, self._before(record), strict=True)]
+            found += own
+        return found
+
+
+def mean(values: list) -> float | None:
+    """Of those that are there."""
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None

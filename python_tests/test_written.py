@@ -1,0 +1,142 @@
+"""Written answers against a loop that writes one prompt at a time, and rules by examples worked out by hand."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_evaluation import FAMILIES, NAMES, RECORDS, asked, pair  # noqa: F401  (a fixture)
+
+from comeba_ext.errors import RequestError
+from comeba_ext.evaluation import Writing, evaluate, predict_base
+from comeba_ext.evaluation.written import answer_of, is_contained, is_written, natural_end, normalised
+
+CHAT = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (" Paris. It is", "Paris."),
+        ("\n\nParis\nIt is", "Paris"),
+        (" J. K. Rowling. She", "J. K. Rowling."),
+        (" St. Louis, Missouri. The", "St. Louis, Missouri."),
+        (" Who? Me", "Who?"),
+        (' He said "no." Then', 'He said "no."'),
+        (" 3.14 is pi", "3.14 is pi"),
+        (" 巴黎。那里", "巴黎。"),
+        ("", ""),
+        (" \n ", ""),
+    ],
+)
+def test_natural_end(text, answer):
+    assert answer_of(text) == answer
+
+
+def test_a_full_stop_at_the_end_may_be_an_abbreviation():
+    assert natural_end(" Paris.") is None and answer_of(" Paris.") == "Paris."
+    assert natural_end(" Paris!") == len(" Paris!")
+
+
+@pytest.mark.parametrize(
+    "answer, targets, written, contained",
+    [
+        ("Paris.", ["paris"], True, True),
+        ("the Eiffel Tower, in Paris", ["Eiffel Tower"], True, True),
+        ("in Paris", ["Paris"], False, True),
+        ("Parisian", ["Paris"], False, False),
+        ("not Paris but Rome", ["Rome"], False, True),
+        ("U.S.A. and others", ["United States", "USA"], True, True),
+        ("“Rome”", ["rome"], True, True),
+        ("Roma", ["Rome"], False, False),
+        ("", ["Rome"], False, False),
+        ("anything", ["the", "."], False, False),  # nothing is left of these to compare with
+        ("A", [], False, False),
+    ],
+)
+def test_right_answers(answer, targets, written, contained):
+    assert is_written(answer, targets) == written and is_contained(answer, targets) == contained
+
+
+@given(st.text(max_size=40), st.text(max_size=10))
+def test_written_implies_contained(answer, target):
+    assert normalised(normalised(answer)) == normalised(answer)
+    if is_written(answer, [target]):
+        assert is_contained(answer, [target])
+
+
+@torch.no_grad()
+def written_by_hand(model, tokenizer, ids, tokens):
+    """Token by token, the whole text fed anew each time, until the text has an end."""
+    start = len(ids)
+    for _ in range(tokens):
+        token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        ids = [*ids, token]
+        if natural_end(tokenizer.decode(ids[start:])) is not None:
+            break
+    return answer_of(tokenizer.decode(ids[start:]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_written_one_at_a_time(pair, tokenizer, family):  # noqa: F811
+    edited, base = pair(family)
+    records = [{**RECORDS[0], "aliases": ["English"], "portability_aliases": [["Rio", "Peru"]]}, *RECORDS[1:]]
+    metrics = evaluate(edited, tokenizer, records, base, generate=False, writing=Writing(9), max_tokens=200)
+    for record, row in zip(records, metrics.per_record, strict=True):
+        answers = iter(row["answers"])
+        for name in NAMES:
+            scores = {"_written": [], "_contained": []}
+            for n, (prompt, target) in enumerate(asked(record)[name]):
+                ids = tokenizer.encode(prompt.rstrip())
+                own, found = written_by_hand(edited, tokenizer, ids, 9), next(answers)
+                assert found["written"] == own and found["metric"] == name
+                if name == "locality":
+                    before = written_by_hand(base, tokenizer, ids, 9)
+                    assert found["unedited_written"] == before
+                    scores["_written"].append(normalised(own) == normalised(before))
+                    continue
+                aliases = record.get("portability_aliases", [[]] * 9)[n] if name == "portability" else record.get("aliases", [])
+                scores["_written"].append(is_written(own, [target, *aliases]))
+                scores["_contained"].append(is_contained(own, [target, *aliases]))
+            for suffix, own in scores.items():
+                assert row.get(name + suffix) == (sum(own) / len(own) if own else None)
+    for key in (f"{name}_written" for name in NAMES):
+        own = [row[key] for row in metrics.per_record if row[key] is not None]
+        assert metrics[key] == pytest.approx(sum(own) / len(own)) and len(metrics[f"{key}_interval"]) == 2
+    assert "locality_contained" not in metrics or metrics.locality_contained is None
+    base_once = predict_base(base, tokenizer, records, generate=False, writing=Writing(9), max_tokens=200)
+    again = evaluate(edited, tokenizer, records, base_once, generate=False, writing=Writing(9), max_tokens=200)
+    assert again == metrics
+    assert not any(key.endswith(("_written", "_contained")) for key in evaluate(edited, tokenizer, records, base, generate=False))
+
+
+def test_base_predictions_that_were_written_otherwise(pair, tokenizer):  # noqa: F811
+    edited, base = pair("gpt2")
+    for made in (None, Writing(5)):
+        stored = predict_base(base, tokenizer, RECORDS, writing=made)
+        with pytest.raises(RequestError, match="writing"):
+            evaluate(edited, tokenizer, RECORDS, stored, writing=Writing(6))
+
+
+def test_in_the_chat_template(pair, tokenizer):  # noqa: F811
+    model, _ = pair("gpt2")
+    with pytest.raises(RequestError, match="chat template"):
+        evaluate(model, tokenizer, RECORDS, model, writing=Writing(4, chat=True))
+    tokenizer.chat_template = CHAT
+    try:
+        metrics = evaluate(model, tokenizer, RECORDS[1:2], model, generate=False, writing=Writing(4, chat=True))
+        ids = tokenizer.encode("<user> Angola is located in\n<assistant> ", add_special_tokens=False)
+        assert metrics.per_record[0]["answers"][0]["written"] == written_by_hand(model, tokenizer, ids, 4)
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_no_answer_runs_past_the_context(tiny_model, tokenizer):
+    model = tiny_model("gpt2", n_positions=32)
+    prompt = tuple(tokenizer.encode("The mother tongue of Danielle Darrieux is " * 9)[:30])
+    short = tuple(tokenizer.encode("Angola is"))
+    with torch.no_grad():
+        found = Writing(20).answers(model, tokenizer, [prompt, short], max_tokens=500)
+    assert found[prompt] == written_by_hand(model, tokenizer, list(prompt), 2)
+    assert found[short] == written_by_hand(model, tokenizer, list(short), 20)
