@@ -95,8 +95,12 @@ def _chosen(x, hashes, projection, anchors, thresholds, alpha, subjects) -> tupl
     there = high > low
     if not there.any():  # most tokens of a decoding
         return ()
+    if there.numel() == 1:
+        first = torch.zeros(1, dtype=torch.int64)
+        return (first, first), *_some(x[0], hashes[0], low[0], high[0], projection, anchors, thresholds, alpha, subjects)
     which = there.nonzero(as_tuple=True)
-    return which, *_some(x[which], hashes[which], low[which], high[which], projection, anchors, thresholds, alpha, subjects)
+    chosen = x.flatten(0, 1).index_select(0, which[0] * x.shape[1] + which[1])  # quicker than x[which]
+    return which, *_some(chosen, hashes[which], low[which], high[which], projection, anchors, thresholds, alpha, subjects)
 
 
 def _some(x, hashes, low, high, projection, anchors, thresholds, alpha, subjects):
@@ -185,9 +189,10 @@ def _spread(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.
     if len(low) == 1:
         number = torch.arange(int(low), int(high), device=low.device)
         return torch.zeros_like(number), number
-    size = high - low
-    owner = torch.arange(len(low), device=low.device).repeat_interleave(size)
-    return owner, torch.arange(len(owner), device=low.device) - (size.cumsum(0) - size - low)[owner]
+    end = (high - low).cumsum(0)
+    number = torch.arange(int(end[-1]) if len(end) else 0, device=low.device)
+    owner = torch.searchsorted(end, number, right=True)  # repeat_interleave wakes threads for it
+    return owner, number - (end - high)[owner]
 
 
 def subject_hook(
