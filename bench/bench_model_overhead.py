@@ -2,7 +2,7 @@
 
 Prefill and cached decode of Wikipedia's tokens: without hooks, with ``nearest`` in five layers (or the model's own settings) that
 know subjects of CounterFact by their names, and with the paper's z-score there, exact and by its sketch. They take turns, so that
-ratios come from one run. A MODEL is a folder, or gpt2-xl, gpt-j or llama-3-8b: the real shape with random weights, GPT-2's tokens.
+ratios come from one run. A MODEL is a folder, or gpt2, gpt2-xl, gpt-j or llama-3-8b: the real shape with random weights, GPT-2's tokens.
 Keys and edits are random, so nothing is in scope, as for almost all text; every token whose id ends a name is looked at.
 """
 
@@ -26,6 +26,7 @@ from comeba_ext.layers.attachment import detach
 from comeba_ext.loading import load_model
 
 CONFIGS = {
+    "gpt2": lambda: GPT2Config(),
     "gpt2-xl": lambda: GPT2Config(n_embd=1600, n_layer=48, n_head=25),
     "gpt-j": lambda: GPTJConfig(),
     "llama-3-8b": lambda: LlamaConfig(
