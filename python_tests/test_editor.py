@@ -641,10 +641,12 @@ def least_squares(editor, name, pairs):
 
 
 def by_subject(editor, name):
-    """Live requests that have a subject in common, and the anchors of their shard, by their places among the layer's."""
+    """Live requests that have a subject in common, and the anchors of their shard, by their places among the layer's. (One that is
+    edited at its prompt's end goes by no name and stands alone.)"""
     groups, score = {}, editor.layers[name].score
     for entry in editor.ledger.live():
-        groups.setdefault(entry.request.subject, []).append(entry)
+        request = entry.request
+        groups.setdefault(request.subject if request.fact_token == "subject_last" else (request.request_id,), []).append(entry)
     of_request = editor.method.recognition.shards[name].of_requests()
     numbers = score.shards[: score.known_keys()]
     for entries in groups.values():
@@ -686,7 +688,7 @@ def assert_compares_with_the_live_keys(editor, tolerance=1e-4):
             for buffer, least in zip((score.thresholds, score.named_thresholds), wanted, strict=True):
                 assert (buffer[anchors].double()[best.indices] <= least + tolerance).all()  # and asks for no more than they do
             assert (own @ own.T - torch.eye(len(own))).max() < SAME + tolerance  # and for no other anchor
-            for before in ("", " "):
+            for before in ("", " ") if entries[0].request.fact_token == "subject_last" else ():  # else nobody is named
                 ids = tokenizer(before + entries[0].request.subject, add_special_tokens=False)["input_ids"]
                 assert score.of_name[score.names == name_hash(ids)].tolist() == score.shards[anchors[:1]].tolist()
             hashes |= {value for e in entries for value in map(name_hash, names_of(tokenizer, [e.request])[0].names)}
