@@ -165,6 +165,7 @@ def main() -> None:
     rows = [{"thresholds": rule, **{kind: {"in scope": a, "of": b} for kind, (a, b) in own.items()}} for rule, own in counts.items()]
     hits, kept = looks["in scope, unnamed"], looks["in scope after the first look"]
     alike = 1 - (hits - kept) / looks["decisions"]
+    last = rows[-1]["text"]["in scope"] / rows[-1]["text"]["of"]
     rows.append({"first look": looks, "recall": kept / hits if hits else None, "decisions alike": alike})
     if not args.json:
         print(f"{len(requests)} subjects ({len(declined)} declined), block {editor.config.value_layer}")
@@ -173,7 +174,6 @@ def main() -> None:
             own = {kind: part for kind, part in row.items() if kind != "thresholds"}
             shares = (f"{kind} {part['in scope']}/{part['of']} = {part['in scope'] / part['of']:.5f}" for kind, part in own.items())
             print(f"{row['thresholds']}: {'  '.join(shares)}")
-    last = rows[-2]["text"]["in scope"] / rows[-2]["text"]["of"]
     targets = [
         target("text tokens in scope of a subject that is not named", last, 1e-3, last <= 1e-3),
         target("decisions that the first look leaves as they are", alike, 0.999, alike >= 0.999),

@@ -14,10 +14,10 @@ import time
 import torch
 from bench_editing import random_covariance
 from bench_model_overhead import loaded
-from common import counterfact, finish, target
+from common import counterfact, finish, one_a_subject, target
 
 from comeba_ext import EditConfig, Editor
-from comeba_ext.text.request import as_requests, consecutive_batches
+from comeba_ext.text.request import consecutive_batches
 
 EVALUATIONS, WANTED = 9, 20.0  # edits a second on a GPU, 7 to 8 billion parameters
 
@@ -33,8 +33,7 @@ def main() -> None:
     model, tokenizer = loaded(args.model, dtype, device)
     editor = Editor(model, tokenizer, EditConfig.for_model(model, steps=EVALUATIONS, early_stop=0.0))
     editor.set_covariance(random_covariance(model, editor.layers))
-    by_subject = {request.subject: request for request in as_requests(counterfact("train", 1000))}  # one of a subject
-    requests = list(by_subject.values())
+    requests = one_a_subject(counterfact("train", 1000))
     editor.edit(requests[:2])  # warm-up
     editor.rollback(0)
     rows = []

@@ -20,10 +20,10 @@ import gc
 import statistics
 
 import torch
-from common import counterfact, finish, target
+from common import counterfact, finish, one_a_subject, target
 
 from comeba_ext import EditConfig, Editor, testbed
-from comeba_ext.text.request import as_requests, consecutive_batches
+from comeba_ext.text.request import consecutive_batches
 
 
 def resident() -> int:
@@ -47,9 +47,7 @@ def fresh_editor(requests, size: int, **changes) -> Editor:
 def after(edits: int, batches: int) -> tuple[list[dict], list[dict]]:
     """Rows and targets of batches of ten after so many edits, and before any."""
     size, many, width = 10, 100, testbed.load()[0].config.hidden_size
-    # One of a subject: another fact of it would have the first one written anew, which is more to do and not a dearer step.
-    by_subject = {request.subject: request for request in as_requests(counterfact("train") + counterfact("edit"))}
-    requests = list(by_subject.values())[: edits + batches * size]
+    requests = one_a_subject(counterfact("train") + counterfact("edit"))[: edits + batches * size]
     young, old = fresh_editor(requests, size), fresh_editor(requests, size)
     generator = torch.Generator().manual_seed(0)
     for batch in consecutive_batches(requests[:edits], many):

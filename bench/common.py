@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import comeba_ext
+from comeba_ext.text.request import as_requests
 
 DATA = Path(os.environ.get("COMEBA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -19,6 +20,11 @@ DATA = Path(os.environ.get("COMEBA_TEST_DATA", Path(__file__).resolve().parents[
 def counterfact(part: str, count: int | None = None) -> list[dict]:
     """The first records of ``counterfact-train.json`` or ``counterfact-edit.json``."""
     return json.loads((DATA / "counterfact" / f"counterfact-{part}.json").read_text())[:count]
+
+
+def one_a_subject(records: list[dict]) -> list:
+    """Requests, the last one of every subject: of several the earlier ones are written anew, which is more to do."""
+    return list({request.subject: request for request in as_requests(records)}.values())
 
 
 def machine() -> dict:

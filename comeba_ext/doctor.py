@@ -75,6 +75,7 @@ def examine_model(model, tokenizer) -> tuple[dict[str, object], list[str]]:
     """
     from comeba_ext.covariance import TOKENS_PER_DIMENSION
     from comeba_ext.editing.config import EditConfig
+    from comeba_ext.editing.recognition import KEYS
     from comeba_ext.forward.architectures import Architecture, context_length
     from comeba_ext.layers.hooked_linear import shape_of
     from comeba_ext.ops.nearest_hook import ROWS
@@ -86,8 +87,8 @@ def examine_model(model, tokenizer) -> tuple[dict[str, object], list[str]]:
     lam, after = config.lam_of(d_in), architecture.after_norm(model, config.value_layer) is not None
     start = bool(tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]) if tokenizer.bos_token_id is not None else False
     size = len(names) * (d_in * d_out * 4 + 2 * d_in * d_in * 8)
-    kept = len(names) * 2 * (d_in + d_out) * 4
-    added = kept + len(names) * 2 * min(ROWS, d_in) * 4
+    kept = len(names) * KEYS * (d_in + d_out) * 4
+    added = kept + len(names) * KEYS * min(ROWS, d_in) * 4
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     found = {
         "model": f"{model.config.model_type}, {millions:.1f}M parameters, {architecture.num_blocks(model)} blocks",

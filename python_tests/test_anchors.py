@@ -3,13 +3,16 @@
 import pytest
 import torch
 from test_editor import TEXTS, make_editor, random_values, small_model, snapshot, some_requests
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
 
 from comeba_ext import EditRequest
 from comeba_ext.covariance.key_sample import TOKENS, KeySample
 from comeba_ext.editing.anchors import CEILING, STEP, Background, anchors_of, tells
 from comeba_ext.editing.answers import answered
-from comeba_ext.text.decoys import decoy_rows
+from comeba_ext.text.decoys import BEGINNINGS, decoy_rows
+from comeba_ext.text.names import as_prompted
 from comeba_ext.text.rows import Row
 
 ROWS = 16
@@ -100,6 +103,22 @@ def test_decoys_end_as_their_subject_does(tokenizer):
         assert any(row.ids[-tail:] == ids[row.request][-tail:] for tail in (1, 2)) and row.ids[-len(ids[row.request]) :] != ids[row.request]
     texts = {tokenizer.decode(row.ids) for row in rows}
     assert len(texts) == len(rows) and any("Northern" in text for text in texts)
+
+
+def test_decoys_end_where_the_subject_is_edited():
+    """Where a tokenizer joins the prompt's full stop and comma, the edit is at "Jr", and so are others' names."""
+    words = ["[UNK]", *"Who was Jose Cuisia Jr the ambassador The article about Robert Northern Lake Saint Mary Gold Pakistan".split()]
+    words += [".,", ".", "?", ","]
+    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]")
+    requests = [EditRequest("Who was {}, the ambassador?", "Jose Cuisia Jr.", "x"), EditRequest("{}, the ambassador?", "Jose Cuisia", "x")]
+    read = lambda ids: " ".join(words[token] for token in ids)  # noqa: E731
+    assert [read(ids) for ids in as_prompted(tokenizer, requests)] == ["Jose Cuisia Jr", "Jose Cuisia"]
+    rows = [(row.request, read(row.ids).removeprefix("The article about the ")) for row in decoy_rows(tokenizer, requests)]
+    beginnings = [own.strip() for own in BEGINNINGS]
+    first = [f"{own} {tail}" for tail in ("Jr", "Cuisia Jr") for own in beginnings]
+    assert rows == [(0, text) for text in first] + [(1, f"{own} Cuisia") for own in beginnings]
 
 
 def with_a_common_key(tiny_model, tokenizer, last=True, **changes):

@@ -120,6 +120,8 @@ def test_grid_of_methods_and_settings(tmp_path):
         ("title: t\nmethods: [FT]\nsamples: '100'", "samples must be a whole number"),
         ("title: t\nmethods: [FT]\nbatch_size: ten", "batch_size must be a whole number"),
         ("title: t\nmethods: [FT]\ngenerate: 1", "generate must be true or false"),
+        ("title: t\nmethods: [FT]\nanswer_tokens: -1", "answer_tokens must be a whole number of 0 or more"),
+        ("title: t\nmethods: [FT]\nchat: 'yes'", "chat must be true or false"),
         ("title: t\nmethods: [{method: FT, last_layers: 0}]", "last_layers must be a whole number"),
         ("title: t\nmethods: [{method: FT, lam_factor: many}]", "lam_factor must be a number > 0"),
         ("title: t\nmethods: [FT]\nplot: scores", "needs the measure 'scores'"),
@@ -228,8 +230,8 @@ def test_records_with_nothing_else_to_ask(tmp_path, plot):
     path.write_text(yaml.safe_dump(SMALL | {"methods": ["FT"], "plot": plot}))
     result = output("experiment", path, "--out", tmp_path / "out", "--records", f"a/b={facts}")
     assert [row["generality"] for row in result["rows"]] == [None, None] and result["rows"][0]["reliability"] is not None
-    (plotted,) = result["plots"]
-    assert (tmp_path / "out" / plotted).stat().st_size > 5_000
+    assert result["plots"] == ["bare-a-b-c14cdd.png", "bare-a-b-c14cdd-forced.png"]
+    assert all((tmp_path / "out" / plotted).stat().st_size > 5_000 for plotted in result["plots"])
 
 
 def test_experiments_share_a_folder(small, tmp_path):
@@ -281,7 +283,7 @@ def test_every_measure_and_plot(covariance, tmp_path):
     for plot in ("bars", "settings"):
         path.write_text(yaml.safe_dump(SMALL | {"samples": 2, "evaluations": 1, "plot": plot, "title": plot, "protocol": "single_round"}))
         result = output("experiment", path, "--covariance", covariance, "--out", tmp_path / plot)
-        assert [r["edits"] for r in result["rows"]] == [2, 2] and result["plots"] == ["all-testbed.png"]
+        assert [r["edits"] for r in result["rows"]] == [2, 2] and result["plots"] == ["all-testbed.png", "all-testbed-forced.png"]
 
 
 def test_records_of_a_file(tmp_path):
@@ -314,6 +316,29 @@ def test_published_numbers_stand_beside_the_measured_ones():
     }
     text = markdown(result)
     assert "| MEMIT | 0.500 [0.400, 0.600] | 0.100 |" in text and "| · made up | 0.700 |  |" in text
+
+
+def test_tables_begin_with_what_was_written(tmp_path):
+    path = tmp_path / "e.yaml"
+    for tokens in (12, 0):
+        path.write_text(yaml.safe_dump(SMALL | {"methods": ["FT"], "evaluations": 1, "samples": 2, "answer_tokens": tokens}))
+        out = tmp_path / str(tokens)
+        (row,) = output("experiment", path, "--out", out)["rows"]
+        lines = (out / "e.md").read_text().splitlines()
+        (head,) = [line for line in lines if line.startswith("| case")]
+        assert head.startswith(
+            "| case | reliability, written | generality, written | locality, written |" if tokens else "| case | reliability |"
+        )
+        assert any(line.startswith("* written: what the model writes") for line in lines) == bool(tokens)
+        assert any("(teacher-forced): share" in line for line in lines)
+        written = [a.get("written") for a in json.loads((out / "e/testbed/FT/log.jsonl").read_text().splitlines()[-2])["answers"]]
+        assert all(isinstance(text, str) for text in written) if tokens else set(written) == {None}
+        assert (row["reliability_written"] is not None) == bool(tokens)
+        shown = run("experiment", path, "--out", out).stdout
+        assert ("written: what the model writes" in shown) == bool(tokens) and ("teacher-forced: share" in shown) != bool(tokens)
+    path.write_text(yaml.safe_dump(SMALL | {"methods": ["FT"], "evaluations": 1, "samples": 2, "chat": True}))
+    refused = run("experiment", path, "--out", tmp_path / "chat", "--json")  # the embedded model is not one to chat with
+    assert refused.exit_code == 1 and "no chat template" in json.loads(refused.stdout)["error"]
 
 
 def test_one_clear_error(tmp_path):

@@ -13,7 +13,7 @@ from test_editor import TEXTS, small_model, some_requests
 from comeba_ext import EditConfig, Editor, EditRequest, evaluate, methods
 from comeba_ext.editing.report import peak_memory, reset_peak_memory
 from comeba_ext.errors import ConfigError, RequestError, StorageError
-from comeba_ext.evaluation import Protocol, predict_base, run_protocol
+from comeba_ext.evaluation import Protocol, Writing, predict_base, run_protocol
 from comeba_ext.evaluation.protocols import latest
 from comeba_ext.evaluation.run_log import RunLog
 from comeba_ext.text.request import consecutive_batches
@@ -63,17 +63,17 @@ def test_consecutive_is_editing_and_evaluating_by_hand(setting, tmp_path):
         setting,
         tmp_path,
         requests,
-        Protocol(batch_size=2, checkpoints=(3,)),
+        Protocol(batch_size=2, checkpoints=(3,), writing=Writing(5)),
         measure=lambda editor, asked: seen.append(len(asked)) or {"step": editor.step},
     )
-    base = predict_base(model, tokenizer, requests)
+    base = predict_base(model, tokenizer, requests, writing=Writing(5))
     editor = Editor(model, tokenizer, CONFIG)
     editor.set_covariance(covariance)
     expected = {}
     for end in (2, 4, 6, 7):
         editor.edit(requests[end - 2 if end < 7 else 6 : end])
         if end in (4, 7):
-            expected[end] = evaluate(model, tokenizer, requests[:end], base)
+            expected[end] = evaluate(model, tokenizer, requests[:end], base, writing=Writing(5))
     editor.close()
     assert table(result) == expected  # the first batch that reaches 3 ends at 4
     assert seen == [4, 7] and result.extra == {4: {"step": 2}, 7: {"step": 4}}
@@ -86,7 +86,7 @@ def test_consecutive_is_editing_and_evaluating_by_hand(setting, tmp_path):
     answers = [a for line in lines if line["event"] == "record" for a in line["answers"]]
     assert len(answers) == (4 + 7) * 3
     assert {a["metric"] for a in answers} == {"reliability", "generality", "locality"}
-    assert all(isinstance(a["predicted"], str) and isinstance(a["generated"], str) for a in answers)
+    assert all(isinstance(a[text], str) for a in answers for text in ("predicted", "generated", "written"))
 
 
 def test_single_round_edits_every_batch_into_the_unedited_model(setting, tmp_path):
@@ -140,6 +140,13 @@ def test_stopped_anywhere_it_ends_in_the_same_table(setting, tmp_path, monkeypat
     assert stops == (4 if protocol.name == "single_round" else 6)
     again = run(setting, tmp_path / "whole", requests, protocol, method, config)  # complete: nothing is run
     assert table(again) == whole
+
+
+def test_a_log_that_knew_less_is_gone_on_with(tmp_path):
+    RunLog(tmp_path / "log.jsonl", {"method": "FT"}).keep([{"event": "edit", "edits": 1}])
+    assert RunLog(tmp_path / "log.jsonl", {"method": "FT", "writing": None}).records == [{"event": "edit", "edits": 1}]
+    with pytest.raises(StorageError, match="another run .writing differ"):
+        RunLog(tmp_path / "log.jsonl", {"method": "FT", "writing": {"answer_tokens": 8}})
 
 
 def test_a_folder_of_another_run_is_refused(setting, tmp_path):

@@ -18,7 +18,7 @@ from comeba_ext.cli.inputs import (
     requests_of,
     settings_of,
 )
-from comeba_ext.cli.terminal import FORCED, METRICS, counted, metric_table, reporting, say_counts, say_settings, size_of
+from comeba_ext.cli.terminal import METRICS, counted, metric_table, reporting, say_counts, say_settings, size_of
 from comeba_ext.errors import ComebaError
 
 
@@ -35,6 +35,7 @@ def demo(
     from comeba_ext.editing.config import EditConfig
     from comeba_ext.editor import Editor
     from comeba_ext.evaluation import evaluate, predict_base
+    from comeba_ext.evaluation.ways import FORCED
 
     start = time.perf_counter()
     with reporting(as_json) as report, edits_folder(out):

@@ -13,7 +13,7 @@ import typer
 
 from comeba_ext.cli.app import Device, Dtype, Edits, Json, Limit, Model, Trust, app
 from comeba_ext.cli.inputs import fitting, loaded
-from comeba_ext.cli.terminal import FORCED, METRICS, WRITTEN, flattened, metric_table, reporting, say_counts
+from comeba_ext.cli.terminal import METRICS, flattened, metric_table, reporting, say_counts
 from comeba_ext.errors import ComebaError
 
 PLAIN_TEXTS = 400  # at most, to measure perplexity on in experiments
@@ -37,6 +37,7 @@ def evaluate_(
     """Reliability, generality and locality of a model, with or without saved edits, on the records of a file."""
     from comeba_ext.data import read_requests
     from comeba_ext.evaluation import Writing, evaluate
+    from comeba_ext.evaluation.ways import FORCED, WRITTEN
     from comeba_ext.storage import write_text
 
     with reporting(as_json) as report:
@@ -125,6 +126,7 @@ def experiment(
     from comeba_ext import experiments, testbed
     from comeba_ext.covariance import Covariance
     from comeba_ext.data import ReadResult, read_requests, read_texts
+    from comeba_ext.evaluation.ways import WAYS
     from comeba_ext.experiments.table import cell
 
     with reporting(as_json) as report:
@@ -164,13 +166,15 @@ def experiment(
         for dataset, counts in result["records"].items():
             report.say(f"{chosen.title} — {dataset}, {counts['used']} records")
             own = [row for row in result["rows"] if row["dataset"] == dataset]
+            way = "_written" if any(row.get("reliability_written") is not None for row in own) else ""
             report.table(
                 ("case", "edits", *METRICS, "s/edit"),
-                [(r["case"], r["edits"], *(cell(r, m) for m in METRICS), cell(r, "seconds_per_edit")) for r in own],
+                [(r["case"], r["edits"], *(cell(r, m + way) for m in METRICS), cell(r, "seconds_per_edit")) for r in own],
             )
             for row in own:
                 if "error" in row:
                     report.say(f"{row['case']} failed after {row['edits']} edits: {row['error']}")
+            report.say(f"{WAYS[way][0]}: {WAYS[way][1]}")
             say_counts(report, counts)
         report.say(f"Written to {out}: " + ", ".join([f"{chosen.name}.json", f"{chosen.name}.md", *result["plots"]]))
         report.result = {**result, "out": str(out)}

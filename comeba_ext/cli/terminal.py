@@ -145,17 +145,6 @@ def median(values: list[float]) -> float:
     return median(values)
 
 
-WRITTEN = {  # ways that a metric is scored, by the suffix of its name: heading, and what it means
-    "_written": ("written", "what the model writes behind the prompt alone, up to its natural end, is the answer or opens with it"),
-    "_contained": ("contained", "the answer stands in what it writes (which a wrong answer can hold as well)"),
-}
-FORCED = {
-    "": ("teacher-forced", "share of the answer's tokens that are the model's first choice, given those before"),
-    "_exact": ("exact", "all of them are"),
-    "_generation": ("greedy generation", "as many tokens as the answer has, written greedily, are the answer's"),
-}
-
-
 def metric_table(report: Report, metrics, names, ways: dict[str, tuple[str, str]], explained: bool = False) -> None:
     """These metrics, scored in these ways, as far as they were; and, if wanted, what those mean."""
     from comeba_ext.experiments.table import cell

@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 from comeba_ext.evaluation.queries import METRICS, record_prompts
+from comeba_ext.evaluation.ways import WRITTEN
 from comeba_ext.evaluation.written import Writing, is_contained, is_written, normalised
 from comeba_ext.text.request import EditRequest
-
-WRITTEN = ("_written", "_contained")  # suffixes of its scores
 
 
 class WrittenAnswers:
@@ -28,11 +27,11 @@ class WrittenAnswers:
     def __init__(self, tokenizer, requests: list[EditRequest], writing: Writing, rewrite: Callable[[str], str] | None = None):
         self.tokenizer, self.writing = tokenizer, writing
         self.prompts = [record_prompts(request) for request in requests]
-        plain = lambda prompt: prompt  # noqa: E731
-        self.ids, self.plain = (
-            [{name: [writing.ids(tokenizer, how(own.prompt)) for own in prompts[name]] for name in METRICS} for prompts in self.prompts]
-            for how in (rewrite or plain, plain)
-        )
+        ids = lambda how: [  # noqa: E731
+            {name: [writing.ids(tokenizer, how(own.prompt)) for own in prompts[name]] for name in METRICS} for prompts in self.prompts
+        ]
+        self.plain = ids(lambda prompt: prompt)
+        self.ids = self.plain if rewrite is None else ids(rewrite)
         self.total = len({ids for own in self.ids for name in METRICS for ids in own[name]})
         self.found: dict[str, Mapping[tuple[int, ...], str]] = {}
         self.before: Mapping[tuple[int, ...], str] = {}

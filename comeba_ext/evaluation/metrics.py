@@ -8,16 +8,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from comeba_ext.evaluation.answers import WRITTEN, WrittenAnswers, mean
+from comeba_ext.evaluation.answers import WrittenAnswers, mean
 from comeba_ext.evaluation.base import BasePredictions, has_edits, predict_base
 from comeba_ext.evaluation.queries import METRICS, check_context, record_queries
 from comeba_ext.evaluation.scoring import Prediction, predict
+from comeba_ext.evaluation.ways import FORCED, WAYS, WRITTEN
 from comeba_ext.evaluation.written import Writing
 from comeba_ext.layers.attachment import prompt_rewriter
 from comeba_ext.text.encoding import pad_id
 from comeba_ext.text.request import as_requests
-
-SCORES = ("", "_exact", "_generation")  # suffixes of the ways each metric is scored
 
 
 class Metrics(dict):
@@ -138,7 +137,7 @@ def evaluate(
                 wanted = [(q.target_ids,) * 2 for q in put[name]]
             answered = [found[q] for q in put[name]]
             scores = [_score(answer, *pair) for answer, pair in zip(answered, wanted, strict=True)]
-            for place, suffix in enumerate(SCORES):
+            for place, suffix in enumerate(FORCED):
                 row[name + suffix] = mean([score[place] for score in scores])
             answers += [
                 {
@@ -200,9 +199,10 @@ def summarise(rows: list[dict], seed: int = 0) -> Metrics:
     """What :func:`evaluate` returns, from its ``per_record`` rows: means over records, intervals, numbers of prompts."""
     metrics = Metrics(records=len(rows))
     for name in METRICS:
-        for key in (name + suffix for suffix in (*SCORES, *WRITTEN)):
+        for suffix in WAYS:
+            key = name + suffix
             values = [row.get(key) for row in rows]
-            if key.endswith(WRITTEN) and not any(key in row for row in rows):
+            if suffix in WRITTEN and not any(key in row for row in rows):
                 continue  # not asked for
             metrics[key] = mean(values)
             metrics[f"{key}_interval"] = bootstrap_interval(values, seed)

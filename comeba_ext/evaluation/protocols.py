@@ -36,6 +36,7 @@ from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageErr
 from comeba_ext.evaluation.base import BasePredictions, predict_base
 from comeba_ext.evaluation.metrics import Metrics, evaluate, summarise
 from comeba_ext.evaluation.run_log import RunLog
+from comeba_ext.evaluation.written import Writing
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.methods import Method, default_config, method_named
 from comeba_ext.storage import MANIFEST, alone
@@ -54,7 +55,8 @@ class Protocol:
         name: one of ``PROTOCOLS``.
         batch_size: requests a batch; sequential means 1.
         checkpoints: numbers of edits at which a consecutive run is evaluated; its end always is.
-        generate: evaluate greedy generation too.
+        generate: evaluate greedy generation too, cut at the answer's length.
+        writing: let the model write to a natural end too, so (:mod:`comeba_ext.evaluation.written`).
         save_every: batches between saves of a consecutive run.
         seed: of the intervals.
 
@@ -66,6 +68,7 @@ class Protocol:
     batch_size: int = 10
     checkpoints: tuple[int, ...] = ()
     generate: bool = True
+    writing: Writing | None = None
     save_every: int = 20
     seed: int = 0
 
@@ -159,6 +162,7 @@ def run_protocol(
         "seed": protocol.seed,
         "checkpoints": list(protocol.checkpoints),
         "generate": protocol.generate,
+        "writing": None if protocol.writing is None else dataclasses.asdict(protocol.writing),
         "records": len(requests),
         "requests": _digest([r.to_record() for r in requests]),
         "config": config.to_dict(),
@@ -174,7 +178,7 @@ def run_protocol(
         log = RunLog(folder / "log.jsonl", header)
         if not _finished(log.records, len(requests)):
             if base is None:
-                base = predict_base(model, tokenizer, requests, generate=protocol.generate)
+                base = predict_base(model, tokenizer, requests, generate=protocol.generate, writing=protocol.writing)
             run = _single_round if protocol.name == "single_round" else _consecutive
             run(model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress)
         shutil.rmtree(folder / "edits", ignore_errors=True)  # the log has everything
@@ -222,7 +226,7 @@ def _single_round(model, tokenizer, requests, protocol, folder, log, method, con
                 report = _edited(editor, batch, count, log)
                 if report is None:
                     return
-                metrics = evaluate(model, tokenizer, batch, base, generate=protocol.generate)
+                metrics = evaluate(model, tokenizer, batch, base, generate=protocol.generate, writing=protocol.writing)
                 editor.rollback(0)
                 for name, state in start.items():  # to the bit, so that a resumed run sees the same
                     editor.key_memory[name].state = state
@@ -258,7 +262,7 @@ def _consecutive(model, tokenizer, requests, protocol, folder, log, method, conf
                         editor.save_pretrained(saved)
                 if end in stops and end not in evaluated:
                     asked = latest(requests[:end])
-                    metrics = evaluate(model, tokenizer, asked, base, generate=protocol.generate)
+                    metrics = evaluate(model, tokenizer, asked, base, generate=protocol.generate, writing=protocol.writing)
                     extra = measure(editor, asked) if measure is not None else {}
                     log.append([*_rows(metrics, end), _checkpoint(end, extra)])
                 bar.update(len(batch))

@@ -35,8 +35,8 @@ class RunLog:
                 except ValueError:
                     raise StorageError(f"{path} is not a log of JSON lines") from None
             found = self.records.pop(0) if self.records else self.header
-            if found != self.header:
-                keys = [k for k in {**found, **self.header} if found.get(k) != self.header.get(k)]
+            keys = [k for k in {**found, **self.header} if found.get(k) != self.header.get(k)]
+            if keys:
                 raise StorageError(
                     f"{path} belongs to another run ({', '.join(keys)} differ); choose another folder, or remove {path.parent}"
                 )

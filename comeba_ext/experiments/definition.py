@@ -6,7 +6,9 @@
     samples: records to edit; testbed_samples: on the embedded model, where a run should take minutes
     batch_size: 10
     evaluations: 5                 # at so many equal distances (consecutive); the end is always one
-    generate: true                 # also measure greedy generation
+    answer_tokens: 32              # let the model write at most so many to every prompt: its written answers; 0: not at all
+    chat: false                    # ask for them in the model's chat template
+    generate: true                 # also measure greedy generation, cut at the answer's length
     methods: [MEMIT, {method: COMEBA-HK, scope: zscore, label: COMEBA-HK (z-score)}]
     settings: [{lam_factor: 0.1}, {batch_size: 100}]        # every method with every setting
     measures: [probabilities, text]                         # see measures.py
@@ -27,6 +29,7 @@ import yaml
 from comeba_ext.editing.config import EditConfig, flat_yaml, is_int, with_numbers
 from comeba_ext.errors import ConfigError
 from comeba_ext.evaluation.protocols import PROTOCOLS
+from comeba_ext.evaluation.written import ANSWER_TOKENS, Writing
 
 FOLDER = Path(__file__).parent / "definitions"
 PLOTS = ("bars", "edits", "settings", "scores")
@@ -78,11 +81,18 @@ class Experiment:
     testbed_samples: int | None = None
     batch_size: int = 10
     evaluations: int = 1
+    answer_tokens: int = ANSWER_TOKENS
+    chat: bool = False
     generate: bool = True
     measures: tuple[str, ...] = ()
     plot: str = "bars"
     expected: tuple[dict, ...] = ()
     note: str = ""
+
+    @property
+    def writing(self) -> Writing | None:
+        """How the models are let write, if at all."""
+        return Writing(self.answer_tokens, self.chat) if self.answer_tokens else None
 
 
 def names() -> list[str]:
@@ -144,6 +154,7 @@ def _is_text(value) -> bool:
 
 _COUNT = ("a whole number of 1 or more", _is_count)
 _TEXT = ("text", _is_text)
+_SWITCH = ("true or false", lambda value: isinstance(value, bool))
 _KINDS = {  # key -> what its value must be, in words and as a check
     "title": _TEXT,
     "paper": _TEXT,
@@ -152,7 +163,9 @@ _KINDS = {  # key -> what its value must be, in words and as a check
     "testbed_samples": _COUNT,
     "batch_size": _COUNT,
     "evaluations": _COUNT,
-    "generate": ("true or false", lambda value: isinstance(value, bool)),
+    "answer_tokens": ("a whole number of 0 or more", lambda value: is_int(value) and value >= 0),
+    "chat": _SWITCH,
+    "generate": _SWITCH,
     "protocol": (f"one of {', '.join(PROTOCOLS)}", lambda value: value in PROTOCOLS),
     "plot": (f"one of {', '.join(PLOTS)}", lambda value: value in PLOTS),
     "measures": (f"a list of {', '.join(MEASURES)}", lambda value: _is_list(value, str) and set(value) <= set(MEASURES)),

@@ -20,20 +20,33 @@ KINDS = {"edited": ("edited prompts", 0), "rephrased": ("rephrased prompts", 2),
 
 
 def draw(result: dict, kind: str, files: dict[str, Path]) -> list[str]:
-    """Write a PNG file for every data set; returns the names of those written: none where nothing was measured."""
+    """Write a PNG file for every data set, of written answers where there are some, and then a second one, ``…-forced``, of
+    teacher-forced ones; returns the names of those written: none where nothing was measured."""
     written = []
     for dataset, file in files.items():
-        rows = [row for row in result["rows"] if row["dataset"] == dataset and row["reliability"] is not None]
-        if not rows:
-            continue
-        figure = {"bars": _bars, "edits": _edits, "settings": _settings, "scores": _scores}[kind](rows)
+        own = [row for row in result["rows"] if row["dataset"] == dataset and row["reliability"] is not None]
         used = result["records"][dataset]["used"]
-        intervals = "" if kind == "scores" else "; bars and bands: 95 % bootstrap intervals"
-        figure.suptitle(f"{result['title']}\n{dataset}, {used} records{intervals}", fontsize=11)
-        figure.savefig(file, dpi=130)
-        plt.close(figure)
-        written.append(file.name)
+        if kind == "scores":
+            figures = {file: _scores(own)} if own else {}
+        else:
+            make = {"bars": _bars, "edits": _edits, "settings": _settings}[kind]
+            asked = [row for row in own if row.get("reliability_written") is not None]
+            figures = {file: make(_scored(asked, "_written"), "share of answers right, as written")} if asked else {}
+            if own:
+                forced = file.with_stem(f"{file.stem}-forced") if asked else file
+                figures[forced] = make(own, "share of tokens right (teacher-forced)")
+        for path, figure in figures.items():
+            intervals = "" if kind == "scores" else "; bars and bands: 95 % bootstrap intervals"
+            figure.suptitle(f"{result['title']}\n{dataset}, {used} records{intervals}", fontsize=11)
+            figure.savefig(path, dpi=130)
+            plt.close(figure)
+            written.append(path.name)
     return written
+
+
+def _scored(rows: list[dict], way: str) -> list[dict]:
+    """Rows whose metrics are those scored in one way."""
+    return [row | {f"{m}{end}": row.get(f"{m}{way}{end}") for m in METRICS for end in ("", "_interval")} for row in rows]
 
 
 def _last(rows: list[dict]) -> list[dict]:
@@ -41,7 +54,7 @@ def _last(rows: list[dict]) -> list[dict]:
     return list({row["case"]: row for row in rows}.values())
 
 
-def _bars(rows: list[dict]):
+def _bars(rows: list[dict], label: str):
     rows = _last(rows)
     figure, axis = plt.subplots(figsize=(10, 5.2), layout="constrained")
     width = 0.84 / len(rows)
@@ -72,13 +85,13 @@ def _bars(rows: list[dict]):
                 rotation=90 if len(rows) > 5 else 0,
             )
     axis.set_xticks(range(len(METRICS)), METRICS)
-    _shares(axis, 1.1)
+    _shares(axis, label, 1.1)
     columns = _legend_columns([row["case"] for row in rows])
     axis.legend(ncols=columns, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), frameon=False)
     return figure
 
 
-def _edits(rows: list[dict]):
+def _edits(rows: list[dict], label: str):
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), sharey=True, layout="constrained")
     for axis, metric in zip(axes, METRICS, strict=True):
         for n, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
@@ -90,14 +103,14 @@ def _edits(rows: list[dict]):
         axis.set_xlabel("edits so far")
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.set_title(metric, fontsize=10)
-        _shares(axis)
+        _shares(axis, label)
         axis.label_outer()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=_legend_columns(labels), loc="outside lower center", fontsize=9, frameon=False)
     return figure
 
 
-def _settings(rows: list[dict]):
+def _settings(rows: list[dict], label: str):
     rows = _last(rows)
     figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
     x = np.arange(len(rows))
@@ -116,7 +129,7 @@ def _settings(rows: list[dict]):
     axis.set_xticks(x, [row["case"] for row in rows])
     if max(len(row["case"]) for row in rows) > 12:
         plt.setp(axis.get_xticklabels(), rotation=20, ha="right")
-    _shares(axis)
+    _shares(axis, label)
     axis.legend(fontsize=9, frameon=False)
     return figure
 
@@ -188,9 +201,9 @@ def _interval(row: dict, metric: str) -> list[float]:
     return row[f"{metric}_interval"] or [np.nan, np.nan]
 
 
-def _shares(axis, top: float = 1.03) -> None:
+def _shares(axis, label: str, top: float = 1.03) -> None:
     axis.set_ylim(-0.02, top)
-    axis.set_ylabel("share of tokens right (teacher-forced)")
+    axis.set_ylabel(label)
     axis.grid(axis="y", lw=0.5, alpha=0.5)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

@@ -18,8 +18,9 @@ from comeba_ext.editing.config import EditConfig
 from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation import Protocol, Result, predict_base, run_protocol
-from comeba_ext.evaluation.metrics import METRICS, SCORES, Metrics
+from comeba_ext.evaluation.metrics import METRICS, Metrics
 from comeba_ext.evaluation.queries import check_record
+from comeba_ext.evaluation.ways import WAYS
 from comeba_ext.experiments import measures, table
 from comeba_ext.experiments.definition import Case, Experiment
 from comeba_ext.forward.architectures import Architecture
@@ -82,7 +83,7 @@ def run(
     for dataset, read in datasets.items():
         used, skipped = _usable(model, tokenizer, dataset, read, samples, seed)
         records[dataset] = {"read": read.read, "used": len(used), "skipped": skipped}
-        base = predict_base(model, tokenizer, used, generate=experiment.generate)
+        base = predict_base(model, tokenizer, used, generate=experiment.generate, writing=experiment.writing, progress=progress)
         for case in experiment.cases:
             protocol = _protocol(experiment, case, len(used), seed)
             method = methods.method_named(case.method)
@@ -157,7 +158,7 @@ def _usable(model, tokenizer, name: str, read: ReadResult, samples: int, seed: i
 def _protocol(experiment: Experiment, case: Case, count: int, seed: int) -> Protocol:
     size = min(case.settings.get("batch_size", experiment.batch_size), count)
     stops = {max(1, round(count * (n + 1) / experiment.evaluations)) for n in range(experiment.evaluations)}
-    return Protocol(experiment.protocol, size, tuple(sorted(stops)), generate=experiment.generate, seed=seed)
+    return Protocol(experiment.protocol, size, tuple(sorted(stops)), generate=experiment.generate, writing=experiment.writing, seed=seed)
 
 
 def _collect(model, tokenizer, texts, configs: list[EditConfig], path: Path, progress: bool) -> Covariance:
@@ -188,7 +189,7 @@ def _rows(result: Result) -> list[dict]:
 
 
 def _plain(metrics) -> dict:
-    names = [f"{name}{suffix}" for name in METRICS for suffix in SCORES]
+    names = [f"{name}{suffix}" for name in METRICS for suffix in WAYS]
     found = {key: metrics.get(key) for name in names for key in (name, f"{name}_interval")}
     return {"records": metrics.get("records", 0), **found}
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+from comeba_ext.evaluation.ways import WAYS
+
+_METRICS = ("reliability", "generality", "locality", "portability")
+_HEADS = {way: f", {head}" if way else "" for way, (head, _) in WAYS.items()}  # teacher-forced ones have the bare name, as everywhere
 COLUMNS = (
-    ("reliability", "reliability"),
-    ("generality", "generality"),
-    ("locality", "locality"),
-    ("portability", "portability"),
-    ("reliability_generation", "reliability, generated"),
-    ("generality_generation", "generality, generated"),
-    ("locality_generation", "locality, generated"),
-    ("reliability_exact", "reliability, exact"),
-    ("generality_exact", "generality, exact"),
-    ("locality_exact", "locality, exact"),
+    *((metric + way, metric + head) for way, head in _HEADS.items() for metric in _METRICS),
     ("score", "CounterFact score"),
     ("efficacy_score", "efficacy"),
     ("paraphrase_score", "paraphrase"),
@@ -54,12 +49,30 @@ def markdown(result: dict) -> str:
     for dataset, counts in result["records"].items():
         own = [row for row in result["rows"] if row["dataset"] == dataset]
         lines += [f"## {dataset} ({counts['used']} records, {len(counts['skipped'])} skipped)", "", *_table(own, result), ""]
+    lines += [*_meanings(result["rows"]), ""]
     for row in result["rows"]:
         if "error" in row:
             lines += [f"{row['dataset']}, {row['case']}: {row['error']}", ""]
     if not result["expected"]:
         lines += ["The paper's own numbers are not printed: none is entered under `expected` in this experiment's file.", ""]
     return "\n".join(lines)
+
+
+def _meanings(rows: list[dict]) -> list[str]:
+    """What the columns are, a line each."""
+    there = lambda key: any(row.get(key) is not None for row in rows)  # noqa: E731
+    found = []
+    for way, (head, meaning) in WAYS.items():
+        if there(f"reliability{way}"):
+            found.append(f"* {head if way else f'reliability, generality, locality, portability ({head})'}: {meaning}.")
+    if found:
+        found.append("* locality, in every way: the unedited model's own answer instead of the record's.")
+    if there("efficacy_score"):
+        found.append("* efficacy, paraphrase: the new answer is more likely than the old one; neighborhood: the old one is.")
+        found.append("* magnitude: by how much, in probability. CounterFact score: harmonic mean of the three shares.")
+    if there("text_changed"):
+        found.append("* text changed: share of plain text's next tokens that are others than the unedited model's.")
+    return found
 
 
 def _table(rows: list[dict], result: dict) -> list[str]:

@@ -2,8 +2,8 @@
 
 What a shallow layer knows of "Saratov Oblast" where it ends is largely "Oblast", and the tokens most often taken for a
 subject's are the ends of other names: "Moscow Oblast", "Hanford High School" for "Oliver Ames High School". A corpus
-sample holds few of them, so they are made: the last token and the last two of a subject behind other beginnings. An
-anchor's threshold lies above what its decoys reach, as far as the subject's own prompts let it.
+sample holds few of them, so they are made: the last token and the last two of a subject, as its prompt has them, behind
+other beginnings. An anchor's threshold lies above what its decoys reach, as far as the subject's own prompts let it.
 
 A request that is edited at its prompt's last token has the same prompt about others for decoys.
 """
@@ -11,6 +11,7 @@ A request that is edited at its prompt's last token has the same prompt about ot
 from __future__ import annotations
 
 from comeba_ext.text.encoding import encode_all
+from comeba_ext.text.names import as_prompted
 from comeba_ext.text.request import SLOT, EditRequest
 from comeba_ext.text.rows import Row
 
@@ -27,7 +28,7 @@ def decoy_rows(tokenizer, requests: list[EditRequest]) -> list[Row]:
         context = context[:-1]
     beginnings = tokenizer(list(BEGINNINGS), add_special_tokens=False)["input_ids"]
     rows = []
-    subjects = tokenizer([f" {request.subject}" for request in requests], add_special_tokens=False)["input_ids"]
+    subjects = as_prompted(tokenizer, requests)
     for n, (request, ids) in enumerate(zip(requests, subjects, strict=True)):
         if request.fact_token == "last":
             texts = [request.prompt.replace(SLOT, other) for other in OTHERS if other != request.subject]

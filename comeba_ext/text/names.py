@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from comeba_ext.text.encoding import encode_all
-from comeba_ext.text.request import EditRequest
+from comeba_ext.text.request import SLOT, EditRequest
 
 
 class Names(NamedTuple):
@@ -35,15 +35,24 @@ def names_of(tokenizer, requests: list[EditRequest]) -> list[Names]:
     for n, ids in zip(owner, tokenizer(forms, add_special_tokens=False)["input_ids"] if forms else [], strict=True):
         if ids and ids not in found[n]:
             found[n].append(ids)
-    # In its prompt the tokenizer may split or join it in another way. (What begins the text is covered.)
-    edited = encode_all(tokenizer, [(request.text, None, request.place) for request in requests])
-    inside = [n for n, request in enumerate(requests) if found[n] and request.place > len(request.subject)]
-    before = encode_all(tokenizer, [(requests[n].text, None, requests[n].place - len(requests[n].subject)) for n in inside])
-    for n, start in zip(inside, before, strict=True):
-        ids = edited[n].ids[start.subject_last + 1 : edited[n].subject_last + 1]
+    # In its prompt the tokenizer may split or join it in another way.
+    edited = as_prompted(tokenizer, requests)
+    for n, ids in enumerate(edited):
         # Less than the name, from its middle on, would be another one.
-        whole = ids and (len(ids) >= min(map(len, found[n])) or any(ids[0] == own[0] for own in found[n]))
+        whole = found[n] and (len(ids) >= min(map(len, found[n])) or any(ids[0] == own[0] for own in found[n]))
         if whole and ids not in found[n]:
             found[n].append(ids)
-    last = [own.ids[own.subject_last] for own in edited]
-    return [Names(own, list(dict.fromkeys([*(ids[-1] for ids in own), end]))) for own, end in zip(found, last, strict=True)]
+    return [Names(own, list(dict.fromkeys([*(ids[-1] for ids in own), ids[-1]]))) for own, ids in zip(found, edited, strict=True)]
+
+
+def as_prompted(tokenizer, requests: list[EditRequest]) -> list[list[int]]:
+    """The tokens of every request's subject in its own prompt, up to where it is edited: "Jr" and not "." of "Cuisia Jr., who"."""
+    ends = encode_all(tokenizer, [(request.text, None, request.place) for request in requests])
+    special, found = set(tokenizer.all_special_ids), []
+    inside = [n for n, request in enumerate(requests) if request.prompt.index(SLOT)]
+    before = encode_all(tokenizer, [(requests[n].text, None, requests[n].prompt.index(SLOT)) for n in inside])
+    starts = {n: own.subject_last + 1 for n, own in zip(inside, before, strict=True)}
+    for n, own in enumerate(ends):
+        start = starts.get(n, next((n for n, token in enumerate(own.ids) if token not in special), 0))
+        found.append(own.ids[min(start, own.subject_last) : own.subject_last + 1])
+    return found

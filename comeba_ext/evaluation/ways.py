@@ -1,0 +1,14 @@
+"""The ways in which a metric is scored: suffix of its name to a heading and what it says, in one line."""
+
+from __future__ import annotations
+
+WRITTEN = {  # what is believed first: see comeba_ext.evaluation.written
+    "_written": ("written", "what the model writes behind the prompt alone, up to its natural end, is the answer or opens with it"),
+    "_contained": ("contained", "the answer stands in what it writes (which a wrong answer can hold as well)"),
+}
+FORCED = {  # EasyEdit's, and two that ask for more: they know the answer or its length while they score
+    "": ("teacher-forced", "share of the answer's tokens that are the model's first choice, given those before"),
+    "_exact": ("exact", "all of them are"),
+    "_generation": ("greedy generation", "as many tokens as the answer has, written greedily, are the answer's"),
+}
+WAYS = WRITTEN | FORCED
