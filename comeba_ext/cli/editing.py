@@ -168,13 +168,13 @@ def edit(
             finally:  # an interruption keeps the last complete batch
                 if report.first:
                     editor.save_pretrained(out)
-        counts = {"read": read.read, "used": len(used), "skipped": skipped}
+        counts = read.counts(used, skipped)
         seconds = sum(sum(s["seconds"].values()) for s in steps)
         answered, declined = sum(sum(s["answered"]) for s in steps), [d for s in steps for d in s["declined"]]
         moved, rewritten = (list(dict.fromkeys(name for s in steps for name in s[what])) for what in ("moved", "rewritten"))
         report.say(f"{counted(len(todo), 'edit')} in {counted(len(steps), 'batch', 'batches')}, {seconds:.1f} s; saved to {out}.")
         if len(todo) < len(used):
-            report.say(f"{counted(len(used) - len(todo), 'record')} had been edited or declined there before.")
+            report.say(f"{counted(len(used) - len(todo), 'edit')} had been edited or declined there before.")
         if todo:
             verb, whose = ("is", "its prompt") if len(todo) == 1 else ("are", "their prompts")
             report.say(f"{answered} of {len(todo)} {verb} answered behind {whose} right after the batch.")

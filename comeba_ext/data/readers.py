@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from comeba_ext.errors import ComebaError, StorageError
+from comeba_ext.text.records import LONE
 from comeba_ext.text.request import EditRequest, Ids
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -26,19 +27,27 @@ class ReadResult:
     """What a file of records held.
 
     Attributes:
-        requests: the usable records, in file order.
-        read: number of records read, ``len(requests) + len(skipped)``.
+        requests: those of the usable records, in file order.
+        read: number of records read.
         skipped: ``{"index": position in the file from 0, "reason": text}`` of each record that cannot be used.
+        places: the position in the file of every request's record; default: one request a record that can be used.
     """
 
     requests: list[EditRequest]
     read: int
     skipped: list[dict]
+    places: list[int] | None = None
 
     def placed(self) -> list[tuple[int, EditRequest]]:
         """The requests with their records' positions in the file."""
         unusable = {skip["index"] for skip in self.skipped}
-        return list(zip((n for n in range(self.read) if n not in unusable), self.requests, strict=True))
+        places = self.places if self.places is not None else [n for n in range(self.read) if n not in unusable]
+        return list(zip(places, self.requests, strict=True))
+
+    def counts(self, used: list[EditRequest], skipped: list[dict]) -> dict:
+        """How many records were ``read``, how many ``used``, which ``skipped``."""
+        chosen = set(map(id, used))
+        return {"read": self.read, "used": len({place for place, own in self.placed() if id(own) in chosen}), "skipped": skipped}
 
     def usable(
         self, check: Callable[[int, EditRequest], None], *, limit: int | None = None, seed: int = 0, progress: bool = False
@@ -47,19 +56,23 @@ class ReadResult:
 
         Args:
             check: called with a record's position and its request; raises :class:`ComebaError` for one that cannot be used.
-            limit: stop at so many requests.
+            limit: stop at so many records' requests.
             seed: 0 takes them in file order, another one in an order of its own.
         """
-        used, skipped, ids, placed = [], list(self.skipped), Ids(), self.placed()
+        used, skipped, ids, taken = [], list(self.skipped), Ids(), 0
+        records = [(place, [request for _, request in own]) for place, own in groupby(self.placed(), key=lambda pair: pair[0])]
         if seed:
-            random.Random(seed).shuffle(placed)
-        for position, request in tqdm(placed, unit="record", desc="checking", disable=not progress or len(placed) < 1000):
-            if len(used) == limit:
+            random.Random(seed).shuffle(records)
+        for position, own in tqdm(records, unit="record", desc="checking", disable=not progress or len(records) < 1000):
+            if taken == limit:
                 break
             try:
-                check(position, request)
-                ids.add(request)
-                used.append(request)
+                for request in own:  # of a case all or none: what it asks follows from all
+                    check(position, request)
+                for request in own:
+                    ids.add(request)
+                used += own
+                taken += 1
             except ComebaError as error:
                 skipped.append({"index": position, "reason": str(error)})
         return used, sorted(skipped, key=lambda skip: skip["index"])
@@ -71,7 +84,7 @@ def read_requests(path, limit: int | None = None) -> ReadResult:
     Args:
         path: a JSON file (a list of records, or an object that holds one list or is itself a record), or a JSONL file
             (one record a line, blank lines ignored). The records may have any form that
-            :meth:`EditRequest.from_record` knows: this package's, EasyEdit's, original CounterFact, ZsRE.
+            :mod:`comeba_ext.text.records` knows: this package's, EasyEdit's, CounterFact's, ZsRE's, MQuAKE's …
         limit: read at most this many records, usable or not; ``None`` reads all.
 
     Raises:
@@ -83,18 +96,21 @@ def read_requests(path, limit: int | None = None) -> ReadResult:
         raise ValueError(f"limit must be at least 1, got {limit}")
     path = Path(path)
     requests: list[EditRequest] = []
+    places: list[int] = []
     skipped: list[dict] = []
     read = 0
     with _opened(path) as file:
         for index, record in enumerate(islice(_records(path, file), limit)):
             read += 1
             try:
-                requests.append(EditRequest.from_record(record, index))
+                own = EditRequest.all_from_record(record, index)
+                requests += own
+                places += [index] * len(own)
             except (ValueError, TypeError, KeyError, AttributeError) as error:  # RequestError is a ValueError
                 skipped.append({"index": index, "reason": str(error)})
     if not read:
         raise StorageError(f"{path}: holds no records")
-    return ReadResult(requests, read, skipped)
+    return ReadResult(requests, read, skipped, places)
 
 
 def read_texts(path) -> Iterator[str]:
@@ -183,7 +199,7 @@ def _record_list(path: Path, value) -> list:
     if isinstance(value, list):
         return value
     if isinstance(value, dict):
-        if value.keys() & {"prompt", "src", "requested_rewrite"}:  # a lone record; its own lists are not records
+        if value.keys() & set(LONE):  # a lone record; its own lists are not records
             return [value]
         lists = [v for v in value.values() if isinstance(v, list)]
         if len(lists) == 1:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from comeba_ext.errors import RequestError
 from comeba_ext.evaluation.queries import METRICS, record_prompts
 from comeba_ext.evaluation.ways import WRITTEN
 from comeba_ext.evaluation.written import Writing, is_contained, is_written, normalised
@@ -13,7 +14,7 @@ from comeba_ext.text.request import EditRequest
 
 
 class WrittenAnswers:
-    """Of every prompt of some records.
+    """Of every prompt of some records, and of their questions.
 
     Args:
         requests: the records.
@@ -32,18 +33,37 @@ class WrittenAnswers:
         ]
         self.plain = ids(lambda prompt: prompt)
         self.ids = self.plain if rewrite is None else ids(rewrite)
-        self.total = len({ids for own in self.ids for name in METRICS for ids in own[name]})
+        how = rewrite or (lambda prompt: prompt)
+        self.questions = [request.questions for request in requests]
+        self.of_probe = {
+            probe.prompt: writing.ids(tokenizer, how(probe.prompt))
+            for own in self.questions
+            for question in own
+            for probe in question.probes
+        }
+        self.conditions = conditions_of(tokenizer, requests, writing)
+        asked = {ids for own in self.ids for name in METRICS for ids in own[name]}
+        self.total = len(asked | set(self.of_probe.values()))
         self.found: dict[str, Mapping[tuple[int, ...], str]] = {}
         self.before: Mapping[tuple[int, ...], str] = {}
 
+    def check(self, unedited: Mapping[tuple[int, ...], str]) -> None:
+        """Raises a RequestError unless it is known what the unedited model wrote to every condition of the questions."""
+        if any(ids not in unedited for ids in self.conditions.values()):
+            raise RequestError("the base predictions were made without these records' questions; call predict_base with these records")
+
     def ask(self, model: torch.nn.Module, unedited: Mapping[tuple[int, ...], str] | None, *, max_tokens: int, bar=None) -> None:
-        """Let the model write; ``unedited``: what it wrote to the locality prompts before, or ``None`` if it is unedited."""
+        """Let the model write; ``unedited``: what it wrote to the locality prompts and questions' conditions before, or ``None`` if it
+        is unedited."""
         # Locality in batches of its own, as the unedited model's were: rounding cannot make a difference between equal models.
         pools = {"locality": [ids for own in self.ids for ids in own["locality"]]}
         pools["other"] = [ids for own in self.ids for name in METRICS if name != "locality" for ids in own[name]]
+        pools["other"] += self.of_probe.values()
+        if unedited is None:
+            pools["conditions"] = list(self.conditions.values())
         for name, pool in pools.items():
             self.found[name] = self.writing.answers(model, self.tokenizer, pool, max_tokens=max_tokens, bar=bar)
-        self.before = self.found["locality"] if unedited is None else unedited
+        self.before = {**self.found["locality"], **self.found["conditions"]} if unedited is None else unedited
 
     def _answers(self, record: int, name: str) -> list[str]:
         found = self.found["locality" if name == "locality" else "other"]
@@ -66,6 +86,21 @@ class WrittenAnswers:
                 found[name + suffix] = mean([float(right(answer, (own.answer, *own.aliases))) for answer, own in asked])
         return found
 
+    def verdicts(self, record: int) -> list[dict]:
+        """Of every question: its ``criterion``, whether it is ``counted`` (the unedited model answers its conditions), whether it is
+        answered, ``written`` or ``contained``, and the ``answers`` to its prompts."""
+        found = []
+        for question in self.questions[record]:
+            answers = [self.found["other"][self.of_probe[probe.prompt]] for probe in question.probes]
+            known = [is_contained(self.before[self.conditions[own.prompt]], own.answers) for own in question.conditions]
+            verdict = {"criterion": question.criterion, "counted": all(known)}
+            for suffix, right in zip(WRITTEN, (is_written, is_contained), strict=True):
+                each = [right(answer, probe.answers) for answer, probe in zip(answers, question.probes, strict=True)]
+                verdict[suffix.removeprefix("_")] = all(each) if question.every else any(each)
+            asked = zip(question.probes, answers, strict=True)
+            found.append(verdict | {"answers": [{"prompt": p.prompt, "wanted": p.answers[0], "written": text} for p, text in asked]})
+        return found
+
     def texts(self, record: int) -> list[dict[str, str]]:
         """Of every prompt, metric by metric: what was ``written``, and for locality what was ``unedited_written``."""
         found = []
@@ -75,6 +110,12 @@ class WrittenAnswers:
                 own = [one | {"unedited_written": before} for one, before in zip(own, self._before(record), strict=True)]
             found += own
         return found
+
+
+def conditions_of(tokenizer, requests: list[EditRequest], writing: Writing) -> dict[str, tuple[int, ...]]:
+    """What the unedited model is asked before questions count: prompts, and their tokens."""
+    probes = (probe for request in requests for question in request.questions for probe in question.conditions)
+    return {probe.prompt: writing.ids(tokenizer, probe.prompt) for probe in probes}
 
 
 def mean(values: list) -> float | None:

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from comeba_ext.errors import RequestError
+from comeba_ext.evaluation.answers import conditions_of
 from comeba_ext.evaluation.queries import check_context, record_prompts, record_queries, where
 from comeba_ext.evaluation.scoring import Prediction, Query, predict
 from comeba_ext.evaluation.written import Writing
@@ -81,11 +82,15 @@ def predict_base(
         check_context(model, own, index, request)
     distinct = list(dict.fromkeys(query for own in queries for query in own))
     prompts: list[tuple[int, ...]] = []
+    conditions: list[tuple[int, ...]] = []
     if writing is not None:
         prompts = list(dict.fromkeys(writing.ids(tokenizer, own.prompt) for r in requests for own in record_prompts(r)["locality"]))
-    with unedited(model), tqdm(total=len(distinct) * (1 + generate) + len(prompts), disable=not progress, desc="base") as bar:
+        conditions = list(dict.fromkeys(conditions_of(tokenizer, requests, writing).values()))
+    with unedited(model), tqdm(total=len(distinct) * (1 + generate) + len(prompts + conditions), disable=not progress, desc="base") as bar:
         predictions = predict(model, distinct, pad_token=pad_id(tokenizer), max_tokens=max_tokens, generate=generate, bar=bar)
-        answers = {} if writing is None else writing.answers(model, tokenizer, prompts, max_tokens=max_tokens, bar=bar)
+        answers: dict[tuple[int, ...], str] = {}
+        for pool in (conditions, prompts):  # locality in batches of its own: rounding cannot make a difference between equal models
+            answers |= {} if writing is None else writing.answers(model, tokenizer, pool, max_tokens=max_tokens, bar=bar)
     return BasePredictions(predictions, generate, writing, answers)
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from comeba_ext.evaluation.answers import WrittenAnswers, mean
 from comeba_ext.evaluation.base import BasePredictions, has_edits, predict_base
-from comeba_ext.evaluation.queries import METRICS, check_context, record_queries
+from comeba_ext.evaluation.queries import METRICS, check_context, question_queries, record_queries
 from comeba_ext.evaluation.scoring import Prediction, predict
 from comeba_ext.evaluation.ways import FORCED, WAYS, WRITTEN
 from comeba_ext.evaluation.written import Writing
@@ -60,6 +60,7 @@ def evaluate(
     With ``writing`` the model also writes to a natural end behind the prompt alone, in its chat template if that is asked for, and
     ``<name>_written`` counts a prompt if the answer is the target or one of its aliases, or opens with it (locality: if
     it is what the unedited model writes), ``<name>_contained`` if one of them stands in it (:mod:`comeba_ext.evaluation.written`).
+    It is asked the records' ``questions`` as well (:mod:`comeba_ext.text.questions`).
 
     Args:
         model: causal language model; left as it was, training flags and generation config included.
@@ -78,12 +79,14 @@ def evaluate(
         :class:`Metrics` with, for each name: ``<name>``, ``<name>_exact``, ``<name>_generation`` (floats in [0, 1]),
         each with ``…_interval``, ``[low, high]`` from :func:`bootstrap_interval` over the records, and
         ``<name>_prompts``, how many prompts were scored. A score without prompts is ``None``, and so is its interval.
-        ``records`` is their number. ``per_record`` lists, record by record, ``request_id``, ``prompt`` (with its slot),
-        ``subject``, ``target_new``, the record's scores, ``predicted`` (text of the teacher-forced argmax) and
-        ``generated`` (greedy text or ``None``), the last two for the record's own prompt, and ``answers``: the same for
-        every prompt asked, with its ``metric``, ``wanted`` text (for locality the unedited model's, and what that generates as
-        ``unedited``), ``score`` and ``tokens``, the prompt's length; with ``writing`` what was ``written`` and, for locality, by the
-            unedited model.
+        ``records`` is their number. With ``writing``, where records have questions, ``questions`` has for each criterion how many
+        there are, how many are ``counted``, and the shares ``written`` and ``contained`` with their intervals.
+
+        ``per_record`` lists, record by record, ``request_id``, ``prompt`` (with its slot), ``subject``, ``target_new``, the
+        record's scores, ``predicted`` (text of the teacher-forced argmax) and ``generated`` (greedy text or ``None``), the last
+        two for the record's own prompt, and ``answers``: the same for every prompt asked, with its ``metric``, ``wanted`` text (for
+        locality the unedited model's, and what that generates as ``unedited``), ``score`` and ``tokens``, the prompt's length; with
+        ``writing`` what was ``written`` (for locality ``unedited_written`` too), and the verdicts on its ``questions``.
 
     Raises:
         RequestError: a record cannot be used, a text is longer than the model's context, or the base predictions do
@@ -94,7 +97,8 @@ def evaluate(
     rewrite = prompt_rewriter(model)  # of in-context methods; base predictions are of the prompts as they are
     asked = queries if rewrite is None else [record_queries(tokenizer, r, n, rewrite) for n, r in enumerate(requests)]
     for index, (request, own) in enumerate(zip(requests, asked)):
-        check_context(model, [query for name in METRICS for query in own[name]], index, request)
+        further = question_queries(tokenizer, request) if writing is not None else []
+        check_context(model, [query for name in METRICS for query in own[name]] + further, index, request)
     if isinstance(base, BasePredictions):
         base.check([own["locality"] for own in queries], requests, generate, writing)
     elif base is not None or has_edits(model):
@@ -108,13 +112,16 @@ def evaluate(
             progress=progress,
         )
 
+    written = None if writing is None else WrittenAnswers(tokenizer, requests, writing, rewrite)
+    if written is not None and base is not None:
+        written.check(base.answers)
+
     # Locality is run on its own, as predict_base does: with the same batches, rounding cannot make a difference
     # between two equal models.
     pools = [
         dict.fromkeys(query for own in asked for name in METRICS if name != "locality" for query in own[name]),
         dict.fromkeys(query for own in asked for query in own["locality"]),
     ]
-    written = None if writing is None else WrittenAnswers(tokenizer, requests, writing, rewrite)
     total = sum(map(len, pools)) * (1 + generate) + (0 if written is None else written.total)
     with tqdm(total=total, disable=not progress, desc="evaluate") as bar:
         run = lambda pool: predict(  # noqa: E731
@@ -159,6 +166,8 @@ def evaluate(
         if written is not None:
             row |= written.scores(n)
             row["answers"] = [answer | texts for answer, texts in zip(answers, written.texts(n), strict=True)]
+            if request.questions:
+                row["questions"] = written.verdicts(n)
         rows.append(row)
     return summarise(rows, seed)
 
@@ -207,8 +216,27 @@ def summarise(rows: list[dict], seed: int = 0) -> Metrics:
             metrics[key] = mean(values)
             metrics[f"{key}_interval"] = bootstrap_interval(values, seed)
         metrics[f"{name}_prompts"] = sum(answer["metric"] == name for row in rows for answer in row["answers"])
+    if any("questions" in row for row in rows):
+        metrics["questions"] = _questions(rows, seed)
     metrics["per_record"] = rows
     return metrics
+
+
+def _questions(rows: list[dict], seed: int) -> dict[str, dict]:
+    """By criterion: the shares of questions answered, averaged over those of a record, then over records."""
+    asked = [(n, verdict) for n, row in enumerate(rows) for verdict in row.get("questions", ())]
+    found = {}
+    for criterion in dict.fromkeys(verdict["criterion"] for _, verdict in asked):
+        own = [(n, verdict) for n, verdict in asked if verdict["criterion"] == criterion]
+        counted = [pair for pair in own if pair[1]["counted"]]
+        found[criterion] = {"questions": len(own), "counted": len(counted)}
+        for way in ("written", "contained"):
+            by_record: dict[int, list[float]] = {}
+            for n, verdict in counted:
+                by_record.setdefault(n, []).append(float(verdict[way]))
+            values = [mean(values) for values in by_record.values()]
+            found[criterion] |= {way: mean(values), f"{way}_interval": bootstrap_interval(values, seed)}
+    return found
 
 
 def _score(found: Prediction, forced: tuple[int, ...], generated: tuple[int, ...] | None) -> tuple:

@@ -203,8 +203,14 @@ def read_result(records: list[dict], protocol: Protocol) -> Result:
 
 
 def latest(requests: list[EditRequest]) -> list[EditRequest]:
-    """One request a fact: the last."""
-    return list({request.fact: request for request in requests}.values())
+    """One request a fact, the last; with the questions of earlier ones that asked for the same."""
+    found: dict[tuple[str, str], EditRequest] = {}
+    for request in requests:
+        before = found.get(request.fact)
+        if before is not None and before.questions and before.target_new == request.target_new:
+            request = dataclasses.replace(request, questions=tuple(dict.fromkeys((*before.questions, *request.questions))))
+        found[request.fact] = request
+    return list(found.values())
 
 
 def _single_round(model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress) -> None:

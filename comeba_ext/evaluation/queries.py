@@ -66,10 +66,16 @@ def check_context(model: torch.nn.Module, queries: list[Query], index: int, requ
         raise RequestError(f"{where(index, request)}: a prompt with its target has {longest} tokens, the model's context is {limit}")
 
 
+def question_queries(tokenizer, request: EditRequest) -> list[Query]:
+    """What a request's questions ask, tokenised."""
+    probes = (probe for question in request.questions for probe in (*question.probes, *question.conditions))
+    return [Query.of(tokenizer, probe.prompt, None) for probe in probes]
+
+
 def check_record(model: torch.nn.Module, tokenizer, index: int, request: EditRequest) -> None:
     """Raises a RequestError that names the record when one of its prompts cannot be asked."""
     queries = record_queries(tokenizer, request, index)
-    check_context(model, [query for own in queries.values() for query in own], index, request)
+    check_context(model, [query for own in queries.values() for query in own] + question_queries(tokenizer, request), index, request)
 
 
 def where(index: int, request: EditRequest) -> str:

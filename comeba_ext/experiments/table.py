@@ -76,7 +76,10 @@ def _meanings(rows: list[dict]) -> list[str]:
 
 
 def _table(rows: list[dict], result: dict) -> list[str]:
-    columns = [(key, title) for key, title in COLUMNS if any(row.get(key) is not None for row in rows)]
+    criteria = dict.fromkeys(criterion for row in rows for criterion in row.get("questions", ()))
+    rows = [row | _by_column(row.get("questions", {})) for row in rows]
+    known = [(f"{criterion}_{way}", f"{criterion}, {way}") for way in ("written", "contained") for criterion in criteria]
+    columns = [(key, title) for key, title in (*known, *COLUMNS) if any(row.get(key) is not None for row in rows)]
     several = len({row["edits"] for row in rows if row["case"] == rows[0]["case"]}) > 1
     head = ["case", *(["edits"] if several else []), *(title for _, title in columns), "peak MB"]
     lines = [_line(head), _line(["---"] * len(head))]
@@ -90,6 +93,12 @@ def _table(rows: list[dict], result: dict) -> list[str]:
                 given = [f"{known[key]:.3f}" if key in known else "" for key, _ in columns]
                 lines.append(_line([f"· {known.get('source', 'published')}", *([""] if several else []), *given, ""]))
     return lines
+
+
+def _by_column(questions: dict) -> dict:
+    """Shares of questions answered, by the names of their columns."""
+    ends = ("written", "written_interval", "contained", "contained_interval")
+    return {f"{criterion}_{end}": own[end] for criterion, own in questions.items() for end in ends}
 
 
 def cell(row: dict, key: str) -> str:

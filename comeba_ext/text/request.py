@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 from comeba_ext.errors import RequestError
+from comeba_ext.text.questions import Question
+from comeba_ext.text.records import fields_of, strings
 
 SLOT = "{}"  # stands for the subject in a prompt
 FACT_TOKENS = ("subject_last", "last")
@@ -32,6 +35,8 @@ class EditRequest:
             values are found for them together with the prompt. (``rephrase_prompts`` are only asked, never used.)
         fact_token: where the edit happens: ``"subject_last"``, the subject's last token, which carries it to other wordings; or
             ``"last"``, the prompt's, for subjects whose own place says nothing.
+        questions: what else follows from the edit, or must not (:class:`~comeba_ext.text.questions.Question`, or mappings).
+        case: edits with the same one are put into one batch; the last of them asks the questions that follow from all.
 
     Raises:
         RequestError: a field is missing, empty or of the wrong type, or the subject is not in the prompt.
@@ -49,6 +54,8 @@ class EditRequest:
     fact_token: str = "subject_last"
     aliases: tuple[str, ...] = ()
     portability_aliases: tuple[tuple[str, ...], ...] = ()
+    questions: tuple[Question, ...] = ()
+    case: str | None = None
 
     def __post_init__(self) -> None:
         where = f"request {self.request_id!r}" if self.request_id is not None else "request"
@@ -72,7 +79,7 @@ class EditRequest:
         set_("prompt", prompt)
         truth = self.ground_truth
         if isinstance(truth, (list, tuple)):  # aliases, in some records: the first one
-            truth = next(_strings(truth), None)
+            truth = next(strings(truth), None)
         if truth is not None and not isinstance(truth, str):
             raise RequestError(f"{where}: ground_truth must be text, got {truth!r}")
         set_("ground_truth", truth)
@@ -87,6 +94,14 @@ class EditRequest:
         set_("portability_aliases", tuple(_texts(own, f"{where}: portability_aliases") for own in self.portability_aliases))
         if self.fact_token not in FACT_TOKENS:
             raise RequestError(f"{where}: fact_token must be one of {', '.join(FACT_TOKENS)}, got {self.fact_token!r}")
+        if not isinstance(self.questions, (list, tuple)):
+            raise RequestError(f"{where}: questions must be a list, got {self.questions!r}")
+        try:
+            set_("questions", tuple(map(Question.of, self.questions)))
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}") from None
+        if self.case is not None:
+            set_("case", str(self.case))
         set_("locality_prompts", _pairs(self.locality_prompts, where, "locality_prompts"))
         set_("portability_prompts", _pairs(self.portability_prompts, where, "portability_prompts"))
         _encodable(where, self)
@@ -117,37 +132,42 @@ class EditRequest:
 
     @classmethod
     def from_record(cls, record: EditRequest | Mapping, index: int | None = None) -> EditRequest:
-        """A request from any supported record.
+        """The request of a record of one edit; see :meth:`all_from_record`.
+
+        Raises:
+            RequestError: the record holds several, has no known form or lacks a field.
+        """
+        found = cls.all_from_record(record, index)
+        if len(found) > 1:
+            where = "record" if index is None else f"record {index}"
+            raise RequestError(f"{where}: holds {len(found)} edits, expected one; as_requests takes such records")
+        return found[0]
+
+    @classmethod
+    def all_from_record(cls, record: EditRequest | Mapping, index: int | None = None) -> list[EditRequest]:
+        """The requests of any supported record.
 
         Args:
-            record: an ``EditRequest``; a mapping with this class's fields; a record in EasyEdit's form (``prompt``,
-                ``rephrase_prompt``, ``locality_prompt`` …); an original CounterFact record (``requested_rewrite``); a
-                ZsRE record (``src``, ``alt`` …); a QAEdit record (``target``, ``rephrase``, a list ``locality``).
+            record: an ``EditRequest``; a mapping with this class's fields; a record in one of the forms of
+                :mod:`comeba_ext.text.records`: EasyEdit's and KnowEdit's, CounterFact's, MQuAKE's (several edits), RippleEdits',
+                ZsRE's, QAEdit's, UnKE's.
             index: position in its file or batch, for error messages.
 
         Raises:
             RequestError: the record has no known form or lacks a field.
         """
         if isinstance(record, EditRequest):
-            return record
+            return [record]
         where = "record" if index is None else f"record {index}"
         if not isinstance(record, Mapping):
             raise RequestError(f"{where}: expected a mapping or an EditRequest, got {type(record).__name__}")
         try:
-            if "requested_rewrite" in record:
-                fields = _from_counterfact(record)
-            elif "src" in record and "alt" in record:
-                fields = _from_zsre(record)
-            elif "target" in record and "target_new" not in record:
-                fields = _from_qaedit(record)
-            else:
-                fields = _from_flat(record)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RequestError(f"{where}: missing or malformed field {error}; has {sorted(map(str, record))}") from None
-        try:
-            return cls(**fields)
+            found = fields_of(record, (field.name for field in dataclasses.fields(cls)))
+            return [cls(**fields) for fields in found]
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RequestError(f"{where}: missing or malformed field {error}; has {sorted(map(str, record))}") from None
 
     def to_record(self) -> dict:
         """Plain JSON-serialisable mapping that :meth:`from_record` reads back."""
@@ -156,20 +176,22 @@ class EditRequest:
             record[name] = [_unfilled(text, self.subject) for text in record[name]]
         for name in ("locality_prompts", "portability_prompts"):  # lists, as JSON gives them back
             record[name] = [list(pair) for pair in record[name]]
-        for name in ("aliases", "portability_aliases"):  # like records of versions that did not know them, where there are none
+        for name in ("aliases", "portability_aliases"):
             record[name] = [own if isinstance(own, str) else list(own) for own in record[name]]
+        record["questions"] = [question.to_record() for question in self.questions]
+        for name in ("aliases", "portability_aliases", "questions", "case"):  # like records of versions that did not know them
             if not record[name]:
                 del record[name]
         return record
 
 
 def as_requests(records: Iterable[EditRequest | Mapping]) -> list[EditRequest]:
-    """:meth:`EditRequest.from_record` over a batch; a single record or text is refused."""
+    """:meth:`EditRequest.all_from_record` over a batch; a single record or text is refused."""
     if isinstance(records, (str, bytes, Mapping, EditRequest)):
         raise RequestError(f"expected a list of requests, got a single {type(records).__name__}; wrap it in [...]")
     if not isinstance(records, Iterable):
         raise RequestError(f"expected a list of requests, got {records!r}")
-    return [EditRequest.from_record(record, index) for index, record in enumerate(records)]
+    return [request for index, record in enumerate(records) for request in EditRequest.all_from_record(record, index)]
 
 
 class Ids:
@@ -191,75 +213,19 @@ class Ids:
 
 
 def consecutive_batches(requests: list[EditRequest], size: int) -> list[list[EditRequest]]:
-    """Batches in order; one ends early before a fact it already holds, whose later request thereby supersedes the earlier."""
+    """Batches in order; one ends early before a case it could not hold whole, or before a fact it already holds, whose later
+    request thereby supersedes the earlier. A case of more requests than ``size`` is a batch of its own."""
     found: list[list[EditRequest]] = []
-    for request in requests:
-        if not found or len(found[-1]) == size or any(request.fact == other.fact for other in found[-1]):
+    for _, own in groupby(enumerate(requests), key=lambda pair: pair[0] if pair[1].case is None else pair[1].case):
+        case = [request for _, request in own]
+        facts = {request.fact for request in found[-1]} if found else set()
+        if not found or len(found[-1]) + len(case) > size or any(request.fact in facts for request in case):
             found.append([])
-        found[-1].append(request)
+        for request in case:
+            if any(request.fact == other.fact for other in found[-1]):
+                found.append([])
+            found[-1].append(request)
     return found
-
-
-def _from_flat(record: Mapping) -> dict:
-    """This package's own form, and EasyEdit's."""
-    fields = {f.name: record[f.name] for f in dataclasses.fields(EditRequest) if record.get(f.name) is not None}
-    for required in ("prompt", "subject", "target_new"):
-        if required not in fields:
-            raise KeyError(required)
-    if isinstance(fields["target_new"], Mapping):  # CounterFact's inner form
-        fields["target_new"] = fields["target_new"]["str"]
-    if "request_id" not in fields and record.get("case_id") is not None:
-        fields["request_id"] = str(record["case_id"])
-    if record.get("rephrase_prompt"):
-        fields.setdefault("rephrase_prompts", _listed(record["rephrase_prompt"]))
-    if record.get("locality_prompt"):
-        fields.setdefault("locality_prompts", _zipped(record["locality_prompt"], record.get("locality_ground_truth")))
-    for ours, theirs in (("locality_prompts", "locality"), ("portability_prompts", "portability")):
-        groups = record.get(theirs)
-        if isinstance(groups, Mapping):
-            pairs = [pair for g in groups.values() for pair in _zipped(g.get("prompt"), g.get("ground_truth"))]
-            fields.setdefault(ours, pairs)
-    return fields
-
-
-def _from_counterfact(record: Mapping) -> dict:
-    rewrite = record["requested_rewrite"]
-    return {
-        "prompt": rewrite["prompt"],
-        "subject": rewrite["subject"],
-        "target_new": rewrite["target_new"]["str"],
-        "ground_truth": rewrite.get("target_true", {}).get("str"),
-        "rephrase_prompts": record.get("paraphrase_prompts", ()),
-        # Neighbourhood prompts are about other subjects for which the true object holds.
-        "locality_prompts": [(p, rewrite.get("target_true", {}).get("str")) for p in record.get("neighborhood_prompts", ())],
-        "request_id": str(record["case_id"]) if record.get("case_id") is not None else None,
-    }
-
-
-def _from_zsre(record: Mapping) -> dict:
-    portability = record.get("portability") or {}
-    return {
-        "prompt": record["src"],
-        "subject": record["subject"],
-        "target_new": record["alt"],
-        "ground_truth": next(iter(record.get("answers") or ()), None),
-        "rephrase_prompts": _listed(record.get("rephrase")),
-        "locality_prompts": _zipped(record.get("loc"), record.get("loc_ans")),
-        "portability_prompts": _zipped(portability.get("New Question"), portability.get("New Answer")),
-        "request_id": str(record["case_id"]) if record.get("case_id") is not None else None,
-    }
-
-
-def _from_qaedit(record: Mapping) -> dict:
-    """QAEdit (arXiv 2502.11177): natural questions; a " *" at the end of some answers is a mark of their source."""
-    return {
-        "prompt": record["prompt"],
-        "subject": record["subject"],
-        "target_new": record["target"].removesuffix("*"),
-        "rephrase_prompts": _listed(record.get("rephrase")),
-        "locality_prompts": [(pair["loc"], pair.get("loc_ans")) for pair in record.get("locality") or ()],
-        "request_id": str(record["id"]) if record.get("id") is not None else None,
-    }
 
 
 def _fill(prompt: str, subject: str) -> str:
@@ -271,29 +237,11 @@ def _unfilled(text: str, subject: str) -> str:
     return text.replace(subject, SLOT, 1) if SLOT in text else text
 
 
-def _listed(value) -> list:
-    return [] if value in (None, "") else [value] if isinstance(value, str) else list(value)
-
-
-def _zipped(prompts, answers) -> list[tuple[str, str | None]]:
-    prompts, answers = _listed(prompts), _listed(answers)
-    return [(p, answers[i] if i < len(answers) else None) for i, p in enumerate(prompts)]
-
-
-def _strings(value):
-    """All text in a value of nested lists."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _strings(item)
-
-
 def _encodable(where: str, request: EditRequest) -> None:
     """Half a surrogate pair, which JSON can hold, is no text that a tokenizer takes."""
     for field in dataclasses.fields(request):
         try:
-            "".join(_strings(getattr(request, field.name))).encode()
+            "".join(strings(getattr(request, field.name))).encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"{where}: {field.name!r} holds {error.object[error.start]!r}, which is half of a character") from None
 

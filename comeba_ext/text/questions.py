@@ -1,0 +1,86 @@
+"""What else follows from edits, or must not: questions of benchmarks that ask more than one prompt for one verdict.
+
+A question belongs to a criterion, whose score is the share of its questions that are answered. MQuAKE (arXiv 2305.14795) asks a
+multi-hop question in three wordings, any of which will do, and counts a case as recalled when every single hop is; RippleEdits
+(arXiv 2307.12976) joins prompts by *or* and *and*, and counts a question only if the unedited model knows what it takes for granted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+from comeba_ext.errors import RequestError
+
+
+class Probe(NamedTuple):
+    """A prompt, and what may be answered: a name and its aliases."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One verdict.
+
+    Args:
+        criterion: what it tests; free text.
+        probes: prompts to ask, each with its answers.
+        every: whether all of them must be answered, or any one will do.
+        conditions: prompts that the *unedited* model must answer; where it does not, the question is not counted.
+
+    Raises:
+        RequestError: there is no probe, or one without a prompt or without an answer.
+    """
+
+    criterion: str
+    probes: tuple[Probe, ...]
+    every: bool = False
+    conditions: tuple[Probe, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.criterion, str) or not self.criterion.strip():
+            raise RequestError(f"a question's criterion must be text, got {self.criterion!r}")
+        if not isinstance(self.every, bool):
+            raise RequestError(f"{self.criterion}: 'every' must be true or false, got {self.every!r}")
+        for name in ("probes", "conditions"):
+            object.__setattr__(self, name, _probes(getattr(self, name), f"{self.criterion}: {name}"))
+        if not self.probes:
+            raise RequestError(f"{self.criterion}: a question must ask something")
+
+    @classmethod
+    def of(cls, value: Question | Mapping) -> Question:
+        """A question from one, or from a mapping with its fields.
+
+        Raises:
+            RequestError: it is neither, or has other fields.
+        """
+        if isinstance(value, cls):
+            return value
+        try:
+            return cls(**value)
+        except TypeError:
+            raise RequestError(f"a question has criterion, probes, every and conditions, got {value!r}") from None
+
+    def to_record(self) -> dict:
+        """Plain JSON-serialisable mapping that :meth:`of` reads back."""
+        return asdict(self) | {name: [[p.prompt, list(p.answers)] for p in getattr(self, name)] for name in ("probes", "conditions")}
+
+
+def _probes(values, where: str) -> tuple[Probe, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise RequestError(f"{where} must be (prompt, answers) pairs, got {values!r}")
+    found = []
+    for value in values:
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            raise RequestError(f"{where} must be (prompt, answers) pairs, got {value!r}")
+        prompt, answers = value
+        answers = (answers,) if isinstance(answers, str) else answers
+        if not isinstance(prompt, str) or not prompt.strip() or not isinstance(answers, (list, tuple)):
+            raise RequestError(f"{where} must be (prompt, answers) pairs, got {value!r}")
+        if not all(isinstance(answer, str) for answer in answers) or not any(answer.strip() for answer in answers):
+            raise RequestError(f"{where}: the answers to {prompt!r} must be texts, one at least, got {answers!r}")
+        found.append(Probe(prompt.strip(), tuple(answer for answer in answers if answer.strip())))
+    return tuple(found)
