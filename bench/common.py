@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 from pathlib import Path
 
-import torch
-import transformers
-
-import comeba_ext
+from comeba_ext.machine import machine, versions
 from comeba_ext.text.request import as_requests
 
 DATA = Path(os.environ.get("COMEBA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -25,26 +21,6 @@ def counterfact(part: str, count: int | None = None) -> list[dict]:
 def one_a_subject(records: list[dict]) -> list:
     """Requests, the last one of every subject: of several the earlier ones are written anew, which is more to do."""
     return list({request.subject: request for request in as_requests(records)}.values())
-
-
-def machine() -> dict:
-    cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def versions() -> dict:
-    return {
-        "comeba_ext": comeba_ext.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def target(name: str, value: float, limit: float, holds: bool) -> dict:

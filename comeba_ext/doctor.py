@@ -21,6 +21,7 @@ PACKAGES = (
     "pyyaml",
     "tqdm",
     "typer",
+    "jinja2",
     "matplotlib",
 )
 EXTRAS = {"gguf": "reading .gguf files", "peft": "models with adapters", "lm_eval": "comeba ability --tasks"}

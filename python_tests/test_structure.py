@@ -9,7 +9,7 @@ from comeba_ext.methods import METHODS
 ROOT = Path(comeba_ext.__file__).parent
 # From the ground up; a room may use those in the rows before its own.
 FLOORS = [
-    {"errors", "interrupts", "row_blocks"},
+    {"errors", "interrupts", "row_blocks", "machine"},
     {"storage", "kernels", "distributed", "text", "registry"},
     {"forward", "ops", "data"},
     {"scores"},
@@ -22,7 +22,7 @@ FLOORS = [
     {"evaluation"},
     {"testbed", "tuning"},
     {"loading", "experiments"},
-    {"doctor"},
+    {"doctor", "report"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

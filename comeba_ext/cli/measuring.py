@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -13,7 +14,7 @@ import typer
 
 from comeba_ext.cli.app import Device, Dtype, Edits, Json, Limit, Model, Trust, app
 from comeba_ext.cli.inputs import fitting, loaded
-from comeba_ext.cli.terminal import METRICS, flattened, metric_table, reporting, say_counts
+from comeba_ext.cli.terminal import METRICS, counted, flattened, metric_table, reporting, say_counts
 from comeba_ext.errors import ComebaError
 
 PLAIN_TEXTS = 400  # at most, to measure perplexity on in experiments
@@ -38,6 +39,7 @@ def evaluate_(
     from comeba_ext.data import read_requests
     from comeba_ext.evaluation import Writing, evaluate
     from comeba_ext.evaluation.ways import FORCED, WRITTEN
+    from comeba_ext.experiments.table import cell
     from comeba_ext.storage import write_text
 
     with reporting(as_json) as report:
@@ -56,7 +58,14 @@ def evaluate_(
         for ways in (WRITTEN, FORCED):
             metric_table(report, metrics, names, ways, explained=True)
         report.say("Locality compares with the unedited model instead of an answer.")
-        counts = {"read": read.read, "used": len(used), "skipped": skipped}
+        if questions := metrics.get("questions"):
+            head = ("question", "written", "contained", "counted")
+            rows = [
+                (name, cell(own, "written"), cell(own, "contained"), f"{own['counted']} of {own['questions']}")
+                for name, own in questions.items()
+            ]
+            report.table(head, rows)
+        counts = read.counts(used, skipped)
         say_counts(report, counts)
         report.result = {**metrics.to_dict(), "records": counts, "edits_folder": str(edits) if edits else None}
 
@@ -102,6 +111,27 @@ def ability(
         report.table(("", *columns), [(row, *(f"{own[row]:.4g}" for own in flat.values())) for row in flat["unedited"]])
         counts = {"read": len(chosen or ()), "used": len(chosen or ()), "skipped": []}
         report.result = {**columns, "records": counts, "edits_folder": str(edits) if edits else None}
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="folders that 'comeba experiment' wrote, or JSON files of theirs")],
+    out: Annotated[Path, typer.Option("--out", help="the page")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="over the page")] = "Knowledge editing: results",
+    as_json: Json = False,
+) -> None:
+    """One HTML page from experiments: tables that sort, plots, who is ahead of whom, examples with wrong ones first."""
+    from comeba_ext import report as page
+    from comeba_ext.storage import write_text
+
+    with reporting(as_json) as say:
+        found = [own for folder in results for own in page.read(folder)]
+        if not out.parent.is_dir():
+            raise ComebaError(f"--out {out}: there is no folder {out.parent}")
+        write_text(out, page.build(found, title))
+        size = out.stat().st_size
+        say.say(f"{counted(len(found), 'experiment')} in {out} ({size / 1e3:.0f} kB)")
+        say.result = {"out": str(out), "experiments": [own.result["experiment"] for own in found], "bytes": size}
 
 
 @app.command()
@@ -161,6 +191,7 @@ def experiment(
             plain_texts=list(plain),
             samples=samples,
             seed=seed,
+            command=shlex.join(["comeba", *sys.argv[1:]]),
             progress=not as_json,
         )
         for dataset, counts in result["records"].items():

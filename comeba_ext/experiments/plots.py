@@ -24,24 +24,29 @@ def draw(result: dict, kind: str, files: dict[str, Path]) -> list[str]:
     teacher-forced ones; returns the names of those written: none where nothing was measured."""
     written = []
     for dataset, file in files.items():
-        own = [row for row in result["rows"] if row["dataset"] == dataset and row["reliability"] is not None]
         used = result["records"][dataset]["used"]
-        if kind == "scores":
-            figures = {file: _scores(own)} if own else {}
-        else:
-            make = {"bars": _bars, "edits": _edits, "settings": _settings}[kind]
-            asked = [row for row in own if row.get("reliability_written") is not None]
-            figures = {file: make(_scored(asked, "_written"), "share of answers right, as written")} if asked else {}
-            if own:
-                forced = file.with_stem(f"{file.stem}-forced") if asked else file
-                figures[forced] = make(own, "share of tokens right (teacher-forced)")
-        for path, figure in figures.items():
+        for end, figure in figures(result, kind, dataset).items():
+            path = file.with_stem(file.stem + end)
             intervals = "" if kind == "scores" else "; bars and bands: 95 % bootstrap intervals"
             figure.suptitle(f"{result['title']}\n{dataset}, {used} records{intervals}", fontsize=11)
             figure.savefig(path, dpi=130)
             plt.close(figure)
             written.append(path.name)
     return written
+
+
+def figures(result: dict, kind: str, dataset: str) -> dict:
+    """A data set's figures without titles, by the end of their file's name: of written answers where there are some, and of
+    teacher-forced ones."""
+    rows = [row for row in result["rows"] if row["dataset"] == dataset and row["reliability"] is not None]
+    if not rows:
+        return {}
+    if kind == "scores":
+        return {"": _scores(rows)}
+    make = KINDS_OF_PLOT[kind]
+    asked = [row for row in rows if row.get("reliability_written") is not None]
+    found = {"": make(_scored(asked, "_written"), "share of answers right, as written")} if asked else {}
+    return found | {"-forced" if asked else "": make(rows, "share of tokens right (teacher-forced)")}
 
 
 def _scored(rows: list[dict], way: str) -> list[dict]:
@@ -131,6 +136,25 @@ def _settings(rows: list[dict], label: str):
         plt.setp(axis.get_xticklabels(), rotation=20, ha="right")
     _shares(axis, label)
     axis.legend(fontsize=9, frameon=False)
+    return figure
+
+
+KINDS_OF_PLOT = {"bars": _bars, "edits": _edits, "settings": _settings}  # of scores
+
+
+def retention(ages: dict[str, list[dict]]):
+    """Reliability of every case's edits by when they were made (:func:`comeba_ext.report.results.retention`)."""
+    figure, axis = plt.subplots(figsize=(9, 4.4), layout="constrained")
+    for n, (case, groups) in enumerate(ages.items()):
+        x = [(group["first"] + group["last"]) / 2 for group in groups]
+        axis.plot(x, [group["value"] for group in groups], color=_colour(n), marker=_marker(n), label=case, lw=1.6, ms=5)
+        low, high = zip(*(group["interval"] for group in groups), strict=True)
+        if len(ages) <= 5:
+            axis.fill_between(x, low, high, color=_colour(n), alpha=0.12, lw=0)
+    axis.set_xlabel("which edit (left the oldest)")
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    _shares(axis, "reliability after the last edit")
+    figure.legend(ncols=_legend_columns(list(ages)), loc="outside lower center", fontsize=9, frameon=False)
     return figure
 
 

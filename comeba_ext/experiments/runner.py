@@ -25,6 +25,7 @@ from comeba_ext.experiments import measures, table
 from comeba_ext.experiments.definition import Case, Experiment
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.layers.hooked_linear import shape_of
+from comeba_ext.machine import machine, versions
 from comeba_ext.storage import make_folder, write_text
 from comeba_ext.text.request import EditRequest
 
@@ -43,6 +44,7 @@ def run(
     plain_texts: list[str] = (),
     samples: int | None = None,
     seed: int = 0,
+    command: str | None = None,
     progress: bool = False,
 ) -> dict:
     """Run every case on every data set.
@@ -56,13 +58,14 @@ def run(
         texts: corpus to collect it from (kept in ``out``, where the next experiment finds it).
         plain_texts: for the measure ``text``.
         samples: records a data set, default the experiment's.
+        command: what was typed, for the report's "how to run it again".
         seed: of the intervals, and, where it is not 0, of the order in which records are taken from a data set.
 
     Returns:
-        JSON-serialisable: ``experiment``, ``title``, ``protocol``, ``samples``, ``seed``, ``version``, ``rows``
-        (``dataset``, ``method``, ``case``, ``edits``, every metric with its interval, ``None`` where there is nothing to
-        ask, efficiency, what was measured beside; where a method could not go on, a last row with ``error``),
-        ``records`` by data set, ``plots`` (file names).
+        JSON-serialisable: ``experiment``, ``title``, ``protocol``, ``samples``, ``seed``, ``version``, ``machine``, ``versions``,
+        ``command``, ``plot`` (its kind), ``rows`` (``dataset``, ``method``, ``case``, ``log`` (its folder in ``out``),
+        ``edits``, every metric with its interval, ``None`` where there is nothing to ask, efficiency, what was measured beside;
+        where a method could not go on, a last row with ``error``), ``records`` by data set, ``plots`` (file names).
 
     Raises:
         ComebaError: no usable record, no covariance, no texts to measure on, or ``out`` holds another run.
@@ -82,17 +85,18 @@ def run(
     rows, records = [], {}
     for dataset, read in datasets.items():
         used, skipped = _usable(model, tokenizer, dataset, read, samples, seed)
-        records[dataset] = {"read": read.read, "used": len(used), "skipped": skipped}
+        records[dataset] = read.counts(used, skipped)
         base = predict_base(model, tokenizer, used, generate=experiment.generate, writing=experiment.writing, progress=progress)
         for case in experiment.cases:
             protocol = _protocol(experiment, case, len(used), seed)
             method = methods.method_named(case.method)
+            own = Path(experiment.name, _slug(dataset), _slug(case.label))
             result = run_protocol(
                 model,
                 tokenizer,
                 used,
                 protocol,
-                out / experiment.name / _slug(dataset) / _slug(case.label),
+                out / own,
                 method=method,
                 config=configs[case.label],
                 covariance=covariance if method.needs_covariance else None,
@@ -105,6 +109,7 @@ def run(
                 "dataset": dataset,
                 "method": case.method,
                 "case": case.label,
+                "log": own.as_posix(),
                 "batch_size": protocol.batch_size,
                 "settings": configs[case.label].to_dict(),
             }
@@ -122,6 +127,10 @@ def run(
         "samples": samples,
         "seed": seed,
         "version": __version__,
+        "machine": machine(),
+        "versions": versions(),
+        "command": command,
+        "plot": experiment.plot,
         "rows": rows,
         "records": records,
         "expected": list(experiment.expected),
@@ -191,7 +200,7 @@ def _rows(result: Result) -> list[dict]:
 def _plain(metrics) -> dict:
     names = [f"{name}{suffix}" for name in METRICS for suffix in WAYS]
     found = {key: metrics.get(key) for name in names for key in (name, f"{name}_interval")}
-    return {"records": metrics.get("records", 0), **found}
+    return {"records": metrics.get("records", 0), **found, **({"questions": metrics["questions"]} if "questions" in metrics else {})}
 
 
 def _slug(text: str) -> str:
