@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -28,6 +29,10 @@ def evaluate_(
     generate: Annotated[bool, typer.Option(help="also measure greedy generation, cut at the answer's length")] = True,
     answer_tokens: Annotated[int, typer.Option(min=0, help="let the model write at most so many; 0: not at all")] = 32,
     chat: Annotated[bool, typer.Option("--chat", help="ask in the model's chat template where it writes")] = False,
+    judge: Annotated[Optional[str], typer.Option(help="URL of a chat endpoint of OpenAI's form that judges what was written")] = None,
+    judge_model: Annotated[Optional[str], typer.Option(help="with --judge: which of its models")] = None,
+    judge_key: Annotated[str, typer.Option(help="environment variable that holds its key, if it needs one")] = "OPENAI_API_KEY",
+    verdicts: Annotated[Optional[Path], typer.Option(help="with --judge: JSON lines of verdicts, asked first and added to")] = None,
     predictions: Annotated[Optional[Path], typer.Option(help="write every record's scores and texts as JSONL")] = None,
     limit: Limit = None,
     device: Device = None,
@@ -37,7 +42,7 @@ def evaluate_(
 ) -> None:
     """Reliability, generality and locality of a model, with or without saved edits, on the records of a file."""
     from comeba_ext.data import read_requests
-    from comeba_ext.evaluation import Writing, evaluate
+    from comeba_ext.evaluation import Judge, Writing, evaluate
     from comeba_ext.evaluation.ways import FORCED, WRITTEN
     from comeba_ext.experiments.table import cell
     from comeba_ext.storage import write_text
@@ -45,19 +50,26 @@ def evaluate_(
     with reporting(as_json) as report:
         if predictions is not None and not predictions.parent.is_dir():
             raise ComebaError(f"--predictions {predictions}: there is no folder {predictions.parent}")
+        if judge is not None and (judge_model is None or not answer_tokens):
+            raise ComebaError("--judge needs --judge-model, and written answers (--answer-tokens)")
+        asked = None if judge is None else Judge(judge, judge_model, os.environ.get(judge_key), kept=verdicts)
         read = read_requests(records, limit)
         net, tokenizer = loaded(model, device, dtype, edits, trust=trust)
         used, skipped = fitting(net, tokenizer, read)
         if not used:
             raise ComebaError(f"{records}: none of {read.read} records can be used; first reason: {skipped[0]['reason']}")
         writing = Writing(answer_tokens, chat) if answer_tokens else None
-        metrics = evaluate(net, tokenizer, used, generate=generate, writing=writing, progress=not as_json)
+        metrics = evaluate(net, tokenizer, used, generate=generate, writing=writing, judge=asked, progress=not as_json)
         if predictions is not None:
             write_text(predictions, "".join(json.dumps(row) + "\n" for row in metrics.per_record))
         names = [m for m in (*METRICS, "portability") if metrics.get(m) is not None]
         for ways in (WRITTEN, FORCED):
             metric_table(report, metrics, names, ways, explained=True)
         report.say("Locality compares with the unedited model instead of an answer.")
+        if "judge_error" in metrics:
+            report.say(f"! {metrics['judge_error']}")
+        elif asked is not None:
+            report.say(f"Judge: {counted(asked.asked, 'verdict')} by {judge_model}, {asked.nothing} without one.")
         if questions := metrics.get("questions"):
             head = ("question", "written", "contained", "counted")
             rows = [

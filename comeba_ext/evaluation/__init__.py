@@ -3,6 +3,7 @@
 from comeba_ext.evaluation.ability import Reading, harness, perplexity, read_text
 from comeba_ext.evaluation.base import BasePredictions, predict_base
 from comeba_ext.evaluation.fluency import fluency, ngram_entropy
+from comeba_ext.evaluation.judge import Judge
 from comeba_ext.evaluation.metrics import Metrics, bootstrap_interval, evaluate, summarise
 from comeba_ext.evaluation.probabilities import counterfact_scores
 from comeba_ext.evaluation.protocols import Protocol, Result, run_protocol
@@ -10,6 +11,7 @@ from comeba_ext.evaluation.written import Writing
 
 __all__ = [
     "BasePredictions",
+    "Judge",
     "Metrics",
     "Protocol",
     "Reading",

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+from tqdm import tqdm
 
 from comeba_ext.errors import RequestError
+from comeba_ext.evaluation.judge import Answer, Judge
 from comeba_ext.evaluation.queries import METRICS, record_prompts
-from comeba_ext.evaluation.ways import WRITTEN
 from comeba_ext.evaluation.written import Writing, is_contained, is_written, normalised
 from comeba_ext.text.request import EditRequest
+
+_RULES = {"_written": is_written, "_contained": is_contained}
 
 
 class WrittenAnswers:
@@ -23,6 +26,7 @@ class WrittenAnswers:
 
     Attributes:
         total: how many prompts are asked.
+        judged: verdicts on what was written, if any were asked for.
     """
 
     def __init__(self, tokenizer, requests: list[EditRequest], writing: Writing, rewrite: Callable[[str], str] | None = None):
@@ -46,6 +50,7 @@ class WrittenAnswers:
         self.total = len(asked | set(self.of_probe.values()))
         self.found: dict[str, Mapping[tuple[int, ...], str]] = {}
         self.before: Mapping[tuple[int, ...], str] = {}
+        self.judged: dict[Answer, bool | None] | None = None
 
     def check(self, unedited: Mapping[tuple[int, ...], str]) -> None:
         """Raises a RequestError unless it is known what the unedited model wrote to every condition of the questions."""
@@ -65,6 +70,25 @@ class WrittenAnswers:
             self.found[name] = self.writing.answers(model, self.tokenizer, pool, max_tokens=max_tokens, bar=bar)
         self.before = {**self.found["locality"], **self.found["conditions"]} if unedited is None else unedited
 
+    def ask_judge(self, judge: Judge, progress: bool = False) -> None:
+        """Have a judge say which answers are right; what it had not said when it failed stays unjudged.
+
+        Raises:
+            ComebaError: it cannot be reached or refuses.
+        """
+        names = [name for name in METRICS if name != "locality"]
+        asked = [answer for record in range(len(self.prompts)) for name in names for answer in self._judgeable(record, name)]
+        self.judged = dict.fromkeys(asked)
+        with tqdm(total=len(self.judged), disable=not progress, unit="answer", desc="judge") as bar:
+            try:
+                self.judged |= judge.verdicts(asked, bar)
+            finally:
+                self.judged |= judge.known(asked)
+
+    def _judgeable(self, record: int, name: str) -> list[Answer]:
+        pairs = zip(self.prompts[record][name], self._answers(record, name), strict=True)
+        return [Answer(own.prompt, (own.answer, *own.aliases), text) for own, text in pairs]
+
     def _answers(self, record: int, name: str) -> list[str]:
         found = self.found["locality" if name == "locality" else "other"]
         return [found[ids] for ids in self.ids[record][name]]
@@ -81,9 +105,11 @@ class WrittenAnswers:
                 same = [normalised(a) == normalised(b) for a, b in zip(answers, self._before(record), strict=True)]
                 found["locality_written"] = mean([float(own) for own in same])
                 continue
-            for suffix, right in zip(WRITTEN, (is_written, is_contained), strict=True):
+            for suffix, right in _RULES.items():
                 asked = zip(answers, self.prompts[record][name], strict=True)
                 found[name + suffix] = mean([float(right(answer, (own.answer, *own.aliases))) for answer, own in asked])
+            if self.judged is not None:
+                found[name + "_judged"] = mean([self.judged[answer] for answer in self._judgeable(record, name)])
         return found
 
     def verdicts(self, record: int) -> list[dict]:
@@ -94,7 +120,7 @@ class WrittenAnswers:
             answers = [self.found["other"][self.of_probe[probe.prompt]] for probe in question.probes]
             known = [is_contained(self.before[self.conditions[own.prompt]], own.answers) for own in question.conditions]
             verdict = {"criterion": question.criterion, "counted": all(known)}
-            for suffix, right in zip(WRITTEN, (is_written, is_contained), strict=True):
+            for suffix, right in _RULES.items():
                 each = [right(answer, probe.answers) for answer, probe in zip(answers, question.probes, strict=True)]
                 verdict[suffix.removeprefix("_")] = all(each) if question.every else any(each)
             asked = zip(question.probes, answers, strict=True)
@@ -102,12 +128,15 @@ class WrittenAnswers:
         return found
 
     def texts(self, record: int) -> list[dict[str, str]]:
-        """Of every prompt, metric by metric: what was ``written``, and for locality what was ``unedited_written``."""
+        """Of every prompt, metric by metric: what was ``written``, for locality what was ``unedited_written``, and of others whether it
+        is ``judged`` right."""
         found = []
         for name in METRICS:
             own = [{"written": answer} for answer in self._answers(record, name)]
             if name == "locality":
                 own = [one | {"unedited_written": before} for one, before in zip(own, self._before(record), strict=True)]
+            elif self.judged is not None:
+                own = [one | {"judged": self.judged[answer]} for one, answer in zip(own, self._judgeable(record, name), strict=True)]
             found += own
         return found
 

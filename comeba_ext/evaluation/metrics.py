@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from comeba_ext.errors import ComebaError, ConfigError
 from comeba_ext.evaluation.answers import WrittenAnswers, mean
 from comeba_ext.evaluation.base import BasePredictions, has_edits, predict_base
+from comeba_ext.evaluation.judge import Judge
 from comeba_ext.evaluation.queries import METRICS, check_context, question_queries, record_queries
 from comeba_ext.evaluation.scoring import Prediction, predict
 from comeba_ext.evaluation.ways import FORCED, WAYS, WRITTEN
@@ -42,6 +44,7 @@ def evaluate(
     max_tokens: int = 4096,
     generate: bool = True,
     writing: Writing | None = None,
+    judge: Judge | None = None,
     progress: bool = False,
     seed: int = 0,
 ) -> Metrics:
@@ -72,6 +75,8 @@ def evaluate(
         max_tokens: padded tokens in one forward pass; bounds the memory of the logits.
         generate: compute ``<name>_generation``; otherwise these are ``None``.
         writing: compute ``<name>_written`` and ``<name>_contained``, so; otherwise there are none.
+        judge: asked about what was written, for ``<name>_judged``; needs ``writing``. One that cannot be reached or refuses costs
+            nothing else: ``judge_error`` says why.
         progress: show a progress bar.
         seed: of the bootstrap; the global generators are not touched.
 
@@ -89,10 +94,13 @@ def evaluate(
         ``writing`` what was ``written`` (for locality ``unedited_written`` too), and the verdicts on its ``questions``.
 
     Raises:
+        ConfigError: there is a judge, and nothing is written for it.
         RequestError: a record cannot be used, a text is longer than the model's context, or the base predictions do
             not fit the records, or the model has adapters that cannot be switched off and no base is given; nothing was run.
     """
     requests = as_requests(records)
+    if judge is not None and writing is None:
+        raise ConfigError("a judge reads what the model writes: give writing=Writing() too")
     queries = [record_queries(tokenizer, request, index) for index, request in enumerate(requests)]
     rewrite = prompt_rewriter(model)  # of in-context methods; base predictions are of the prompts as they are
     asked = queries if rewrite is None else [record_queries(tokenizer, r, n, rewrite) for n, r in enumerate(requests)]
@@ -130,6 +138,12 @@ def evaluate(
         edited, local = map(run, pools)
         if written is not None:
             written.ask(model, None if base is None else base.answers, max_tokens=max_tokens, bar=bar)
+        judge_error = None
+        if written is not None and judge is not None:
+            try:
+                written.ask_judge(judge, progress)
+            except ComebaError as error:  # everything else is there
+                judge_error = str(error)
     unedited = local if base is None else base.predictions  # without a base there is nothing that rewrites
 
     rows = []
@@ -169,7 +183,10 @@ def evaluate(
             if request.questions:
                 row["questions"] = written.verdicts(n)
         rows.append(row)
-    return summarise(rows, seed)
+    metrics = summarise(rows, seed)
+    if judge_error is not None:
+        metrics["judge_error"] = judge_error
+    return metrics
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 1000, level: float = 0.95) -> list[float] | None:
@@ -211,7 +228,7 @@ def summarise(rows: list[dict], seed: int = 0) -> Metrics:
         for suffix in WAYS:
             key = name + suffix
             values = [row.get(key) for row in rows]
-            if suffix in WRITTEN and not any(key in row for row in rows):
+            if suffix in WRITTEN and not any(name + suffix in row for name in METRICS for row in rows):
                 continue  # not asked for
             metrics[key] = mean(values)
             metrics[f"{key}_interval"] = bootstrap_interval(values, seed)

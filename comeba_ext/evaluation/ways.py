@@ -4,6 +4,7 @@ from __future__ import annotations
 
 WRITTEN = {  # what is believed first: see comeba_ext.evaluation.written
     "_written": ("written", "what the model writes behind the prompt alone, up to its natural end, is the answer or opens with it"),
+    "_judged": ("judged", "a judge finds that what it writes says the answer (not asked for locality; without a verdict: left out)"),
     "_contained": ("contained", "the answer stands in what it writes (which a wrong answer can hold as well)"),
 }
 FORCED = {  # EasyEdit's, and two that ask for more: they know the answer or its length while they score

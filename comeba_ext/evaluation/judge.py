@@ -1,0 +1,163 @@
+"""A language model's verdict on written answers, from an endpoint that the user names; never asked by default.
+
+Whether "She was born in the Polish capital" answers "Warsaw" is no matter of strings. An endpoint of OpenAI's form
+(``POST <url>/chat/completions``: OpenAI's own, vLLM, llama.cpp, Ollama …) is shown the question, the right answers and what was written,
+and asked for one word, as Yang et al. do (arXiv 2502.11177, section 3). Verdicts can be kept in a file, which is asked first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from comeba_ext.errors import ComebaError
+from comeba_ext.evaluation.written import normalised
+
+log = logging.getLogger(__name__)
+
+INSTRUCTION = (
+    "You grade short answers. You are given a question or the beginning of a statement, the correct answers, and an answer. The answer is "
+    "CORRECT if it says what one of the correct answers says, in whatever words, and does not contradict it. It is INCORRECT otherwise, "
+    "also if it does not commit itself. The correct answers count as true even where you know otherwise. Reply with one word."
+)
+_VERDICT = re.compile(r"\b(in)?correct\b", re.IGNORECASE)
+
+
+class Answer(NamedTuple):
+    """What is judged: a prompt, its right answers, and what was written."""
+
+    prompt: str
+    right: tuple[str, ...]
+    written: str
+
+
+@dataclass
+class Judge:
+    """Asks an endpoint.
+
+    Args:
+        url: its base, e.g. ``http://localhost:8000/v1``.
+        model: which of its models.
+        key: sent as a bearer token; ``None``: none. It is not kept anywhere.
+        timeout: seconds for a reply.
+        tries: how often an answer is asked about before its verdict is ``None``.
+        parallel: how many are asked about at a time.
+        kept: JSON lines of verdicts to ask first, and to add to.
+
+    Attributes:
+        asked: how many verdicts the endpoint gave; nothing: how many it failed to give.
+
+    Raises:
+        ComebaError: the file of verdicts holds something else.
+    """
+
+    url: str
+    model: str
+    key: str | None = field(default=None, repr=False)
+    timeout: float = 60.0
+    tries: int = 3
+    parallel: int = 4
+    kept: Path | None = None
+    asked: int = field(default=0, init=False)
+    nothing: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ComebaError(f"the judge's URL must begin with http:// or https://, got {self.url!r}")
+        self._known: dict[str, bool] = {}
+        if self.kept is not None and self.kept.exists():
+            try:
+                lines = [json.loads(line) for line in self.kept.read_text(encoding="utf-8").splitlines()]
+                self._known = {line["of"]: bool(line["verdict"]) for line in lines}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ComebaError(f"{self.kept}: not a file of verdicts ({error})") from None
+
+    def verdicts(self, answers: Sequence[Answer], bar=None) -> dict[Answer, bool | None]:
+        """Whether each answer is right; ``None`` where the judge gave no verdict. One that is a right answer word for word is not asked
+        about.
+
+        Raises:
+            ComebaError: the endpoint cannot be reached or refuses; what it had said by then is kept.
+        """
+        found: dict[Answer, bool | None] = {**self.known(answers)}
+        todo = [answer for answer in dict.fromkeys(answers) if answer not in found]
+        if bar is not None:
+            bar.update(len(found))
+        with ThreadPoolExecutor(self.parallel) as pool:
+            waiting = [pool.submit(self._ask, answer) for answer in todo]
+            try:
+                for answer, one in zip(todo, waiting, strict=True):
+                    found[answer] = verdict = one.result()
+                    if verdict is None:
+                        self.nothing += 1
+                    else:
+                        self.asked += 1
+                        self._keep(answer, verdict)
+                    if bar is not None:
+                        bar.update(1)
+            except BaseException:
+                for one in waiting:
+                    one.cancel()
+                raise
+        return found
+
+    def known(self, answers: Sequence[Answer]) -> dict[Answer, bool]:
+        """The verdicts that need no asking."""
+        found = {}
+        for answer in dict.fromkeys(answers):
+            if normalised(answer.written) in set(map(normalised, answer.right)):
+                found[answer] = True
+            elif (known := self._known.get(self._name(answer))) is not None:
+                found[answer] = known
+        return found
+
+    def _name(self, answer: Answer) -> str:
+        return hashlib.sha256(json.dumps([self.model, INSTRUCTION, *answer]).encode()).hexdigest()
+
+    def _keep(self, answer: Answer, verdict: bool) -> None:
+        self._known[self._name(answer)] = verdict
+        if self.kept is not None:
+            with self.kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"of": self._name(answer), "verdict": verdict, **answer._asdict()}) + "\n")
+
+    def _ask(self, answer: Answer) -> bool | None:
+        right = "; ".join(answer.right)
+        text = f"Question or statement: {answer.prompt}\nCorrect answers: {right}\nAnswer: {answer.written or '(nothing)'}"
+        messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
+        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 8}
+        for _ in range(self.tries):
+            try:
+                reply = self._post(body)["choices"][0]["message"]["content"]
+            except ComebaError:
+                raise
+            except (TimeoutError, KeyError, IndexError, TypeError, ValueError) as error:
+                log.info("judge: no verdict (%s: %s)", type(error).__name__, error)
+                continue
+            said = {bool(match[1]) for match in _VERDICT.finditer(reply or "")}
+            if len(said) == 1:  # one word, or the same again
+                return not said.pop()
+        return None
+
+    def _post(self, body: dict) -> dict:
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            if error.code in (408, 429) or error.code >= 500:
+                raise TimeoutError(f"HTTP {error.code}") from None
+            raise ComebaError(f"the judge at {self.url} refuses: HTTP {error.code} {error.reason}") from None
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, TimeoutError):
+                raise TimeoutError("timed out") from None
+            raise ComebaError(f"the judge at {self.url} cannot be reached: {error.reason}") from None

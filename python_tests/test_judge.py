@@ -1,0 +1,175 @@
+"""A judge behind an endpoint: a stub server in this process says what a real one might."""
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from test_cli import output, run
+from test_evaluation import RECORDS, pair  # noqa: F401  (a fixture)
+
+from comeba_ext import evaluate, testbed
+from comeba_ext.errors import ComebaError, ConfigError
+from comeba_ext.evaluation import Judge, Writing
+from comeba_ext.evaluation.judge import Answer
+from comeba_ext.evaluation.written import normalised
+
+WARSAW = Answer("She was born in", ("Warsaw", "Warszawa"), "the Polish capital, where she")
+
+
+@contextmanager
+def endpoint(say):
+    """A server that answers every request with ``say(number, headers, body)``: text, or a status."""
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.path, dict(self.headers), body))
+            said = say(len(seen), body)
+            self.send_response(said if isinstance(said, int) else 200)
+            self.end_headers()
+            if not isinstance(said, int):
+                self.wfile.write(said if isinstance(said, bytes) else json.dumps({"choices": [{"message": {"content": said}}]}).encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def by_capital(number, body):
+    text = body["messages"][1]["content"]
+    return "CORRECT" if "capital" in text.partition("Answer:")[2] else "INCORRECT."
+
+
+def test_one_word_from_the_endpoint():
+    with endpoint(by_capital) as (url, seen):
+        judge = Judge(url, "small", key="secret")
+        wrong = WARSAW._replace(written="Paris")
+        assert judge.verdicts([WARSAW, wrong, WARSAW]) == {WARSAW: True, wrong: False}
+        assert (judge.asked, judge.nothing, len(seen)) == (2, 0, 2)
+        assert "secret" not in repr(judge)
+    path, headers, body = seen[0]
+    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
+    assert body["model"] == "small" and body["temperature"] == 0
+    asked = {body["messages"][1]["content"] for _, _, body in seen}
+    assert "Question or statement: She was born in\nCorrect answers: Warsaw; Warszawa\nAnswer: the Polish capital, where she" in asked
+
+
+def test_an_equal_answer_needs_no_judge():
+    equal = WARSAW._replace(written="warszawa.")
+    assert Judge("http://127.0.0.1:9/v1", "m").verdicts([equal]) == {equal: True}  # nobody listens there
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [
+        ("correct", True),
+        ("Incorrect", False),
+        ("The answer is incorrect. INCORRECT", False),
+        ("CORRECT or INCORRECT?", None),
+        ("maybe", None),
+        ("", None),
+    ],
+)
+def test_what_counts_as_a_verdict(said, verdict):
+    with endpoint(lambda number, body: said) as (url, seen):
+        judge = Judge(url, "m", tries=2)
+        assert judge.verdicts([WARSAW]) == {WARSAW: verdict}
+        assert len(seen) == (2 if verdict is None else 1) and judge.nothing == (verdict is None)
+
+
+@pytest.mark.parametrize("trouble", [500, 429, b"not json", b"{}", "slow"])
+def test_troubles_that_pass(trouble):
+    def say(number, body):
+        if number == 1 and trouble == "slow":
+            time.sleep(0.6)
+        return trouble if number == 1 and trouble != "slow" else "CORRECT"
+
+    with endpoint(say) as (url, seen):
+        assert Judge(url, "m", timeout=0.3).verdicts([WARSAW]) == {WARSAW: True}
+        assert len(seen) == 2
+    with endpoint(lambda number, body: time.sleep(0.5) or "CORRECT" if trouble == "slow" else trouble) as (url, _):
+        judge = Judge(url, "m", timeout=0.2, tries=2)
+        assert judge.verdicts([WARSAW]) == {WARSAW: None} and judge.nothing == 1  # a counted null, no zero
+
+
+def test_troubles_that_do_not():
+    with endpoint(lambda number, body: 401) as (url, _), pytest.raises(ComebaError, match="refuses: HTTP 401"):
+        Judge(url, "m").verdicts([WARSAW])
+    with pytest.raises(ComebaError, match="cannot be reached"):
+        Judge("http://127.0.0.1:9/v1", "m").verdicts([WARSAW])
+    with pytest.raises(ComebaError, match="http"):
+        Judge("localhost", "m")
+
+
+def test_verdicts_are_kept(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    others = [WARSAW._replace(written=f"answer {n}") for n in range(6)]
+    with endpoint(lambda number, body: "INCORRECT" if number < 4 else 403) as (url, _):
+        with pytest.raises(ComebaError, match="403"):
+            Judge(url, "m", kept=path, parallel=1).verdicts(others)
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["written"] for line in kept] == ["answer 0", "answer 1", "answer 2"]
+    with endpoint(by_capital) as (url, seen):
+        assert set(Judge(url, "m", kept=path).verdicts(others).values()) == {False} and len(seen) == 3
+        assert Judge(url, "other", kept=path).verdicts(others[:1]) == {others[0]: False} and len(seen) == 4  # another judge's are not its
+    path.write_text("nonsense\n")
+    with pytest.raises(ComebaError, match="not a file of verdicts"):
+        Judge("http://x", "m", kept=path)
+
+
+def test_judged_scores_stand_beside_the_others(pair, tokenizer):  # noqa: F811
+    edited, base = pair("gpt2")
+    with pytest.raises(ConfigError, match="writing"):
+        evaluate(edited, tokenizer, RECORDS, base, judge=Judge("http://x", "m"))
+    plain = evaluate(edited, tokenizer, RECORDS, base, generate=False, writing=Writing(6))
+    says = lambda number, body: "CORRECT" if len(body["messages"][1]["content"]) % 2 else "INCORRECT"  # noqa: E731
+    with endpoint(says) as (url, seen):
+        found = evaluate(edited, tokenizer, RECORDS, base, generate=False, writing=Writing(6), judge=Judge(url, "m"))
+    assert {key: found[key] for key in plain if key != "per_record"} == {key: plain[key] for key in plain if key != "per_record"}
+    packed = lambda text: "".join(text.split())  # noqa: E731  (a decoded prompt may differ in its spaces)
+    bodies = {packed(body["messages"][1]["content"]): says(0, body) == "CORRECT" for _, _, body in seen}
+    for row in found.per_record:
+        for metric in ("reliability", "generality", "portability"):
+            own = [answer for answer in row["answers"] if answer["metric"] == metric]
+            for answer in own:
+                shown = answer["written"] or "(nothing)"
+                text = f"Question or statement: {answer['prompt']}\nCorrect answers: {answer['wanted']}\nAnswer: {shown}"
+                assert answer["judged"] == (normalised(shown) == normalised(answer["wanted"]) or bodies[packed(text)])
+            assert row[f"{metric}_judged"] == (sum(answer["judged"] for answer in own) / len(own) if own else None)
+    local = [answer for row in found.per_record for answer in row["answers"] if answer["metric"] == "locality"]
+    assert found["locality_judged"] is None and local and not any("judged" in answer for answer in local)
+    # One that fails half-way costs nothing else.
+    with endpoint(lambda number, body: "CORRECT" if number == 1 else 403) as (url, _):
+        broken = evaluate(edited, tokenizer, RECORDS, base, generate=False, writing=Writing(6), judge=Judge(url, "m", parallel=1))
+    assert "403" in broken["judge_error"] and broken["reliability_written"] == plain["reliability_written"]
+    verdicts = [a["judged"] for row in broken.per_record for a in row["answers"] if a["metric"] != "locality"]
+    equal = sum(normalised(a["written"]) == normalised(a["wanted"]) for row in broken.per_record for a in row["answers"] if "judged" in a)
+    assert equal <= verdicts.count(True) <= equal + 2 and verdicts.count(False) == 0 and None in verdicts  # one, and its like
+
+
+def test_from_the_command(tmp_path, monkeypatch):
+    facts = tmp_path / "facts.json"
+    facts.write_text(json.dumps([fact.to_record() for fact in testbed.facts()[:2]]))
+    monkeypatch.setenv("MY_KEY", "secret")
+    with endpoint(lambda number, body: "CORRECT" if number % 2 else "maybe") as (url, seen):
+        options = ("--judge", url, "--judge-model", "m", "--judge-key", "MY_KEY", "--verdicts", tmp_path / "v.jsonl")
+        found = output("eval", "testbed", facts, *options)
+        assert found["reliability_judged"] is not None and "secret" not in json.dumps(found)
+        assert {headers["Authorization"] for _, headers, _ in seen} == {"Bearer secret"}
+        shown = " ".join(run("eval", "testbed", facts, *options).stdout.split())
+        assert "Judge: " in shown and "judged" in shown
+    shown = " ".join(run("eval", "testbed", facts, "--judge", "http://127.0.0.1:9/v1", "--judge-model", "m").stdout.split())
+    assert "! the judge at http://127.0.0.1:9/v1 cannot be reached" in shown and "written" in shown
+    refused = run("eval", "testbed", facts, "--judge", url, "--json")
+    assert refused.exit_code == 1 and "--judge-model" in json.loads(refused.stdout)["error"]
