@@ -24,7 +24,12 @@ PACKAGES = (
     "jinja2",
     "matplotlib",
 )
-EXTRAS = {"gguf": "reading .gguf files", "peft": "models with adapters", "lm_eval": "comeba ability --tasks"}
+EXTRAS = {
+    "gguf": "reading .gguf files",
+    "peft": "models with adapters",
+    "lm_eval": "comeba ability --tasks",
+    "rouge_score": "comeba eval --long",
+}
 
 
 def examine() -> dict:

@@ -1,5 +1,7 @@
 """Written answers against a loop that writes one prompt at a time, and rules by examples worked out by hand."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,7 @@ from test_evaluation import FAMILIES, NAMES, RECORDS, asked, pair  # noqa: F401 
 
 from comeba_ext.errors import RequestError
 from comeba_ext.evaluation import Writing, evaluate, predict_base
-from comeba_ext.evaluation.written import answer_of, is_contained, is_written, natural_end, normalised
+from comeba_ext.evaluation.written import answer_of, is_contained, is_written, likeness, natural_end, normalised
 
 CHAT = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 
@@ -117,6 +119,69 @@ def test_base_predictions_that_were_written_otherwise(pair, tokenizer):  # noqa:
         stored = predict_base(base, tokenizer, RECORDS, writing=made)
         with pytest.raises(RequestError, match="writing"):
             evaluate(edited, tokenizer, RECORDS, stored, writing=Writing(6))
+
+
+def lcs(one, other):
+    """Length of the longest common subsequence, by brute force over the subsets of the shorter one's places."""
+    short, long = sorted((one, other), key=len)
+    for size in range(len(short), 0, -1):
+        for places in itertools.combinations(range(len(short)), size):
+            words = iter(long)
+            if all(short[place] in words for place in places):
+                return size
+    return 0
+
+
+WORDS = st.lists(st.sampled_from(["paris", "rome", "city", "巴黎"]), max_size=6)
+LIKENESS = likeness()
+
+
+@given(WORDS, WORDS)
+def test_likeness_is_rouge_l(one, other):
+    shared = lcs(one, other)
+    precision, recall = (shared / max(1, len(own)) for own in (one, other))
+    expected = 2 * precision * recall / (precision + recall) if shared else 0.0
+    assert LIKENESS(" ".join(one), " ".join(other)) == pytest.approx(expected)
+
+
+def test_paragraphs(pair, tokenizer):  # noqa: F811
+    """Written on past what ends a sentence, and as like the answer as ROUGE-L says; exact in an example worked out by hand."""
+    assert likeness()("The cat sat. On a mat!", "the cat is on the mat") == pytest.approx(2 * (3 / 4) * (3 / 4) / (3 / 4 + 3 / 4))
+    edited, base = pair("gpt2")
+    metrics = evaluate(edited, tokenizer, RECORDS, base, generate=False, writing=Writing(9, long=True))
+    for record, row in zip(RECORDS, metrics.per_record, strict=True):
+        answers, like = iter(row["answers"]), likeness()
+        for name in NAMES:
+            scores = []
+            for prompt, target in asked(record)[name]:
+                ids, found = tokenizer.encode(prompt.rstrip()), next(answers)
+                for _ in range(9):
+                    with torch.no_grad():
+                        ids.append(int(edited(torch.tensor([ids])).logits[0, -1].argmax()))
+                    if ids[-1] == tokenizer.eos_token_id:
+                        break
+                whole = tokenizer.decode(ids[len(tokenizer.encode(prompt.rstrip())) :], skip_special_tokens=True).strip()
+                assert found["written"] == whole
+                scores.append(like(whole, found["unedited_written"] if name == "locality" else target))
+            assert row[f"{name}_similarity"] == (pytest.approx(sum(scores) / len(scores)) if scores else None)
+    assert metrics["reliability_similarity"] is not None and len(metrics["reliability_similarity_interval"]) == 2
+
+
+def test_hallucination_is_the_new_object_where_it_was_not(pair, tokenizer):  # noqa: F811
+    edited, base = pair("gpt2")
+    plain = evaluate(edited, tokenizer, RECORDS, base, generate=False, writing=Writing(9))
+    (record, row) = next((record, row) for record, row in zip(RECORDS, plain.per_record) if row["locality_written"] == 0)
+    texts = [[normalised(a[key]).split() for key in ("written", "unedited_written")] for a in row["answers"] if a["metric"] == "locality"]
+    after, before = texts[0]
+    new = min(set(after) - set(before))
+    for word in (new, before[0], "nowhere"):
+        found = evaluate(edited, tokenizer, [{**record, "target_new": word}], base, generate=False, writing=Writing(9))
+        appeared = [word in after and word not in before for after, before in texts]
+        assert found["hallucination"] == sum(appeared) / len(texts) and any(appeared) == (word == new)
+    # An alias counts, and one that was there before does not.
+    named = {**record, "target_new": "nowhere", "aliases": [new]}
+    assert evaluate(edited, tokenizer, [named], base, generate=False, writing=Writing(9))["hallucination"] > 0
+    assert "hallucination" not in evaluate(edited, tokenizer, RECORDS, base, generate=False)
 
 
 def test_in_the_chat_template(pair, tokenizer):  # noqa: F811

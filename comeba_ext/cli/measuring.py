@@ -27,7 +27,12 @@ def evaluate_(
     records: Annotated[Path, typer.Argument(help="JSON or JSONL records")],
     edits: Edits = None,
     generate: Annotated[bool, typer.Option(help="also measure greedy generation, cut at the answer's length")] = True,
-    answer_tokens: Annotated[int, typer.Option(min=0, help="let the model write at most so many; 0: not at all")] = 32,
+    answer_tokens: Annotated[
+        Optional[int], typer.Option(min=0, help="let the model write at most so many; 0: not at all (default: 32, with --long 256)")
+    ] = None,
+    long: Annotated[
+        bool, typer.Option("--long", help="answers are paragraphs: let it write on past a sentence, score the likeness")
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="ask in the model's chat template where it writes")] = False,
     judge: Annotated[Optional[str], typer.Option(help="URL of a chat endpoint of OpenAI's form that judges what was written")] = None,
     judge_model: Annotated[Optional[str], typer.Option(help="with --judge: which of its models")] = None,
@@ -43,14 +48,16 @@ def evaluate_(
     """Reliability, generality and locality of a model, with or without saved edits, on the records of a file."""
     from comeba_ext.data import read_requests
     from comeba_ext.evaluation import Judge, Writing, evaluate
-    from comeba_ext.evaluation.ways import FORCED, WRITTEN
+    from comeba_ext.evaluation.ways import FORCED, HALLUCINATION, WRITTEN
+    from comeba_ext.evaluation.written import ANSWER_TOKENS, LONG_TOKENS
     from comeba_ext.experiments.table import cell
     from comeba_ext.storage import write_text
 
     with reporting(as_json) as report:
         if predictions is not None and not predictions.parent.is_dir():
             raise ComebaError(f"--predictions {predictions}: there is no folder {predictions.parent}")
-        if judge is not None and (judge_model is None or not answer_tokens):
+        tokens = answer_tokens if answer_tokens is not None else LONG_TOKENS if long else ANSWER_TOKENS
+        if judge is not None and (judge_model is None or not tokens):
             raise ComebaError("--judge needs --judge-model, and written answers (--answer-tokens)")
         asked = None if judge is None else Judge(judge, judge_model, os.environ.get(judge_key), kept=verdicts)
         read = read_requests(records, limit)
@@ -58,13 +65,15 @@ def evaluate_(
         used, skipped = fitting(net, tokenizer, read)
         if not used:
             raise ComebaError(f"{records}: none of {read.read} records can be used; first reason: {skipped[0]['reason']}")
-        writing = Writing(answer_tokens, chat) if answer_tokens else None
+        writing = Writing(tokens, chat, long) if tokens else None
         metrics = evaluate(net, tokenizer, used, generate=generate, writing=writing, judge=asked, progress=not as_json)
         if predictions is not None:
             write_text(predictions, "".join(json.dumps(row) + "\n" for row in metrics.per_record))
         names = [m for m in (*METRICS, "portability") if metrics.get(m) is not None]
         for ways in (WRITTEN, FORCED):
             metric_table(report, metrics, names, ways, explained=True)
+        if metrics.get("hallucination") is not None:
+            report.say(f"Hallucination {cell(metrics, 'hallucination')}: {HALLUCINATION}")
         report.say("Locality compares with the unedited model instead of an answer.")
         if "judge_error" in metrics:
             report.say(f"! {metrics['judge_error']}")

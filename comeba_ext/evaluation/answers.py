@@ -10,7 +10,7 @@ from tqdm import tqdm
 from comeba_ext.errors import RequestError
 from comeba_ext.evaluation.judge import Answer, Judge
 from comeba_ext.evaluation.queries import METRICS, record_prompts
-from comeba_ext.evaluation.written import Writing, is_contained, is_written, normalised
+from comeba_ext.evaluation.written import Writing, is_contained, is_written, likeness, normalised
 from comeba_ext.text.request import EditRequest
 
 _RULES = {"_written": is_written, "_contained": is_contained}
@@ -51,6 +51,7 @@ class WrittenAnswers:
         self.found: dict[str, Mapping[tuple[int, ...], str]] = {}
         self.before: Mapping[tuple[int, ...], str] = {}
         self.judged: dict[Answer, bool | None] | None = None
+        self.likeness = likeness() if writing.long else None
 
     def check(self, unedited: Mapping[tuple[int, ...], str]) -> None:
         """Raises a RequestError unless it is known what the unedited model wrote to every condition of the questions."""
@@ -97,17 +98,27 @@ class WrittenAnswers:
         return [self.before[ids] for ids in self.plain[record]["locality"]]
 
     def scores(self, record: int) -> dict[str, float | None]:
-        """``<name>_written`` of every metric, and ``<name>_contained`` of all but locality, which is about equal answers."""
+        """``<name>_written`` of every metric (with ``long`` ``<name>_similarity`` too), ``<name>_contained`` of all but locality, which
+        is about equal answers, and ``hallucination``: how often the new object stands in an answer about something else only since
+        the edits."""
         found: dict[str, float | None] = {}
         for name in METRICS:
             answers = self._answers(record, name)
             if name == "locality":
                 same = [normalised(a) == normalised(b) for a, b in zip(answers, self._before(record), strict=True)]
                 found["locality_written"] = mean([float(own) for own in same])
+                if self.likeness is not None:
+                    found["locality_similarity"] = mean(list(map(self.likeness, answers, self._before(record))))
+                own = self.prompts[record]["reliability"][0]
+                new = [[is_contained(text, (own.answer, *own.aliases)) for text in pair] for pair in zip(answers, self._before(record))]
+                found["hallucination"] = mean([float(after and not before) for after, before in new])
                 continue
             for suffix, right in _RULES.items():
                 asked = zip(answers, self.prompts[record][name], strict=True)
                 found[name + suffix] = mean([float(right(answer, (own.answer, *own.aliases))) for answer, own in asked])
+            if self.likeness is not None:
+                likest = lambda answer, own: max(self.likeness(answer, target) for target in (own.answer, *own.aliases))  # noqa: E731
+                found[name + "_similarity"] = mean(list(map(likest, answers, self.prompts[record][name])))
             if self.judged is not None:
                 found[name + "_judged"] = mean([self.judged[answer] for answer in self._judgeable(record, name)])
         return found

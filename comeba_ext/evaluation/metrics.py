@@ -63,6 +63,7 @@ def evaluate(
     With ``writing`` the model also writes to a natural end behind the prompt alone, in its chat template if that is asked for, and
     ``<name>_written`` counts a prompt if the answer is the target or one of its aliases, or opens with it (locality: if
     it is what the unedited model writes), ``<name>_contained`` if one of them stands in it (:mod:`comeba_ext.evaluation.written`).
+    ``hallucination`` is the share of locality prompts in whose answers the new object stands only since the edits.
     It is asked the records' ``questions`` as well (:mod:`comeba_ext.text.questions`).
 
     Args:
@@ -233,6 +234,9 @@ def summarise(rows: list[dict], seed: int = 0) -> Metrics:
             metrics[key] = mean(values)
             metrics[f"{key}_interval"] = bootstrap_interval(values, seed)
         metrics[f"{name}_prompts"] = sum(answer["metric"] == name for row in rows for answer in row["answers"])
+    if any("hallucination" in row for row in rows):
+        values = [row.get("hallucination") for row in rows]
+        metrics["hallucination"], metrics["hallucination_interval"] = mean(values), bootstrap_interval(values, seed)
     if any("questions" in row for row in rows):
         metrics["questions"] = _questions(rows, seed)
     metrics["per_record"] = rows

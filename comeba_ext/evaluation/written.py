@@ -15,20 +15,20 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from comeba_ext.errors import RequestError
+from comeba_ext.errors import ComebaError, RequestError
 from comeba_ext.evaluation.scoring import Query, device_of, greedy, micro_batches
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.logits import room_for_logits
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.text.encoding import pad, pad_id
 
-ANSWER_TOKENS = 32  # at most
+ANSWER_TOKENS, LONG_TOKENS = 32, 256  # at most; of paragraphs
 _ABBREVIATIONS = frozenset("st mr mrs ms dr prof gen col lt sgt capt rev hon jr sr inc ltd co corp vs etc ca approx dept univ".split())
 _END = re.compile(r"([.!?]+)[\"'”’)\]]*(?=\s|$)|[。！？]+[\"'”’」』)\]]*|\n")
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
@@ -74,6 +74,27 @@ def is_contained(answer: str, targets: Iterable[str]) -> bool:
     return any(f" {own} " in f" {normalised(answer)} " for own in filter(None, map(normalised, targets)))
 
 
+def likeness() -> Callable[[str, str], float]:
+    """A function of an answer and a target: F1 of their longest common subsequence of normalised words (ROUGE-L, Lin 2004).
+
+    Raises:
+        ComebaError: the package ``rouge_score`` is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ComebaError("the likeness of paragraphs needs rouge-score: pip install 'comeba_ext[rouge]'") from None
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    return lambda answer, target: scorer.score(target, answer)["rougeL"].fmeasure
+
+
+class _Words:
+    """Its own would keep Latin letters only."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return normalised(text).split()
+
+
 def in_chat(tokenizer, prompt: str) -> str:
     """A prompt as a user's turn of a chat, up to where the model answers.
 
@@ -92,10 +113,13 @@ class Writing:
     Args:
         answer_tokens: how many tokens at most.
         chat: put every prompt into the tokenizer's chat template first, as a user's turn.
+        long: answers are paragraphs: let it write on past the end of a sentence or line, and score the likeness too
+            (:func:`likeness`).
     """
 
     answer_tokens: int = ANSWER_TOKENS
     chat: bool = False
+    long: bool = False
 
     def ids(self, tokenizer, prompt: str) -> tuple[int, ...]:
         """A prompt's tokens.
@@ -110,8 +134,8 @@ class Writing:
     def answers(
         self, model: torch.nn.Module, tokenizer, prompts: Iterable[tuple[int, ...]], *, max_tokens: int, bar=None
     ) -> dict[tuple[int, ...], str]:
-        """What a model writes behind each prompt, greedily, up to its natural end (:func:`natural_end`), an end token,
-        ``answer_tokens`` tokens, or the end of its context.
+        """What a model writes behind each prompt, greedily, up to its natural end (:func:`natural_end`; not if ``long``), an end
+        token, ``answer_tokens`` tokens, or the end of its context.
 
         Args:
             prompts: of :meth:`ids`; equal ones are run once.
@@ -136,11 +160,12 @@ class Writing:
                     max_new_tokens=room(batch[0]),
                     pad_token_id=pad_token,
                     eos_token_id=ends or None,
-                    stopping_criteria=StoppingCriteriaList([_AtNaturalEnds(tokenizer, ids.shape[1])]),
+                    stopping_criteria=None if self.long else StoppingCriteriaList([_AtNaturalEnds(tokenizer, ids.shape[1])]),
                 )
                 for prompt, own in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
                     own = own[: next((n for n, token in enumerate(own) if token in ends), len(own))]
-                    found[prompt] = answer_of(_decoded(tokenizer, own))
+                    text = _decoded(tokenizer, own)
+                    found[prompt] = text.strip() if self.long else answer_of(text)
                 if bar is not None:
                     bar.update(len(batch))
         return found

@@ -8,6 +8,7 @@
     evaluations: 5                 # at so many equal distances (consecutive); the end is always one
     answer_tokens: 32              # let the model write at most so many to every prompt: its written answers; 0: not at all
     chat: false                    # ask for them in the model's chat template
+    long: false                    # answers are paragraphs: written on past a sentence, and scored by likeness
     generate: true                 # also measure greedy generation, cut at the answer's length
     methods: [MEMIT, {method: COMEBA-HK, scope: zscore, label: COMEBA-HK (z-score)}]
     settings: [{lam_factor: 0.1}, {batch_size: 100}]        # every method with every setting
@@ -83,6 +84,7 @@ class Experiment:
     evaluations: int = 1
     answer_tokens: int = ANSWER_TOKENS
     chat: bool = False
+    long: bool = False
     generate: bool = True
     measures: tuple[str, ...] = ()
     plot: str = "bars"
@@ -92,7 +94,7 @@ class Experiment:
     @property
     def writing(self) -> Writing | None:
         """How the models are let write, if at all."""
-        return Writing(self.answer_tokens, self.chat) if self.answer_tokens else None
+        return Writing(self.answer_tokens, self.chat, self.long) if self.answer_tokens else None
 
 
 def names() -> list[str]:
@@ -165,6 +167,7 @@ _KINDS = {  # key -> what its value must be, in words and as a check
     "evaluations": _COUNT,
     "answer_tokens": ("a whole number of 0 or more", lambda value: is_int(value) and value >= 0),
     "chat": _SWITCH,
+    "long": _SWITCH,
     "generate": _SWITCH,
     "protocol": (f"one of {', '.join(PROTOCOLS)}", lambda value: value in PROTOCOLS),
     "plot": (f"one of {', '.join(PLOTS)}", lambda value: value in PLOTS),

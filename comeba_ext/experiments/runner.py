@@ -199,7 +199,7 @@ def _rows(result: Result) -> list[dict]:
 
 def _plain(metrics) -> dict:
     names = [f"{name}{suffix}" for name in METRICS for suffix in WAYS]
-    found = {key: metrics.get(key) for name in names for key in (name, f"{name}_interval")}
+    found = {key: metrics.get(key) for name in (*names, "hallucination") for key in (name, f"{name}_interval")}
     return {"records": metrics.get("records", 0), **found, **({"questions": metrics["questions"]} if "questions" in metrics else {})}
 
 

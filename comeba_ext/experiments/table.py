@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from comeba_ext.evaluation.ways import WAYS
+from comeba_ext.evaluation.ways import HALLUCINATION, WAYS
 
 _METRICS = ("reliability", "generality", "locality", "portability")
 _HEADS = {way: f", {head}" if way else "" for way, (head, _) in WAYS.items()}  # teacher-forced ones have the bare name, as everywhere
 COLUMNS = (
     *((metric + way, metric + head) for way, head in _HEADS.items() for metric in _METRICS),
+    ("hallucination", "hallucination"),
     ("score", "CounterFact score"),
     ("efficacy_score", "efficacy"),
     ("paraphrase_score", "paraphrase"),
@@ -67,6 +68,8 @@ def _meanings(rows: list[dict]) -> list[str]:
             found.append(f"* {head if way else f'reliability, generality, locality, portability ({head})'}: {meaning}.")
     if found:
         found.append("* locality, in every way: the unedited model's own answer instead of the record's.")
+    if there("hallucination"):
+        found.append(f"* hallucination: {HALLUCINATION}.")
     if there("efficacy_score"):
         found.append("* efficacy, paraphrase: the new answer is more likely than the old one; neighborhood: the old one is.")
         found.append("* magnitude: by how much, in probability. CounterFact score: harmonic mean of the three shares.")

@@ -15,7 +15,7 @@ from comeba_ext.report.results import AGE, Results, best, differences, examples,
 
 TEMPLATE = Path(__file__).parent / "page.html"
 LEADING = ("reliability", "generality", "locality")
-PLAIN = ("fluency", "text_changed", "perplexity", "perplexity_before", "seconds_per_edit")
+PLAIN = ("hallucination", "fluency", "text_changed", "perplexity", "perplexity_before", "seconds_per_edit")
 
 
 def build(found: Sequence[Results], title: str = "Knowledge editing: results") -> str:
