@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from test_cli import output, run
 
 from comeba_ext import EditConfig, Editor, experiments, methods, testbed
 from comeba_ext.errors import ConfigError
+from comeba_ext.evaluation import bootstrap_interval
 from comeba_ext.experiments import definition
 from comeba_ext.experiments.table import markdown
 from comeba_ext.storage import MANIFEST
@@ -316,6 +318,33 @@ def test_published_numbers_stand_beside_the_measured_ones():
     }
     text = markdown(result)
     assert "| MEMIT | 0.500 [0.400, 0.600] | 0.100 |" in text and "| · made up | 0.700 |  |" in text
+
+
+def test_several_orders_are_averaged_record_by_record(tmp_path):
+    path = tmp_path / "e.yaml"
+    one = SMALL | {"methods": [{"method": "FT", "steps": 5}], "evaluations": 1, "samples": 8, "answer_tokens": 6, "measures": ["text"]}
+    path.write_text(yaml.safe_dump(one | {"orders": 3}))
+    (row,) = output("experiment", path, "--out", tmp_path / "out")["rows"]
+    logs = [tmp_path / "out/e/testbed/FT" / name / "log.jsonl" for name in ("", "order-1", "order-2")]
+    events = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
+    asked = [{event["subject"]: event for event in own if event["event"] == "record"} for own in events]
+    orders = [list(own) for own in asked]
+    assert orders[0] == [fact.subject for fact in testbed.facts()[:8]] and len({tuple(order) for order in orders}) == 3
+    assert all(set(order) == set(orders[0]) for order in orders)
+    for key in ("reliability", "generality_written", "locality"):
+        values = [[own[subject][key] for subject in orders[0]] for own in asked]
+        means = [sum(own) / 8 for own in values]
+        assert row[key] == pytest.approx(sum(means) / 3)
+        assert row[f"{key}_spread"] == pytest.approx(statistics.stdev(means))
+        each = [statistics.mean(own) for own in zip(*values, strict=True)]
+        assert row[f"{key}_interval"] == pytest.approx(bootstrap_interval(each, 0))
+    changed = [event["extra"]["text_changed"] for own in events for event in own if event["event"] == "checkpoint"]
+    assert row["text_changed"] == pytest.approx(sum(changed) / 3) and row["orders"] == 3
+    lines = (tmp_path / "out/e.md").read_text()
+    assert f"± {row['reliability_spread']:.3f}" in lines and "standard deviation over the orders" in lines
+    path.write_text(yaml.safe_dump(one))
+    (first,) = output("experiment", path, "--out", tmp_path / "out")["rows"]  # the file's order was run already
+    assert first["reliability"] == pytest.approx(sum(own["reliability"] for own in asked[0].values()) / 8) and "orders" not in first
 
 
 def test_tables_begin_with_what_was_written(tmp_path):

@@ -4,7 +4,7 @@ from comeba_ext.evaluation.ability import Reading, harness, perplexity, read_tex
 from comeba_ext.evaluation.base import BasePredictions, predict_base
 from comeba_ext.evaluation.fluency import fluency, ngram_entropy
 from comeba_ext.evaluation.judge import Judge
-from comeba_ext.evaluation.metrics import Metrics, bootstrap_interval, evaluate, summarise
+from comeba_ext.evaluation.metrics import Metrics, averaged, bootstrap_interval, evaluate, summarise
 from comeba_ext.evaluation.probabilities import counterfact_scores
 from comeba_ext.evaluation.protocols import Protocol, Result, run_protocol
 from comeba_ext.evaluation.written import Writing
@@ -17,6 +17,7 @@ __all__ = [
     "Reading",
     "Result",
     "Writing",
+    "averaged",
     "bootstrap_interval",
     "counterfact_scores",
     "evaluate",

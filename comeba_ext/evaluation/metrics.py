@@ -243,6 +243,26 @@ def summarise(rows: list[dict], seed: int = 0) -> Metrics:
     return metrics
 
 
+def averaged(found: list[Metrics], seed: int = 0) -> Metrics:
+    """Of several runs over the same records: every record's mean, and over those the means and intervals, beside each score its
+    ``…_spread``, the standard deviation of the runs' own (with one run's less, n − 1)."""
+    by_record: dict[tuple, list[dict]] = {}
+    for metrics in found:
+        for row in metrics.per_record:
+            by_record.setdefault(tuple(row[key] for key in ("request_id", "prompt", "subject", "target_new")), []).append(row)
+    keys = [name + suffix for name in METRICS for suffix in WAYS] + ["hallucination"]
+    rows = [rows[0] | {key: mean([row.get(key) for row in rows]) for key in keys if key in rows[0]} for rows in by_record.values()]
+    result = summarise(rows, seed)
+    for key in keys:
+        values = [metrics[key] for metrics in found if metrics.get(key) is not None]
+        if len(values) > 1:
+            result[f"{key}_spread"] = float(np.std(values, ddof=1))
+    for criterion, own in result.get("questions", {}).items():  # verdicts are no numbers to average record by record
+        for way in ("written", "contained"):
+            own[way] = mean([metrics["questions"][criterion][way] for metrics in found])
+    return result
+
+
 def _questions(rows: list[dict], seed: int) -> dict[str, dict]:
     """By criterion: the shares of questions answered, averaged over those of a record, then over records."""
     asked = [(n, verdict) for n, row in enumerate(rows) for verdict in row.get("questions", ())]

@@ -5,6 +5,7 @@
     protocol: single_round | consecutive | sequential
     samples: records to edit; testbed_samples: on the embedded model, where a run should take minutes
     batch_size: 10
+    orders: 1                      # run every case with its records in so many orders: means, and their spread
     evaluations: 5                 # at so many equal distances (consecutive); the end is always one
     answer_tokens: 32              # let the model write at most so many to every prompt: its written answers; 0: not at all
     chat: false                    # ask for them in the model's chat template
@@ -81,6 +82,7 @@ class Experiment:
     samples: int = 1000
     testbed_samples: int | None = None
     batch_size: int = 10
+    orders: int = 1
     evaluations: int = 1
     answer_tokens: int = ANSWER_TOKENS
     chat: bool = False
@@ -164,6 +166,7 @@ _KINDS = {  # key -> what its value must be, in words and as a check
     "samples": _COUNT,
     "testbed_samples": _COUNT,
     "batch_size": _COUNT,
+    "orders": _COUNT,
     "evaluations": _COUNT,
     "answer_tokens": ("a whole number of 0 or more", lambda value: is_int(value) and value >= 0),
     "chat": _SWITCH,

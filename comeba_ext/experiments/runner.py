@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import random
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from comeba_ext.editing.config import EditConfig
 from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation import Protocol, Result, predict_base, run_protocol
-from comeba_ext.evaluation.metrics import METRICS, Metrics
+from comeba_ext.evaluation.metrics import METRICS, Metrics, averaged
 from comeba_ext.evaluation.queries import check_record
 from comeba_ext.evaluation.ways import WAYS
 from comeba_ext.experiments import measures, table
@@ -27,7 +28,7 @@ from comeba_ext.forward.architectures import Architecture
 from comeba_ext.layers.hooked_linear import shape_of
 from comeba_ext.machine import machine, versions
 from comeba_ext.storage import make_folder, write_text
-from comeba_ext.text.request import EditRequest
+from comeba_ext.text.request import EditRequest, cases_of
 
 log = logging.getLogger(__name__)
 
@@ -91,20 +92,23 @@ def run(
             protocol = _protocol(experiment, case, len(used), seed)
             method = methods.method_named(case.method)
             own = Path(experiment.name, _slug(dataset), _slug(case.label))
-            result = run_protocol(
-                model,
-                tokenizer,
-                used,
-                protocol,
-                out / own,
-                method=method,
-                config=configs[case.label],
-                covariance=covariance if method.needs_covariance else None,
-                base=base,
-                measure=measure,
-                identity=identity,
-                progress=progress,
-            )
+            results = [
+                run_protocol(
+                    model,
+                    tokenizer,
+                    _in_order(used, order),
+                    protocol,
+                    out / own / (f"order-{order}" if order else ""),
+                    method=method,
+                    config=configs[case.label],
+                    covariance=covariance if method.needs_covariance else None,
+                    base=base,
+                    measure=measure,
+                    identity=identity,
+                    progress=progress,
+                )
+                for order in range(experiment.orders)
+            ]
             about = {
                 "dataset": dataset,
                 "method": case.method,
@@ -113,11 +117,12 @@ def run(
                 "batch_size": protocol.batch_size,
                 "settings": configs[case.label].to_dict(),
             }
-            rows += [{**about, **row} for row in _rows(result)]
-            if result.error is None:
-                log.info("%s, %s: reliability %.3f", dataset, case.label, rows[-1]["reliability"])
-            else:
-                log.warning("%s, %s: failed after %d edits: %s", dataset, case.label, result.failed, result.error)
+            rows += [{**about, **row} for row in _rows(results, seed)]
+            for result in results:
+                if result.error is None:
+                    log.info("%s, %s: reliability %.3f", dataset, case.label, result.final.reliability)
+                else:
+                    log.warning("%s, %s: failed after %d edits: %s", dataset, case.label, result.failed, result.error)
     result = {
         "experiment": experiment.name,
         "title": experiment.title,
@@ -186,20 +191,44 @@ def _widths(model, config: EditConfig) -> dict[str, int]:
     return {name: shape_of(model.get_submodule(name))[0] for name in names}
 
 
-def _rows(result: Result) -> list[dict]:
-    """What a case measured: a row a checkpoint, and where the method could not go on a last one that says why."""
+def _in_order(used: list[EditRequest], order: int) -> list[EditRequest]:
+    """The records in the file's order, which is number 0, or in another; what belongs together stays together."""
+    cases = cases_of(used)
+    if order:
+        random.Random(order).shuffle(cases)
+    return [request for own in cases for request in own]
+
+
+def _rows(results: list[Result], seed: int) -> list[dict]:
+    """What a case measured, in one order or on the average of several: a row a checkpoint, and where the method could not go on a
+    last one that says why."""
     rows = []
-    for edits, metrics in sorted(result.checkpoints.items()):
-        extra = {key: value for key, value in result.extra.get(edits, {}).items() if key != "per_record"}
-        rows.append({"edits": edits, **_plain(metrics), **result.efficiency(edits), **extra})
-    if result.error is not None:
-        rows.append({"edits": result.failed, **_plain(Metrics()), **result.efficiency(result.failed), "error": result.error})
+    for edits in sorted({edits for result in results for edits in result.checkpoints}):
+        there = [result for result in results if edits in result.checkpoints]
+        extras = [{k: v for k, v in result.extra.get(edits, {}).items() if k != "per_record"} for result in there]
+        costs = [result.efficiency(edits) for result in there]
+        if len(there) == 1:
+            rows.append({"edits": edits, **_plain(there[0].checkpoints[edits]), **costs[0], **extras[0]})
+        else:
+            metrics = averaged([result.checkpoints[edits] for result in there], seed)
+            rows.append({"edits": edits, "orders": len(there), **_plain(metrics), **_mean_of(costs), **_mean_of(extras)})
+    for result in results:
+        if result.error is not None:
+            rows.append({"edits": result.failed, **_plain(Metrics()), **result.efficiency(result.failed), "error": result.error})
+            break
     return rows
+
+
+def _mean_of(found: list[dict]) -> dict:
+    """The means of what are numbers in all; what is none, as the first has it."""
+    numbers = {key for key in found[0] if all(isinstance(own.get(key), (int, float)) for own in found)}
+    return {key: sum(own[key] for own in found) / len(found) if key in numbers else value for key, value in found[0].items()}
 
 
 def _plain(metrics) -> dict:
     names = [f"{name}{suffix}" for name in METRICS for suffix in WAYS]
     found = {key: metrics.get(key) for name in (*names, "hallucination") for key in (name, f"{name}_interval")}
+    found |= {key: value for key, value in metrics.items() if key.endswith("_spread")}
     return {"records": metrics.get("records", 0), **found, **({"questions": metrics["questions"]} if "questions" in metrics else {})}
 
 

@@ -68,6 +68,8 @@ def _meanings(rows: list[dict]) -> list[str]:
             found.append(f"* {head if way else f'reliability, generality, locality, portability ({head})'}: {meaning}.")
     if found:
         found.append("* locality, in every way: the unedited model's own answer instead of the record's.")
+    if any(row.get("orders") for row in rows):
+        found.append("* ±: standard deviation over the orders that the records came in; scores are means over them.")
     if there("hallucination"):
         found.append(f"* hallucination: {HALLUCINATION}.")
     if there("efficacy_score"):
@@ -105,11 +107,14 @@ def _by_column(questions: dict) -> dict:
 
 
 def cell(row: dict, key: str) -> str:
-    """A metric with its interval, or a dash."""
+    """A metric with its interval, and its spread over orders if there were several, or a dash."""
     value, interval = row.get(key), row.get(f"{key}_interval")
     if value is None:
         return "–"
-    return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+    spread = row.get(f"{key}_spread")
+    return (
+        f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "") + ("" if spread is None else f" ± {spread:.3f}")
+    )
 
 
 def _line(cells: list[str]) -> str:

@@ -212,12 +212,17 @@ class Ids:
             raise RequestError(f"request_id {request.request_id!r} is used by another request; ids must differ")
 
 
+def cases_of(requests: Iterable[EditRequest]) -> list[list[EditRequest]]:
+    """Requests that belong together, in order; one without a case is alone."""
+    runs = groupby(enumerate(requests), key=lambda pair: pair[0] if pair[1].case is None else pair[1].case)
+    return [[request for _, request in own] for _, own in runs]
+
+
 def consecutive_batches(requests: list[EditRequest], size: int) -> list[list[EditRequest]]:
     """Batches in order; one ends early before a case it could not hold whole, or before a fact it already holds, whose later
     request thereby supersedes the earlier. A case of more requests than ``size`` is a batch of its own."""
     found: list[list[EditRequest]] = []
-    for _, own in groupby(enumerate(requests), key=lambda pair: pair[0] if pair[1].case is None else pair[1].case):
-        case = [request for _, request in own]
+    for case in cases_of(requests):
         facts = {request.fact for request in found[-1]} if found else set()
         if not found or len(found[-1]) + len(case) > size or any(request.fact in facts for request in case):
             found.append([])
