@@ -5,6 +5,8 @@ import random
 import pytest
 import torch
 from test_editor import edits_of
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from comeba_ext import EditConfig, Editor
 from comeba_ext.editing import target_values as module
@@ -12,6 +14,7 @@ from comeba_ext.editing.target_values import optimise_target_values
 from comeba_ext.errors import RequestError
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.forward.cached_suffix import Suffix
+from comeba_ext.text.ends import end_tokens
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import essence_rows, target_rows
 
@@ -74,8 +77,12 @@ class OneRequest:
             stem = tokenizer(head + after)["input_ids"]
             whole = tokenizer(head + after + " " + request.target_new)["input_ids"]
             assert whole[: len(stem)] == stem
-            # Without the target's last token, as it would count in the z-scores of the edits already made.
-            self.texts.append((whole[:-1], self._last(tokenizer, head + after, len(head)), whole[len(stem) :]))
+            # Without the target's last token, as it would count in the z-scores of the edits already made, unless it is asked what
+            # comes behind it.
+            self.texts.append(
+                (whole if config.end_factor else whole[:-1], self._last(tokenizer, head + after, len(head)), whole[len(stem) :])
+            )
+        self.ends = ends_of(tokenizer)
         essence = f"{request.subject} is a"
         self.essence = tokenizer(essence)["input_ids"], self._last(tokenizer, essence, len(request.subject))
         self.block = model.get_submodule(f"{BLOCKS[family]}.{config.value_layer}")
@@ -111,6 +118,9 @@ class OneRequest:
         for ids, last, target in self.texts:
             log_p = self._log_p(ids, last, delta)
             first = len(ids) + 1 - len(target)
+            if self.config.end_factor:
+                first -= 1
+                nll = nll - self.config.end_factor * log_p[-1].exp()[self.ends].sum().log()
             nll = nll - sum(log_p[first + i - 1, t] for i, t in enumerate(target)) / len(target)
         now = self._log_p(*self.essence, delta)[self.essence[1]]
         kl = (now.exp() * (now - self.before)).sum()
@@ -138,15 +148,37 @@ class OneRequest:
         return (self.h + delta).detach(), loss.item(), steps, clamped
 
 
+def ends_of(tokenizer):
+    """Tokens behind which the word before them is over, by what each writes behind a letter."""
+    letter = tokenizer("x", add_special_tokens=False)["input_ids"]
+    found = []
+    for token in range(len(tokenizer)):
+        text = tokenizer.decode([*letter, token], clean_up_tokenization_spaces=False)[1:]
+        over = text[:1].isspace() or (text.strip('.,;:!?)]}"”»…。，、；：！？」』）') == "" and text != "")
+        if over or token in tokenizer.all_special_ids:
+            found.append(token)
+    return found
+
+
+def test_what_ends_an_object(tokenizer):
+    assert end_tokens(tokenizer) == ends_of(tokenizer)
+    assert len(tokenizer) / 10 < len(end_tokens(tokenizer)) < len(tokenizer) * 0.9
+    words = ["x", "▁of", "teen", "▁the", "\n", ".", ",\n", "-", "'s", ".com", "…", "。", "」", "2", "</s>"]
+    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="x"))
+    core.decoder = decoders.Metaspace()
+    other = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    assert [words[n] for n in end_tokens(other)] == ["▁of", "▁the", "\n", ".", ",\n", "…", "。", "」", "</s>"]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
-@pytest.mark.parametrize("lr_unit", ["absolute", "hidden_rms"])
-def test_agrees_with_one_request_at_a_time(tiny_model, tokenizer, family, lr_unit):
+@pytest.mark.parametrize(("lr_unit", "end_factor"), [("absolute", 0.0), ("hidden_rms", 0.0), ("hidden_rms", 0.7)])
+def test_agrees_with_one_request_at_a_time(tiny_model, tokenizer, family, lr_unit, end_factor):
     model, _ = edited_model(tiny_model, tokenizer, family)
-    config = settings(lr_unit=lr_unit, lr=0.3, clamp=0.2)
+    config = settings(lr_unit=lr_unit, lr=0.3, clamp=0.2, end_factor=end_factor)
     problems = [OneRequest(model, tokenizer, family, config, request) for request in REQUESTS]
     with torch.no_grad():  # an early stop between the requests' first losses: some stop soon, some never
         losses = sorted(p.loss(torch.zeros(32, dtype=torch.float64)).item() for p in problems)
-    config = settings(lr_unit=lr_unit, lr=0.3, clamp=0.2, early_stop=(losses[0] + losses[1]) / 2)
+    config = settings(lr_unit=lr_unit, lr=0.3, clamp=0.2, early_stop=(losses[0] + losses[1]) / 2, end_factor=end_factor)
     for problem in problems:
         problem.config = config
     expected = [problem.solve() for problem in problems]

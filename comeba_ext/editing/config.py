@@ -43,6 +43,8 @@ class EditConfig:
         lr: learning rate for target values.
         lr_unit: ``"absolute"``, or ``"hidden_rms"``: ``lr`` times the root mean square of the request's hidden state.
         kl_factor: weight of KL at the subject's last token of "{subject} is a".
+        end_factor: weight of −log of the probability that the new object is over where it ends ("six", not "sixteen";
+            :func:`~comeba_ext.text.ends.end_tokens`), which published objectives do not ask for.
         weight_decay: weight of ‖δ‖/‖h‖².
         clamp: bound on ‖δ‖ in units of ‖h‖.
         early_stop: a request whose loss falls below it is done.
@@ -76,6 +78,7 @@ class EditConfig:
     lr: float = 0.5
     lr_unit: str = "absolute"
     kl_factor: float = 0.0625
+    end_factor: float = 0.0
     weight_decay: float = 0.5
     clamp: float = 0.75
     early_stop: float = 0.05
@@ -111,6 +114,7 @@ class EditConfig:
             "clamp": 0,
             "steps": 1,
             "kl_factor": 0,
+            "end_factor": 0,
             "weight_decay": 0,
             "early_stop": 0,
             "lead_steps": 0,

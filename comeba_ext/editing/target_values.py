@@ -3,7 +3,8 @@
 For every request, ``v* = h + δ`` where δ, added at the subject's last token after the value layer in every row,
 minimises
 
-    mean over prefixes and wordings of NLL(new object) + kl_factor · KL("{subject} is a") + weight_decay · ‖δ‖/‖h‖²
+    mean over prefixes and wordings of NLL(new object) + end_factor · NLL(it ends there)
+    + kl_factor · KL("{subject} is a") + weight_decay · ‖δ‖/‖h‖²
 
 with ‖δ‖ ≤ clamp · ‖h‖, until the loss falls below ``early_stop``, or ``lead_steps`` after the new object has come to lead
 everywhere (ENCORE, arXiv 2502.01636). Polyak's few long steps sometimes end where the new object does not lead; such a
@@ -33,6 +34,7 @@ from comeba_ext.forward.cached_suffix import CachedRows, Suffix
 from comeba_ext.forward.half_compute import products_in
 from comeba_ext.forward.partial import frozen
 from comeba_ext.text.encoding import dense_batches, pad_id
+from comeba_ext.text.ends import end_tokens
 from comeba_ext.text.rows import Row, check_length, essence_rows, target_rows
 
 
@@ -76,7 +78,8 @@ def optimise_target_values(
         RequestError: a row is longer than the model's context, or an optimisation ended in NaN.
         ArchitectureError: the model's layers pass no gradients back.
     """
-    rows = target_rows(tokenizer, requests, prefixes, wordings=True)
+    rows = target_rows(tokenizer, requests, prefixes, wordings=True, whole=config.end_factor > 0)
+    ends = torch.tensor(end_tokens(tokenizer) if config.end_factor else [], dtype=torch.long, device=model.device)
     essence = essence_rows(tokenizer, requests)
     check_length(rows + essence, requests, context_length(model))
     together = [[n] for n in range(len(requests))] if together is None else together
@@ -100,7 +103,7 @@ def optimise_target_values(
                 closed = sum(size for size, still in zip(sizes, open_.tolist(), strict=True) if not still)
                 progress(done + closed, (losses + sum(map(mul, sizes, loss.tolist()))) / (done + sum(sizes)))
 
-            descent = Descent(_Objective(suffix, config, [by_group[k] for k in chosen]), config, on_step)
+            descent = Descent(_Objective(suffix, config, [by_group[k] for k in chosen], ends), config, on_step)
             OPTIMISERS[optimiser](descent)
             for n, value, loss, steps, leads in _found(descent, [groups[k] for k in chosen]):
                 known = results[n]
@@ -165,12 +168,12 @@ class _Objective:
         hidden: request number to its own ``h``, in float32 or better; ``h``: the first request's of each group.
     """
 
-    def __init__(self, suffix: Suffix, config: EditConfig, by_request: list[list[Row]]):
+    def __init__(self, suffix: Suffix, config: EditConfig, by_request: list[list[Row]], ends: torch.Tensor | None = None):
         self.config = config
         owned = [(n, row) for n, rows in enumerate(by_request) for row in rows]
         lengths = [row.end - (0 if suffix.whole else row.subject_last) for _, row in owned]
         groups = dense_batches(lengths, suffix.max_tokens, suffix.launch)
-        self.parts = [_Part(suffix, config, [owned[i] for i in group], by_request) for group in groups]
+        self.parts = [_Part(suffix, config, [owned[i] for i in group], by_request, ends) for group in groups]
         self.hidden = {n: h.to(torch.promote_types(h.dtype, torch.float32)) for part in self.parts for n, h in part.plain_states()}
         self.h = torch.stack([self.hidden[rows[0].request] for rows in by_request])  # (u, d_model)
         self.rows = torch.tensor([sum(bool(row.target) for row in rows) for rows in by_request], device=self.h.device)
@@ -213,7 +216,8 @@ def _gradient(loss: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
 class _Part:
     """One dense batch of rows and what its outputs contribute to the losses of their requests."""
 
-    def __init__(self, suffix: Suffix, config: EditConfig, owned: list[tuple[int, Row]], by_request: list):
+    def __init__(self, suffix: Suffix, config: EditConfig, owned: list[tuple[int, Row]], by_request: list, ends: torch.Tensor | None):
+        self.ends = ends  # ids of the tokens that end an object
         owner = {id(row): n for n, row in owned}
         self.rows = CachedRows(suffix, [row for _, row in owned])
         self.owners = [owner[id(row)] for row in self.rows.rows]  # request of every row, in the continuation's order
@@ -230,23 +234,29 @@ class _Part:
         """This part's share of every request's loss, ``(u,)``, without weight decay."""
         logits = self.head(self.rows.run(delta[self.owner], self.read)).to(delta.device)
         logits = logits.to(torch.promote_types(logits.dtype, delta.dtype))
-        tokens = len(self.target)
+        tokens, closed = len(self.target), len(self.target) + self.closing
         loss = torch.zeros(len(delta), dtype=logits.dtype, device=delta.device)
         self.leading = torch.zeros(len(delta), dtype=torch.long, device=delta.device)  # rows in which the target leads
         if tokens:  # mean over a row's target tokens, then over a request's rows
             nll = F.cross_entropy(logits[:tokens], self.target, reduction="none")
             loss = loss.index_add(0, self.loss_owner[:tokens], nll * self.share.to(nll))
             right = (logits[:tokens].argmax(-1) == self.target).long()
+            if self.closing:  # the mass of all tokens that end it, whichever
+                over = F.log_softmax(logits[tokens:closed], dim=-1)[:, self.ends.to(logits.device)].logsumexp(-1)
+                weight = self.config.end_factor / torch.tensor(self.row_counts, dtype=over.dtype, device=over.device)
+                owner = self.loss_owner[tokens:closed]
+                loss = loss.index_add(0, owner, -over * weight[owner])
+                right = torch.cat((right, (over > math.log(0.5)).long()))
             rows = torch.ones(len(self.owner), dtype=torch.long, device=delta.device)
-            rows = rows.scatter_reduce(0, self.read[0][:tokens].to(rows.device), right, "amin")
+            rows = rows.scatter_reduce(0, self.read[0][:closed].to(rows.device), right, "amin")
             self.leading.index_add_(0, self.owner.to(delta.device), rows * self.targeted)
-        if tokens < len(logits):
+        if closed < len(logits):
             # KL(now ‖ before) at the subject's last token of the essence row; before: the first evaluation, at δ = 0.
-            now = F.log_softmax(logits[tokens:], dim=-1)
+            now = F.log_softmax(logits[closed:], dim=-1)
             if self.before is None:
                 self.before = now.detach()
             divergence = (now.exp() * (now - self.before)).sum(-1)
-            loss = loss.index_add(0, self.loss_owner[tokens:], self.config.kl_factor * divergence)
+            loss = loss.index_add(0, self.loss_owner[closed:], self.config.kl_factor * divergence)
         return loss
 
     def close(self, requests: set[int]) -> None:
@@ -263,11 +273,13 @@ class _Part:
             self._index()
 
     def _index(self) -> None:
-        """Where in the output to read logits: first all target tokens, then the essence rows."""
+        """Where in the output to read logits: first all target tokens, then what comes behind them, then the essence rows."""
         rows, device = self.rows.rows, self.rows.h.device
         read = [(n, column) for n, columns in enumerate(self.rows.columns()) for column in columns]
+        behind = [(n, columns[-1] + 1) for n, columns in enumerate(self.rows.columns()) if rows[n].whole]
+        self.closing = len(behind)
         essence = [(n, column) for n, column in enumerate(self.rows.at.tolist()) if not rows[n].target]
-        at = torch.tensor(read + essence, device=device)
+        at = torch.tensor(read + behind + essence, device=device)
         self.read = (at[:, 0], at[:, 1])
         self.owner = torch.tensor(self.owners, device=device)
         self.loss_owner = self.owner[at[:, 0]]

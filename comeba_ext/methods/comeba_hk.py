@@ -105,7 +105,8 @@ class ComebaHK(Method):
 
     def validate(self, batch: list[EditRequest]) -> None:
         tokenizer = self.session.tokenizer
-        rows = target_rows(tokenizer, batch, self.session.prefixes, wordings=True) + essence_rows(tokenizer, batch)
+        rows = target_rows(tokenizer, batch, self.session.prefixes, wordings=True, whole=self.config.end_factor > 0)
+        rows += essence_rows(tokenizer, batch)
         check_length(rows, batch, context_length(self.session.model))
 
     def edit(self, batch: list[EditRequest], values: torch.Tensor | None, phases: Phases, on_progress: OnProgress) -> Outcome:

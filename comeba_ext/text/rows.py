@@ -22,6 +22,7 @@ class Row:
         subject_last: position of the subject's last token, or whichever is edited (:attr:`EditRequest.fact_token`).
         target: target token ids, of which all but the last are in ``ids``; empty for rows without a target.
         prefix: number of its context prefix, 0 for the empty one and −1 for a row that is not a prompt.
+        whole: the target's last token is in ``ids`` too: what comes behind it is read as well.
     """
 
     request: int
@@ -29,6 +30,7 @@ class Row:
     subject_last: int
     target: list[int]
     prefix: int
+    whole: bool = False
 
     @property
     def plain(self) -> bool:
@@ -43,7 +45,8 @@ class Row:
     @property
     def predicts(self) -> range:
         """Positions whose next token is a target token."""
-        return range(len(self.ids) - len(self.target), len(self.ids))
+        end = len(self.ids) - self.whole
+        return range(end - len(self.target), end)
 
 
 def prompt_rows(tokenizer, requests: list[EditRequest], prefixes: list[str]) -> list[Row]:
@@ -52,14 +55,18 @@ def prompt_rows(tokenizer, requests: list[EditRequest], prefixes: list[str]) -> 
     return [Row(n, e.ids, e.subject_last, [], number) for (n, number), e in zip(places, encoded, strict=True)]
 
 
-def target_rows(tokenizer, requests: list[EditRequest], prefixes: list[str], wordings: bool = False) -> list[Row]:
+def target_rows(tokenizer, requests: list[EditRequest], prefixes: list[str], wordings: bool = False, whole: bool = False) -> list[Row]:
     """``prefix + prompt + target`` without the target's last token: the rows target values are optimised on.
 
     Args:
         wordings: also a row for each of a request's other wordings, numbered on behind the prefixes.
+        whole: with the target's last token.
     """
     places, encoded = _encode(tokenizer, requests, prefixes, lambda request: request.target_new, wordings)
-    return [Row(n, e.ids[:-1], e.subject_last, e.target_ids, number) for (n, number), e in zip(places, encoded, strict=True)]
+    return [
+        Row(n, e.ids if whole else e.ids[:-1], e.subject_last, e.target_ids, number, whole)
+        for (n, number), e in zip(places, encoded, strict=True)
+    ]
 
 
 def answer_rows(tokenizer, asked: list[tuple[str, str]]) -> list[Row]:
