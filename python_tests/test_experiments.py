@@ -18,6 +18,7 @@ from comeba_ext.errors import ConfigError
 from comeba_ext.evaluation import bootstrap_interval
 from comeba_ext.experiments import definition
 from comeba_ext.experiments.table import markdown
+from comeba_ext.report import build, read
 from comeba_ext.storage import MANIFEST
 
 ISSUE = {"defaults", "table1", "table2", "fig3", "fig4", "fig5", "fig6", "fig7", "fig10", "fig11", "scope"}
@@ -126,6 +127,8 @@ def test_grid_of_methods_and_settings(tmp_path):
         ("title: t\nmethods: [FT]\nchat: 'yes'", "chat must be true or false"),
         ("title: t\nmethods: [{method: FT, last_layers: 0}]", "last_layers must be a whole number"),
         ("title: t\nmethods: [{method: FT, lam_factor: many}]", "lam_factor must be a number > 0"),
+        ("title: t\nmethods: [FT]\nmeasures: [abilities]", "need each other"),
+        ("title: t\nmethods: [FT]\ntasks: [hellaswag]", "need each other"),
         ("title: t\nmethods: [FT]\nplot: scores", "needs the measure 'scores'"),
         ("title: t\nmethods: [FT]\nprotocol: single_round\nmeasures: [text]", "single_round"),
         ("title: t\nmethods: [FT, FT]", "same label"),
@@ -274,7 +277,9 @@ def test_every_measure_and_plot(covariance, tmp_path):
     path = tmp_path / "all.yaml"
     path.write_text(
         yaml.safe_dump(
-            SMALL | {"samples": 4, "evaluations": 1, "measures": list(definition.MEASURES), "plot": "scores", "methods": ["COMEBA-HK"]}
+            SMALL
+            | {"samples": 4, "evaluations": 1, "measures": sorted({*definition.MEASURES} - {"abilities"}), "plot": "scores"}
+            | {"methods": ["COMEBA-HK"]}
         )
     )
     (row,) = output("experiment", path, "--covariance", covariance, "--out", tmp_path / "out")["rows"]
@@ -286,6 +291,35 @@ def test_every_measure_and_plot(covariance, tmp_path):
         path.write_text(yaml.safe_dump(SMALL | {"samples": 2, "evaluations": 1, "plot": plot, "title": plot, "protocol": "single_round"}))
         result = output("experiment", path, "--covariance", covariance, "--out", tmp_path / plot)
         assert [r["edits"] for r in result["rows"]] == [2, 2] and result["plots"] == ["all-testbed.png", "all-testbed-forced.png"]
+
+
+def test_abilities_over_the_edits(tmp_path, monkeypatch):
+    """Tasks with the edits and without, at every checkpoint; a measure that fails costs only itself."""
+    seen = []
+
+    def harness(model, tokenizer, tasks, folder, limit):
+        seen.append((tuple(tasks), folder, limit))
+        return {task: {"alias": task, "acc_stderr,none": 0.1, "acc,none": 0.25 + len(seen) / 100} for task in tasks}
+
+    monkeypatch.setattr("comeba_ext.experiments.measures.harness", harness)
+    path = tmp_path / "e.yaml"
+    able = {"measures": ["abilities", "text"], "tasks": ["a", "b"], "task_folder": "here", "task_limit": 7}
+    path.write_text(yaml.safe_dump(SMALL | able | {"methods": ["GRACE", "FT"], "samples": 4}))
+    rows = output("experiment", path, "--out", tmp_path / "out")["rows"]
+    assert seen == [(("a", "b"), "here", 7)] * 5  # two checkpoints of two cases, and, after the first, once unedited
+    assert [row["abilities"]["a"]["edited"] for row in rows] == pytest.approx([0.26, 0.28, 0.29, 0.30])
+    assert all(row["abilities"]["b"] == row["abilities"]["a"] and row["abilities"]["a"]["unedited"] == pytest.approx(0.27) for row in rows)
+    assert all(row["abilities"]["a"]["metric"] == "acc" and row["saved_bytes"] > 0 for row in rows)
+    table = (tmp_path / "out/e.md").read_text()
+    assert "| a (acc) | a (acc), unedited | b (acc) |" in table and "| saved MB |" in table
+    assert "What the model can do beside its edits" in build(read(tmp_path / "out"))
+
+    def broken(*args, **options):
+        raise OSError("no data")
+
+    monkeypatch.setattr("comeba_ext.experiments.measures.harness", broken)
+    row, *_ = output("experiment", path, "--out", tmp_path / "broken", "--samples", 2)["rows"]
+    assert row["abilities_error"] == "OSError: no data" and "abilities" not in row and 0 <= row["text_changed"] <= 1
 
 
 def test_records_of_a_file(tmp_path):

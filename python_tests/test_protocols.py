@@ -76,7 +76,8 @@ def test_consecutive_is_editing_and_evaluating_by_hand(setting, tmp_path):
             expected[end] = evaluate(model, tokenizer, requests[:end], base, writing=Writing(5))
     editor.close()
     assert table(result) == expected  # the first batch that reaches 3 ends at 4
-    assert seen == [4, 7] and result.extra == {4: {"step": 2}, 7: {"step": 4}}
+    assert seen == [4, 7] and {edits: own["step"] for edits, own in result.extra.items()} == {4: 2, 7: 4}
+    assert all(own["saved_bytes"] > 1000 for own in result.extra.values())
     assert result.final.records == 7
     assert [s["edits"] for s in result.steps] == [2, 4, 6, 7]
     efficiency = result.efficiency()

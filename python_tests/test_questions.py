@@ -1,6 +1,8 @@
 """Questions that ask more than one prompt: read from benchmarks' records, asked, and judged as their papers say."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from test_cli import output, run
@@ -253,3 +255,37 @@ def test_from_a_file_of_cases_to_a_table(tmp_path):
     (row,) = output("experiment", experiment, "--records", f"cases={path}", "--out", tmp_path / "out")["rows"]
     assert row["edits"] == 3 and row["questions"]["multi-hop"]["questions"] == 2
     assert "| multi-hop, written |" in (tmp_path / "out/cases.md").read_text()
+
+
+def test_the_example_of_the_docs(tmp_path):
+    text = (Path(__file__).resolve().parents[1] / "docs" / "evaluating.md").read_text(encoding="utf-8")
+    example, further = text.split("```json\n")[1].split("\n```")[0], text.split('`"questions": ')[1].split("`")[0]
+    path = tmp_path / "my.jsonl"
+    path.write_text(json.dumps(json.loads(example) | {"questions": json.loads(further)}) + "\n")
+    (request,) = read_requests(path).requests
+    assert request.aliases == ("the English language",) and len(request.locality_prompts) == len(request.portability_prompts) == 1
+    assert request.rephrase_prompts == ("Which language did Danielle Darrieux grow up with?",)
+    assert request.questions[0].probes == (Probe("Who leads her country?", ("Marie",)),)
+
+
+@pytest.mark.parametrize(
+    ("file", "records", "requests"),
+    [
+        ("mquake/akew_mquake_cf_200.json", 200, 245),
+        ("mquake/mquake_hard_215.json", 215, 860),
+        ("unke/unke_500.json", 500, 500),
+        ("qaedit/qaedit_500.json", 500, 500),
+        ("zsre/zsre_mend_eval_portability_gpt4.json", 1037, 1037),
+        ("counterfact/counterfact_500.json", 500, 500),
+    ],
+)
+def test_every_record_of_the_real_files_is_counted(file, records, requests):
+    path = Path(os.environ.get("COMEBA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / file
+    if not path.exists():
+        pytest.skip("the real data sets are not here")
+    read = read_requests(path)
+    assert (read.read, len(read.requests), read.skipped) == (records, requests, [])
+    asked = {question.criterion for request in read.requests for question in request.questions}
+    assert asked == ({"edit-wise", "instance-wise", "multi-hop"} if "mquake" in file else set())
+    if "portability" in file:
+        assert all(request.portability_prompts for request in read.requests)

@@ -89,7 +89,8 @@ class Result:
 
     Attributes:
         checkpoints: number of edits to :class:`Metrics` at that point; single-round runs have one, over all records.
-        extra: number of edits to what the measures returned.
+        extra: number of edits to what the measures returned, and ``saved_bytes``, what the edits take on disk (with all that going on
+            with them needs).
         steps: a record an edit step: ``step``, ``edits``, ``seconds`` by phase, ``loss``, ``peak_memory``, ``alpha``.
         failed: number of edits after which the method could not go on, and ``error`` why; ``None`` where it could.
     """
@@ -269,7 +270,8 @@ def _consecutive(model, tokenizer, requests, protocol, folder, log, method, conf
                 if end in stops and end not in evaluated:
                     asked = latest(requests[:end])
                     metrics = evaluate(model, tokenizer, asked, base, generate=protocol.generate, writing=protocol.writing)
-                    extra = measure(editor, asked) if measure is not None else {}
+                    size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+                    extra = {"saved_bytes": size, **(measure(editor, asked) if measure is not None else {})}
                     log.append([*_rows(metrics, end), _checkpoint(end, extra)])
                 bar.update(len(batch))
     finally:

@@ -14,6 +14,8 @@
     methods: [MEMIT, {method: COMEBA-HK, scope: zscore, label: COMEBA-HK (z-score)}]
     settings: [{lam_factor: 0.1}, {batch_size: 100}]        # every method with every setting
     measures: [probabilities, text]                         # see measures.py
+    tasks: [hellaswag]             # for the measure abilities: lm-evaluation-harness's, task_folder: DIR of your own,
+    task_limit: 200                # at most so many examples of each
     plot: bars | edits | settings | scores
     expected: [{dataset: …, case: …, reliability: …, source: …}]   # published numbers to print beside the measured ones
 
@@ -35,7 +37,7 @@ from comeba_ext.evaluation.written import ANSWER_TOKENS, Writing
 
 FOLDER = Path(__file__).parent / "definitions"
 PLOTS = ("bars", "edits", "settings", "scores")
-MEASURES = ("probabilities", "fluency", "text", "scores", "conditions")
+MEASURES = ("probabilities", "fluency", "text", "scores", "conditions", "abilities")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ class Experiment:
     long: bool = False
     generate: bool = True
     measures: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    task_folder: str | None = None
+    task_limit: int | None = None
     plot: str = "bars"
     expected: tuple[dict, ...] = ()
     note: str = ""
@@ -138,8 +143,10 @@ def load(name_or_file: str | Path) -> Experiment:
         raise ConfigError(f"{path}: measures are taken of a model that keeps its edits; a single_round run has none")
     if values.get("plot") == "scores" and "scores" not in values.get("measures", ()):
         raise ConfigError(f"{path}: the plot 'scores' needs the measure 'scores'")
+    if ("abilities" in values.get("measures", ())) != bool(values.get("tasks")):
+        raise ConfigError(f"{path}: the measure 'abilities' and 'tasks' need each other")
     cases = _cases(values.pop("methods"), values.pop("settings", [{}]), path)
-    for key in ("measures", "expected"):
+    for key in ("measures", "expected", "tasks"):
         values[key] = tuple(values.get(key, ()))
     return Experiment(name=path.stem, cases=cases, **values)
 
@@ -175,6 +182,9 @@ _KINDS = {  # key -> what its value must be, in words and as a check
     "protocol": (f"one of {', '.join(PROTOCOLS)}", lambda value: value in PROTOCOLS),
     "plot": (f"one of {', '.join(PLOTS)}", lambda value: value in PLOTS),
     "measures": (f"a list of {', '.join(MEASURES)}", lambda value: _is_list(value, str) and set(value) <= set(MEASURES)),
+    "tasks": ("a list of names", lambda value: _is_list(value, str)),
+    "task_folder": _TEXT,
+    "task_limit": _COUNT,
     "expected": ("a list of rows", lambda value: _is_list(value, dict)),
     "methods": ("a list of names, or of a method with settings", lambda value: _is_list(value, str, dict)),
     "settings": ("a list of one or more groups of settings", lambda value: bool(value) and _is_list(value, dict)),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import logging
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from comeba_ext.editor import Editor
 from comeba_ext.evaluation import counterfact_scores, evaluate, fluency
-from comeba_ext.evaluation.ability import Reading, read_text
+from comeba_ext.evaluation.ability import Reading, harness, read_text
 from comeba_ext.evaluation.queries import record_queries
 from comeba_ext.evaluation.scoring import predict
 from comeba_ext.forward.partial import evaluating
@@ -18,32 +22,78 @@ from comeba_ext.ops.hooked_linear import in_scope
 from comeba_ext.text.encoding import encode, micro_batches, pad, pad_id
 from comeba_ext.text.request import EditRequest
 
+log = logging.getLogger(__name__)
+
 FLUENCY_PROMPTS = 50
 TEXT_TOKENS = 10_000  # of plain text at every checkpoint: a share of 0.005 is then known to 0.0007
 NAMES = ("reliability", "generality", "locality")
 
 
-def make(names: tuple[str, ...], texts: list[str], progress: bool = False) -> Callable[[Editor, list[EditRequest]], dict]:
+def make(
+    names: tuple[str, ...], texts: list[str], progress: bool = False, tasks: Tasks | None = None
+) -> Callable[[Editor, list[EditRequest]], dict]:
     """A measure for :func:`run_protocol` that joins the named ones.
 
     Args:
         names: ``probabilities`` (CounterFact's scores and magnitudes), ``fluency``, ``text`` (perplexity of plain text
             before and after, share of next-token predictions on it that changed), ``scores`` (the highest scope score
-            of every edited, rephrased and other prompt), ``conditions`` (behind other text, unpadded).
+            of every edited, rephrased and other prompt), ``conditions`` (behind other text, unpadded), ``abilities``
+            (tasks of lm-evaluation-harness, before and after).
         texts: plain texts for ``text``, of which ``TEXT_TOKENS`` tokens are read; ``progress``: with a bar.
+        tasks: for ``abilities``.
 
     Returns:
-        a function of an editor and the requests edited so far; for one unedited model, whose own predictions it keeps.
+        a function of an editor and the requests edited so far; for one unedited model, whose own predictions it keeps. Where one of
+        the measures fails, ``<name>_error`` says how, and the others are there.
     """
-    plain = _PlainText(texts, progress)
+    known = {**_MEASURES, "text": _PlainText(texts, progress), "abilities": _Abilities(tasks or Tasks(()))}
 
     def measure(editor: Editor, requests: list[EditRequest]) -> dict:
         found: dict = {}
         for name in names:
-            found |= (plain if name == "text" else _MEASURES[name])(editor, requests)
+            try:
+                found |= known[name](editor, requests)
+            except Exception as error:  # hours of editing, and what the other measures found, are not to be lost to it
+                log.warning("the measure %r failed: %s", name, error)
+                found[f"{name}_error"] = f"{type(error).__name__}: {error}"
         return found
 
     return measure
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Of lm-evaluation-harness: names, a folder of task files of one's own, and how many examples of each at most."""
+
+    names: tuple[str, ...]
+    folder: str | None = None
+    limit: int | None = None
+
+
+class _Abilities:
+    """What the model can do beside its edits, and could before."""
+
+    def __init__(self, tasks: Tasks):
+        self.tasks = tasks
+        self.unedited: dict[str, tuple[str, float]] | None = None
+
+    def __call__(self, editor: Editor, requests: list[EditRequest]) -> dict:
+        after = self._run(editor)
+        if self.unedited is None:
+            with editor.disabled():
+                self.unedited = self._run(editor)
+        return {
+            "abilities": {
+                task: {"metric": metric, "edited": value, "unedited": self.unedited[task][1]} for task, (metric, value) in after.items()
+            }
+        }
+
+    def _run(self, editor: Editor) -> dict[str, tuple[str, float]]:
+        """Every task's first metric."""
+        with contextlib.redirect_stdout(sys.stderr):  # the harness writes to it
+            found = harness(editor.model, editor.tokenizer, list(self.tasks.names), self.tasks.folder, limit=self.tasks.limit)
+        first = lambda own: next((n, v) for n, v in own.items() if isinstance(v, (int, float)) and "," in n and "stderr" not in n)  # noqa: E731
+        return {task: (first(own)[0].partition(",")[0], first(own)[1]) for task, own in found.items()}
 
 
 def _probabilities(editor: Editor, requests: list[EditRequest]) -> dict:

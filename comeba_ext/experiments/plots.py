@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -155,6 +156,38 @@ def retention(ages: dict[str, list[dict]]):
     axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     _shares(axis, "reliability after the last edit")
     figure.legend(ncols=_legend_columns(list(ages)), loc="outside lower center", fontsize=9, frameon=False)
+    return figure
+
+
+def _ability(task: str, state: str, row: dict) -> float | None:
+    return row.get("abilities", {}).get(task, {}).get(state)
+
+
+def abilities(rows: list[dict]):
+    """Perplexity of plain text and results of tasks over the edits so far, every case's beside the unedited model's."""
+    panels: dict[str, tuple] = {}
+    if any(row.get("perplexity") is not None for row in rows):
+        panels["perplexity of plain text"] = (lambda row: row.get("perplexity"), lambda row: row.get("perplexity_before"))
+    for task, own in {task: own for row in rows for task, own in row.get("abilities", {}).items()}.items():
+        panels[f"{task} ({own['metric']})"] = (partial(_ability, task, "edited"), partial(_ability, task, "unedited"))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels) + 1, 4.2), squeeze=False, layout="constrained")
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    for axis, (title, (edited, unedited)) in zip(axes[0], panels.items(), strict=True):
+        for n, case in enumerate(cases):
+            points = [(row["edits"], edited(row)) for row in rows if row["case"] == case and edited(row) is not None]
+            if points:
+                axis.plot(*zip(*points), color=_colour(n), marker=_marker(n), label=case, lw=1.6, ms=5)
+        before = [value for row in rows if (value := unedited(row)) is not None]
+        if before:
+            axis.axhline(sum(before) / len(before), color="black", ls="--", lw=1)
+        if title.startswith("perplexity"):
+            axis.set_yscale("log")
+        axis.set_title(f"{title}; dashed: unedited", fontsize=9)
+        axis.set_xlabel("edits so far")
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=_legend_columns(labels), loc="outside lower center", fontsize=9, frameon=False)
     return figure
 
 

@@ -81,8 +81,13 @@ def run(
         covariance.check(model, _widths(model, config))
     if needing and covariance is None:
         covariance = _collect(model, tokenizer, texts, needing, out / "covariance.safetensors", progress)
-    identity = {"measures": list(experiment.measures), "texts": hashlib.sha256("\n".join(plain_texts).encode()).hexdigest()[:16]}
-    measure = measures.make(experiment.measures, list(plain_texts), progress)
+    identity = {
+        "measures": list(experiment.measures),
+        "tasks": list(experiment.tasks) or None,
+        "texts": hashlib.sha256("\n".join(plain_texts).encode()).hexdigest()[:16],
+    }
+    tasks = measures.Tasks(experiment.tasks, experiment.task_folder, experiment.task_limit)
+    measure = measures.make(experiment.measures, list(plain_texts), progress, tasks)
     rows, records = [], {}
     for dataset, read in datasets.items():
         used, skipped = _usable(model, tokenizer, dataset, read, samples, seed)

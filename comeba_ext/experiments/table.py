@@ -82,21 +82,23 @@ def _meanings(rows: list[dict]) -> list[str]:
 
 def _table(rows: list[dict], result: dict) -> list[str]:
     criteria = dict.fromkeys(criterion for row in rows for criterion in row.get("questions", ()))
-    rows = [row | _by_column(row.get("questions", {})) for row in rows]
+    rows = [row | _by_column(row.get("questions", {})) | _of_tasks(row.get("abilities", {})) for row in rows]
     known = [(f"{criterion}_{way}", f"{criterion}, {way}") for way in ("written", "contained") for criterion in criteria]
-    columns = [(key, title) for key, title in (*known, *COLUMNS) if any(row.get(key) is not None for row in rows)]
+    able = dict.fromkeys(name for row in rows for name in _of_tasks(row.get("abilities", {})))
+    columns = [(key, title) for key, title in (*known, *COLUMNS, *zip(able, able)) if any(row.get(key) is not None for row in rows)]
     several = len({row["edits"] for row in rows if row["case"] == rows[0]["case"]}) > 1
-    head = ["case", *(["edits"] if several else []), *(title for _, title in columns), "peak MB"]
+    head = ["case", *(["edits"] if several else []), *(title for _, title in columns), "peak MB", "saved MB"]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
         name = f"{row['case']} (failed after {row['edits']} edits)" if "error" in row else row["case"]
         cells = [name, *([str(row["edits"])] if several else [])]
         memory = "–" if row.get("peak_memory") is None else f"{row['peak_memory'] / 1e6:.0f}"
-        lines.append(_line([*cells, *(cell(row, key) for key, _ in columns), memory]))
+        saved = "–" if row.get("saved_bytes") is None else f"{row['saved_bytes'] / 1e6:.1f}"
+        lines.append(_line([*cells, *(cell(row, key) for key, _ in columns), memory, saved]))
         for known in result["expected"]:
             if known.get("dataset") == row["dataset"] and known.get("case") == row["case"]:
                 given = [f"{known[key]:.3f}" if key in known else "" for key, _ in columns]
-                lines.append(_line([f"· {known.get('source', 'published')}", *([""] if several else []), *given, ""]))
+                lines.append(_line([f"· {known.get('source', 'published')}", *([""] if several else []), *given, "", ""]))
     return lines
 
 
@@ -104,6 +106,15 @@ def _by_column(questions: dict) -> dict:
     """Shares of questions answered, by the names of their columns."""
     ends = ("written", "written_interval", "contained", "contained_interval")
     return {f"{criterion}_{end}": own[end] for criterion, own in questions.items() for end in ends}
+
+
+def _of_tasks(abilities: dict) -> dict:
+    """Results of tasks, by the names of their columns."""
+    return {
+        f"{task} ({own['metric']}){end}": own[state]
+        for task, own in abilities.items()
+        for state, end in (("edited", ""), ("unedited", ", unedited"))
+    }
 
 
 def cell(row: dict, key: str) -> str:

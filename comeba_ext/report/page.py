@@ -70,7 +70,7 @@ def _table(cases: list[dict], records: dict[str, list[dict]], way: str) -> dict:
     flat = [row | {f"question {name}": own["written"] for name, own in row.get("questions", {}).items()} for row in cases]
     flat = [row | {f"question {name}_interval": own["written_interval"] for name, own in row.get("questions", {}).items()} for row in flat]
     columns[4:4] = [(f"question {name}", f"{name}, written") for name in criteria]
-    columns.append(("peak_memory", "peak memory, MB"))
+    columns += [("peak_memory", "peak memory, MB"), ("saved_bytes", "saved, MB")]
     columns = [(key, head) for key, head in columns if any(row.get(key) is not None for row in flat)]
     tops = {key: best(records, key) for key, _ in columns if any(row.get(key) is not None for rows in records.values() for row in rows)}
     several = len(cases) > 1
@@ -89,7 +89,7 @@ def _cell(row: dict, key: str, top: bool) -> dict:
     value, interval = row.get(key), row.get(f"{key}_interval")
     if value is None:
         return {"text": "–", "sort": "", "interval": "", "top": False}
-    text = f"{value / 1e6:.0f}" if key == "peak_memory" else f"{value:.3f}"
+    text = f"{value / 1e6:.1f}" if key in ("peak_memory", "saved_bytes") else f"{value:.3f}"
     return {"text": text, "sort": value, "interval": f"{interval[0]:.3f} – {interval[1]:.3f}" if interval else "", "top": top}
 
 
@@ -114,6 +114,9 @@ def _figures(result: dict, dataset: str, ages: dict[str, list[dict]]) -> list[di
     for kind in kinds:
         for end, figure in plots.figures(result, kind, dataset).items():
             found.append({"title": said[kind] + forced[end], "image": _image(figure)})
+    own = [row for row in result["rows"] if row["dataset"] == dataset and row["reliability"] is not None]
+    if any("abilities" in row for row in own) or (several and any(row.get("perplexity") is not None for row in own)):
+        found.append({"title": "What the model can do beside its edits", "image": _image(plots.abilities(own))})
     if ages:
         found.insert(1, {"title": "Retention: edits by their age, asked after the last one", "image": _image(plots.retention(ages))})
     return found
