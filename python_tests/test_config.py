@@ -83,6 +83,7 @@ BAD += [("leverage_ratio", bad) for bad in (0, -1, math.nan, "1", True)] + [
     (name, bad) for name in ("alpha_floor", "unnamed_floor") for bad in (-0.1, 0, None, "a")
 ]
 BAD += [("max_edit_memory", bad) for bad in (0, -1, math.inf, "1", True)]
+BAD += [("end_factor", bad) for bad in (-0.1, math.nan, "1", None, True)]
 BAD += [("lead_steps", bad) for bad in (-1, 0.5, "3", True)]
 BAD += [(name, bad) for name in ("steps", "prefix_length", "max_tokens") for bad in (0, -1, 1.5, "3", True)]
 BAD += [(name, None) for name in ("steps", "prefix_length")]
@@ -125,6 +126,24 @@ def test_one_layer_where_keys_are_compared(scope, layers):
     assert list(EditConfig.for_model(model, scope=scope or "nearest", layers=[2, 3]).layers) == [2, 3]
     assert list(default_config("MEMIT", model).layers) == [4, 5, 6, 7, 8]
     assert list(default_config("ROME", model).layers) == [6]
+
+
+def test_published_objectives_do_not_ask_for_an_end():
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+    from comeba_ext import testbed
+
+    with torch.device("meta"):
+        xl = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_head=1, n_layer=48))
+        other = AutoModelForCausalLM.from_config(
+            LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=30, num_attention_heads=1)
+        )
+    ends = lambda model, **changes: EditConfig.for_model(model, **changes).end_factor  # noqa: E731
+    assert ends(xl) == ends(other) == ends(other, scope="zscore") == 0.25  # nearest is not the paper's
+    assert ends(xl, scope="zscore") == default_config("MEMIT", xl).end_factor == 0
+    assert ends(xl, end_factor=1.0) == 1.0 and ends(other, end_factor=0) == 0
+    assert default_config("MEMIT", other).end_factor == 0.25  # methods that look for target values share them
+    assert ends(testbed.load()[0]) == 0  # its settings are its own
 
 
 def test_a_file_may_hold_just_what_differs(tmp_path):

@@ -171,8 +171,9 @@ class EditConfig:
         for just this model (GPT2-XL and GPT-J: the paper; Llama 2/3, Mistral and Qwen of 7B and more: EasyEdit's for
         MEMIT); elsewhere settings without a scale, which follow from the model's depth, widths and hidden states. A
         published λ is for scores of the response, where any token may meet the edits; with nearest λ follows from
-        ``leverage_ratio``. Target values have matrix products in bfloat16 where the device has them
-        (:func:`~comeba_ext.forward.half_compute.fast_product_dtype`). ``comeba tune`` finds better ones for one model.
+        ``leverage_ratio``, and target values are asked to end (``end_factor``), which no published objective is. Target values
+        have matrix products in bfloat16 where the device has them (:func:`~comeba_ext.forward.half_compute.fast_product_dtype`).
+        ``comeba tune`` finds better ones for one model.
 
         Raises:
             ArchitectureError: the model's parts cannot be found.
@@ -306,6 +307,8 @@ def changed(values: dict, changes: dict) -> dict:
     both = {**values, **changes}
     if published is not None and anywhere and both.get("lam") is None and both.get("leverage_ratio") is None:
         both["lam"] = published
+    if published is not None and not anywhere:  # nothing is published for it
+        both.setdefault("end_factor", END_FACTOR)
     return both
 
 
@@ -332,10 +335,11 @@ def _settings(config, depth: int) -> dict:
     return {"layers": layers[-1:], "spread": layers, **SCALE_FREE}
 
 
+END_FACTOR = 0.25
 # One layer whatever the score; what is added before a norm is small.
 AFTER_NORM = {"leverage_ratio": NearestScore.ratio_of_one_layer, "weight_decay": 0.05}
 # Hidden norms of models differ a hundredfold; Polyak's steps need no rate (the one here is Adam's, for who prefers it).
-SCALE_FREE = {"optimizer": "polyak", "lr": 0.4, "lr_unit": "hidden_rms", "clamp": 4.0}
+SCALE_FREE = {"optimizer": "polyak", "lr": 0.4, "lr_unit": "hidden_rms", "clamp": 4.0, "end_factor": END_FACTOR}
 
 
 def _by_depth(depth: int) -> tuple[int, ...]:
