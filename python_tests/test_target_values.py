@@ -220,6 +220,21 @@ def test_groups_and_order_do_not_matter(tiny_model, tokenizer, monkeypatch):
         assert found.losses == pytest.approx([whole.losses[i] for i in order], rel=1e-9)
 
 
+def test_what_cannot_end_is_found_without(monkeypatch):
+    """An end that no model writes: values are those of the objective without it, and the object leads."""
+    from comeba_ext import testbed
+
+    model, tokenizer = testbed.load()
+    requests = testbed.facts()[:4]
+    without = EditConfig.for_model(model, optimizer="polyak", prefixes=0)
+    expected = run(model, tokenizer, without, requests, [""])
+    monkeypatch.setattr(module, "end_tokens", lambda tokenizer: [tokenizer.bos_token_id or 0])
+    found = run(model, tokenizer, without.replace(end_factor=0.25), requests, [""])
+    assert torch.allclose(found.values, expected.values, rtol=0, atol=1e-4)
+    assert found.losses == pytest.approx(expected.losses, abs=1e-4)
+    assert all(more > less for more, less in zip(found.steps, expected.steps, strict=True))  # those of the tries before count
+
+
 def test_facts_of_one_subject_share_a_delta(tiny_model, tokenizer):
     """Their loss is the mean over all their rows."""
     model, _ = edited_model(tiny_model, tokenizer, "gpt2")

@@ -84,6 +84,7 @@ class Descent:
 
 NEAR = 3.0  # loss below which curvature is looked at
 STALLED = (2, 0.8)  # evaluations, and what they leave of the loss of a request that is done
+SETTLED = 1.0  # above it, an object that leads does so by a hair: rounding, or another batch mate, and it does not
 
 
 def adam(descent: Descent) -> None:
@@ -112,7 +113,8 @@ def polyak(descent: Descent) -> None:
     step ``loss/‖g‖²`` (Introduction to Optimization, 1987, section 5.3), times ``log(loss/target)``. Where KL keeps the loss above
     that target such steps only jump about; so below ``NEAR`` they are limited-memory BFGS's (Nocedal 1980) on the logarithm. A step
     is at most half the ball's radius. When a loss did not fall, the request returns to its best point and halves its step. It is
-    done when the new object leads everywhere and the loss has hardly fallen in the last few evaluations (``STALLED``).
+    done when the new object leads everywhere, the loss is below ``SETTLED``, and it has hardly fallen in the last few evaluations
+    (``STALLED``).
 
     Far from the paper's descent, and shorter: ‖δ‖ is smaller too, because nothing is taken from the signs of small slopes.
     """
@@ -142,7 +144,7 @@ def polyak(descent: Descent) -> None:
         if last or not descent.open.any():
             break
         if len(course) > STALLED[0]:
-            stalled = descent.open & led & (least < NEAR) & (least > STALLED[1] * course[-1 - STALLED[0]])
+            stalled = descent.open & led & (least < SETTLED) & (least > STALLED[1] * course[-1 - STALLED[0]])
             settle(stalled)
             descent.finish(stalled)
             if not descent.open.any():

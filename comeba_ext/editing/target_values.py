@@ -8,9 +8,9 @@ minimises
 
 with ‖δ‖ ≤ clamp · ‖h‖, until the loss falls below ``early_stop``, or ``lead_steps`` after the new object has come to lead
 everywhere (ENCORE, arXiv 2502.01636). Polyak's few long steps sometimes end where the new object does not lead; such a
-request is tried again with Adam, from zero. Requests never meet in this objective, so a batch of
-them is optimised at once, with the result each would have alone. What δ cannot reach is computed once
-(:mod:`cached_suffix`), logits only where they are read, and a request that is done leaves the batch.
+request is tried again with Adam, from zero, and where that does not help either, without asking for the end. Requests never
+meet in this objective, so a batch of them is optimised at once, with the result each would have alone. What δ cannot reach
+is computed once (:mod:`cached_suffix`), logits only where they are read, and a request that is done leaves the batch.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def optimise_target_values(
         ArchitectureError: the model's layers pass no gradients back.
     """
     rows = target_rows(tokenizer, requests, prefixes, wordings=True, whole=config.end_factor > 0)
-    ends = torch.tensor(end_tokens(tokenizer) if config.end_factor else [], dtype=torch.long, device=model.device)
+    over = torch.tensor(end_tokens(tokenizer) if config.end_factor else [], dtype=torch.long, device=model.device)
     essence = essence_rows(tokenizer, requests)
     check_length(rows + essence, requests, context_length(model))
     together = [[n] for n in range(len(requests))] if together is None else together
@@ -92,8 +92,11 @@ def optimise_target_values(
     products = getattr(torch, config.compute_dtype) if config.compute_dtype else None
     reached = [*suffix.blocks[config.value_layer + 1 :], model.get_output_embeddings()]
 
-    def solve(groups: list[list[int]], optimiser: str, progress: Callable[[int, float], None] = lambda done, loss: None) -> None:
-        """Values of groups of requests; where there are some already, the better ones stay."""
+    def solve(
+        groups: list[list[int]], optimiser: str, progress: Callable[[int, float], None] = lambda done, loss: None, ends: bool = True
+    ) -> None:
+        """Values of groups of requests, with what is asked of their ends or without; where there are some already, the better ones
+        stay."""
         by_group = [[row for n in group for row in of_request[n]] + [essence[group[0]]] for group in groups]
         done, losses = 0, 0.0
         for chosen in _dense(by_group, suffix.max_tokens):
@@ -103,7 +106,7 @@ def optimise_target_values(
                 closed = sum(size for size, still in zip(sizes, open_.tolist(), strict=True) if not still)
                 progress(done + closed, (losses + sum(map(mul, sizes, loss.tolist()))) / (done + sum(sizes)))
 
-            descent = Descent(_Objective(suffix, config, [by_group[k] for k in chosen], ends), config, on_step)
+            descent = Descent(_Objective(suffix, config, [by_group[k] for k in chosen], over if ends else None), config, on_step)
             OPTIMISERS[optimiser](descent)
             for n, value, loss, steps, leads in _found(descent, [groups[k] for k in chosen]):
                 known = results[n]
@@ -130,6 +133,10 @@ def optimise_target_values(
             solve(apart, config.optimizer)
             if second:
                 solve(missed(apart), "adam")
+        if config.end_factor and second:  # an object that leads and goes on is better than none
+            left = [group for group in together if not {n for (n,) in apart} & set(group)] + apart
+            solve(missed(left), config.optimizer, ends=False)
+            solve(missed(left), "adam", ends=False)
     bad = [requests[n].text for n, (value, loss, *_) in enumerate(results) if not (torch.isfinite(value).all() and math.isfinite(loss))]
     if bad:
         raise RequestError(f"target values are not finite for {len(bad)} requests, first {bad[0]!r}; lower the learning rate")
@@ -277,6 +284,7 @@ class _Part:
         rows, device = self.rows.rows, self.rows.h.device
         read = [(n, column) for n, columns in enumerate(self.rows.columns()) for column in columns]
         behind = [(n, columns[-1] + 1) for n, columns in enumerate(self.rows.columns()) if rows[n].whole]
+        behind = behind if self.ends is not None else []
         self.closing = len(behind)
         essence = [(n, column) for n, column in enumerate(self.rows.at.tolist()) if not rows[n].target]
         at = torch.tensor(read + behind + essence, device=device)
