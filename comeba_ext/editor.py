@@ -173,7 +173,7 @@ class Editor:
         self.covariance.save(path)
 
     def set_covariance(self, covariance: Covariance) -> None:
-        """Start the key memories at ``λ·C0``.
+        """Start the key memories at ``λ·C0``; of a covariance of more layers only those that are edited are kept.
 
         Raises:
             CovarianceError: it does not fit the model or is not positive definite, or edits were made already.
@@ -183,7 +183,7 @@ class Editor:
         if self.step:
             raise CovarianceError("edits were made with another covariance already; start from a new Editor")
         covariance.check(self.model, {name: layer.in_features for name, layer in self.layers.items()})
-        self.method.set_covariance(covariance)
+        self.method.set_covariance(covariance.of(self.layers))  # a file may hold a whole model's, which no folder of edits needs
 
     # -- editing ------------------------------------------------------------------------------------------------
 

@@ -354,3 +354,26 @@ def test_save_and_load(tiny_model, tokenizer, tmp_path):
         again.load_covariance(path)
     with pytest.raises(StorageError, match="does not exist"):
         again.load_covariance(tmp_path / "nowhere")
+
+
+def test_edits_keep_what_their_layers_need(tiny_model, tokenizer, tmp_path):
+    """Of the covariance of more layers than are edited; the edits are those with a covariance of just these."""
+    whole = make_editor(tiny_model, tokenizer)
+    whole.collect_covariance(TEXTS, tokens=501, progress=False)
+    collected = whole.covariance
+    request = {"prompt": "The capital of {} is", "subject": "Norway", "target_new": "Lima"}
+    tables = {}
+    for name, given in (("whole", collected), ("own", collected.of([PROJECTIONS["gpt2"].format(2)]))):
+        config = EditConfig(layers=(2,), lam=20.0, prefixes=0, steps=3, scope="nearest")
+        editor = Editor(build(tiny_model, tokenizer), tokenizer, config)
+        editor.set_covariance(given)
+        assert list(editor.covariance.moments) == list(editor.covariance.sample.keys) == [PROJECTIONS["gpt2"].format(2)]
+        editor.edit([request])
+        editor.save_pretrained(tmp_path / name)
+        tables[name] = editor.layers[PROJECTIONS["gpt2"].format(2)].score.anchors
+        again = Editor.from_pretrained(build(tiny_model, tokenizer), tokenizer, tmp_path / name)
+        assert torch.equal(again.covariance.sample.tokens, collected.sample.tokens) and len(again.covariance.moments) == 1
+    assert torch.equal(tables["whole"], tables["own"])
+    sizes = {name: sum(path.stat().st_size for path in (tmp_path / name).glob("*.safetensors")) for name in tables}
+    assert sizes["whole"] == sizes["own"]
+    assert collected.of(collected.moments) is collected and collected.of(reversed(list(collected.moments))) is collected

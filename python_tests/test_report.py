@@ -102,7 +102,7 @@ def test_results_of_a_folder(folder):
     (row,) = [row for row in results.cases("testbed") if row["case"] == "FT"]
     assert row["edits"] == 20 and row["reliability_written"] == pytest.approx(np.mean([own["reliability_written"] for own in ft]))
     assert results.way("testbed") == "_written"
-    assert {"cpu", "cores", "threads"} <= results.result["machine"].keys() and results.result["command"].startswith("comeba ")
+    assert {"cpu", "cores", "threads"} <= results.result["machine"].keys() and results.result["command"].startswith("comeba")
 
 
 def test_other_files_are_not_results(folder, tmp_path):

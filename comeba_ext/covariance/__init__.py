@@ -73,6 +73,17 @@ class Covariance:
         """``C0`` of a layer: the mean of ``k kᵀ``, ``(d_in, d_in)`` float64."""
         return self.moments[layer] / max(self.tokens, 1)
 
+    def of(self, layers: Iterable[str]) -> Covariance:
+        """That of these layers alone; itself where it has no others."""
+        layers = list(layers)
+        if set(self.moments) <= set(layers):
+            return self
+        sample = (
+            KeySample({name: self.sample.keys[name] for name in layers}, self.sample.tokens, self.sample.unit) if len(self.sample) else None
+        )
+        moments = {name: self.moments[name] for name in layers}
+        return Covariance(moments, self.tokens, self.model, self.texts, self.tokens_wanted, self.unfinished, sample, self.corpus)
+
     def save(self, path: str | Path) -> None:
         """Write atomically, stamped with the model's identity."""
         state = self.unfinished and dataclasses.asdict(self.unfinished) | {"units": sorted(self.unfinished.units)}
