@@ -178,7 +178,7 @@ def experiment(
     from comeba_ext.covariance import Covariance
     from comeba_ext.data import ReadResult, read_requests, read_texts
     from comeba_ext.evaluation.ways import WAYS
-    from comeba_ext.experiments.table import cell
+    from comeba_ext.experiments.table import cell, leading_way
 
     with reporting(as_json) as report:
         chosen = experiments.load(name)
@@ -218,7 +218,7 @@ def experiment(
         for dataset, counts in result["records"].items():
             report.say(f"{chosen.title} — {dataset}, {counts['used']} records")
             own = [row for row in result["rows"] if row["dataset"] == dataset]
-            way = "_written" if any(row.get("reliability_written") is not None for row in own) else ""
+            way = leading_way(own)
             report.table(
                 ("case", "edits", *METRICS, "s/edit"),
                 [(r["case"], r["edits"], *(cell(r, m + way) for m in METRICS), cell(r, "seconds_per_edit")) for r in own],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from comeba_ext.evaluation.queries import METRICS
 from comeba_ext.evaluation.ways import HALLUCINATION, WAYS
 
-_METRICS = ("reliability", "generality", "locality", "portability")
 _HEADS = {way: f", {head}" if way else "" for way, (head, _) in WAYS.items()}  # teacher-forced ones have the bare name, as everywhere
 COLUMNS = (
-    *((metric + way, metric + head) for way, head in _HEADS.items() for metric in _METRICS),
+    *((metric + way, metric + head) for way, head in _HEADS.items() for metric in METRICS),
     ("hallucination", "hallucination"),
     ("score", "CounterFact score"),
     ("efficacy_score", "efficacy"),
@@ -115,6 +115,11 @@ def _of_tasks(abilities: dict) -> dict:
         for task, own in abilities.items()
         for state, end in (("edited", ""), ("unedited", ", unedited"))
     }
+
+
+def leading_way(rows: list[dict]) -> str:
+    """The suffix of the scores that lead: what was written, where it was asked for."""
+    return "_written" if any(row.get("reliability_written") is not None for row in rows) else ""
 
 
 def cell(row: dict, key: str) -> str:

@@ -10,6 +10,7 @@ from comeba_ext.errors import StorageError
 from comeba_ext.evaluation.metrics import bootstrap_interval
 from comeba_ext.evaluation.queries import METRICS
 from comeba_ext.evaluation.ways import WAYS
+from comeba_ext.experiments.table import leading_way
 
 AGES, AGE = 10, 10  # groups of edits at most, from the oldest to the last, and edits in one at least
 EXAMPLES = 30  # records a case, wrong ones first
@@ -35,8 +36,7 @@ class Results:
 
     def way(self, dataset: str) -> str:
         """The suffix of the scores that lead: what was written, where it was asked for."""
-        written = any(row.get("reliability_written") is not None for row in self.cases(dataset))
-        return "_written" if written else ""
+        return leading_way(self.cases(dataset))
 
 
 def read(folder: str | Path) -> list[Results]:
