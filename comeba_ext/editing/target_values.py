@@ -250,9 +250,7 @@ class _Part:
             right = (logits[:tokens].argmax(-1) == self.target).long()
             if self.closing:  # the mass of all tokens that end it, whichever
                 over = F.log_softmax(logits[tokens:closed], dim=-1)[:, self.ends.to(logits.device)].logsumexp(-1)
-                weight = self.config.end_factor / torch.tensor(self.row_counts, dtype=over.dtype, device=over.device)
-                owner = self.loss_owner[tokens:closed]
-                loss = loss.index_add(0, owner, -over * weight[owner])
+                loss = loss.index_add(0, self.loss_owner[tokens:closed], -over * self.end_share.to(over))
                 right = torch.cat((right, (over > math.log(0.5)).long()))
             rows = torch.ones(len(self.owner), dtype=torch.long, device=delta.device)
             rows = rows.scatter_reduce(0, self.read[0][:closed].to(rows.device), right, "amin")
@@ -295,3 +293,5 @@ class _Part:
         self.target = torch.tensor([token for row in rows for token in row.target], dtype=torch.long, device=device)
         share = [1 / len(row.target) / self.row_counts[n] for n, row in zip(self.owners, rows, strict=True) for _ in row.target]
         self.share = torch.tensor(share, dtype=torch.float64, device=device)
+        end_share = [self.config.end_factor / self.row_counts[self.owners[n]] for n, _ in behind]
+        self.end_share = torch.tensor(end_share, dtype=torch.float64, device=device)

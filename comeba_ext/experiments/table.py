@@ -82,7 +82,7 @@ def _meanings(rows: list[dict]) -> list[str]:
 
 def _table(rows: list[dict], result: dict) -> list[str]:
     criteria = dict.fromkeys(criterion for row in rows for criterion in row.get("questions", ()))
-    rows = [row | _by_column(row.get("questions", {})) | _of_tasks(row.get("abilities", {})) for row in rows]
+    rows = [row | by_column(row.get("questions", {})) | _of_tasks(row.get("abilities", {})) for row in rows]
     known = [(f"{criterion}_{way}", f"{criterion}, {way}") for way in ("written", "contained") for criterion in criteria]
     able = dict.fromkeys(name for row in rows for name in _of_tasks(row.get("abilities", {})))
     columns = [(key, title) for key, title in (*known, *COLUMNS, *zip(able, able)) if any(row.get(key) is not None for row in rows)]
@@ -102,7 +102,7 @@ def _table(rows: list[dict], result: dict) -> list[str]:
     return lines
 
 
-def _by_column(questions: dict) -> dict:
+def by_column(questions: dict) -> dict:
     """Shares of questions answered, by the names of their columns."""
     ends = ("written", "written_interval", "contained", "contained_interval")
     return {f"{criterion}_{end}": own[end] for criterion, own in questions.items() for end in ends}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from comeba_ext import __version__
 from comeba_ext.evaluation.ways import WAYS
-from comeba_ext.experiments.table import COLUMNS
+from comeba_ext.experiments.table import COLUMNS, by_column
 from comeba_ext.report.results import AGE, Results, best, differences, examples, retention, scores
 
 TEMPLATE = Path(__file__).parent / "page.html"
@@ -67,9 +67,8 @@ def _table(cases: list[dict], records: dict[str, list[dict]], way: str) -> dict:
     ways = [way, *(other for other in ("_written", "") if other != way)]
     columns = [pair for own in ways for pair in scores(own)] + [(key, named[key]) for key in ("score", *PLAIN)]
     criteria = list(dict.fromkeys(name for row in cases for name in row.get("questions", ())))
-    flat = [row | {f"question {name}": own["written"] for name, own in row.get("questions", {}).items()} for row in cases]
-    flat = [row | {f"question {name}_interval": own["written_interval"] for name, own in row.get("questions", {}).items()} for row in flat]
-    columns[4:4] = [(f"question {name}", f"{name}, written") for name in criteria]
+    flat = [row | by_column(row.get("questions", {})) for row in cases]
+    columns[4:4] = [(f"{name}_written", f"{name}, written") for name in criteria]
     columns += [("peak_memory", "peak memory, MB"), ("saved_bytes", "saved, MB")]
     columns = [(key, head) for key, head in columns if any(row.get(key) is not None for row in flat)]
     tops = {key: best(records, key) for key, _ in columns if any(row.get(key) is not None for rows in records.values() for row in rows)}
