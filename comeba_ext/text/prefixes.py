@@ -6,6 +6,7 @@ MEMIT (arXiv 2210.07229, section 4.3) samples them from five neutral starts; the
 from __future__ import annotations
 
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from comeba_ext.text.encoding import pad, pad_id
 
@@ -17,8 +18,8 @@ TOP_K = 5
 def sample_prefixes(model, tokenizer, count: int, length: int, seed: int) -> list[str]:
     """``count`` texts of about ``length`` tokens, sampled top-5, after the empty prefix.
 
-    Deterministic under ``seed`` for a given model; the user's random state is restored. Hooks should be off, so that
-    prefixes do not depend on what was edited before.
+    Deterministic under ``seed`` for a given model, on whatever device it is; the user's random state is not touched. Hooks should be
+    off, so that prefixes do not depend on what was edited before.
 
     Returns:
         ``["", "The … ", …]``: ``count + 1`` texts, to be put right before a prompt.
@@ -29,21 +30,31 @@ def sample_prefixes(model, tokenizer, count: int, length: int, seed: int) -> lis
     rows = [tokenizer(STARTS[i % len(STARTS)])["input_ids"] for i in range(count)]
     rows = [[t for t in row if t != tokenizer.eos_token_id or t == row[0]] for row in rows]
     ids, mask = pad(rows, pad_id(tokenizer), "left", device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # Not torch.manual_seed, which seeds every device, also those whose state is not put back.
-        generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
-        generator.manual_seed(seed)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=True,
-            top_k=TOP_K,
-            top_p=1.0,
-            temperature=1.0,
-            num_beams=1,
-            min_new_tokens=length,
-            max_new_tokens=length,
-            pad_token_id=pad_id(tokenizer),
-        )
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        logits_processor=LogitsProcessorList([_Drawn(seed)]),
+        do_sample=False,  # it is _Drawn that samples
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        min_new_tokens=length,
+        max_new_tokens=length,
+        pad_token_id=pad_id(tokenizer),
+    )
     texts = tokenizer.batch_decode(out, skip_special_tokens=True)
     return ["", *(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". " for text in texts)]
+
+
+class _Drawn(LogitsProcessor):
+    """Leaves of every row's tokens one of the likeliest ``TOP_K``, drawn on the CPU: a device's own generator would draw others."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        likely = scores.float().cpu()
+        likely = likely.masked_fill(likely < likely.topk(TOP_K).values[:, -1:], -torch.inf).softmax(-1)
+        drawn = torch.multinomial(likely, 1, generator=self.generator).to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
