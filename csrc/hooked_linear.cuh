@@ -311,20 +311,25 @@ __device__ void add_edits(Out* output, const T* x, const T* delta, const int* li
   }
 }
 
+// All tokens of the list, in groups of 8·NT.
+template <typename Out, typename T, int NT>
+__device__ void add_listed(Out* output, const T* x, const T* delta, const int* listed, int count, int d_in, int d_out,
+                           float* shared) {
+  constexpr int kRows = Shape<NT>::kTiles * 16, kTokens = Shape<NT>::kTokens;
+  const int groups = (count + kTokens - 1) / kTokens, row_tiles = (d_out + kRows - 1) / kRows;
+  for (int tile = blockIdx.x; tile < groups * row_tiles; tile += gridDim.x)  // neighbours share rows of delta
+    add_edits<Out, T, NT>(output, x, delta, listed, tile % groups * kTokens, count, d_in, d_out, tile / groups * kRows, shared);
+}
+
 template <typename Out, typename T>
 __global__ void __launch_bounds__(kThreads, Shape<8>::kResident) add_edits_kernel(Out* output, const T* x, const T* delta, const int* listed,
                                                              const unsigned* listed_count, int d_in, int d_out) {
   __shared__ float shared[Shape<8>::kShared];
   const int count = static_cast<int>(*listed_count);
-  constexpr int kRows = Shape<8>::kTiles * 16, kFewRows = Shape<1>::kTiles * 16;
-  if (count <= 8) {
-    for (int row0 = blockIdx.x * kFewRows; count > 0 && row0 < d_out; row0 += gridDim.x * kFewRows)
-      add_edits<Out, T, 1>(output, x, delta, listed, 0, count, d_in, d_out, row0, shared);
-    return;
-  }
-  const int groups = (count + 63) / 64, row_tiles = (d_out + kRows - 1) / kRows;
-  for (int tile = blockIdx.x; tile < groups * row_tiles; tile += gridDim.x)  // neighbours share rows of delta
-    add_edits<Out, T, 8>(output, x, delta, listed, tile % groups * 64, count, d_in, d_out, tile / groups * kRows, shared);
+  if (count <= 8) return add_listed<Out, T, 1>(output, x, delta, listed, count, d_in, d_out, shared);
+  if (count <= 16) return add_listed<Out, T, 2>(output, x, delta, listed, count, d_in, d_out, shared);
+  if (count <= 32) return add_listed<Out, T, 4>(output, x, delta, listed, count, d_in, d_out, shared);
+  add_listed<Out, T, 8>(output, x, delta, listed, count, d_in, d_out, shared);
 }
 
 // -- decode: the whole layer for few tokens ---------------------------------------------------------------------------

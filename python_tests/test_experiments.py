@@ -252,6 +252,23 @@ def test_experiments_share_a_folder(small, tmp_path):
     assert sum(1 for _ in (tmp_path / "labels").glob("two/testbed/*/log.jsonl")) == 4
 
 
+def test_cases_run_apart_and_make_one_table(small, covariance, tmp_path, monkeypatch):
+    given = (small, "--covariance", covariance, "--out")
+    whole = output("experiment", *given, tmp_path / "whole")
+    for case in ("MEMIT", "COMEBA-HK"):  # in any order
+        apart = output("experiment", *given, tmp_path / "apart", "--case", case)
+        assert {row["case"] for row in apart["rows"]} == {case} and not list((tmp_path / "apart").glob("*.*"))
+    shown = run("experiment", *given, tmp_path / "apart", "--case", "MEMIT").stdout
+    assert "without --case" in " ".join(shown.split())
+    asked = lambda *_, **__: pytest.fail("every log is complete")  # noqa: E731
+    monkeypatch.setattr("comeba_ext.experiments.runner.predict_base", asked)
+    joined = output("experiment", *given, tmp_path / "apart")
+    assert metrics_of(joined) == metrics_of(whole)
+    assert (tmp_path / "apart/small.md").exists() and (tmp_path / "apart/small-testbed.png").exists()
+    wrong = run("experiment", *given, tmp_path / "apart", "--case", "ROME", "--json")
+    assert wrong.exit_code == 1 and "COMEBA-HK, MEMIT" in json.loads(wrong.stdout)["error"]
+
+
 def test_a_seed_is_another_choice_of_records(tmp_path):
     path = tmp_path / "e.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"methods": ["FT"], "evaluations": 1, "samples": 2}))

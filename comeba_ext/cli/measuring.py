@@ -166,6 +166,10 @@ def experiment(
     ] = None,
     samples: Annotated[Optional[int], typer.Option("--samples", min=1, help="records a data set")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="other than 0: take the records in random order")] = 0,
+    cases: Annotated[
+        Optional[list[str]],
+        typer.Option("--case", help="only this one, any number: into logs, for a run of all of them that makes the table"),
+    ] = None,
     covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance', of all layers edited")] = None,
     texts: Annotated[Optional[Path], typer.Option(help="corpus for the covariance, and for perplexity")] = None,
     device: Device = None,
@@ -212,6 +216,7 @@ def experiment(
             plain_texts=list(plain),
             samples=samples,
             seed=seed,
+            cases=cases or None,
             command=shlex.join(["comeba", *sys.argv[1:]]),
             progress=not as_json,
         )
@@ -228,5 +233,8 @@ def experiment(
                     report.say(f"{row['case']} failed after {row['edits']} edits: {row['error']}")
             report.say(f"{WAYS[way][0]}: {WAYS[way][1]}")
             say_counts(report, counts)
-        report.say(f"Written to {out}: " + ", ".join([f"{chosen.name}.json", f"{chosen.name}.md", *result["plots"]]))
+        if cases:
+            report.say(f"Logs are in {out}; without --case it goes on with what is left, and makes the table and the plots.")
+        else:
+            report.say(f"Written to {out}: " + ", ".join([f"{chosen.name}.json", f"{chosen.name}.md", *result["plots"]]))
         report.result = {**result, "out": str(out)}

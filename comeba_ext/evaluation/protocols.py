@@ -127,7 +127,7 @@ def run_protocol(
     method: str | type[Method] = "COMEBA-HK",
     config: EditConfig | None = None,
     covariance: Covariance | None = None,
-    base: BasePredictions | None = None,
+    base: BasePredictions | Callable[[], BasePredictions] | None = None,
     measure: Measure | None = None,
     identity: dict | None = None,
     progress: bool = False,
@@ -140,7 +140,8 @@ def run_protocol(
         method: name or class of one of :mod:`comeba_ext.methods`.
         config: default: the method's own for the model.
         covariance: needed by every method but fine-tuning.
-        base: predictions of the unedited model for these requests, where they are known already.
+        base: predictions of the unedited model for these requests, where they are known already; or what makes them, called if
+            anything is left to run.
         measure: called with the editor and the requests edited so far at every checkpoint of a consecutive run; returns
             a plain JSON-serialisable mapping.
         identity: what else tells this run from others, beside what is known here (model, records, covariance, settings,
@@ -180,6 +181,8 @@ def run_protocol(
         if not _finished(log.records, len(requests)):
             if base is None:
                 base = predict_base(model, tokenizer, requests, generate=protocol.generate, writing=protocol.writing)
+            elif callable(base):
+                base = base()
             run = _single_round if protocol.name == "single_round" else _consecutive
             run(model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress)
         shutil.rmtree(folder / "edits", ignore_errors=True)  # the log has everything

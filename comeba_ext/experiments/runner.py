@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -45,6 +46,7 @@ def run(
     plain_texts: list[str] = (),
     samples: int | None = None,
     seed: int = 0,
+    cases: list[str] | None = None,
     command: str | None = None,
     progress: bool = False,
 ) -> dict:
@@ -59,6 +61,8 @@ def run(
         texts: corpus to collect it from (kept in ``out``, where the next experiment finds it).
         plain_texts: for the measure ``text``.
         samples: records a data set, default the experiment's.
+        cases: labels; only these are run, and nothing but their logs is written to ``out``. Processes that each run some of them share
+            the folder, and a run of all cases then finds every log complete, and makes the table and the plots.
         command: what was typed, for the report's "how to run it again".
         seed: of the intervals, and, where it is not 0, of the order in which records are taken from a data set.
 
@@ -75,8 +79,9 @@ def run(
     if "text" in experiment.measures and not plain_texts:
         raise ComebaError("the measure 'text' needs texts: add --texts")
     samples = samples or experiment.samples
-    configs = {case.label: case.config(model) for case in experiment.cases}
-    needing = [c for case, c in zip(experiment.cases, configs.values()) if methods.method_named(case.method).needs_covariance]
+    chosen = _chosen(experiment, cases)
+    configs = {case.label: case.config(model) for case in chosen}
+    needing = [c for case, c in zip(chosen, configs.values()) if methods.method_named(case.method).needs_covariance]
     for config in needing if covariance is not None else ():  # before the first case, not before the one that needs it
         covariance.check(model, _widths(model, config))
     if needing and covariance is None:
@@ -92,8 +97,9 @@ def run(
     for dataset, read in datasets.items():
         used, skipped = _usable(model, tokenizer, dataset, read, samples, seed)
         records[dataset] = read.counts(used, skipped)
-        base = predict_base(model, tokenizer, used, generate=experiment.generate, writing=experiment.writing, progress=progress)
-        for case in experiment.cases:
+        how = {"generate": experiment.generate, "writing": experiment.writing, "progress": progress}
+        base = functools.cache(functools.partial(predict_base, model, tokenizer, used, **how))  # not asked where every log is complete
+        for case in chosen:
             protocol = _protocol(experiment, case, len(used), seed)
             method = methods.method_named(case.method)
             own = Path(experiment.name, _slug(dataset), _slug(case.label))
@@ -146,10 +152,19 @@ def run(
         "expected": list(experiment.expected),
         "plots": [],
     }
-    _write(result, out)
-    result["plots"] = _plots(result, experiment, out)
-    _write(result, out)
+    if cases is None:
+        _write(result, out)
+        result["plots"] = _plots(result, experiment, out)
+        _write(result, out)
     return result
+
+
+def _chosen(experiment: Experiment, labels: list[str] | None) -> tuple[Case, ...]:
+    known = {case.label: case for case in experiment.cases}
+    unknown = [label for label in labels or () if label not in known]
+    if unknown:
+        raise ComebaError(f"no case {unknown[0]!r} in {experiment.name}; there are {', '.join(known)}")
+    return tuple(case for case in experiment.cases if labels is None or case.label in labels)
 
 
 def _write(result: dict, out: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 SHARE = 0.5  # of the free memory; the rest is for weights being converted, logits and the allocator's own
 LEAST = 256
 MOST = {"cpu": 4096}  # where larger products stop being faster
-MOST_ELSEWHERE = 65_536
+MOST_ELSEWHERE = 8192
 # What a pass takes whatever its size: reading the weights, as long as the products of so many tokens; and seconds, for it
 # and for every block, in which so many multiplications could be done. Tuned on two CPU cores, guessed for accelerators.
 READ, RATE, PASS, BLOCK = {"cpu": 64}, {"cpu": 5e10}, 3e-3, 0.8e-3

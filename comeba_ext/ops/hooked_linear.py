@@ -25,7 +25,7 @@ from comeba_ext.kernels import loader
 # A score is known only up to rounding, and the request that set α has a score of exactly α: in another batch or with
 # other padding it would fall out of scope by its last bits. A score within this share of α counts as reaching it.
 SLACK = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-DECODE_TOKENS = 64  # more tokens than this are a matrix product's business
+DECODE_TOKENS = 8  # more tokens than this are a matrix product's business
 
 
 # -- public functions ----------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def _every(x, hashes, projection, anchors, thresholds, alpha, subjects, most):
     unit, dtype, wide = directions(x, projection), product_dtype(x), torch.promote_types(x.dtype, torch.float32)
     named, coarse = mentions(hashes, subjects.names, subjects.of_name), coarse_rows(projection)
     best, shard = torch.full_like(low, -_FIRST, dtype=wide), torch.full_like(low, -1)
-    for n in range(most[0]):
+    for n in range(most[0] if len(subjects.of_end) else 0):
         there, pair = low + n < high, subjects.of_end[(low + n).clamp(max=len(subjects.of_end) - 1)]
         for m in range(most[1]):
             anchor = subjects.first[pair] + m
