@@ -28,7 +28,7 @@ from comeba_ext.ops import hooked_linear as ops
 
 SHAPES = {"GPT2-XL": (6400, 1600), "GPT-J": (16384, 4096), "Llama-3-8B": (14336, 4096), "Qwen2.5-7B": (18944, 3584)}
 TOKENS = (1, 8, 16, 32, 64, 512, 2048, 8192)
-FEW = 64  # what the kernel of one pass over both weights can take
+FEW = ops.DECODE_MOST  # tokens that the kernel of one pass over both weights can take
 SHARES = (0.0, 1 / 512, 1 / 16)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -10,6 +10,7 @@ does not keep the others from running; parts that passed at this commit are not 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -72,6 +73,7 @@ def parts(quick: bool = False, name: str = "") -> dict[str, list[list[str]]]:
     python = sys.executable
     made = Path(tempfile.gettempdir()) / f"comeba_cmake_{os.getuid()}"
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda"]
+    at_once = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     todo = {
         "doctor": [[python, "-m", "comeba_ext.cli", "doctor"]],
         "build": [[python, "-c", BUILD]],
@@ -80,7 +82,7 @@ def parts(quick: bool = False, name: str = "") -> dict[str, list[list[str]]]:
             ["cmake", "--build", str(made), "-j"],
             [str(made / "test_kernels")],
         ],
-        "tests": [[*tests, "python_tests"]],
+        "tests": [[*tests, *at_once, "python_tests"]],
     }
     for tool in ("memcheck", "racecheck"):
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]

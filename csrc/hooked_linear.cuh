@@ -103,8 +103,39 @@ struct AddEdit {
   __device__ void operator()(int token) const {
     Out* out = output + static_cast<size_t>(token) * d_out;
     const Edit* add = edit + static_cast<size_t>(token) * d_out;
-    for (int i = threadIdx.x % 32; i < d_out; i += 32)
-      out[i] = from_float<Out>(to_float(out[i]) + to_float(from_float<Out>(to_float(add[i]))));
+    if constexpr (sizeof(Out) == sizeof(Edit)) {
+      const uintptr_t places = reinterpret_cast<uintptr_t>(out) | reinterpret_cast<uintptr_t>(add);
+      if (d_out % kWide == 0 && places % 16 == 0) return wide(out, add);
+    }
+    for (int i = threadIdx.x % 32; i < d_out; i += 32) out[i] = sum(out[i], add[i]);
+  }
+
+ private:
+  static constexpr int kWide = 16 / sizeof(Out), kAhead = 4;  // a warp has only its own loads to hide their latency behind
+
+  __device__ void wide(Out* out, const Edit* add) const {
+    for (int first = threadIdx.x % 32 * kWide; first < d_out; first += 32 * kWide * kAhead) {
+      uint4 base[kAhead], more[kAhead];
+#pragma unroll
+      for (int n = 0; n < kAhead; ++n) {
+        const int i = min(first + n * 32 * kWide, d_out - kWide);
+        base[n] = *reinterpret_cast<const uint4*>(out + i);
+        more[n] = *reinterpret_cast<const uint4*>(add + i);
+      }
+#pragma unroll
+      for (int n = 0; n < kAhead; ++n) {
+        const int i = first + n * 32 * kWide;
+        if (i >= d_out) break;
+        Out* values = reinterpret_cast<Out*>(&base[n]);
+        const Edit* edits = reinterpret_cast<const Edit*>(&more[n]);
+#pragma unroll
+        for (int j = 0; j < kWide; ++j) values[j] = sum(values[j], edits[j]);
+        *reinterpret_cast<uint4*>(out + i) = base[n];
+      }
+    }
+  }
+  static __device__ __forceinline__ Out sum(Out value, Edit edit) {
+    return from_float<Out>(to_float(value) + to_float(from_float<Out>(to_float(edit))));
   }
 };
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from comeba_ext.errors import ArchitectureError, ComebaError
 from comeba_ext.layers.attachment import Attachment, attach
 from comeba_ext.layers.shards import Shards
-from comeba_ext.ops.hooked_linear import decode_hook_available
+from comeba_ext.ops.hooked_linear import decode_hook_pays
 from comeba_ext.scores import score_named
 from comeba_ext.scores.base import Score, keep_precise
 
@@ -204,7 +204,7 @@ class HookedLinear(Attachment):
 
     def _decodes(self, x: torch.Tensor) -> bool:
         """Whether one fused pass over both weights takes this input; the base layer is known to be plain."""
-        if not decode_hook_available(x, self.delta) or type(self.base_layer) is not nn.Linear:
+        if not decode_hook_pays(x, self.delta, self.gate == "sketch") or type(self.base_layer) is not nn.Linear:
             return False
         weight = self.weight
         grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

@@ -25,7 +25,10 @@ from comeba_ext.kernels import loader
 # A score is known only up to rounding, and the request that set α has a score of exactly α: in another batch or with
 # other padding it would fall out of scope by its last bits. A score within this share of α counts as reaching it.
 SLACK = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-DECODE_TOKENS = 8  # more tokens than this are a matrix product's business
+# More tokens than this are a matrix product's business: deciding by the edit itself, and by its sketch (H100,
+# bench/results/nvidia-h100-80gb-hbm3-hooked_linear.json).
+DECODE_TOKENS, DECODE_TOKENS_GATED = 16, 32
+DECODE_MOST = 64  # what the kernel can take
 
 
 # -- public functions ----------------------------------------------------------------------------------------------
@@ -121,7 +124,7 @@ def decode_hook(
     """The whole hooked layer for few tokens: ``x @ weightᵀ + bias``, plus the edit in scope.
 
     Args:
-        x: ``(batch, seq, d_in)``, at most ``DECODE_TOKENS`` tokens; one dtype for it and all matrices.
+        x: ``(batch, seq, d_in)``, at most ``DECODE_MOST`` tokens; one dtype for it and all matrices.
         weight, delta: ``(d_out, d_in)``.
         sketch: ``(m, d_in)`` to decide by it, or ``None`` to decide by the edit itself.
 
@@ -132,11 +135,11 @@ def decode_hook(
     return output, after if score == "zscore" else None
 
 
-def decode_hook_available(x: torch.Tensor, delta: torch.Tensor) -> bool:
-    """Whether :func:`decode_hook` is compiled for this input, not merely defined."""
+def decode_hook_pays(x: torch.Tensor, delta: torch.Tensor, gated: bool) -> bool:
+    """Whether :func:`decode_hook` is compiled for this input, not merely defined, and faster than two products."""
     return (
         loader.available(x.device.type)
-        and 0 < x.numel() <= DECODE_TOKENS * x.shape[-1]
+        and 0 < x.numel() <= (DECODE_TOKENS_GATED if gated else DECODE_TOKENS) * x.shape[-1]
         and x.dtype == delta.dtype
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and x.shape[-1] % 8 == 0  # rows start at 16-byte boundaries
