@@ -255,18 +255,36 @@ def test_experiments_share_a_folder(small, tmp_path):
 def test_cases_run_apart_and_make_one_table(small, covariance, tmp_path, monkeypatch):
     given = (small, "--covariance", covariance, "--out")
     whole = output("experiment", *given, tmp_path / "whole")
-    for case in ("MEMIT", "COMEBA-HK"):  # in any order
-        apart = output("experiment", *given, tmp_path / "apart", "--case", case)
-        assert {row["case"] for row in apart["rows"]} == {case} and not list((tmp_path / "apart").glob("*.*"))
-    shown = run("experiment", *given, tmp_path / "apart", "--case", "MEMIT").stdout
-    assert "without --case" in " ".join(shown.split())
+    out = tmp_path / "apart"
+    first = output("experiment", *given, out, "--case", "MEMIT")
+    assert metrics_of(first) == [row for row in metrics_of(whole) if row["case"] == "MEMIT"]
+    second = output("experiment", *given, out, "--case", "COMEBA-HK")  # and what is complete of the others
+    assert metrics_of(second) == metrics_of(whole)
     asked = lambda *_, **__: pytest.fail("every log is complete")  # noqa: E731
     monkeypatch.setattr("comeba_ext.experiments.runner.predict_base", asked)
-    joined = output("experiment", *given, tmp_path / "apart")
-    assert metrics_of(joined) == metrics_of(whole)
-    assert (tmp_path / "apart/small.md").exists() and (tmp_path / "apart/small-testbed.png").exists()
-    wrong = run("experiment", *given, tmp_path / "apart", "--case", "ROME", "--json")
+    assert metrics_of(output("experiment", *given, out)) == metrics_of(whole)
+    assert (out / "small.md").exists() and (out / "small-testbed.png").exists()
+    log = out / "small/testbed/MEMIT/log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))  # as if it were still running
+    monkeypatch.undo()
+    third = output("experiment", *given, out, "--case", "COMEBA-HK")
+    assert {row["case"] for row in third["rows"]} == {"COMEBA-HK"}
+    wrong = run("experiment", *given, out, "--case", "ROME", "--json")
     assert wrong.exit_code == 1 and "COMEBA-HK, MEMIT" in json.loads(wrong.stdout)["error"]
+
+
+def test_cases_in_processes(tmp_path):
+    """As a user calls it; the covariance is collected by one of them; a case that fails costs only itself."""
+    path, out = tmp_path / "several.yaml", tmp_path / "out"
+    cases = ["COMEBA-HK", {"method": "MEMIT", "steps": 8}, {"method": "IKE", "demonstrations": str(tmp_path / "nothing.json")}]
+    path.write_text(yaml.safe_dump(SMALL | {"methods": cases, "samples": 2, "evaluations": 1}))
+    command = [sys.executable, "-m", "comeba_ext.cli", "experiment", str(path), "--out", str(out), "--jobs", "2", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "1 case did not end" in json.loads(done.stdout)["error"], done.stderr
+    assert "IKE" in json.loads(done.stdout)["error"] and "nothing.json" in (out / "several/IKE.txt").read_text()
+    rows = json.loads((out / "several.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == ["COMEBA-HK", "MEMIT"]
 
 
 def test_a_seed_is_another_choice_of_records(tmp_path):

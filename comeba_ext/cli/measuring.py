@@ -168,8 +168,9 @@ def experiment(
     seed: Annotated[int, typer.Option("--seed", min=0, help="other than 0: take the records in random order")] = 0,
     cases: Annotated[
         Optional[list[str]],
-        typer.Option("--case", help="only this one, any number: into logs, for a run of all of them that makes the table"),
+        typer.Option("--case", help="run this one, any number; the table holds what is complete of the others too"),
     ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="processes at once, each with cases of its own (they share the GPUs)")] = 1,
     covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance', of all layers edited")] = None,
     texts: Annotated[Optional[Path], typer.Option(help="corpus for the covariance, and for perplexity")] = None,
     device: Device = None,
@@ -193,6 +194,10 @@ def experiment(
         datasets = {label: read_requests(file) for label, file in given}
         if len(datasets) < len(given):
             raise ComebaError("two --records have the same name; write NAME=FILE")
+        failed = []
+        if jobs > 1:
+            wanted = cases or [case.label for case in chosen.cases]
+            failed, cases = list(experiments.in_processes(wanted, jobs, out, chosen.name, progress=not as_json)), []
         net, tokenizer = loaded(model, device, dtype, trust=trust)
         if home and not datasets:
             datasets = {label: ReadResult(own, len(own), []) for label, own in testbed.datasets(home).items()}
@@ -216,7 +221,7 @@ def experiment(
             plain_texts=list(plain),
             samples=samples,
             seed=seed,
-            cases=cases or None,
+            cases=cases if jobs > 1 else cases or None,
             command=shlex.join(["comeba", *sys.argv[1:]]),
             progress=not as_json,
         )
@@ -233,8 +238,7 @@ def experiment(
                     report.say(f"{row['case']} failed after {row['edits']} edits: {row['error']}")
             report.say(f"{WAYS[way][0]}: {WAYS[way][1]}")
             say_counts(report, counts)
-        if cases:
-            report.say(f"Logs are in {out}; without --case it goes on with what is left, and makes the table and the plots.")
-        else:
-            report.say(f"Written to {out}: " + ", ".join([f"{chosen.name}.json", f"{chosen.name}.md", *result["plots"]]))
+        report.say(f"Written to {out}: " + ", ".join([f"{chosen.name}.json", f"{chosen.name}.md", *result["plots"]]))
         report.result = {**result, "out": str(out)}
+        if failed:
+            raise ComebaError(f"{counted(len(failed), 'case')} did not end, the same command goes on with them. " + " ".join(failed))

@@ -157,7 +157,49 @@ def run_protocol(
     Ids(requests)
     method = method_named(method)
     config = config or default_config(method, model)
-    header = {
+    header = _header(model, requests, protocol, method, config, covariance, identity)
+    folder = Path(folder)
+    with alone(folder):
+        if (folder / "edits" / MANIFEST).exists() and not (folder / "log.jsonl").exists():
+            raise StorageError(f"{folder / 'edits'} holds edits that no run here has made; choose another folder")
+        log = RunLog(folder / "log.jsonl", header)
+        if not _finished(log.records, len(requests)):
+            if base is None:
+                base = predict_base(model, tokenizer, requests, generate=protocol.generate, writing=protocol.writing)
+            elif callable(base):
+                base = base()
+            run = _single_round if protocol.name == "single_round" else _consecutive
+            run(model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress)
+        shutil.rmtree(folder / "edits", ignore_errors=True)  # the log has everything
+    return read_result(log.records, protocol)
+
+
+def complete_result(
+    model: torch.nn.Module,
+    requests: list[EditRequest],
+    protocol: Protocol,
+    folder: str | Path,
+    *,
+    method: type[Method],
+    config: EditConfig,
+    covariance: Covariance | None = None,
+    identity: dict | None = None,
+) -> Result | None:
+    """The result of a run that is complete in ``folder``, from its log; ``None`` where it is not, or nothing is there.
+
+    Raises:
+        StorageError: the folder holds another run.
+    """
+    path = Path(folder) / "log.jsonl"
+    if not path.exists():
+        return None
+    log = RunLog(path, _header(model, requests, protocol, method, config, covariance, identity))
+    return read_result(log.records, protocol) if _finished(log.records, len(requests)) else None
+
+
+def _header(model, requests, protocol, method, config, covariance, identity) -> dict:
+    """What a run is: its log's first line."""
+    return {
         "method": method.name,
         "protocol": protocol.name,
         "batch_size": protocol.batch_size,
@@ -173,20 +215,6 @@ def run_protocol(
         "covariance": _covariance(covariance),
         **(identity or {}),
     }
-    folder = Path(folder)
-    with alone(folder):
-        if (folder / "edits" / MANIFEST).exists() and not (folder / "log.jsonl").exists():
-            raise StorageError(f"{folder / 'edits'} holds edits that no run here has made; choose another folder")
-        log = RunLog(folder / "log.jsonl", header)
-        if not _finished(log.records, len(requests)):
-            if base is None:
-                base = predict_base(model, tokenizer, requests, generate=protocol.generate, writing=protocol.writing)
-            elif callable(base):
-                base = base()
-            run = _single_round if protocol.name == "single_round" else _consecutive
-            run(model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress)
-        shutil.rmtree(folder / "edits", ignore_errors=True)  # the log has everything
-    return read_result(log.records, protocol)
 
 
 def read_result(records: list[dict], protocol: Protocol) -> Result:

@@ -5,6 +5,7 @@ result = experiments.run(experiment, model, tokenizer, {"zsre": read_requests("z
 """
 
 from comeba_ext.experiments.definition import Case, Experiment, load, names
+from comeba_ext.experiments.processes import in_processes
 from comeba_ext.experiments.runner import run
 
-__all__ = ["Case", "Experiment", "load", "names", "run"]
+__all__ = ["Case", "Experiment", "in_processes", "load", "names", "run"]

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from comeba_ext import __version__, methods
 from comeba_ext.covariance import Covariance, covariance_of_blocks
@@ -21,6 +22,7 @@ from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation import Protocol, Result, predict_base, run_protocol
 from comeba_ext.evaluation.metrics import METRICS, Metrics, averaged
+from comeba_ext.evaluation.protocols import complete_result
 from comeba_ext.evaluation.queries import check_record
 from comeba_ext.evaluation.ways import WAYS
 from comeba_ext.experiments import measures, table
@@ -61,8 +63,8 @@ def run(
         texts: corpus to collect it from (kept in ``out``, where the next experiment finds it).
         plain_texts: for the measure ``text``.
         samples: records a data set, default the experiment's.
-        cases: labels; only these are run, and nothing but their logs is written to ``out``. Processes that each run some of them share
-            the folder, and a run of all cases then finds every log complete, and makes the table and the plots.
+        cases: labels; only these are run. Tables and plots hold them, and those of the others that are complete in ``out``: processes
+            that each run some of them share the folder.
         command: what was typed, for the report's "how to run it again".
         seed: of the intervals, and, where it is not 0, of the order in which records are taken from a data set.
 
@@ -80,12 +82,14 @@ def run(
         raise ComebaError("the measure 'text' needs texts: add --texts")
     samples = samples or experiment.samples
     chosen = _chosen(experiment, cases)
-    configs = {case.label: case.config(model) for case in chosen}
-    needing = [c for case, c in zip(chosen, configs.values()) if methods.method_named(case.method).needs_covariance]
+    configs = {case.label: case.config(model) for case in experiment.cases}
+    kept = out / "covariance.safetensors"
+    asking = experiment.cases if kept.exists() else chosen  # to read the logs of the others takes the same
+    needing = [configs[case.label] for case in asking if methods.method_named(case.method).needs_covariance]
     for config in needing if covariance is not None else ():  # before the first case, not before the one that needs it
         covariance.check(model, _widths(model, config))
     if needing and covariance is None:
-        covariance = _collect(model, tokenizer, texts, needing, out / "covariance.safetensors", progress)
+        covariance = _collect(model, tokenizer, texts, needing, kept, progress)
     identity = {
         "measures": list(experiment.measures),
         "tasks": list(experiment.tasks) or None,
@@ -99,27 +103,21 @@ def run(
         records[dataset] = read.counts(used, skipped)
         how = {"generate": experiment.generate, "writing": experiment.writing, "progress": progress}
         base = functools.cache(functools.partial(predict_base, model, tokenizer, used, **how))  # not asked where every log is complete
-        for case in chosen:
+        for case in experiment.cases:
             protocol = _protocol(experiment, case, len(used), seed)
             method = methods.method_named(case.method)
-            own = Path(experiment.name, _slug(dataset), _slug(case.label))
-            results = [
-                run_protocol(
-                    model,
-                    tokenizer,
-                    _in_order(used, order),
-                    protocol,
-                    out / own / (f"order-{order}" if order else ""),
-                    method=method,
-                    config=configs[case.label],
-                    covariance=covariance if method.needs_covariance else None,
-                    base=base,
-                    measure=measure,
-                    identity=identity,
-                    progress=progress,
-                )
-                for order in range(experiment.orders)
-            ]
+            own = Path(experiment.name, slug(dataset), slug(case.label))
+            what = {"method": method, "config": configs[case.label], "covariance": covariance if method.needs_covariance else None}
+            asking = {"base": base, "measure": measure, "progress": progress}
+            results = []
+            for order in range(experiment.orders):
+                given = (_in_order(used, order), protocol, out / own / (f"order-{order}" if order else ""))
+                if case in chosen:
+                    results.append(run_protocol(model, tokenizer, *given, **what, **asking, identity=identity))
+                elif covariance is not None or not method.needs_covariance:
+                    results.append(complete_result(model, *given, **what, identity=identity))
+            if not results or None in results:
+                continue
             about = {
                 "dataset": dataset,
                 "method": case.method,
@@ -152,10 +150,9 @@ def run(
         "expected": list(experiment.expected),
         "plots": [],
     }
-    if cases is None:
-        _write(result, out)
-        result["plots"] = _plots(result, experiment, out)
-        _write(result, out)
+    _write(result, out)
+    result["plots"] = _plots(result, experiment, out)
+    _write(result, out)
     return result
 
 
@@ -201,7 +198,8 @@ def _collect(model, tokenizer, texts, configs: list[EditConfig], path: Path, pro
         raise ComebaError("no covariance: add --covariance FILE (see 'comeba covariance'), or --texts to collect it from")
     blocks = {block for config in configs for block in config.layers}
     architecture = Architecture.of(model, configs[0].blocks, configs[0].projection)
-    return covariance_of_blocks(model, tokenizer, texts or [], blocks, architecture, path=path, progress=progress)
+    with FileLock(path.with_name(f".{path.stem}.lock")):  # one of several processes collects, the others find it
+        return covariance_of_blocks(model, tokenizer, texts or [], blocks, architecture, path=path, progress=progress)
 
 
 def _widths(model, config: EditConfig) -> dict[str, int]:
@@ -252,7 +250,7 @@ def _plain(metrics) -> dict:
     return {"records": metrics.get("records", 0), **found, **({"questions": metrics["questions"]} if "questions" in metrics else {})}
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """A name for files: letters, digits, dots and dashes; where others had to go, a few digits tell two texts apart."""
     plain = re.sub(r"[^\w.=-]+", "-", text).strip("-.")
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}".lstrip("-")
@@ -261,4 +259,4 @@ def _slug(text: str) -> str:
 def _plots(result: dict, experiment: Experiment, out: Path) -> list[str]:
     from comeba_ext.experiments import plots  # matplotlib takes a second to import
 
-    return plots.draw(result, experiment.plot, {name: out / f"{experiment.name}-{_slug(name)}.png" for name in result["records"]})
+    return plots.draw(result, experiment.plot, {name: out / f"{experiment.name}-{slug(name)}.png" for name in result["records"]})
