@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,7 @@ from comeba_ext.errors import ArchitectureError, ConfigError, CovarianceError, R
 from comeba_ext.layers.attachment import prompt_rewriter
 from comeba_ext.methods.ft import FTConfig
 from comeba_ext.methods.settings import default_config, entry
+from comeba_ext.methods.trained import FILE, save_learner
 
 NAMES = list(methods.method_names())
 SINGLE = ("ROME", "R-ROME", "EMMET", "FT", "FT-L", "GRACE", "WISE", "MEMOIR")
@@ -30,9 +33,10 @@ SETTINGS = {
     "MEMOIR": {"lr": 0.5, "irrelevant": 4},
     "MELO": {"lr": 0.05, "edits_per_block": 2, "blocks_in_all": 4},
     "KN": {"adaptive_threshold": 0.05},
+    "MEND": {"edit_rate": 0.05, "rank": 8},
 }
 WITH_VALUES = [name for name in NAMES if methods.method_named(name).takes_values]
-NO_SHARES = ("FT", "FT-L", "UltraEdit", "WISE")  # a single edit cannot be taken back
+NO_SHARES = ("FT", "FT-L", "UltraEdit", "WISE", "MEND")  # a single edit cannot be taken back
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,8 +64,17 @@ def make_method(name, model, tokenizer, **changes):
     kind = methods.method_named(name)
     settings = {"layers": LAYERS.get(name, (1, 2)), "lam": 20.0, "prefixes": 2, "prefix_length": 4, "steps": 5, "lr": 0.1, "clamp": 2.0}
     editor = Editor(model, tokenizer, kind.config_class(**(settings | SETTINGS.get(name, {}) | changes)), method=name)
+    if hasattr(kind, "learner") and editor.config.editor is None:
+        object.__setattr__(editor.config, "editor", untrained(editor))
     editor.collect_covariance(TEXTS, tokens=10**6, progress=False)
     return editor
+
+
+def untrained(editor):
+    """Folder of an editor that has learned nothing yet."""
+    folder = Path(tempfile.mkdtemp())
+    save_learner(editor.method.new_learner(), folder / FILE, {"kind": "editor", "method": editor.method.name})
+    return str(folder)
 
 
 def given(editor, count, seed=0):

@@ -20,7 +20,7 @@ FLOORS = [
     {"saved_edits"},
     {"editor"},
     {"evaluation"},
-    {"testbed", "tuning"},
+    {"testbed", "tuning", "training"},
     {"loading", "experiments"},
     {"doctor", "report"},
     {"cli"},

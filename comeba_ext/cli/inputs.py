@@ -57,14 +57,17 @@ def device_of(wanted: str | None) -> str:
     return f"cuda:{own}" if count or wanted == "cuda" else "cpu"
 
 
-def settings_of(model, path: Path | None, method=None, scope: str | None = None):
-    """Settings of a method (default COMEBA-HK): the model's defaults, what the file changes, the scope asked for."""
+def settings_of(model, path: Path | None, method=None, scope: str | None = None, editor: Path | None = None):
+    """Settings of a method (default COMEBA-HK): the model's defaults, what the file changes, the scope and trained editor asked for."""
     from comeba_ext.editing.config import read_settings
     from comeba_ext.methods import default_config
 
     changes = read_settings(path) if path else {}
+    if editor is not None and not hasattr(method, "learner"):
+        raise ConfigError(f"--editor is for methods that are trained (comeba train); {getattr(method, 'name', 'COMEBA-HK')} edits as it is")
+    changes |= {name: value for name, value in {"scope": scope, "editor": editor and str(editor)}.items() if value}
     try:
-        return default_config(method or "COMEBA-HK", model, **{**changes, **({"scope": scope} if scope else {})})
+        return default_config(method or "COMEBA-HK", model, **changes)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}" if path else str(error)) from None
 

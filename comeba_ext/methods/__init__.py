@@ -21,6 +21,7 @@ from comeba_ext.methods.kn import KN
 from comeba_ext.methods.melo import MELO
 from comeba_ext.methods.memit import MEMIT
 from comeba_ext.methods.memoir import MEMOIR
+from comeba_ext.methods.mend import MEND
 from comeba_ext.methods.names import METHODS, method_named, method_names, register_method
 from comeba_ext.methods.pmet import PMET
 from comeba_ext.methods.r_rome import RROME
@@ -51,6 +52,7 @@ for _method in (
     KN,
     IKE,
     ICE,
+    MEND,
     FixedThreshold,
 ):
     register_method(_method)
@@ -66,6 +68,7 @@ __all__ = [
     "MELO",
     "MEMIT",
     "MEMOIR",
+    "MEND",
     "METHODS",
     "PMET",
     "ROME",

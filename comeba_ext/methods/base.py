@@ -108,6 +108,11 @@ class Method:
             raise ConfigError(f"{cls.name} edits one layer, got layers {list(config.layers)}")
 
     @classmethod
+    def implied(cls, changes: dict) -> dict:
+        """Settings that follow from those a user gives, such as a file that was made with some; what is given itself comes before."""
+        return {}
+
+    @classmethod
     def targets(cls, config: EditConfig, architecture: Architecture) -> list[str]:
         """Names of the layers that it wraps; by default the configured blocks' MLP output projections."""
         return [architecture.projection_name(index) for index in config.layers]
@@ -129,6 +134,9 @@ class Method:
         return attach(model, cls.build(model, config, architecture), architecture.decoder)
 
     # -- what it does with requests -----------------------------------------------------------------------------
+
+    def ready(self) -> None:
+        """Raises :class:`ConfigError` where something is missing that its settings should name."""
 
     def validate(self, batch: list[EditRequest]) -> None:
         """Raises :class:`RequestError` for a request it cannot edit; needs no forward pass."""

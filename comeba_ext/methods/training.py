@@ -63,6 +63,54 @@ class TrainingRows:
             return logits_at(model, inputs, places)
 
 
+def factors_of(
+    session: Session, layers: dict[str, nn.Module], rows: list[Row], everywhere: bool = False
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[float]]:
+    """The loss's gradients with respect to layers' weights, as factors: of one backward pass a micro-batch, never as matrices.
+
+    Args:
+        layers: by name, in the order in which they run.
+        rows: with targets; a row's loss is the mean over its target's tokens, and the whole's the mean over rows.
+        everywhere: at every token, so that ``Σ g xᵀ`` is the whole gradient; else at those that give the target.
+
+    Returns:
+        Layer name to inputs ``x (tokens, d_in)`` and gradients ``g (tokens, d_out)`` with respect to the layer's outputs; rows' losses.
+    """
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    gradients: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    losses = [0.0] * len(rows)
+    for group in micro_batches([len(row.ids) for row in rows], session.max_tokens):
+        chosen = [rows[n] for n in group]
+        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        handles = [layer.register_forward_hook(_noting(name, seen)) for name, layer in layers.items()]
+        try:
+            read = logits_at(session.model, batch_inputs(chosen, session.pad_token, session.device), [row.predicts for row in chosen])
+        finally:
+            for handle in handles:
+                handle.remove()
+        wide, device = torch.promote_types(read[0].dtype, torch.float32), read[0].device
+        own = [F.cross_entropy(logits.to(wide), torch.tensor(row.target, device=device)) for logits, row in zip(read, chosen, strict=True)]
+        found = torch.autograd.grad(sum(own) / len(rows), [output for _, output in seen.values()])
+        places = [range(len(row.ids)) if everywhere else row.predicts for row in chosen]
+        where = torch.tensor([[i, place] for i, own in enumerate(places) for place in own], device=device).unbind(1)
+        for (name, (x, _)), gradient in zip(seen.items(), found, strict=True):
+            shape = (len(chosen), -1)
+            inputs[name].append(x.reshape(*shape, x.shape[-1])[where])
+            gradients[name].append(gradient.reshape(*shape, gradient.shape[-1])[where])
+        for n, loss in zip(group, own, strict=True):
+            losses[n] = loss.item()
+    return {name: (torch.cat(inputs[name]), torch.cat(gradients[name])) for name in layers}, losses
+
+
+def _noting(name: str, seen: dict):
+    def note(module, args, output):
+        output = output if output.requires_grad else output.detach().requires_grad_(True)  # the first layer's starts the graph
+        seen[name] = (args[0].detach(), output)
+        return output
+
+    return note
+
+
 def inputs_of(session: Session, layer: nn.Module, rows: list[Row]) -> list[torch.Tensor]:
     """A layer's inputs at every token of every row, each ``(tokens, d_in)``."""
     return _seen(session, layer, rows, lambda inputs, seen: run_until(session.decoder, layer, inputs, {layer: seen.append}, before=True))

@@ -5,20 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn import functional as F
 
 from comeba_ext.editing.config import EditConfig, check_fields, is_int
 from comeba_ext.editing.report import Phases
 from comeba_ext.editing.session import Session
 from comeba_ext.errors import ConfigError, RequestError
 from comeba_ext.forward.architectures import Architecture
-from comeba_ext.forward.logits import logits_at
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.deltas import Deltas
-from comeba_ext.text.encoding import micro_batches
+from comeba_ext.methods.training import factors_of
 from comeba_ext.text.request import EditRequest
-from comeba_ext.text.rows import answer_rows, batch_inputs
+from comeba_ext.text.rows import answer_rows
 
 CLOSE = torch.finfo(torch.float32).eps  # added to a spread that is divided by
 LEAST = 1e-6  # of the largest variance: bound on what is divided by when whitening (the authors' code bounds the variances themselves)
@@ -118,52 +116,13 @@ class UltraEdit(Deltas):
 
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         with phases("keys"), evaluating(self.session.model), frozen(self.session.model):
-            found, losses = self._read(batch)
+            rows = answer_rows(self.session.tokenizer, [(request.text, request.target_new) for request in batch])
+            found, losses = factors_of(self.session, self.layers, rows)
         with phases("update"):
             for name, (inputs, gradients) in found.items():
                 self._write_layer(name, inputs.double(), gradients.double())
         on_progress(len(batch), sum(losses) / len(losses))
         return losses, [1] * len(batch)
-
-    def _read(self, batch: list[EditRequest]) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[float]]:
-        """Layer name to inputs ``(tokens, d_in)`` and gradients ``(tokens, d_out)`` at all tokens that give the new objects, and losses."""
-        session = self.session
-        rows = answer_rows(session.tokenizer, [(request.text, request.target_new) for request in batch])
-        inputs: dict[str, list[torch.Tensor]] = {name: [] for name in self.layers}
-        gradients: dict[str, list[torch.Tensor]] = {name: [] for name in self.layers}
-        losses = [0.0] * len(rows)
-        for group in micro_batches([len(row.ids) for row in rows], session.max_tokens):
-            chosen = [rows[n] for n in group]
-            seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-            handles = [layer.register_forward_hook(self._noting(name, seen)) for name, layer in self.layers.items()]
-            try:
-                read = logits_at(session.model, batch_inputs(chosen, session.pad_token, session.device), [row.predicts for row in chosen])
-            finally:
-                for handle in handles:
-                    handle.remove()
-            wide, device = torch.promote_types(read[0].dtype, torch.float32), read[0].device
-            own = [
-                F.cross_entropy(logits.to(wide), torch.tensor(row.target, device=device)) for logits, row in zip(read, chosen, strict=True)
-            ]
-            outputs = [output for _, output in seen.values()]
-            found = torch.autograd.grad(sum(own) / len(rows), outputs)
-            where = torch.tensor([[i, place] for i, row in enumerate(chosen) for place in row.predicts], device=device).unbind(1)
-            for (name, (x, _)), gradient in zip(seen.items(), found, strict=True):
-                shape = (len(chosen), -1)
-                inputs[name].append(x.reshape(*shape, x.shape[-1])[where])
-                gradients[name].append(gradient.reshape(*shape, gradient.shape[-1])[where])
-            for n, loss in zip(group, own, strict=True):
-                losses[n] = loss.item()
-        return {name: (torch.cat(inputs[name]), torch.cat(gradients[name])) for name in self.layers}, losses
-
-    @staticmethod
-    def _noting(name: str, seen: dict):
-        def note(module, args, output):
-            output = output if output.requires_grad else output.detach().requires_grad_(True)  # the first layer's starts the graph
-            seen[name] = (args[0].detach(), output)
-            return output
-
-        return note
 
     def _write_layer(self, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         d_in = inputs.shape[1]

@@ -1,0 +1,280 @@
+"""The loop: episodes into a learner, validation, the best editor kept; a killed run ends with the bits of one that was not.
+
+A step takes its episodes from a permutation of the records that depends on the seed and the epoch alone, and draws their wordings by the
+seed and the step. So all that a checkpoint (``last.safetensors``) holds beside the learner is Adam's state and where the run is.
+
+accelerate runs it: mixed precision, several processes (each takes its share of a step's edits), accumulation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from comeba_ext.editor import Editor
+from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
+from comeba_ext.methods.trained import FILE, Learner, Trained, save_learner
+from comeba_ext.storage import alone, read_tensors, write_tensors, write_text
+from comeba_ext.text.episodes import episodes_of
+from comeba_ext.text.request import EditRequest
+
+LAST = "last.safetensors"
+MEASURED = ("loss", "reliability", "generality", "locality")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a learner is trained.
+
+    Args:
+        steps: of the optimiser, at most.
+        edits: requests that are edited together in a forward pass, and ``accumulate``: passes a step.
+        lr: Adam's rate where the learner has none of its own.
+        clip: bound on the gradient's norm.
+        validate_every: steps between validations; ``validations``: records each, the first ones.
+        patience: validations without a lower loss after which it ends.
+        save_every: steps between checkpoints, which a killed run goes on from.
+        seed: of the order and the wordings.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (accelerate's).
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    steps: int = 2000
+    edits: int = 1
+    accumulate: int = 4
+    lr: float = 1e-4
+    clip: float = 100.0
+    validate_every: int = 100
+    validations: int = 50
+    patience: int = 5
+    save_every: int = 50
+    seed: int = 0
+    mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "edits", "accumulate", "validate_every", "validations", "patience", "save_every")
+        for name in counts:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of 1 or more, got {value!r}")
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ConfigError(f"{name} must be a number above 0, got {value!r}")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ConfigError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}")
+
+
+class Trainer:
+    """Trains a method's editor for a model.
+
+    Args:
+        editor: of an unedited model, with a method that is trained (:class:`~comeba_ext.methods.trained.Trained`).
+        train, val: records with locality prompts; no fact of one should be in the other.
+        out: folder for ``editor.safetensors`` (the best by validation loss), ``last.safetensors`` (a run that was interrupted goes on
+            there), ``log.jsonl`` and, at the end, ``train.json`` and ``curve.png``.
+
+    Raises:
+        ConfigError: the method cannot be trained.
+        RequestError: a record cannot be edited, there is none, or the model is edited already.
+    """
+
+    def __init__(
+        self, editor: Editor, train: list[EditRequest], val: list[EditRequest], out: str | Path, config: TrainConfig | None = None
+    ):
+        if not isinstance(editor.method, Trained):
+            raise ConfigError(f"{editor.method.name} is not trained; it edits as it is")
+        if editor.step:
+            raise RequestError("the model is edited already; train on the unedited one")
+        if not train or not val:
+            raise RequestError(f"there are {len(train)} records to train on and {len(val)} to validate on; each needs one at least")
+        editor.check([*train, *val])
+        self.editor, self.train, self.val, self.out = editor, train, val, Path(out)
+        self.config = config or TrainConfig()
+        self.learner: Learner = editor.method.new_learner()
+        self.shown = [own for n in range(len(val[: self.config.validations])) for own in episodes_of(val, [n], random.Random(n))]
+
+    def run(self, progress: bool = True, on_validation: Callable[[dict], None] | None = None) -> dict:
+        """Train, or go on with what was interrupted in ``out``.
+
+        Returns:
+            ``steps``, ``seconds``, ``best`` (a validation: ``step``, ``loss``, ``reliability``, ``generality``, ``locality``),
+            ``validations``, ``parameters``, ``bytes`` of the editor.
+
+        Raises:
+            StorageError: ``out`` holds the training of something else.
+            ComebaError: the loss became NaN or infinite; the best editor so far is kept.
+        """
+        with alone(self.out):
+            return self._run(progress, on_validation)
+
+    def _run(self, progress: bool, on_validation: Callable[[dict], None] | None) -> dict:
+        try:
+            from accelerate import Accelerator
+        except ImportError:
+            raise ComebaError("training needs the package accelerate: pip install 'comeba_ext[train]'") from None
+
+        config = self.config
+        device = self.editor.model.get_input_embeddings().weight.device
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=device.type == "cpu")
+        optimiser = torch.optim.Adam([{"lr": config.lr, **group} for group in self.learner.groups()])
+        step, lines = self._resume(optimiser)
+        learner, optimiser = accelerator.prepare(self.learner, optimiser)
+        validations = [line for line in lines if line["event"] == "validation"]
+        start, before = time.monotonic(), lines[-1]["seconds"] if lines else 0.0
+        with tqdm(total=config.steps, initial=step, disable=not progress, unit="step", desc=self.editor.method.name) as bar:
+            while step < config.steps and not self._enough(validations):
+                parts = self._step(accelerator, learner, optimiser, step)
+                step += 1
+                seconds = before + time.monotonic() - start
+                lines.append({"event": "step", "step": step, **parts, "seconds": seconds})
+                bar.set_postfix(loss=f"{parts['loss']:.3g}", refresh=False)
+                bar.update()
+                ends = step == config.steps
+                if ends or step % config.validate_every == 0:
+                    found = {"event": "validation", "step": step, **self._validate(), "seconds": before + time.monotonic() - start}
+                    if accelerator.is_main_process and not any(own["loss"] <= found["loss"] for own in validations):
+                        self._save_best(found)
+                    validations.append(found)
+                    lines.append(found)
+                    if on_validation is not None:
+                        on_validation(found)
+                if accelerator.is_main_process and (ends or step % config.save_every == 0 or lines[-1]["event"] == "validation"):
+                    self._save(step, optimiser, lines)
+        return self._finish(lines, validations) if accelerator.is_main_process else {}
+
+    def _step(self, accelerator, learner, optimiser, step: int) -> dict[str, float]:
+        """One of the optimiser; returns the loss's parts, means over its passes."""
+        config, sums = self.config, {}
+        learner.train()
+        for number in range(config.accumulate):
+            episodes = self._episodes(step, number)[accelerator.process_index :: accelerator.num_processes]
+            loss, parts = learner(episodes)
+            if not torch.isfinite(loss):
+                raise ComebaError(f"the loss became {loss.item()} at step {step + 1}; the best editor so far is kept, lower lr")
+            accelerator.backward(loss / config.accumulate)
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value / config.accumulate
+        accelerator.clip_grad_norm_(learner.parameters(), config.clip)
+        optimiser.step()
+        optimiser.zero_grad()
+        return sums
+
+    def _episodes(self, step: int, number: int) -> list:
+        """Those of a pass: the next records of a permutation that every epoch has one of."""
+        config, count = self.config, len(self.train)
+        first = (step * config.accumulate + number) * config.edits
+        numbers = [self._order((first + n) // count)[(first + n) % count] for n in range(config.edits)]
+        return episodes_of(self.train, numbers, random.Random(f"{config.seed}:{step}:{number}"))
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch, self._numbers = epoch, list(range(len(self.train)))
+            random.Random(f"{self.config.seed}:{epoch}").shuffle(self._numbers)
+        return self._numbers
+
+    def _validate(self) -> dict[str, float]:
+        self.learner.eval()
+        found = [self.learner.measure(episode) for episode in self.shown]
+        return {name: sum(own[name] for own in found) / len(found) for name in MEASURED}
+
+    def _enough(self, validations: list[dict]) -> bool:
+        best = min(range(len(validations)), key=lambda n: validations[n]["loss"], default=0)
+        return len(validations) - best > self.config.patience
+
+    # -- what is kept -------------------------------------------------------------------------------------------
+
+    def _header(self) -> dict:
+        """What this training is: another one is not gone on with."""
+        data = [[request.to_record() for request in records] for records in (self.train, self.val)]
+        digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+        settings = {name: value for name, value in asdict(self.config).items() if name != "steps"}  # more of them may be asked for
+        return {"kind": "training", "method": self.editor.method.name, "data": digest, "training": settings}
+
+    def _save_best(self, found: dict) -> None:
+        save_learner(self.learner, self.out / FILE, {**self._header(), "kind": "editor", "validation": found})
+
+    def _save(self, step: int, optimiser, lines: list[dict]) -> None:
+        state = optimiser.state_dict()["state"]
+        tensors = {f"learner.{name}": own for name, own in self.learner.state_dict().items()}
+        tensors |= {f"optimiser.{n}.{key}": torch.as_tensor(own) for n, kept in state.items() for key, own in kept.items()}
+        about = {**self._header(), "settings": self.editor.config.to_dict(), "step": step, "lines": len(lines)}
+        write_text(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_tensors(self.out / LAST, tensors, about)
+
+    def _resume(self, optimiser) -> tuple[int, list[dict]]:
+        """Step and log of the checkpoint, whose weights and optimiser's state are taken; 0 and nothing where there is none."""
+        if not (self.out / LAST).exists():
+            if (self.out / FILE).exists():
+                raise StorageError(f"{self.out} holds an editor that this run has not made; choose another folder")
+            return 0, []
+        tensors, about = read_tensors(self.out / LAST)
+        wanted = {**self._header(), "settings": json.loads(json.dumps(self.editor.config.to_dict()))}
+        differ = [key for key, value in wanted.items() if about.get(key) != value]
+        if differ:
+            raise StorageError(f"{self.out} holds another training ({', '.join(differ)} differ); choose another folder")
+        try:
+            own = {name[len("learner.") :]: tensor for name, tensor in tensors.items() if name.startswith("learner.")}
+            self.learner.load_state_dict(own)
+            state: dict[int, dict] = {}
+            for name, tensor in tensors.items():
+                if name.startswith("optimiser."):
+                    _, number, key = name.split(".")
+                    state.setdefault(int(number), {})[key] = tensor
+            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+            text = (self.out / "log.jsonl").read_text(encoding="utf-8")
+            return about["step"], [json.loads(line) for line in text.splitlines()[: about["lines"]]]
+        except (KeyError, ValueError, RuntimeError, OSError) as error:
+            raise StorageError(f"{self.out / LAST} does not fit this training ({error}); remove the folder to start anew") from None
+
+    def _finish(self, lines: list[dict], validations: list[dict]) -> dict:
+        best = min(validations, key=lambda own: own["loss"])
+        result = {
+            **self._header(),
+            "steps": lines[-1]["step"],
+            "seconds": lines[-1]["seconds"],
+            "best": best,
+            "validations": validations,
+            "parameters": sum(own.numel() for own in self.learner.parameters()),
+            "bytes": (self.out / FILE).stat().st_size,
+        }
+        write_text(self.out / "train.json", json.dumps(result, indent=1) + "\n")
+        _plot(lines, validations, self.out / "curve.png")
+        return result
+
+
+def _plot(lines: list[dict], validations: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3))
+    steps = [line for line in lines if line["event"] == "step"]
+    window = max(1, len(steps) // 100)
+    parts = [steps[n : n + window] for n in range(0, len(steps), window)]
+    means = [sum(line["loss"] for line in part) / len(part) for part in parts]
+    left.plot([part[-1]["step"] for part in parts], means, color="#999999", label="training")
+    left.plot([own["step"] for own in validations], [own["loss"] for own in validations], "o-", color="#0072B2", label="validation")
+    left.set_ylabel("loss")
+    left.legend(fontsize=8)
+    for name, colour in (("reliability", "#0072B2"), ("generality", "#D55E00"), ("locality", "#009E73")):
+        right.plot([own["step"] for own in validations], [own[name] for own in validations], "o-", color=colour, label=name)
+    right.set_ylim(-0.02, 1.02)
+    right.set_ylabel("a single edit, validation")
+    right.legend(fontsize=8)
+    for axis in (left, right):
+        axis.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,324 @@
+"""Methods that are trained: MEND against literal formulas, episodes, and a training that is killed, diverges, or is of something else."""
+
+import copy
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from test_cli import output, run
+from test_editor import ids_of, small_model, some_requests
+from test_methods import make_method, requests_of
+from torch.nn import functional as F
+
+from comeba_ext import Editor, EditRequest, testbed
+from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
+from comeba_ext.methods.mend import MendConfig, Transform
+from comeba_ext.methods.settings import default_config
+from comeba_ext.methods.trained import FILE
+from comeba_ext.storage import read_tensors, write_tensors
+from comeba_ext.text.episodes import Episode, episodes_of
+from comeba_ext.training import TrainConfig, Trainer
+
+SETTINGS = {"layers": (1, 2), "edit_rate": 0.03, "rank": 6}
+
+
+def mend(tiny_model, tokenizer, double=False, **changes):
+    model = small_model(tiny_model)
+    return Editor(model.double() if double else model, tokenizer, MendConfig(**(SETTINGS | changes)), method="MEND")
+
+
+def nll(model, tokenizer, prompt, target):
+    """Mean over the target's tokens, of a plain model."""
+    before, whole = (tokenizer(text)["input_ids"] for text in (prompt, f"{prompt} {target}"))
+    log_p = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    return -sum(log_p[i - 1, whole[i]] for i in range(len(before), len(whole))) / (len(whole) - len(before))
+
+
+def long_targets(count):
+    """Of several tokens."""
+    return [EditRequest(r.prompt, r.subject, f"{r.target_new}, the capital of Angola") for r in some_requests(count)]
+
+
+# -- MEND -----------------------------------------------------------------------------------------------------------
+
+
+def test_mend_that_has_learned_nothing_is_a_gradient_step(tiny_model, tokenizer):
+    """Batch after batch: of the sum of the requests' losses, at the weights as they are by then."""
+    plain, model = small_model(tiny_model).double(), small_model(tiny_model).double()
+    editor = make_method("MEND", model, tokenizer, **SETTINGS)
+    requests = long_targets(5)
+    for batch in (requests[:3], requests[3:]):
+        editor.edit(batch)
+        weights = [plain.transformer.h[n].mlp.c_proj.weight for n in (1, 2)]
+        loss = sum(nll(plain, tokenizer, r.text, r.target_new) for r in batch)
+        for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+            weight.data -= 0.03 * gradient
+        for name, layer in editor.layers.items():
+            written = plain.get_submodule(name).weight - layer.weight  # (d_in, d_out), as Conv1D holds it
+            assert torch.allclose(layer.delta.mT, written, rtol=1e-4, atol=1e-6 * written.abs().max().item())
+
+
+def test_the_network_is_its_equation():
+    """Equation 3, a token at a time, in numpy; normalised by the mean and spread of what was noted."""
+    torch.manual_seed(0)
+    network = Transform(10, 2, 3)
+    for parameter in network.parameters():
+        parameter.data.normal_()
+    seen = torch.randn(3, 7, 10) * 3 + 1
+    for part in seen:
+        network.note(1, part)
+    z = torch.randn(5, 10)
+    flat = seen.reshape(-1, 10).double().numpy()
+    get = lambda tensor: tensor.detach().double().numpy()  # noqa: E731
+    for token, found in zip(z, network(1, z), strict=True):
+        x = (get(token) - flat.mean(0)) / flat.std(0, ddof=1)
+        for n in range(2):
+            inner = get(network.up[n]) @ (get(network.down[n]) @ x) + (get(network.bias) if n == 0 else 0)
+            x = x + np.maximum(get(network.scale[n][1]) * inner + get(network.offset[n][1]), 0)
+        assert np.allclose(get(found), x, atol=1e-4)
+    for token, found in zip(z, Transform(10, 2, 3)(0, z), strict=True):
+        assert torch.equal(found, token)  # the identity at the start
+
+
+def test_mends_loss_is_that_of_the_edited_model(tiny_model, tokenizer):
+    """c_edit times the NLL of the edits and of their other wordings, plus KL(edited ‖ unedited) behind unrelated prompts."""
+    editor = mend(tiny_model, tokenizer)
+    learner = editor.method.new_learner().eval()
+    requests = long_targets(3)
+    episodes = [Episode(r, f"Really, {r.text}", (f"Water {n} is", "wet and cold")) for n, r in enumerate(requests)]
+    loss, parts = learner(episodes)
+    plain = small_model(tiny_model)
+    edited = copy.deepcopy(plain)
+    weights = [edited.transformer.h[n].mlp.c_proj.weight for n in (1, 2)]
+    gradients = torch.autograd.grad(sum(nll(edited, tokenizer, r.text, r.target_new) for r in requests), weights)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.data -= 0.03 * gradient
+    edit = [nll(edited, tokenizer, text, e.request.target_new) for e in episodes for text in (e.request.text, e.wording)]
+    far = []
+    for prompt, answer in (e.unrelated for e in episodes):
+        before, whole = (tokenizer(text)["input_ids"] for text in (prompt, f"{prompt} {answer}"))
+        new, old = (m(torch.tensor([whole])).logits[0].log_softmax(-1) for m in (edited, plain))
+        places = range(len(before) - 1, len(whole) - 1)
+        far.append(sum(F.kl_div(new[i], old[i], reduction="sum", log_target=True) for i in places) / len(places))
+    assert parts["edit"] == pytest.approx(sum(edit).item() / 6, rel=1e-4)
+    assert parts["locality"] == pytest.approx(sum(far).item() / 3, rel=1e-3)
+    assert loss.item() == pytest.approx(0.1 * parts["edit"] + parts["locality"], rel=1e-6)
+    shares = learner.measure(episodes[0])
+    assert set(shares) == {"loss", "reliability", "generality", "locality"} and all(0 <= shares[n] <= 1 for n in list(shares)[1:])
+
+
+def test_mends_gradient_is_the_differences_quotient(tiny_model, tokenizer):
+    learner = mend(tiny_model, tokenizer).method.new_learner().eval()
+    with torch.no_grad():
+        for parameter in learner.networks.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.05)
+    episodes = [Episode(r, r.text, ("Water is", "wet")) for r in long_targets(2)]
+    learner(episodes)[0].backward()
+    for parameter in (learner.rates, learner.networks[0].offset[0], learner.networks[0].up[1]):
+        way = parameter.grad / parameter.grad.norm()
+        assert parameter.grad.norm() > 0
+        step, sides = 1e-3, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(sign * step * way)
+                sides.append(learner(episodes)[0].item())
+                parameter.sub_(sign * step * way)
+        assert (sides[0] - sides[1]) / (2 * step) == pytest.approx(parameter.grad.norm().item(), rel=0.05)
+
+
+def test_mend_needs_an_editor_that_fits(tiny_model, tokenizer, tmp_path):
+    requests = requests_of(2)
+    bare = mend(tiny_model, tokenizer)
+    with pytest.raises(ConfigError, match="comeba train MEND"):
+        bare.edit(requests)
+    assert bare.step == 0
+    folder = make_method("MEND", small_model(tiny_model), tokenizer, **SETTINGS).config.editor
+    assert default_config("MEND", small_model(tiny_model), editor=folder).rank == 6  # as it was trained
+    for changes, words in (({"rank": 5}, "shape"), ({"layers": (1, 3)}, "was trained for the layers")):
+        with pytest.raises(StorageError, match=words):
+            mend(tiny_model, tokenizer, editor=folder, **changes).edit(requests)
+    with pytest.raises(StorageError, match="another model"):
+        Editor(small_model(tiny_model, seed=5), tokenizer, MendConfig(**SETTINGS, editor=folder), method="MEND").edit(requests)
+    tensors, about = read_tensors(f"{folder}/{FILE}")
+    write_tensors(tmp_path / FILE, {**tensors, "rates": tensors["rates"] * torch.nan}, about)
+    with pytest.raises(StorageError, match="NaN"):
+        mend(tiny_model, tokenizer, editor=str(tmp_path)).edit(requests)
+    write_tensors(tmp_path / FILE, tensors, {**about, "method": "SERAC"})
+    with pytest.raises(StorageError, match="no editor that was trained for MEND"):
+        mend(tiny_model, tokenizer, editor=str(tmp_path)).edit(requests)
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:200])
+    with pytest.raises(StorageError, match="truncated"):
+        mend(tiny_model, tokenizer, editor=str(tmp_path)).edit(requests)
+    with pytest.raises(ConfigError, match="parts"):
+        mend(tiny_model, tokenizer, parts=("mlp.nothing",))
+
+
+def test_edits_are_taken_back_without_the_trained_editor(tiny_model, tokenizer, tmp_path):
+    model = small_model(tiny_model)
+    ids = ids_of(model, tokenizer)
+    with torch.no_grad():
+        before = model(ids).logits
+    editor = make_method("MEND", model, tokenizer, **SETTINGS)
+    editor.edit(requests_of(2))
+    editor.save_pretrained(tmp_path / "edits")
+    editor.close()
+    manifest = json.loads((tmp_path / "edits" / "comeba_edits.json").read_text())
+    manifest["settings"]["editor"] = str(tmp_path / "moved away")
+    (tmp_path / "edits" / "comeba_edits.json").write_text(json.dumps(manifest))
+    again = Editor.from_pretrained(small_model(tiny_model), tokenizer, tmp_path / "edits")
+    with pytest.raises(StorageError, match="moved away"):
+        again.edit(requests_of(3)[2:])
+    again.rollback(0)
+    with torch.no_grad():
+        assert torch.equal(again.model(ids).logits, before)
+
+
+def test_parts_of_an_mlp(tiny_model, tokenizer):
+    editor = make_method("MEND", small_model(tiny_model, "llama"), tokenizer, **SETTINGS, parts=("mlp.up_proj", "mlp.gate_proj"))
+    assert len(editor.layers) == 6
+    editor.edit(requests_of(2))
+    assert all(layer.delta.any() for layer in editor.layers.values())
+
+
+# -- episodes -------------------------------------------------------------------------------------------------------
+
+
+def test_episodes():
+    own = EditRequest(
+        "{} is in", "Oslo", "Peru", rephrase_prompts=("Where is Oslo?", "Oslo lies in"), locality_prompts=(("Water is", "wet"),)
+    )
+    bare = EditRequest("{} is in", "Lima", "Chad")
+    drawn = [episodes_of([own, bare], [0, 1], random.Random(n)) for n in range(20)]
+    assert {e.wording for pair in drawn for e in pair[:1]} == {"Where is Oslo?", "Oslo lies in"}
+    assert all(pair[1].wording == "Lima is in" and pair[1].unrelated == ("Water is", "wet") for pair in drawn)  # another one's
+    assert drawn[3] == episodes_of([own, bare], [0, 1], random.Random(3))
+    with pytest.raises(RequestError, match="locality prompt"):
+        episodes_of([bare], [0], random.Random(0))
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+SHORT = {"steps": 6, "validate_every": 3, "validations": 2, "save_every": 2, "accumulate": 2, "lr": 1e-3}
+
+
+def trainer(tiny_model, tokenizer, out, seed=0, **changes):
+    editor = mend(tiny_model, tokenizer)
+    records = requests_of(8)
+    return Trainer(editor, records[:6], records[6:], out, TrainConfig(**(SHORT | {"seed": seed} | changes)))
+
+
+def tensors_of(folder, name):
+    return read_tensors(folder / name)[0]
+
+
+@pytest.mark.parametrize("moment", [1, 3, 4, 5])
+def test_a_killed_training_ends_with_the_same_bits(tiny_model, tokenizer, tmp_path, moment, monkeypatch):
+    whole = trainer(tiny_model, tokenizer, tmp_path / "whole").run(progress=False)
+    killed = trainer(tiny_model, tokenizer, tmp_path / "killed")
+    step = killed._step
+
+    def interrupted(accelerator, learner, optimiser, number):
+        if number == moment:
+            raise KeyboardInterrupt
+        return step(accelerator, learner, optimiser, number)
+
+    monkeypatch.setattr(killed, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run(progress=False)
+    assert not (tmp_path / "killed" / "train.json").exists()
+    result = trainer(tiny_model, tokenizer, tmp_path / "killed").run(progress=False)
+    strip = lambda value: json.loads(json.dumps(value), object_hook=lambda d: {k: v for k, v in d.items() if k != "seconds"})  # noqa: E731
+    assert strip(result) == strip(whole)
+    for name in (FILE, "last.safetensors"):
+        one, other = tensors_of(tmp_path / "whole", name), tensors_of(tmp_path / "killed", name)
+        assert set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
+    assert (tmp_path / "killed" / "curve.png").stat().st_size > 5000
+    assert len((tmp_path / "killed" / "log.jsonl").read_text().splitlines()) == 8
+    again = trainer(tiny_model, tokenizer, tmp_path / "whole").run(progress=False)  # complete: only read
+    assert strip(again) == strip(whole)
+    longer = trainer(tiny_model, tokenizer, tmp_path / "whole", steps=9).run(progress=False)
+    assert longer["steps"] == 9 and len(longer["validations"]) == 3
+
+
+def test_it_learns_and_the_best_is_kept(tiny_model, tokenizer, tmp_path):
+    first = trainer(tiny_model, tokenizer, tmp_path / "a", steps=1, validate_every=1, lr=1e-6).run(progress=False)
+    result = trainer(tiny_model, tokenizer, tmp_path / "b", steps=60, validate_every=10, lr=3e-3).run(progress=False)
+    assert result["best"]["loss"] < 0.8 * first["best"]["loss"]
+    assert result["best"]["loss"] == min(own["loss"] for own in result["validations"])
+    about = read_tensors(tmp_path / "b" / FILE)[1]
+    assert about["validation"]["step"] == result["best"]["step"] and about["method"] == "MEND"
+
+
+def test_it_ends_when_nothing_gets_better(tiny_model, tokenizer, tmp_path, monkeypatch):
+    run_ = trainer(tiny_model, tokenizer, tmp_path, steps=60, validate_every=1, patience=3)
+    losses = iter([3.0, 1.0, 2.0, 2.0, 2.0, 0.5])
+    monkeypatch.setattr(run_, "_validate", lambda: {"loss": next(losses), "reliability": 0.0, "generality": 0.0, "locality": 0.0})
+    result = run_.run(progress=False)
+    assert result["steps"] == 5 and result["best"]["step"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(tiny_model, tokenizer, tmp_path, monkeypatch):
+    run_ = trainer(tiny_model, tokenizer, tmp_path, validate_every=1)
+    forward, calls = run_.learner.forward, []
+
+    def diverging(episodes):
+        calls.append(1)
+        loss, parts = forward(episodes)
+        return (loss * torch.nan if len(calls) > 4 else loss), parts
+
+    monkeypatch.setattr(run_.learner, "forward", diverging)
+    with pytest.raises(ComebaError, match="nan at step 3"):
+        run_.run(progress=False)
+    assert all(own.isfinite().all() for own in tensors_of(tmp_path, FILE).values())
+    editor = mend(tiny_model, tokenizer, editor=str(tmp_path))
+    editor.edit(requests_of(1))
+
+
+def test_a_folder_of_something_else(tiny_model, tokenizer, tmp_path):
+    trainer(tiny_model, tokenizer, tmp_path / "a").run(progress=False)
+    with pytest.raises(StorageError, match="training differ"):
+        trainer(tiny_model, tokenizer, tmp_path / "a", seed=1).run(progress=False)
+    (tmp_path / "a" / "last.safetensors").unlink()
+    with pytest.raises(StorageError, match="has not made"):
+        trainer(tiny_model, tokenizer, tmp_path / "a").run(progress=False)
+
+
+def test_what_cannot_be_trained(tiny_model, tokenizer, tmp_path):
+    records = requests_of(3)
+    with pytest.raises(ConfigError, match="edits as it is"):
+        Trainer(make_method("FT", small_model(tiny_model), tokenizer), records, records, tmp_path)
+    with pytest.raises(RequestError, match="0 records"):
+        Trainer(mend(tiny_model, tokenizer), [], records, tmp_path)
+    edited = make_method("MEND", small_model(tiny_model), tokenizer, **SETTINGS)
+    edited.edit(records)
+    with pytest.raises(RequestError, match="edited already"):
+        Trainer(edited, records, records, tmp_path)
+    for wrong in ({"steps": 0}, {"lr": -1.0}, {"mixed_precision": "int8"}, {"edits": True}):
+        with pytest.raises(ConfigError):
+            TrainConfig(**wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_from_the_command_line(tmp_path):
+    """Minutes with its defaults; here a few steps, after which single edits work already (the embedded model was made to be edited)."""
+    folder, edits = tmp_path / "mend", tmp_path / "edits"
+    result = output("train", "MEND", "testbed", "--out", folder, "--steps", 12, "--validate-every", 6, "--limit", 60)
+    assert result["steps"] == 12 and result["records"]["used"] == 60 and (folder / "curve.png").exists()
+    assert result["best"]["reliability"] >= 0.8
+    fact = testbed.facts()[0]
+    given = ("--prompt", fact.prompt, "--subject", fact.subject, "--target", fact.target_new)
+    done = output("edit", "testbed", *given, "--method", "MEND", "--editor", folder, "--out", edits)
+    assert done["answered"] == 1 and done["config"]["editor"] == str(folder)
+    written = output("generate", "testbed", fact.text, "--edits", edits, "--max-new-tokens", 4)["generations"][0]
+    assert fact.target_new in written["text"] and fact.target_new not in written["unedited"]
+    for arguments, words in (
+        (("edit", "testbed", *given, "--method", "MEND"), "comeba train MEND"),
+        (("edit", "testbed", *given, "--method", "ROME", "--editor", folder), "edits as it is"),
+        (("train", "ROME", "testbed"), "is not trained"),
+        (("train", "MEND", "testbed", "--lr", "0"), "lr must be"),
+    ):
+        wrong = run(*arguments, "--out", tmp_path / "other", "--json")
+        assert wrong.exit_code == 1 and words in json.loads(wrong.stdout)["error"], wrong.stdout
+        assert not (tmp_path / "other").exists()
