@@ -25,6 +25,7 @@ TRAINED = {"lr": 0.01, "weight_decay": 0.0, "early_stop": 0.01}
 SETTINGS = {
     "FT": TRAINED,
     "FT-L": TRAINED | {"norm_constraint": 0.02},
+    "LoRA": {"lr": 0.01, "rank": 2},
     "UltraEdit": {"lr": 1e-2},
     "AlphaEdit": {"null_threshold": None, "null_share": 0.5, "ridge": 1.0},
     "BetaEdit": {"null_threshold": None, "null_share": 0.5, "ridge": 1.0, "preserve": 2.0, "refresh": 3},
@@ -36,7 +37,7 @@ SETTINGS = {
     "MEND": {"edit_rate": 0.05, "rank": 8},
 }
 WITH_VALUES = [name for name in NAMES if methods.method_named(name).takes_values]
-NO_SHARES = ("FT", "FT-L", "UltraEdit", "WISE", "MEND")  # a single edit cannot be taken back
+NO_SHARES = ("FT", "FT-L", "UltraEdit", "WISE", "MEND", "LoRA")  # a single edit cannot be taken back
 
 
 @pytest.fixture(autouse=True, scope="module")

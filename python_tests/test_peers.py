@@ -30,6 +30,47 @@ def layer_io(model, tokenizer, text, block=1):
     return seen[0]
 
 
+# -- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+def test_lora_is_pefts(tiny_model, tokenizer):
+    """The same adapter made by PEFT from the same start, trained by Adam one text at a time, over two batches."""
+    peft = pytest.importorskip("peft")
+    parts = ("self_attn.q_proj", "self_attn.v_proj")
+    model = small_model(tiny_model, "llama").double()
+    plain = copy.deepcopy(model)
+    editor = make_method("LoRA", model, tokenizer, layers=(0, 2), parts=parts, rank=3, lora_alpha=6.0, steps=4, lr=0.02, early_stop=0.0)
+    for layer in editor.layers.values():
+        layer.double()
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=r".*layers\.(0|2)\.self_attn\.(q|v)_proj", lora_dropout=0.0)
+    wrapped = peft.get_peft_model(plain, config).double().eval()
+    theirs = {name: module for name, module in plain.named_modules() if hasattr(module, "lora_A")}
+    assert set(theirs) == set(editor.layers) and len(theirs) == 4
+    with torch.no_grad():
+        for name, module in theirs.items():
+            module.lora_A["default"].weight.copy_(editor.layers[name].down)
+    requests = [dataclasses.replace(r, target_new=f"{r.target_new}, the capital of Angola", request_id=None) for r in some_requests(5)]
+    for batch in (requests[:3], requests[3:]):
+        report = editor.edit(batch)
+        optimiser = torch.optim.Adam([p for p in wrapped.parameters() if p.requires_grad], lr=0.02)
+        for _ in range(4):
+            optimiser.zero_grad()
+            for request in batch:
+                prompt, whole = (tokenizer(text)["input_ids"] for text in (request.text, f"{request.text} {request.target_new}"))
+                log_p = wrapped(torch.tensor([whole])).logits[0].log_softmax(-1)
+                loss = -sum(log_p[i - 1, whole[i]] for i in range(len(prompt), len(whole))) / (len(whole) - len(prompt))
+                (loss / len(batch)).backward()
+            optimiser.step()
+        for name, module in theirs.items():
+            assert torch.allclose(editor.layers[name].down, module.lora_A["default"].weight, atol=1e-6)
+            assert torch.allclose(editor.layers[name].up, module.lora_B["default"].weight, atol=1e-6)
+        assert report.optimizer_steps == [4] * len(batch)
+    ids = ids_of(model, tokenizer)
+    assert torch.allclose(model(ids).logits, wrapped(ids).logits, atol=1e-6)
+    with editor.disabled(), wrapped.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(ids).logits, wrapped(ids).logits)
+
+
 # -- UltraEdit ------------------------------------------------------------------------------------------------------
 
 

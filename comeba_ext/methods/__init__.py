@@ -18,6 +18,7 @@ from comeba_ext.methods.ft import FT, FTL
 from comeba_ext.methods.grace import GRACE
 from comeba_ext.methods.in_context import ICE, IKE
 from comeba_ext.methods.kn import KN
+from comeba_ext.methods.lora import LoRA
 from comeba_ext.methods.melo import MELO
 from comeba_ext.methods.memit import MEMIT
 from comeba_ext.methods.memoir import MEMOIR
@@ -45,6 +46,7 @@ for _method in (
     UltraEdit,
     FT,
     FTL,
+    LoRA,
     GRACE,
     WISE,
     MEMOIR,
@@ -78,6 +80,7 @@ __all__ = [
     "BetaEdit",
     "ComebaHK",
     "FixedThreshold",
+    "LoRA",
     "Method",
     "Outcome",
     "Snapshots",

@@ -2,9 +2,9 @@
 
 Each file is a list of entries; the first one whose ``match`` agrees with the model's ``config.json`` counts. An entry
 names its ``source`` and its ``settings``; what these leave out is COMEBA-HK's setting on the same model
-(:meth:`EditConfig.for_model`). ``layers: middle`` or ``layers: last`` picks one of COMEBA-HK's layers, ``layers: last 3`` the
-model's last three blocks, ``layers: 0.84`` the block at that share of the model's depth, ``layers: [0.64, 0.93]`` those from one share to
-another.
+(:meth:`EditConfig.for_model`). ``layers: middle`` or ``layers: last`` picks one of COMEBA-HK's layers, ``layers: last 3``
+the model's last three blocks, ``layers: all`` all, ``layers: 0.84`` the block at that share of the model's depth,
+``layers: [0.64, 0.93]`` those from one share to another.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def default_config(method: str | type[Method], model: nn.Module, **changes) -> E
     layers = own.get("layers")
     if layers in ("middle", "last"):
         own["layers"] = [settings["layers"][len(settings["layers"]) // 2 if layers == "middle" else -1]]
-    elif isinstance(layers, str) and layers.startswith("last "):
+    elif isinstance(layers, str):  # "all", or "last 3"
         depth = Architecture.of(model, **names).num_blocks(model)
-        own["layers"] = list(range(max(0, depth - int(layers[5:])), depth))
+        own["layers"] = list(range(depth))[-int(layers.removeprefix("last ")) if layers.startswith("last ") else 0 :]
     elif isinstance(layers, float) or (isinstance(layers, list) and isinstance(layers[0], float)):
         depth = Architecture.of(model, **names).num_blocks(model)
         ends = [max(0, min(round(share * depth), depth - 2)) for share in (layers if isinstance(layers, list) else [layers])]
