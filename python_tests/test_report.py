@@ -62,6 +62,8 @@ def test_differences_are_paired():
     assert found["a"]["c"][0] == pytest.approx(np.mean(one[1:] - others))
     assert best({"a": records["a"], "b": records["b"]}, "reliability") == {"a"}
     assert best({"a": records["b"], "b": records["b"]}, "reliability") == {"a", "b"}
+    more = {case: [{**row, "hallucination": row["reliability"]} for row in own] for case, own in records.items() if case != "c"}
+    assert best(more, "hallucination") == {"b"}  # the fewer the better
     assert np.copysign(1, differences({"a": records["b"], "b": records["b"]}, "reliability")["b"]["a"][0]) == 1  # no "−0.000"
 
 

@@ -103,7 +103,7 @@ def _edits(rows: list[dict], label: str):
         for n, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
             own = [row for row in rows if row["case"] == case]
             x = [row["edits"] for row in own]
-            axis.plot(x, [_value(row, metric) for row in own], color=_colour(n), marker=_marker(n), label=case, lw=1.6, ms=5)
+            axis.plot(x, [_value(row, metric) for row in own], label=case, **_style(n))
             low, high = zip(*(_interval(row, metric) for row in own), strict=True)
             axis.fill_between(x, low, high, color=_colour(n), alpha=0.18, lw=0)
         axis.set_xlabel("edits so far")
@@ -148,7 +148,7 @@ def retention(ages: dict[str, list[dict]]):
     figure, axis = plt.subplots(figsize=(9, 4.4), layout="constrained")
     for n, (case, groups) in enumerate(ages.items()):
         x = [(group["first"] + group["last"]) / 2 for group in groups]
-        axis.plot(x, [group["value"] for group in groups], color=_colour(n), marker=_marker(n), label=case, lw=1.6, ms=5)
+        axis.plot(x, [group["value"] for group in groups], label=case, **_style(n))
         low, high = zip(*(group["interval"] for group in groups), strict=True)
         if len(ages) <= 5:
             axis.fill_between(x, low, high, color=_colour(n), alpha=0.12, lw=0)
@@ -176,7 +176,7 @@ def abilities(rows: list[dict]):
         for n, case in enumerate(cases):
             points = [(row["edits"], edited(row)) for row in rows if row["case"] == case and edited(row) is not None]
             if points:
-                axis.plot(*zip(*points), color=_colour(n), marker=_marker(n), label=case, lw=1.6, ms=5)
+                axis.plot(*zip(*points), label=case, **_style(n))
         before = [value for row in rows if (value := unedited(row)) is not None]
         if before:
             axis.axhline(sum(before) / len(before), color="black", ls="--", lw=1)
@@ -272,6 +272,11 @@ def _block(name: str) -> str:
 
 def _colour(n: int) -> str:
     return COLOURS[n % len(COLOURS)]
+
+
+def _style(n: int) -> dict:
+    """Of a case's line; when the colours are used up they come again, broken."""
+    return {"color": _colour(n), "marker": _marker(n), "ls": "-" if n < len(COLOURS) else "-.", "lw": 1.6, "ms": 5}
 
 
 def _marker(n: int) -> str:

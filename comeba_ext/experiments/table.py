@@ -122,15 +122,18 @@ def leading_way(rows: list[dict]) -> str:
     return "_written" if any(row.get("reliability_written") is not None for row in rows) else ""
 
 
+def number(value: float) -> str:
+    """Three digits behind the point, or three in all where it is large: a broken model's perplexity."""
+    return f"{value:.3f}" if abs(value) < 1e5 else f"{value:.2e}"
+
+
 def cell(row: dict, key: str) -> str:
     """A metric with its interval, and its spread over orders if there were several, or a dash."""
     value, interval = row.get(key), row.get(f"{key}_interval")
     if value is None:
         return "–"
     spread = row.get(f"{key}_spread")
-    return (
-        f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "") + ("" if spread is None else f" ± {spread:.3f}")
-    )
+    return number(value) + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "") + ("" if spread is None else f" ± {spread:.3f}")
 
 
 def _line(cells: list[str]) -> str:

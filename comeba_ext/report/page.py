@@ -10,7 +10,7 @@ from pathlib import Path
 
 from comeba_ext import __version__
 from comeba_ext.evaluation.ways import WAYS
-from comeba_ext.experiments.table import COLUMNS, by_column
+from comeba_ext.experiments.table import COLUMNS, by_column, number
 from comeba_ext.report.results import AGE, Results, best, differences, examples, retention, scores
 
 TEMPLATE = Path(__file__).parent / "page.html"
@@ -88,7 +88,7 @@ def _cell(row: dict, key: str, top: bool) -> dict:
     value, interval = row.get(key), row.get(f"{key}_interval")
     if value is None:
         return {"text": "–", "sort": "", "interval": "", "top": False}
-    text = f"{value / 1e6:.1f}" if key in ("peak_memory", "saved_bytes") else f"{value:.3f}"
+    text = f"{value / 1e6:.1f}" if key in ("peak_memory", "saved_bytes") else number(value)
     return {"text": text, "sort": value, "interval": f"{interval[0]:.3f} – {interval[1]:.3f}" if interval else "", "top": top}
 
 

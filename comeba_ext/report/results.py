@@ -14,6 +14,7 @@ from comeba_ext.experiments.table import leading_way
 
 AGES, AGE = 10, 10  # groups of edits at most, from the oldest to the last, and edits in one at least
 EXAMPLES = 30  # records a case, wrong ones first
+LESS_IS_BETTER = ("hallucination",)
 
 
 @dataclass
@@ -122,7 +123,8 @@ def differences(records: dict[str, list[dict]], key: str) -> dict[str, dict[str,
 
 def best(records: dict[str, list[dict]], key: str) -> set[str]:
     """The cases that no other is ahead of."""
-    return {case for case, others in differences(records, key).items() if not any(high < 0 for _, (_, high) in others.values())}
+    ahead = (lambda low, high: low > 0) if key in LESS_IS_BETTER else (lambda low, high: high < 0)
+    return {case for case, others in differences(records, key).items() if not any(ahead(*interval) for _, interval in others.values())}
 
 
 def examples(rows: list[dict], way: str, count: int = EXAMPLES) -> list[dict]:
