@@ -35,9 +35,10 @@ SETTINGS = {
     "MELO": {"lr": 0.05, "edits_per_block": 2, "blocks_in_all": 4},
     "KN": {"adaptive_threshold": 0.05},
     "MEND": {"edit_rate": 0.05, "rank": 8},
+    "KE": {"hidden": 8, "condition": 6},
 }
 WITH_VALUES = [name for name in NAMES if methods.method_named(name).takes_values]
-NO_SHARES = ("FT", "FT-L", "UltraEdit", "WISE", "MEND", "LoRA")  # a single edit cannot be taken back
+NO_SHARES = ("FT", "FT-L", "UltraEdit", "WISE", "MEND", "KE", "LoRA")  # a single edit cannot be taken back
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from comeba_ext import Editor, EditRequest, testbed
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
+from comeba_ext.methods.knowledge_editor import KnowledgeEditorConfig
 from comeba_ext.methods.mend import MendConfig, Transform
 from comeba_ext.methods.settings import default_config
-from comeba_ext.methods.trained import FILE
+from comeba_ext.methods.trained import FILE, save_learner
 from comeba_ext.storage import read_tensors, write_tensors
 from comeba_ext.text.episodes import Episode, episodes_of
 from comeba_ext.training import TrainConfig, Trainer
@@ -180,6 +181,72 @@ def test_parts_of_an_mlp(tiny_model, tokenizer):
     assert len(editor.layers) == 6
     editor.edit(requests_of(2))
     assert all(layer.delta.any() for layer in editor.layers.values())
+
+
+# -- KnowledgeEditor ------------------------------------------------------------------------------------------------
+
+
+def ke(tiny_model, tokenizer, **changes):
+    settings = KnowledgeEditorConfig(layers=(1, 2), hidden=8, condition=6, **changes)
+    return Editor(small_model(tiny_model), tokenizer, settings, method="KE")
+
+
+def test_ke_is_its_equation(tiny_model, tokenizer):
+    """ΔW = σ(η) · (softmax(α) βᵀ ⊙ ∇W + softmax(γ) δᵀ) of each request, on whole matrices, summed."""
+    editor = make_method("KE", small_model(tiny_model), tokenizer, layers=(1, 2), hidden=8, condition=6, scale=0.5)
+    learner, plain = editor.method.needed(), small_model(tiny_model)
+    requests = long_targets(3)
+    wanted = {n: 0 for n in (1, 2)}
+    for request in requests:
+        ids = torch.tensor([tokenizer(f"{request.text} {request.target_new}")["input_ids"]])
+        _, (last, _) = learner.lstm(plain.transformer.wte(ids))
+        read = torch.tanh(learner.condense[0](torch.cat([last[0, 0], last[1, 0]])))
+        weights = [plain.transformer.h[n].mlp.c_proj.weight for n in (1, 2)]
+        gradients = torch.autograd.grad(nll(plain, tokenizer, request.text, request.target_new), weights)
+        for n, gradient, network in zip((1, 2), gradients, learner.conditioners, strict=True):
+            d_in, d_out = gradient.shape  # as Conv1D holds it
+            alpha, gamma, beta, delta, eta = network(read).split([d_out, d_out, d_in, d_in, 1])
+            change = torch.outer(alpha.softmax(0), beta) * gradient.mT + torch.outer(gamma.softmax(0), delta)
+            wanted[n] = wanted[n] + 0.5 * torch.sigmoid(eta) * change
+    editor.edit(requests)
+    for name, layer in editor.layers.items():
+        own = wanted[int(name.split(".")[2])].detach()
+        assert torch.allclose(layer.delta, own, rtol=1e-3, atol=1e-5 * own.abs().max().item())
+
+
+def test_ke_whose_gate_is_shut_is_the_model_as_it_was(tiny_model, tokenizer, tmp_path):
+    editor = ke(tiny_model, tokenizer)
+    learner = editor.method.new_learner()
+    with torch.no_grad():
+        for network in learner.conditioners:
+            network[2].bias[-1] = -1e4
+    save_learner(learner, tmp_path / FILE, {"kind": "editor", "method": "KE"})
+    shut = ke(tiny_model, tokenizer, editor=str(tmp_path))
+    ids = ids_of(shut.model, tokenizer)
+    with torch.no_grad():
+        before = shut.model(ids).logits
+        shut.edit(long_targets(2))
+        assert torch.equal(shut.model(ids).logits, before)
+
+
+def test_kes_multiplier_rises_while_unrelated_prompts_move_too_far(tiny_model, tokenizer):
+    """The gradient is that of edit + λ (KL − margin) in the parameters, and minus (KL − margin) times softplus' in λ's."""
+    for margin, sign in ((1e-6, -1), (1e6, 1)):
+        learner = ke(tiny_model, tokenizer, margin=margin).method.new_learner().train()
+        episodes = [Episode(r, r.text, ("Water is", "wet")) for r in long_targets(2)]
+        _, parts = learner(episodes)
+        learner(episodes)[0].backward()
+        over = parts["locality"] - margin
+        assert learner.multiplier.grad.item() == pytest.approx(-0.5 * over, rel=1e-4) and np.sign(learner.multiplier.grad.item()) == sign
+        assert parts["loss"] == pytest.approx(parts["edit"] + np.log(2) * over, rel=1e-4)  # softplus(0) is ln 2
+
+
+def test_ke_learns(tiny_model, tokenizer, tmp_path):
+    editor, records = ke(tiny_model, tokenizer), requests_of(8)
+    config = {"steps": 40, "validate_every": 10, "validations": 2, "lr": 3e-3}
+    result = Trainer(editor, records[:6], records[6:], tmp_path, TrainConfig(**config)).run(progress=False)
+    first = result["validations"][0]
+    assert result["best"]["loss"] < first["loss"]
 
 
 # -- episodes -------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from comeba_ext.methods.ft import FT, FTL
 from comeba_ext.methods.grace import GRACE
 from comeba_ext.methods.in_context import ICE, IKE
 from comeba_ext.methods.kn import KN
+from comeba_ext.methods.knowledge_editor import KnowledgeEditor
 from comeba_ext.methods.lora import LoRA
 from comeba_ext.methods.melo import MELO
 from comeba_ext.methods.memit import MEMIT
@@ -55,6 +56,7 @@ for _method in (
     IKE,
     ICE,
     MEND,
+    KnowledgeEditor,
     FixedThreshold,
 ):
     register_method(_method)
@@ -80,6 +82,7 @@ __all__ = [
     "BetaEdit",
     "ComebaHK",
     "FixedThreshold",
+    "KnowledgeEditor",
     "LoRA",
     "Method",
     "Outcome",

@@ -8,19 +8,29 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from comeba_ext.editing.config import EditConfig
+from comeba_ext.editing.config import EditConfig, check_fields
+from comeba_ext.editing.report import Phases
 from comeba_ext.editing.session import Session
 from comeba_ext.errors import ConfigError, StorageError
+from comeba_ext.forward.logits import logits_at
+from comeba_ext.forward.partial import evaluating, frozen
+from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.deltas import Deltas
+from comeba_ext.methods.training import TrainingRows, factors_of
 from comeba_ext.storage import check_identity, identity, read_tensors, write_tensors
 from comeba_ext.text.episodes import Episode
+from comeba_ext.text.request import EditRequest
+from comeba_ext.text.rows import Row, answer_rows, batch_inputs
 
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 FILE = "editor.safetensors"
 
 
@@ -52,6 +62,70 @@ class Learner(nn.Module):
     def groups(self) -> list[dict]:
         """Parameter groups, with rates of their own where they have some (``lr``)."""
         return [{"params": list(self.parameters())}]
+
+
+class FactorLearner(Learner):
+    """Learns to rewrite a weight's gradient, which is kept as factors: ``Σ g xᵀ`` over tokens."""
+
+    @abstractmethod
+    def rewrite(self, rows: list[Row], factors: Factors) -> Factors:
+        """What weights change by, from their gradients.
+
+        Args:
+            rows: of the edits, which are made together.
+            factors: layer name to ``x (tokens, d_in)`` and ``g (tokens, d_out)``, float32, at every token of every row; each row's
+                gradient is that of its own loss.
+
+        Returns:
+            Factors whose ``Σ g xᵀ`` is added to the weight.
+        """
+
+    @abstractmethod
+    def weigh(self, edit: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
+        """The loss: of the edits' mean NLL and the unrelated prompts' mean KL."""
+
+    def changes(self, rows: list[Row]) -> Factors:
+        """What each layer's weight changes by for edits that are made together."""
+        with evaluating(self.session.model), frozen(self.session.model), torch.enable_grad():
+            found, _ = factors_of(self.session, self.layers, rows, everywhere=True)
+        return self.rewrite(rows, {name: (x.float(), g.float() * len(rows)) for name, (x, g) in found.items()})
+
+    def forward(self, episodes: list[Episode]) -> tuple[torch.Tensor, dict[str, float]]:
+        edit, far, _ = self._run(episodes)
+        loss = self.weigh(edit, far)
+        return loss, {"loss": loss.item(), "edit": edit.item(), "locality": far.item()}
+
+    @torch.no_grad()
+    def measure(self, episode: Episode) -> dict[str, float]:
+        edit, far, shares = self._run([episode])
+        return {"loss": self.weigh(edit, far).item(), **shares}
+
+    def _run(self, episodes: list[Episode]) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+        """Mean NLL of edits and their other wordings, KL of unrelated prompts, and what share of tokens is right or as before."""
+        session = self.session
+        tokenize = lambda asked: answer_rows(session.tokenizer, asked)  # noqa: E731
+        own = tokenize([(e.request.text, e.request.target_new) for e in episodes])
+        reworded = tokenize([(e.wording, e.request.target_new) for e in episodes])
+        apart = tokenize([(prompt, answer or ".") for prompt, answer in (e.unrelated for e in episodes)])
+        with torch.no_grad(), evaluating(session.model):
+            before = self._logits(apart)
+        changes = self.changes(own)
+        with evaluating(session.model), frozen(session.model), added(self.layers, changes):
+            after, *asked = self._logits(apart), self._logits(own), self._logits(reworded)
+        targets = [[torch.tensor(row.target, device=session.device) for row in rows] for rows in (own, reworded)]
+        nll = [F.cross_entropy(logits, target) for each, theirs in zip(asked, targets) for logits, target in zip(each, theirs)]
+        kl = [F.kl_div(a.log_softmax(-1), b.log_softmax(-1), reduction="batchmean", log_target=True) for a, b in zip(after, before)]
+        share = lambda pairs: sum((a.argmax(-1) == b).float().mean().item() for a, b in pairs) / len(episodes)  # noqa: E731
+        shares = {
+            "reliability": share(zip(asked[0], targets[0])),
+            "generality": share(zip(asked[1], targets[1])),
+            "locality": share((a, b.argmax(-1)) for a, b in zip(after, before)),
+        }
+        return sum(nll) / len(nll), sum(kl) / len(kl), shares
+
+    def _logits(self, rows: list[Row]) -> list[torch.Tensor]:
+        inputs = batch_inputs(rows, self.session.pad_token, self.session.device)
+        return [own.float() for own in logits_at(self.session.model, inputs, [row.predicts for row in rows])]
 
 
 class Trained(Deltas):
@@ -104,6 +178,56 @@ class Trained(Deltas):
         super().adopt(other)
         if self.trained is not None:
             self.trained = self.trained.on(self.session, self.layers)
+
+
+@dataclass(frozen=True)
+class TrainedConfig(EditConfig):
+    """Settings that all trained methods have; ``layers`` are the blocks that are written.
+
+    Args:
+        editor: folder of a trained editor (``comeba train``).
+        parts: linear layers inside a block that are written beside the MLP output projection, such as ``mlp.up_proj``.
+    """
+
+    editor: str | None = None
+    parts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, texts_or_none=("editor",))
+        if not isinstance(self.parts, (list, tuple)) or not all(isinstance(part, str) for part in self.parts):
+            raise ConfigError(f"parts must be a list of names of layers inside a block, got {self.parts!r}")
+        object.__setattr__(self, "parts", tuple(self.parts))
+
+
+class TrainedOnGradients(Trained):
+    """Writes what a :class:`FactorLearner` makes of a batch's gradient at the weights as they are by then."""
+
+    @classmethod
+    def targets(cls, config: TrainedConfig, architecture) -> list[str]:
+        blocks = [(block, f"{architecture.blocks}.{block}") for block in config.layers]
+        return [name for n, prefix in blocks for name in (*(f"{prefix}.{part}" for part in config.parts), architecture.projection_name(n))]
+
+    @classmethod
+    def check(cls, config: TrainedConfig, model: nn.Module, architecture) -> None:
+        super().check(config, model, architecture)
+        known = dict(model.named_modules())
+        for name in cls.targets(config, architecture):
+            if name not in known:
+                raise ConfigError(f"parts: the model has no {name!r}; see model.named_modules()")
+
+    def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
+        learner = self.needed()
+        rows = answer_rows(self.session.tokenizer, [(request.text, request.target_new) for request in batch])
+        with phases("keys"), torch.no_grad():
+            changes = learner.changes(rows)
+        with phases("update"), torch.no_grad():
+            for name, (x, g) in changes.items():
+                master = self.masters[name]
+                self.write(name, master + (g.mT @ x).to(master))
+            losses = TrainingRows(self.session, rows, self.config.layers[0]).losses()
+        on_progress(len(batch), sum(losses) / len(losses))
+        return losses, [1] * len(batch)
 
 
 def save_learner(learner: Learner, path: Path, about: dict) -> None:
@@ -164,9 +288,3 @@ def added(layers: dict[str, nn.Module], changes: dict[str, tuple[torch.Tensor, t
     finally:
         for handle in handles:
             handle.remove()
-
-
-def check_editor(config: EditConfig) -> None:
-    """Raises :class:`ConfigError` unless ``editor`` is a path or nothing."""
-    if config.editor is not None and not isinstance(config.editor, str):
-        raise ConfigError(f"editor must be the path of a trained editor, got {config.editor!r}")

@@ -74,10 +74,11 @@ def factors_of(
         everywhere: at every token, so that ``Σ g xᵀ`` is the whole gradient; else at those that give the target.
 
     Returns:
-        Layer name to inputs ``x (tokens, d_in)`` and gradients ``g (tokens, d_out)`` with respect to the layer's outputs; rows' losses.
+        Layer name to inputs ``x (tokens, d_in)`` and gradients ``g (tokens, d_out)`` with respect to the layer's outputs, row after row;
+        rows' losses.
     """
-    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    gradients: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    inputs: dict[str, dict[int, torch.Tensor]] = {name: {} for name in layers}
+    gradients: dict[str, dict[int, torch.Tensor]] = {name: {} for name in layers}
     losses = [0.0] * len(rows)
     for group in micro_batches([len(row.ids) for row in rows], session.max_tokens):
         chosen = [rows[n] for n in group]
@@ -91,15 +92,15 @@ def factors_of(
         wide, device = torch.promote_types(read[0].dtype, torch.float32), read[0].device
         own = [F.cross_entropy(logits.to(wide), torch.tensor(row.target, device=device)) for logits, row in zip(read, chosen, strict=True)]
         found = torch.autograd.grad(sum(own) / len(rows), [output for _, output in seen.values()])
-        places = [range(len(row.ids)) if everywhere else row.predicts for row in chosen]
-        where = torch.tensor([[i, place] for i, own in enumerate(places) for place in own], device=device).unbind(1)
         for (name, (x, _)), gradient in zip(seen.items(), found, strict=True):
-            shape = (len(chosen), -1)
-            inputs[name].append(x.reshape(*shape, x.shape[-1])[where])
-            gradients[name].append(gradient.reshape(*shape, gradient.shape[-1])[where])
+            for both, whole in ((inputs, x), (gradients, gradient)):
+                for i, (n, row) in enumerate(zip(group, chosen, strict=True)):
+                    own_tokens = whole.reshape(len(chosen), -1, whole.shape[-1])[i]  # some families flatten tokens before the MLP
+                    both[name][n] = own_tokens[: len(row.ids)] if everywhere else own_tokens[list(row.predicts)]
         for n, loss in zip(group, own, strict=True):
             losses[n] = loss.item()
-    return {name: (torch.cat(inputs[name]), torch.cat(gradients[name])) for name in layers}, losses
+    in_order = lambda found: torch.cat([found[n] for n in range(len(rows))])  # noqa: E731
+    return {name: (in_order(inputs[name]), in_order(gradients[name])) for name in layers}, losses
 
 
 def _noting(name: str, seen: dict):
