@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import zlib
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from torch.nn import functional as F
 
 from comeba_ext import Editor, EditRequest, testbed
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
+from comeba_ext.layers.attachment import prompt_rewriter
 from comeba_ext.methods.knowledge_editor import KnowledgeEditorConfig
 from comeba_ext.methods.mend import MendConfig, Transform
+from comeba_ext.methods.serac import MARK, SeracConfig, encode, features, stated
 from comeba_ext.methods.settings import default_config
 from comeba_ext.methods.trained import FILE, save_learner
 from comeba_ext.storage import read_tensors, write_tensors
@@ -247,6 +250,137 @@ def test_ke_learns(tiny_model, tokenizer, tmp_path):
     result = Trainer(editor, records[:6], records[6:], tmp_path, TrainConfig(**config)).run(progress=False)
     first = result["validations"][0]
     assert result["best"]["loss"] < first["loss"]
+
+
+# -- SERAC ----------------------------------------------------------------------------------------------------------
+
+
+def serac(tiny_model, tokenizer, family="gpt2", **changes):
+    settings = SeracConfig(**({"layers": (1, 2), "rank": 2, "buckets": 4096, "width": 32} | changes))
+    model = tiny_model("opt", num_hidden_layers=4) if family == "opt" else small_model(tiny_model, family)
+    return Editor(model, tokenizer, settings, method="SERAC")
+
+
+def trained_serac(tiny_model, tokenizer, folder, family="gpt2", **changes):
+    """One whose counterfactual model differs from the model."""
+    learner = serac(tiny_model, tokenizer, family, **changes).method.new_learner()
+    with torch.no_grad():
+        for up in learner.up:
+            up.copy_(torch.randn(up.shape, generator=torch.Generator().manual_seed(1)))
+    folder.mkdir(exist_ok=True)
+    save_learner(learner, folder / FILE, {"kind": "editor", "method": "SERAC"})
+    return serac(tiny_model, tokenizer, family, editor=str(folder), **changes)
+
+
+def test_features_are_words_and_their_parts():
+    assert features("Oslo", 10**9) == [
+        zlib.crc32(t.encode()) % 10**9 for t in ("<oslo>", "<os", "osl", "slo", "lo>", "<osl", "oslo", "slo>", "<oslo", "oslo>")
+    ]
+    assert features("", 8) == [zlib.crc32(b"") % 8] and features("A b", 99) == features("a  B!", 99)
+    table = torch.randn(7, 3)
+    assert torch.allclose(encode("Oslo, Peru", table), torch.stack([table[n] for n in features("Oslo, Peru", 7)]).mean(0))
+
+
+def test_an_exact_match_always_routes_and_far_prompts_do_not(tiny_model, tokenizer, tmp_path):
+    editor = trained_serac(tiny_model, tokenizer, tmp_path / "e")
+    requests = long_targets(3)
+    ids = ids_of(editor.model, tokenizer)
+    with torch.no_grad():
+        plain = editor.model(ids).logits
+    rewrite = prompt_rewriter(editor.model)
+    assert rewrite(requests[0].text) == requests[0].text  # nothing is cached
+    editor.edit(requests)
+    for request in requests:
+        assert rewrite(request.text) == f"{MARK} {request.text} {request.target_new}\nPrompt: {request.text}"
+    assert rewrite("zzz qqq 123") == "zzz qqq 123"
+    scope = editor.method.attachments["comeba_facts"]
+    vectors = [encode(r.text, scope.table).double() for r in requests]
+    query = encode("The capital of", scope.table).double()
+    wanted = [np.exp(-float((query - own).square().sum())) for own in vectors]
+    assert np.allclose(scope.probabilities("The capital of").double().numpy(), wanted, rtol=1e-4)
+    with torch.no_grad():  # without the mark the model is what it was, bit for bit
+        assert torch.equal(editor.model(ids).logits, plain)
+    editor.retract(editor.ledger.live()[0].request.request_id)
+    assert rewrite(requests[0].text) != f"{MARK} {requests[0].text} {requests[0].target_new}\nPrompt: {requests[0].text}"
+    assert rewrite(requests[1].text).startswith(MARK)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_behind_the_mark_the_model_has_its_lora(tiny_model, tokenizer, tmp_path, family):
+    """Against weights that hold the LoRA, for the tokens behind the mark; in one pass, in cached steps, and beside other rows."""
+    editor = trained_serac(tiny_model, tokenizer, tmp_path / "e", family)
+    editor.edit(long_targets(2))
+    model, mark = editor.model, tokenizer(MARK)["input_ids"]
+    tail, other = (
+        tokenizer(" the capital of Norway is Oslo")["input_ids"],
+        tokenizer("Danielle Darrieux speaks French and lives")["input_ids"],
+    )
+    seen = {}
+    layer = next(iter(editor.method.layers.values()))
+    layer.register_forward_hook(lambda module, args, output: seen.__setitem__("x", (args[0], output)))
+    with torch.no_grad():
+        row = torch.tensor([mark + tail])
+        whole = model(row).logits
+        x, output = seen["x"]
+        x, output = x.reshape(1, row.shape[1], -1), output.reshape(1, row.shape[1], -1)
+        base = layer.base_layer(x.reshape(-1, x.shape[-1])).reshape(output.shape)
+        change = layer.scale * torch.einsum("bsi,ri,ro->bso", x, layer.down, layer.up)
+        first = len(mark) - 1
+        assert torch.equal(output[:, :first], base[:, :first])
+        assert torch.allclose(output[:, first:], (base + change)[:, first:], atol=1e-5) and change.abs().max() > 1e-3
+        cache, parts = None, []
+        for piece in (row[:, :3], row[:, 3 : len(mark) + 1], row[:, len(mark) + 1 : -1], row[:, -1:]):
+            out = model(piece, past_key_values=cache, use_cache=True)
+            cache, parts = out.past_key_values, [*parts, out.logits]
+        assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-4)
+        pad = row.shape[1] - len(other)
+        both = torch.cat([row, torch.tensor([other + [0] * pad])])
+        mask = torch.tensor([[1] * row.shape[1], [1] * len(other) + [0] * pad])
+        together = model(both, attention_mask=mask).logits
+        assert torch.allclose(together[:1], whole, atol=1e-4)
+        alone = model(torch.tensor([other])).logits
+        with editor.disabled():
+            unedited = model(torch.tensor([other])).logits
+        assert torch.equal(alone, unedited) and torch.allclose(together[1:, : len(other)], alone, atol=1e-4)
+
+
+def test_seracs_loss(tiny_model, tokenizer):
+    """Binary cross-entropy of exp(−‖q − k‖²), pair by pair, plus the counterfactual model's NLL behind the edit's text."""
+    editor = serac(tiny_model, tokenizer)
+    learner = editor.method.new_learner()
+    episodes = [Episode(r, f"Really, {r.text}", (f"Water {n} is", "wet")) for n, r in enumerate(long_targets(2))]
+    _, parts = learner(episodes)
+    vector = lambda text: torch.stack([learner.table[n] for n in features(text, 4096)]).mean(0)  # noqa: E731
+    p = lambda one, other: torch.exp(-(vector(one) - vector(other)).square().sum())  # noqa: E731
+    near = [-p(e.request.text, e.wording).log() for e in episodes]
+    one, other = (e.request.text for e in episodes)
+    pairs = [(a, e.unrelated[0]) for a in (one, other) for e in episodes] + [(one, other), (other, one)]
+    far = [-(1 - p(*pair)).log() for pair in pairs]
+    assert parts["scope"] == pytest.approx((sum(near) / 2 + sum(far) / 6).item(), rel=1e-4)
+    plain, total = small_model(tiny_model), 0
+    for e in episodes:  # the LoRA is zero yet
+        for text in (e.request.text, e.wording):
+            total += nll(plain, tokenizer, stated(f"{e.request.text} {e.request.target_new}", text), e.request.target_new)
+    assert parts["edit"] == pytest.approx(total.item() / 4, rel=1e-4)
+    away = Episode(episodes[0].request, episodes[0].wording, ("zzz qqq 123", None))
+    assert p(one, "zzz qqq 123") < 0.5  # not in scope: the model's own answer
+    assert learner.measure(away)["locality"] == 1.0
+
+
+def test_serac_learns_on_the_command_line(tmp_path):
+    """Scope from letters, and answers behind the edit's text, on the embedded model in a few steps."""
+    folder, edits = tmp_path / "serac", tmp_path / "edits"
+    config = tmp_path / "c.yaml"
+    config.write_text("layers: [0, 1, 2, 3, 4]\nparts: [self_attn.v_proj]\n")
+    given = ("--steps", 24, "--validate-every", 12, "--limit", 80, "--config", config)
+    result = output("train", "SERAC", "testbed", "--out", folder, *given)
+    first, last = result["validations"]
+    assert last["loss"] < first["loss"] and last["locality"] >= 0.8
+    fact = testbed.facts()[0]
+    asked = ("--prompt", fact.prompt, "--subject", fact.subject, "--target", fact.target_new)
+    run("edit", "testbed", *asked, "--method", "SERAC", "--editor", folder, "--out", edits)  # it need not be answered yet
+    shown = output("generate", "testbed", "zzz qqq", "--edits", edits)["generations"][0]
+    assert shown["text"] == shown["unedited"]
 
 
 # -- episodes -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ VALIDATED = 10  # without --val, every so manieth record of --train
 
 @app.command()
 def train(
-    method: Annotated[str, typer.Argument(help="MEND")],
+    method: Annotated[str, typer.Argument(help="MEND, KE or SERAC")],
     model: Model,
     out: Annotated[Path, typer.Option("--out", help="folder for the editor, its log and curve; an unfinished training goes on there")],
     records: Annotated[Optional[Path], typer.Option("--train", help="records to learn from (default for testbed: its own facts)")] = None,
@@ -26,7 +26,7 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="of the optimiser, at most")] = 2000,
     edits: Annotated[int, typer.Option(min=1, help="edits that are made together")] = 1,
     accumulate: Annotated[int, typer.Option(min=1, help="passes a step of the optimiser")] = 4,
-    lr: Annotated[float, typer.Option(help="Adam's rate")] = 1e-4,
+    lr: Annotated[Optional[float], typer.Option(help="Adam's rate (default: the method's)")] = None,
     validate_every: Annotated[int, typer.Option(min=1, help="steps between validations")] = 100,
     patience: Annotated[int, typer.Option(min=1, help="validations without a lower loss after which it ends")] = 5,
     seed: Annotated[int, typer.Option(help="of the order of the records")] = 0,

@@ -10,11 +10,13 @@ from torch import nn
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.forward.budget import token_budget
+from comeba_ext.forward.logits import logits_at
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.attachment import disabled
 from comeba_ext.memory.ledger import Ledger
 from comeba_ext.text.encoding import pad_id
 from comeba_ext.text.prefixes import sample_prefixes
+from comeba_ext.text.rows import Row, batch_inputs
 
 
 class Session:
@@ -59,6 +61,11 @@ class Session:
     def max_tokens(self) -> int:
         """Padded tokens per forward pass: the configuration's, or what the free memory has room for now."""
         return token_budget(self.model, self.config.max_tokens)
+
+    def logits(self, rows: list[Row]) -> list[torch.Tensor]:
+        """What predicts the targets of rows, run in one pass: ``(target, vocabulary)`` each, float32 or better."""
+        read = logits_at(self.model, batch_inputs(rows, self.pad_token, self.device), [row.predicts for row in rows])
+        return [own.to(torch.promote_types(own.dtype, torch.float32)) for own in read]
 
     @property
     def decoder(self) -> nn.Module:

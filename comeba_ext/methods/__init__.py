@@ -28,6 +28,7 @@ from comeba_ext.methods.names import METHODS, method_named, method_names, regist
 from comeba_ext.methods.pmet import PMET
 from comeba_ext.methods.r_rome import RROME
 from comeba_ext.methods.rome import ROME
+from comeba_ext.methods.serac import SERAC
 from comeba_ext.methods.settings import default_config
 from comeba_ext.methods.snapshots import Snapshots
 from comeba_ext.methods.ultraedit import UltraEdit
@@ -57,6 +58,7 @@ for _method in (
     ICE,
     MEND,
     KnowledgeEditor,
+    SERAC,
     FixedThreshold,
 ):
     register_method(_method)
@@ -77,6 +79,7 @@ __all__ = [
     "PMET",
     "ROME",
     "RROME",
+    "SERAC",
     "WISE",
     "AlphaEdit",
     "BetaEdit",

@@ -20,15 +20,15 @@ from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
 from comeba_ext.editing.session import Session
 from comeba_ext.errors import ConfigError, StorageError
-from comeba_ext.forward.logits import logits_at
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.deltas import Deltas
+from comeba_ext.methods.snapshots import Snapshots
 from comeba_ext.methods.training import TrainingRows, factors_of
 from comeba_ext.storage import check_identity, identity, read_tensors, write_tensors
 from comeba_ext.text.episodes import Episode
 from comeba_ext.text.request import EditRequest
-from comeba_ext.text.rows import Row, answer_rows, batch_inputs
+from comeba_ext.text.rows import Row, answer_rows
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 FILE = "editor.safetensors"
@@ -37,9 +37,14 @@ FILE = "editor.safetensors"
 class Learner(nn.Module):
     """What is learned: parameters of its own, for one base model and its layers.
 
+    Class attributes:
+        lr: Adam's rate, where none is asked for.
+
     Args:
         session: the unedited model; its layers by name, hooked and unedited.
     """
+
+    lr: ClassVar[float] = 1e-4
 
     def __init__(self, session: Session, layers: dict[str, nn.Module]):
         super().__init__()
@@ -108,10 +113,10 @@ class FactorLearner(Learner):
         reworded = tokenize([(e.wording, e.request.target_new) for e in episodes])
         apart = tokenize([(prompt, answer or ".") for prompt, answer in (e.unrelated for e in episodes)])
         with torch.no_grad(), evaluating(session.model):
-            before = self._logits(apart)
+            before = self.session.logits(apart)
         changes = self.changes(own)
         with evaluating(session.model), frozen(session.model), added(self.layers, changes):
-            after, *asked = self._logits(apart), self._logits(own), self._logits(reworded)
+            after, *asked = self.session.logits(apart), self.session.logits(own), self.session.logits(reworded)
         targets = [[torch.tensor(row.target, device=session.device) for row in rows] for rows in (own, reworded)]
         nll = [F.cross_entropy(logits, target) for each, theirs in zip(asked, targets) for logits, target in zip(each, theirs)]
         kl = [F.kl_div(a.log_softmax(-1), b.log_softmax(-1), reduction="batchmean", log_target=True) for a, b in zip(after, before)]
@@ -123,13 +128,29 @@ class FactorLearner(Learner):
         }
         return sum(nll) / len(nll), sum(kl) / len(kl), shares
 
-    def _logits(self, rows: list[Row]) -> list[torch.Tensor]:
-        inputs = batch_inputs(rows, self.session.pad_token, self.session.device)
-        return [own.float() for own in logits_at(self.session.model, inputs, [row.predicts for row in rows])]
+
+@dataclass(frozen=True)
+class TrainedConfig(EditConfig):
+    """Settings that all trained methods have; ``layers`` are the blocks that are written.
+
+    Args:
+        editor: folder of a trained editor (``comeba train``).
+        parts: linear layers inside a block that are written beside the MLP output projection, such as ``mlp.up_proj``.
+    """
+
+    editor: str | None = None
+    parts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, texts_or_none=("editor",))
+        if not isinstance(self.parts, (list, tuple)) or not all(isinstance(part, str) for part in self.parts):
+            raise ConfigError(f"parts must be a list of names of layers inside a block, got {self.parts!r}")
+        object.__setattr__(self, "parts", tuple(self.parts))
 
 
-class Trained(Deltas):
-    """Writes weights as a :class:`Learner` says.
+class Trained(Snapshots):
+    """Edits as a :class:`Learner` has learned to.
 
     Class attributes:
         learner: its class.
@@ -140,6 +161,19 @@ class Trained(Deltas):
     def __init__(self, session: Session):
         self.trained: Learner | None = None  # read when it is first needed: what was edited can be taken back without it
         super().__init__(session)
+
+    @classmethod
+    def targets(cls, config: TrainedConfig, architecture) -> list[str]:
+        blocks = [(block, f"{architecture.blocks}.{block}") for block in config.layers]
+        return [name for n, prefix in blocks for name in (*(f"{prefix}.{part}" for part in config.parts), architecture.projection_name(n))]
+
+    @classmethod
+    def check(cls, config: TrainedConfig, model: nn.Module, architecture) -> None:
+        super().check(config, model, architecture)
+        known = dict(model.named_modules())
+        for name in cls.targets(config, architecture):
+            if name not in known:
+                raise ConfigError(f"parts: the model has no {name!r}; see model.named_modules()")
 
     @classmethod
     def implied(cls, changes: dict) -> dict:
@@ -180,41 +214,8 @@ class Trained(Deltas):
             self.trained = self.trained.on(self.session, self.layers)
 
 
-@dataclass(frozen=True)
-class TrainedConfig(EditConfig):
-    """Settings that all trained methods have; ``layers`` are the blocks that are written.
-
-    Args:
-        editor: folder of a trained editor (``comeba train``).
-        parts: linear layers inside a block that are written beside the MLP output projection, such as ``mlp.up_proj``.
-    """
-
-    editor: str | None = None
-    parts: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fields(self, texts_or_none=("editor",))
-        if not isinstance(self.parts, (list, tuple)) or not all(isinstance(part, str) for part in self.parts):
-            raise ConfigError(f"parts must be a list of names of layers inside a block, got {self.parts!r}")
-        object.__setattr__(self, "parts", tuple(self.parts))
-
-
-class TrainedOnGradients(Trained):
+class TrainedOnGradients(Trained, Deltas):
     """Writes what a :class:`FactorLearner` makes of a batch's gradient at the weights as they are by then."""
-
-    @classmethod
-    def targets(cls, config: TrainedConfig, architecture) -> list[str]:
-        blocks = [(block, f"{architecture.blocks}.{block}") for block in config.layers]
-        return [name for n, prefix in blocks for name in (*(f"{prefix}.{part}" for part in config.parts), architecture.projection_name(n))]
-
-    @classmethod
-    def check(cls, config: TrainedConfig, model: nn.Module, architecture) -> None:
-        super().check(config, model, architecture)
-        known = dict(model.named_modules())
-        for name in cls.targets(config, architecture):
-            if name not in known:
-                raise ConfigError(f"parts: the model has no {name!r}; see model.named_modules()")
 
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         learner = self.needed()

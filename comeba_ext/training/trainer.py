@@ -37,7 +37,7 @@ class TrainConfig:
     Args:
         steps: of the optimiser, at most.
         edits: requests that are edited together in a forward pass, and ``accumulate``: passes a step.
-        lr: Adam's rate where the learner has none of its own.
+        lr: Adam's rate; ``None``: the learner's.
         clip: bound on the gradient's norm.
         validate_every: steps between validations; ``validations``: records each, the first ones.
         patience: validations without a lower loss after which it ends.
@@ -52,7 +52,7 @@ class TrainConfig:
     steps: int = 2000
     edits: int = 1
     accumulate: int = 4
-    lr: float = 1e-4
+    lr: float | None = None
     clip: float = 100.0
     validate_every: int = 100
     validations: int = 50
@@ -69,6 +69,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be a whole number of 1 or more, got {value!r}")
         for name in ("lr", "clip"):
             value = getattr(self, name)
+            if value is None and name == "lr":
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be a number above 0, got {value!r}")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
@@ -127,7 +129,7 @@ class Trainer:
         config = self.config
         device = self.editor.model.get_input_embeddings().weight.device
         accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=device.type == "cpu")
-        optimiser = torch.optim.Adam([{"lr": config.lr, **group} for group in self.learner.groups()])
+        optimiser = torch.optim.Adam([{"lr": config.lr or self.learner.lr, **group} for group in self.learner.groups()])
         step, lines = self._resume(optimiser)
         learner, optimiser = accelerator.prepare(self.learner, optimiser)
         validations = [line for line in lines if line["event"] == "validation"]

@@ -1,0 +1,260 @@
+"""SERAC: a cache of edits, a classifier of what they are about, and a counterfactual model (Mitchell et al. 2022, arXiv 2206.06520)."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from comeba_ext.editing.config import check_fields
+from comeba_ext.editing.report import Phases
+from comeba_ext.editing.session import Session
+from comeba_ext.forward.architectures import context_length
+from comeba_ext.forward.partial import evaluating, frozen
+from comeba_ext.layers.attachment import Attachment
+from comeba_ext.layers.hooked_linear import shape_of
+from comeba_ext.memory.ledger import Entry
+from comeba_ext.methods.base import OnProgress
+from comeba_ext.methods.in_context import PLACE, Facts
+from comeba_ext.methods.trained import Learner, Trained, TrainedConfig
+from comeba_ext.ops.mentions import name_hash
+from comeba_ext.text.episodes import Episode
+from comeba_ext.text.request import EditRequest
+from comeba_ext.text.rows import Row, answer_rows, check_length
+
+MARK = "<edited fact>"  # what a prompt begins with that is answered by the counterfactual model
+GRAMS = (3, 4, 5)  # letters of a word's parts, its ends marked
+LEAST = 1e-6  # of a probability whose logarithm is taken
+
+
+@dataclass(frozen=True)
+class SeracConfig(TrainedConfig):
+    """Settings of SERAC; ``layers`` and ``parts`` are those that differ in the counterfactual model.
+
+    Args:
+        rank: of that model's LoRA, and ``lora_alpha``: its scale times the rank.
+        buckets: of hashed words and parts of words, and ``width``: of the classifier's vectors.
+        threshold: probability from which a prompt is in an edit's scope.
+    """
+
+    rank: int = 8
+    lora_alpha: float = 32.0
+    buckets: int = 16384
+    width: int = 64
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, positive=("lora_alpha", "threshold"), counts=("rank", "buckets", "width"))
+
+
+def features(text: str, buckets: int) -> list[int]:
+    """Numbers of a text's words and their parts, hashed; one where there is none."""
+    found = []
+    for word in re.findall(r"\w+", text.lower()):
+        whole = f"<{word}>"
+        found += [whole, *(whole[n : n + size] for size in GRAMS for n in range(len(whole) - size + 1))]
+    return [zlib.crc32(part.encode()) % buckets for part in found or [""]]
+
+
+def encode(text: str, table: torch.Tensor) -> torch.Tensor:
+    """A text's vector ``(width,)``: the mean of its features' rows of ``table (buckets, width)``."""
+    return table[torch.tensor(features(text, len(table)), device=table.device)].mean(0)
+
+
+def stated(fact: str, prompt: str) -> str:
+    """What is asked instead of a prompt that is in the scope of a fact."""
+    return f"{MARK} {fact}\nPrompt: {prompt}"
+
+
+class Scope(Facts):
+    """The edits, and which of them a prompt is about: the one whose own prompt's vector is nearest, if ``exp(−‖q − k‖²)`` reaches the
+    threshold (equation 3; published: of DistilBERT. An encoder of a text's letters needs no tokenizer where saved edits are loaded).
+
+    Attributes:
+        keys: ``(edits, width)``, of their prompts, in the order of the facts; table: ``(buckets, width)``, empty before any edit.
+    """
+
+    def __init__(self, threshold: float, width: int, device=None):
+        super().__init__(1, device)
+        self.threshold = threshold
+        for name in ("keys", "table"):
+            self.register_buffer(name, torch.zeros(0, width, device=device))
+
+    def probabilities(self, prompt: str) -> torch.Tensor:
+        """Of being in each edit's scope."""
+        return (-(self.keys - encode(prompt, self.table)).square().sum(-1)).exp()
+
+    def rewrite(self, prompt: str) -> str:
+        if not len(self.keys):
+            return prompt
+        probability, number = self.probabilities(prompt).max(0)
+        return stated(self.facts[number]["fact"], prompt) if probability >= self.threshold else prompt
+
+    def take_over(self, other: Scope) -> None:
+        super().take_over(other)
+        self.keys, self.table = other.keys.clone(), other.table
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().restore(tensors)
+        if len(self.facts) != len(self.keys):
+            raise ValueError("facts and keys are not equally many")
+
+
+class Counterfactual(Attachment):
+    """``base_layer(x) + scale · up down x`` for the tokens behind :data:`MARK`; every other token is the base layer's, bit for bit.
+
+    Attributes:
+        down: ``(rank, d_in)``, up: ``(rank, d_out)``, float32; mark: ``(1, 2)``, the mark's hash and its number of tokens; all empty
+            before any edit.
+        trained: in training, ``down``, ``up`` and ``mark`` that take their place.
+    """
+
+    def __init__(self, base: nn.Module, scale: float):
+        super().__init__(base)
+        self.scale, (d_in, d_out), device = scale, shape_of(base), base.weight.device
+        self.register_buffer("down", torch.zeros(0, d_in, device=device))
+        self.register_buffer("up", torch.zeros(0, d_out, device=device))
+        self.register_buffer("mark", torch.zeros(0, 2, dtype=torch.long, device=device))
+        self.trained: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def reads_names(self) -> bool:
+        return True
+
+    @property
+    def reads_sequence(self) -> bool:
+        return True
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        output = self.base_layer(x, *args, **kwargs)
+        down, up, mark = (self.down, self.up, self.mark) if self.trained is None else self.trained
+        rows, _ = self.as_sequences(x, None, False)
+        hashes = self.hashes(rows)
+        if self.mode == "off" or not len(down) or hashes is None:
+            return output
+        last = (mark[:, 1:] - 1).expand(*hashes.shape[:2], 1)  # which of the hashes is of so many tokens, never read on the host
+        behind = hashes.gather(-1, last)[..., 0] == mark[0, 0]
+        behind = behind.cumsum(1) > 0
+        if (past := self.past()) is not None:
+            behind = behind | past.to(behind.device)
+        self.leave(behind[:, -1:])
+        change = (self.scale * (x.to(down.dtype) @ down.mT @ up)).to(output.dtype)
+        return torch.where(behind.reshape(*output.shape[:-1], 1), output + change, output)
+
+
+class SeracLearner(Learner):
+    """The classifier's table, and the counterfactual model's LoRA, trained apart in one pass (section 3.2)."""
+
+    lr = 1e-3
+
+    def __init__(self, session: Session, layers: dict[str, Counterfactual]):
+        super().__init__(session, layers)
+        config: SeracConfig = session.config
+        generator = torch.Generator().manual_seed(config.seed)
+        drawn = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        self.table = nn.Parameter(drawn(config.buckets, config.width))
+        shapes = [shape_of(layer.base_layer) for layer in layers.values()]
+        self.down = nn.ParameterList([drawn(config.rank, d_in) * d_in**-0.5 for d_in, _ in shapes])
+        self.up = nn.ParameterList([torch.zeros(config.rank, d_out) for _, d_out in shapes])
+        ids = session.tokenizer(MARK, add_special_tokens=False)["input_ids"]
+        self.mark = torch.tensor([[name_hash(ids), len(ids)]], device=session.device)  # what the tokenizer says, not what is learned
+        self.to(session.device)
+
+    def forward(self, episodes: list[Episode]) -> tuple[torch.Tensor, dict[str, float]]:
+        keys = [encode(e.request.text, self.table) for e in episodes]
+        apart = [encode(e.unrelated[0], self.table) for e in episodes]
+        near = [(key - encode(e.wording, self.table)).square().sum() for key, e in zip(keys, episodes, strict=True)]
+        far = [(key - other).square().sum() for n, key in enumerate(keys) for other in (*apart, *keys[:n], *keys[n + 1 :])]
+        scope = sum(near) / len(near) - sum((1 - (-d).exp()).clamp(min=LEAST).log() for d in far) / len(far)
+        edit = self._nll([row for e in episodes for row in self._rows(e)])
+        loss = scope + edit
+        return loss, {"loss": loss.item(), "scope": scope.item(), "edit": edit.item()}
+
+    @torch.no_grad()
+    def measure(self, episode: Episode) -> dict[str, float]:
+        request, (prompt, answer) = episode.request, episode.unrelated
+        key, scores = encode(request.text, self.table), {}
+        threshold = self.session.config.threshold
+        routed = lambda text: (-(key - encode(text, self.table)).square().sum()).exp() >= threshold  # noqa: E731
+        asked = lambda text: stated(self._fact(request), text) if routed(text) else text  # noqa: E731
+        for name, text in (("reliability", request.text), ("generality", episode.wording)):
+            (row,) = answer_rows(self.session.tokenizer, [(asked(text), request.target_new)])
+            scores[name] = (self._logits([row])[0].argmax(-1).tolist() == row.target) * 1.0
+        rows = answer_rows(self.session.tokenizer, [(text, answer or ".") for text in (prompt, asked(prompt))])
+        before, after = (own.argmax(-1) for own in self._logits(rows))
+        return {"loss": self([episode])[0].item(), **scores, "locality": (before == after).float().mean().item()}
+
+    @staticmethod
+    def _fact(request: EditRequest) -> str:
+        return f"{request.text} {request.target_new}"
+
+    def _rows(self, episode: Episode) -> list[Row]:
+        request = episode.request
+        asked = [stated(self._fact(request), text) for text in (request.text, episode.wording)]
+        return answer_rows(self.session.tokenizer, [(text, request.target_new) for text in asked])
+
+    def _nll(self, rows: list[Row]) -> torch.Tensor:
+        targets = [torch.tensor(row.target, device=self.session.device) for row in rows]
+        return sum(F.cross_entropy(own, target) for own, target in zip(self._logits(rows), targets, strict=True)) / len(rows)
+
+    def _logits(self, rows: list[Row]) -> list[torch.Tensor]:
+        for layer, *own in zip(self.layers.values(), self.down, self.up, strict=True):
+            layer.trained = (*own, self.mark)
+        try:
+            with evaluating(self.session.model), frozen(self.session.model):
+                return self.session.logits(rows)
+        finally:
+            for layer in self.layers.values():
+                layer.trained = None
+
+
+class SERAC(Trained):
+    """A prompt that a classifier takes to be about an edit is answered by a counterfactual model, behind that edit's text; every other
+    one by the model as it was, bit for bit.
+
+    The counterfactual model is the model itself with a LoRA that is on behind a mark at the beginning of the text (published: a smaller
+    model). Whoever asks must ask as :func:`~comeba_ext.layers.attachment.prompt_rewriter` says, as ``evaluate`` and the command
+    line do. Any edit can be taken out.
+    """
+
+    name = "SERAC"
+    config_class = SeracConfig
+    learner = SeracLearner
+
+    @classmethod
+    def build(cls, model: nn.Module, config: SeracConfig, architecture) -> dict[str, Attachment]:
+        names, device = cls.targets(config, architecture), model.get_input_embeddings().weight.device
+        layers = {name: Counterfactual(model.get_submodule(name), config.lora_alpha / config.rank) for name in names}
+        return {PLACE: Scope(config.threshold, config.width, device), **layers}
+
+    @property
+    def layers(self) -> dict[str, Counterfactual]:
+        return {name: own for name, own in self.attachments.items() if name != PLACE}
+
+    def validate(self, batch: list[EditRequest]) -> None:
+        super().validate(batch)
+        for request in batch:
+            asked = stated(f"{request.text} {request.target_new}", request.text)
+            check_length(answer_rows(self.session.tokenizer, [(asked, request.target_new)]), [request], context_length(self.session.model))
+
+    def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
+        learner, scope = self.needed(), self.attachments[PLACE]
+        with phases("update"), torch.no_grad():
+            if not len(scope.table):
+                scope.table = learner.table.detach().clone()
+                for layer, down, up in zip(self.layers.values(), learner.down, learner.up, strict=True):
+                    layer.down, layer.up = down.detach().clone(), up.detach().clone()
+                    layer.mark = learner.mark
+            scope.facts = scope.facts + [{"id": r.request_id, "fact": f"{r.text} {r.target_new}", "shown": []} for r in batch]
+            scope.keys = torch.cat([scope.keys, *(encode(r.text, scope.table)[None] for r in batch)])
+        return [], []
+
+    def take_out(self, entries: list[Entry]) -> None:
+        gone, scope = {entry.request.request_id for entry in entries}, self.attachments[PLACE]
+        kept = [n for n, own in enumerate(scope.facts) if own["id"] not in gone]
+        scope.facts, scope.keys = [scope.facts[n] for n in kept], scope.keys[kept]
