@@ -26,6 +26,7 @@ PACKAGES = (
 )
 EXTRAS = {
     "gguf": "reading .gguf files",
+    "accelerate": "comeba train, --device auto",
     "peft": "models with adapters",
     "lm_eval": "comeba ability --tasks",
     "rouge_score": "comeba eval --long",
