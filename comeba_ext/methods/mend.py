@@ -111,9 +111,9 @@ class MendLearner(FactorLearner):
         return config.edit_weight * edit + config.locality_weight * far
 
     def groups(self) -> list[dict]:
-        """The rates learn with a rate of their own. (Published: as large as they are themselves, so that one step of Adam's may change
-        a rate's sign; over a few hundred steps they do nothing else.)"""
-        return [{"params": list(self.networks.parameters())}, {"params": [self.rates], "lr": self.session.config.edit_rate / 10}]
+        """The rates learn with a rate of their own, as published: as large as they are at the start, which moves them at once and lets
+        them wander later."""
+        return [{"params": list(self.networks.parameters())}, {"params": [self.rates], "lr": self.session.config.edit_rate}]
 
 
 class MEND(TrainedOnGradients):
