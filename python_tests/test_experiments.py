@@ -110,7 +110,7 @@ def test_grid_of_methods_and_settings(tmp_path):
         ("title: [", "not valid YAML"),
         ("5", "keys and values"),
         ("title: t", "'methods' is missing"),
-        ("title: t\nmethods: [MEND]", "unknown method 'MEND'"),
+        ("title: t\nmethods: [HORSE]", "unknown method 'HORSE'"),
         ("title: t\nmethods: [FT]\nsample: 3", "unknown key sample"),
         ("title: t\nmethods: [FT]\nprotocol: nonsense", "protocol must be one of"),
         ("title: t\nmethods: [FT]\nplot: pie", "plot must be one of"),

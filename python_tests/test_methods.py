@@ -569,8 +569,8 @@ def test_names():
     assert methods.method_named("comeba-hk") is methods.ComebaHK
     assert methods.method_named("COMEBA without hooks") is methods.method_named("memit-seq") is methods.WithoutHooks
     assert methods.method_named("ft-l") is methods.method_named("FTL") is methods.FTL
-    with pytest.raises(ConfigError, match="unknown method .MEND.*MEMIT-seq"):
-        methods.method_named("MEND")
+    with pytest.raises(ConfigError, match="unknown method .HORSE.*MEMIT-seq"):
+        methods.method_named("HORSE")
     with pytest.raises(ConfigError, match="norm_constraint"):
         FTConfig(layers=(1,), norm_constraint=-1)
     json.dumps(FTConfig(layers=(1,)).to_dict())
