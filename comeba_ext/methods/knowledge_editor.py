@@ -42,7 +42,7 @@ class KnowledgeEditorLearner(FactorLearner):
     """A bidirectional LSTM over the embeddings of prompt and new object, and for every layer a network to two pairs of vectors and a
     gate: ``ΔW = σ(η) · (softmax(α) βᵀ ⊙ ∇W + softmax(γ) δᵀ)`` (section 4.2), which of factors is factors again."""
 
-    lr = 1e-3  # published: 3e-4, for many more steps
+    lr = 3e-3  # published: 3e-4, for many more steps
 
     def __init__(self, session: Session, layers: dict[str, nn.Module]):
         super().__init__(session, layers)
