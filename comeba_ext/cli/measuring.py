@@ -194,7 +194,7 @@ def experiment(
         datasets = {label: read_requests(file) for label, file in given}
         if len(datasets) < len(given):
             raise ComebaError("two --records have the same name; write NAME=FILE")
-        failed = []
+        failed, cases = [], cases or None
         if jobs > 1:
             wanted = cases or [case.label for case in chosen.cases]
             failed, cases = list(experiments.in_processes(wanted, jobs, out, chosen.name, progress=not as_json)), []
@@ -221,7 +221,7 @@ def experiment(
             plain_texts=list(plain),
             samples=samples,
             seed=seed,
-            cases=cases if jobs > 1 else cases or None,
+            cases=cases,
             command=shlex.join(["comeba", *sys.argv[1:]]),
             progress=not as_json,
         )

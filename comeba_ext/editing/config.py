@@ -387,4 +387,8 @@ KINDS = {
     "counts": ("a whole number > 0", lambda value: is_int(value) and value > 0),
     "flags": ("true or false", lambda value: isinstance(value, bool)),
     "texts": ("text", lambda value: isinstance(value, str)),
+    "parts": (
+        "a list of names of layers inside a block",
+        lambda value: isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value),
+    ),
 }

@@ -107,6 +107,14 @@ class Method:
         if cls.one_layer and len(config.layers) != 1:
             raise ConfigError(f"{cls.name} edits one layer, got layers {list(config.layers)}")
 
+    @staticmethod
+    def check_named(names: list[str], model: nn.Module, setting: str) -> None:
+        """Raises :class:`ConfigError`, about the setting that named it, for a layer that the model has not."""
+        known = dict(model.named_modules())
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"{setting}: the model has no {name!r}; see model.named_modules()")
+
     @classmethod
     def implied(cls, changes: dict) -> dict:
         """Settings that follow from those a user gives, such as a file that was made with some; what is given itself comes before."""

@@ -9,7 +9,6 @@ from torch import nn
 
 from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
-from comeba_ext.errors import ConfigError
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.layers.attachment import Attachment
 from comeba_ext.layers.hooked_linear import shape_of
@@ -38,10 +37,8 @@ class LoraConfig(EditConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.parts, (list, tuple)) or not all(isinstance(part, str) for part in self.parts):
-            raise ConfigError(f"parts must be a list of names of layers inside a block, got {self.parts!r}")
+        check_fields(self, positive=("lora_alpha",), counts=("rank",), parts=("parts",))
         object.__setattr__(self, "parts", tuple(self.parts))
-        check_fields(self, positive=("lora_alpha",), counts=("rank",))
 
 
 class Adapter(Attachment):
@@ -82,14 +79,14 @@ class LoRA(Snapshots):
         return [f"{architecture.blocks}.{block}.{part}" for block in config.layers for part in config.parts]
 
     @classmethod
+    def check(cls, config: LoraConfig, model: nn.Module, architecture) -> None:
+        super().check(config, model, architecture)
+        cls.check_named(cls.targets(config, architecture), model, "parts")
+
+    @classmethod
     def build(cls, model: nn.Module, config: LoraConfig, architecture) -> dict[str, Adapter]:
-        known = dict(model.named_modules())
-        names = cls.targets(config, architecture)
-        missing = next((name for name in names if name not in known), None)
-        if missing is not None:
-            raise ConfigError(f"parts: the model has no {missing!r}; see model.named_modules()")
-        scale = config.lora_alpha / config.rank
-        return {name: Adapter(known[name], config.rank, scale, config.seed + n) for n, name in enumerate(names)}
+        scale, names = config.lora_alpha / config.rank, cls.targets(config, architecture)
+        return {name: Adapter(model.get_submodule(name), config.rank, scale, config.seed + n) for n, name in enumerate(names)}
 
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         session, config = self.session, self.config

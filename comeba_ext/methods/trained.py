@@ -113,10 +113,10 @@ class FactorLearner(Learner):
         reworded = tokenize([(e.wording, e.request.target_new) for e in episodes])
         apart = tokenize([(prompt, answer or ".") for prompt, answer in (e.unrelated for e in episodes)])
         with torch.no_grad(), evaluating(session.model):
-            before = self.session.logits(apart)
+            before = session.logits(apart)
         changes = self.changes(own)
         with evaluating(session.model), frozen(session.model), added(self.layers, changes):
-            after, *asked = self.session.logits(apart), self.session.logits(own), self.session.logits(reworded)
+            after, *asked = (session.logits(rows) for rows in (apart, own, reworded))
         targets = [[torch.tensor(row.target, device=session.device) for row in rows] for rows in (own, reworded)]
         nll = [F.cross_entropy(logits, target) for each, theirs in zip(asked, targets) for logits, target in zip(each, theirs)]
         kl = [F.kl_div(a.log_softmax(-1), b.log_softmax(-1), reduction="batchmean", log_target=True) for a, b in zip(after, before)]
@@ -143,9 +143,7 @@ class TrainedConfig(EditConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, texts_or_none=("editor",))
-        if not isinstance(self.parts, (list, tuple)) or not all(isinstance(part, str) for part in self.parts):
-            raise ConfigError(f"parts must be a list of names of layers inside a block, got {self.parts!r}")
+        check_fields(self, texts_or_none=("editor",), parts=("parts",))
         object.__setattr__(self, "parts", tuple(self.parts))
 
 
@@ -170,10 +168,7 @@ class Trained(Snapshots):
     @classmethod
     def check(cls, config: TrainedConfig, model: nn.Module, architecture) -> None:
         super().check(config, model, architecture)
-        known = dict(model.named_modules())
-        for name in cls.targets(config, architecture):
-            if name not in known:
-                raise ConfigError(f"parts: the model has no {name!r}; see model.named_modules()")
+        cls.check_named(cls.targets(config, architecture), model, "parts")
 
     @classmethod
     def implied(cls, changes: dict) -> dict:
@@ -241,11 +236,11 @@ def save_learner(learner: Learner, path: Path, about: dict) -> None:
         "layers": list(learner.layers),
         **about,
     }
-    write_tensors(path, {name: own for name, own in learner.state_dict().items()}, metadata)
+    write_tensors(path, learner.state_dict(), metadata)
 
 
-def load_learner(learner: Learner, folder: str | Path, method: str) -> dict:
-    """A trained editor's weights into a learner; returns what was written beside them.
+def load_learner(learner: Learner, folder: str | Path, method: str) -> None:
+    """A trained editor's weights into a learner.
 
     Raises:
         StorageError: there is none, it is truncated, or another method's, model's or other layers'.
@@ -261,7 +256,6 @@ def load_learner(learner: Learner, folder: str | Path, method: str) -> dict:
     if any(not torch.isfinite(own).all() for own in tensors.values() if own.is_floating_point()):
         raise StorageError(f"{path} holds NaN or infinite numbers")
     learner.load_state_dict(tensors)
-    return about
 
 
 def _file(folder: str | Path) -> Path:

@@ -85,12 +85,11 @@ def factors_of(
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         handles = [layer.register_forward_hook(_noting(name, seen)) for name, layer in layers.items()]
         try:
-            read = logits_at(session.model, batch_inputs(chosen, session.pad_token, session.device), [row.predicts for row in chosen])
+            read = session.logits(chosen)
         finally:
             for handle in handles:
                 handle.remove()
-        wide, device = torch.promote_types(read[0].dtype, torch.float32), read[0].device
-        own = [F.cross_entropy(logits.to(wide), torch.tensor(row.target, device=device)) for logits, row in zip(read, chosen, strict=True)]
+        own = [F.cross_entropy(logits, torch.tensor(row.target, device=logits.device)) for logits, row in zip(read, chosen, strict=True)]
         found = torch.autograd.grad(sum(own) / len(rows), [output for _, output in seen.values()])
         for (name, (x, _)), gradient in zip(seen.items(), found, strict=True):
             for both, whole in ((inputs, x), (gradients, gradient)):

@@ -72,10 +72,7 @@ class UltraEdit(Deltas):
     @classmethod
     def check(cls, config: UltraEditConfig, model, architecture: Architecture) -> None:
         super().check(config, model, architecture)
-        known = dict(model.named_modules())
-        for name in cls.targets(config, architecture):
-            if name not in known:
-                raise ConfigError(f"modules: the model has no {name!r}; see model.named_modules()")
+        cls.check_named(cls.targets(config, architecture), model, "modules")
 
     @classmethod
     def targets(cls, config: UltraEditConfig, architecture: Architecture) -> list[str]:

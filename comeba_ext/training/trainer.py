@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from comeba_ext.editing.config import check_fields
 from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
 from comeba_ext.methods.trained import FILE, Learner, Trained, save_learner
@@ -63,16 +64,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("steps", "edits", "accumulate", "validate_every", "validations", "patience", "save_every")
-        for name in counts:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of 1 or more, got {value!r}")
-        for name in ("lr", "clip"):
-            value = getattr(self, name)
-            if value is None and name == "lr":
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise ConfigError(f"{name} must be a number above 0, got {value!r}")
+        check_fields(self, counts=counts, positive=("clip",), positive_or_none=("lr",))
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ConfigError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}")
 
