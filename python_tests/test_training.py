@@ -1,6 +1,7 @@
 """Methods that are trained: MEND against literal formulas, episodes, and a training that is killed, diverges, or is of something else."""
 
 import copy
+import dataclasses
 import json
 import random
 import zlib
@@ -415,6 +416,16 @@ def trainer(tiny_model, tokenizer, out, seed=0, **changes):
 
 def tensors_of(folder, name):
     return read_tensors(folder / name)[0]
+
+
+def test_records_that_contradict_each_other_can_both_be_learned_from(tiny_model, tokenizer, tmp_path):
+    """Files of thousands of real records hold some facts twice."""
+    records = requests_of(4)
+    again = dataclasses.replace(records[0], target_new=records[1].target_new, request_id="again")
+    assert again.target_new != records[0].target_new
+    config = TrainConfig(**(SHORT | {"steps": 1}))
+    result = Trainer(mend(tiny_model, tokenizer), [records[0], again], records[2:], tmp_path, config).run(progress=False)
+    assert result["steps"] == 1
 
 
 def test_time_ends_a_training_which_more_time_goes_on_with(tiny_model, tokenizer, tmp_path):

@@ -96,7 +96,8 @@ class Trainer:
             raise RequestError("the model is edited already; train on the unedited one")
         if not train or not val:
             raise RequestError(f"there are {len(train)} records to train on and {len(val)} to validate on; each needs one at least")
-        editor.check([*train, *val])
+        for request in (*train, *val):  # each by itself: what contradicts another fact is never edited together with it
+            editor.check([request])
         self.editor, self.train, self.val, self.out = editor, train, val, Path(out)
         self.config = config or TrainConfig()
         self.learner: Learner = editor.method.new_learner()
