@@ -5,7 +5,8 @@
 Facts of CounterFact for which there is a question (``counterfact_qna.json``) and whose *true* object the unedited model writes
 behind the statement: what it does not know, no form can ask for. They are edited in batches of ten, each from the unedited model,
 once as statements alone, once with the question as a further wording (``EditRequest.wordings``) in one of its forms, and once as
-statements in the chat template too (``EditConfig.chat``). Then the model writes 16 tokens behind every form; counted is whether they hold the object, the true one before, the new one after. The form
+statements in the chat template too (``EditConfig.chat``). Then the model writes 16 tokens behind every form; counted is whether they
+hold the object, the true one before, the new one after. The form
 that was a wording is no test, and is marked.
 """
 
