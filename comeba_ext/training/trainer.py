@@ -101,6 +101,7 @@ class Trainer:
         self.editor, self.train, self.val, self.out = editor, train, val, Path(out)
         self.config = config or TrainConfig()
         self.learner: Learner = editor.method.new_learner()
+        self._shuffled: tuple[int | None, list[int]] = None, []  # an epoch and its order
         self.shown = [own for n in range(len(val[: self.config.validations])) for own in episodes_of(val, [n], random.Random(n))]
 
     def run(self, progress: bool = True, on_validation: Callable[[dict], None] | None = None) -> dict:
@@ -144,9 +145,9 @@ class Trainer:
                 ends = step == config.steps or self._late(seconds)
                 if ends or step % config.validate_every == 0:
                     found = {"event": "validation", "step": step, **self._validate(), "seconds": before + time.monotonic() - start}
-                    if accelerator.is_main_process and not any(own["loss"] <= found["loss"] for own in validations):
-                        self._save_best(found)
                     validations.append(found)
+                    if accelerator.is_main_process and _best(validations) is found:
+                        self._save_best(found)
                     lines.append(found)
                     if on_validation is not None:
                         on_validation(found)
@@ -179,10 +180,11 @@ class Trainer:
         return episodes_of(self.train, numbers, random.Random(f"{config.seed}:{step}:{number}"))
 
     def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch, self._numbers = epoch, list(range(len(self.train)))
-            random.Random(f"{self.config.seed}:{epoch}").shuffle(self._numbers)
-        return self._numbers
+        if self._shuffled[0] != epoch:
+            numbers = list(range(len(self.train)))
+            random.Random(f"{self.config.seed}:{epoch}").shuffle(numbers)
+            self._shuffled = epoch, numbers
+        return self._shuffled[1]
 
     def _validate(self) -> dict[str, float]:
         self.learner.eval()
@@ -198,8 +200,8 @@ class Trainer:
         return broadcast_object_list([seconds > 60 * self.config.minutes])[0]
 
     def _enough(self, validations: list[dict]) -> bool:
-        best = min(range(len(validations)), key=lambda n: validations[n]["loss"], default=0)
-        return len(validations) - best > self.config.patience
+        since = len(validations) - validations.index(_best(validations)) if validations else 0
+        return since > self.config.patience
 
     # -- what is kept -------------------------------------------------------------------------------------------
 
@@ -247,12 +249,11 @@ class Trainer:
             raise StorageError(f"{self.out / LAST} does not fit this training ({error}); remove the folder to start anew") from None
 
     def _finish(self, device: torch.device, lines: list[dict], validations: list[dict]) -> dict:
-        best = min(validations, key=lambda own: own["loss"])
         result = {
             **self._header(),
             "steps": lines[-1]["step"],
             "seconds": lines[-1]["seconds"],
-            "best": best,
+            "best": _best(validations),
             "validations": validations,
             "parameters": sum(own.numel() for own in self.learner.parameters()),
             "bytes": (self.out / FILE).stat().st_size,
@@ -262,6 +263,11 @@ class Trainer:
         write_text(self.out / ABOUT, json.dumps(result, indent=1) + "\n")
         _plot(lines, validations, self.out / "curve.png")
         return result
+
+
+def _best(validations: list[dict]) -> dict:
+    """The first with the lowest loss."""
+    return min(validations, key=lambda own: own["loss"])
 
 
 def _plot(lines: list[dict], validations: list[dict], path: Path) -> None:
