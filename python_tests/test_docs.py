@@ -141,7 +141,7 @@ def test_shell_blocks(page, tmp_path, monkeypatch):
             elif words[:2] == ["pip", "install"]:
                 asked = [extra for word in words for extra in re.findall(r"\[([\w,]+)\]", word)]
                 assert {extra for own in asked for extra in own.split(",")} <= set(extras), f"{page}: {words}"
-            elif words[:1] == ["python"] and words[1:] and words[1].endswith(".py"):
+            elif words[:1] == ["python"] and words[1:] and words[1].startswith(("bench/", "examples/")):
                 assert (ROOT / words[1]).is_file(), f"{page}: {words}"
 
 
