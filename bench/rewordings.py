@@ -4,8 +4,9 @@
 
 Facts of CounterFact for which there is a question (``counterfact_qna.json``) and whose *true* object the unedited model writes
 behind the statement: what it does not know, no form can ask for. They are edited in batches of ten, each from the unedited model,
-once as statements alone and once with the question as a further wording (``EditRequest.wordings``) in one of its forms. Then the
-model writes 16 tokens behind every form; counted is whether they hold the object, the true one before, the new one after. The form
+once as statements alone, once with the question as a further wording (``EditRequest.wordings``) in one of its forms, and once as
+statements in the chat template too (``EditConfig.chat``). Then the model writes 16 tokens behind every form; counted is whether they
+hold the object, the true one before, the new one after. The form
 that was a wording is no test, and is marked.
 """
 
@@ -26,6 +27,7 @@ from comeba_ext.loading import load_model
 
 SHOT = "Question: What is the capital of Norway?\nAnswer: Oslo\n\n"
 TOKENS, BATCH = 16, 10
+CHAT = "in the chat template"
 
 
 def forms_of(tokenizer) -> dict:
@@ -85,7 +87,7 @@ def main() -> None:
     parser.add_argument("--covariance", type=Path, required=True)
     parser.add_argument("--part", default="edit", choices=["edit", "train"], help="of CounterFact")
     parser.add_argument("--limit", type=int, default=60, help="known facts")
-    parser.add_argument("--wordings", nargs="*", default=["none", "question and answer", "chat, question"])
+    parser.add_argument("--wordings", nargs="*", default=["none", "question and answer", CHAT])
     parser.add_argument("--quick", action="store_true", help="four facts, as statements")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -106,16 +108,17 @@ def main() -> None:
     share = lambda values: sum(values) / len(values)  # noqa: E731
     true = {name: holds(written(model, tokenizer, texts), [fact["true"] for fact in facts]) for name, texts in asked.items()}
     rows = [{"edited as": "unedited, true object", **{name: share(found) for name, found in true.items()}}]
-    editor = Editor(model, tokenizer, EditConfig.for_model(model))
-    editor.set_covariance(Covariance.load(args.covariance))
-    for wording in [name for name in args.wordings if name == "none" or name in forms]:
+    covariance = Covariance.load(args.covariance)
+    for wording in [name for name in args.wordings if name in ("none", CHAT) or name in forms]:
+        editor = Editor(model, tokenizer, EditConfig.for_model(model, chat=wording == CHAT))
+        editor.set_covariance(covariance)
         found: dict[str, list[bool]] = {name: [] for name in forms}
         seconds = 0.0
         for start in tqdm(range(0, len(facts), BATCH), desc=wording, unit="batch"):
             part = slice(start, start + BATCH)
             requests = [
                 EditRequest(
-                    fact["statement"], fact["subject"], fact["new"], wordings=() if wording == "none" else (asked[wording][start + n],)
+                    fact["statement"], fact["subject"], fact["new"], wordings=(asked[wording][start + n],) if wording in asked else ()
                 )
                 for n, fact in enumerate(facts[part])
             ]
@@ -125,6 +128,7 @@ def main() -> None:
             for name, texts in asked.items():
                 found[name] += holds(written(model, tokenizer, texts[part]), [fact["new"] for fact in facts[part]])
             editor.rollback(0)
+        editor.close()
         # Of the facts that the form could ask for before.
         answerable = {name: [hit for hit, could in zip(found[name], true[name], strict=True) if could] for name in forms}
         label = "statement" if wording == "none" else f"and {wording}"

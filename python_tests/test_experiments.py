@@ -448,3 +448,13 @@ def test_one_clear_error(tmp_path):
     ):
         result = run("experiment", *args, "--out", tmp_path, "--json")
         assert result.exit_code == 1 and words in json.loads(result.stdout)["error"]
+
+
+def test_a_case_whose_files_are_missing_stops_no_other(covariance, tmp_path):
+    path = tmp_path / "some.yaml"
+    cases = ["GRACE", {"method": "MEND", "editor": str(tmp_path / "nowhere")}]
+    path.write_text(yaml.safe_dump(SMALL | {"samples": 2, "evaluations": 1, "methods": cases}))
+    rows = output("experiment", path, "--case", "GRACE", "--out", tmp_path / "out")["rows"]
+    assert [row["case"] for row in rows] == ["GRACE"]
+    failed = run("experiment", path, "--out", tmp_path / "out")
+    assert failed.exit_code == 1 and "nowhere does not exist" in failed.output

@@ -1,6 +1,7 @@
 """Methods that are trained: MEND against literal formulas, episodes, and a training that is killed, diverges, or is of something else."""
 
 import copy
+import dataclasses
 import json
 import random
 import zlib
@@ -15,7 +16,9 @@ from torch.nn import functional as F
 
 from comeba_ext import Editor, EditRequest, testbed
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
+from comeba_ext.experiments.table import cell
 from comeba_ext.layers.attachment import prompt_rewriter
+from comeba_ext.methods import method_named
 from comeba_ext.methods.knowledge_editor import KnowledgeEditorConfig
 from comeba_ext.methods.mend import MendConfig, Transform
 from comeba_ext.methods.serac import MARK, SeracConfig, encode, features, stated
@@ -401,6 +404,7 @@ def test_episodes():
 
 # -- training -------------------------------------------------------------------------------------------------------
 
+COST = ("seconds", "peak_memory")
 SHORT = {"steps": 6, "validate_every": 3, "validations": 2, "save_every": 2, "accumulate": 2, "lr": 1e-3}
 
 
@@ -412,6 +416,37 @@ def trainer(tiny_model, tokenizer, out, seed=0, **changes):
 
 def tensors_of(folder, name):
     return read_tensors(folder / name)[0]
+
+
+def test_records_that_contradict_each_other_can_both_be_learned_from(tiny_model, tokenizer, tmp_path):
+    """Files of thousands of real records hold some facts twice."""
+    records = requests_of(4)
+    again = dataclasses.replace(records[0], target_new=records[1].target_new, request_id="again")
+    assert again.target_new != records[0].target_new
+    config = TrainConfig(**(SHORT | {"steps": 1}))
+    result = Trainer(mend(tiny_model, tokenizer), [records[0], again], records[2:], tmp_path, config).run(progress=False)
+    assert result["steps"] == 1
+
+
+def test_time_ends_a_training_which_more_time_goes_on_with(tiny_model, tokenizer, tmp_path):
+    short = trainer(tiny_model, tokenizer, tmp_path, minutes=1e-6).run(progress=False)
+    assert short["steps"] == 1 and [own["step"] for own in short["validations"]] == [1]  # ended with a validation
+    assert short["peak_memory"] > 1e6 and short["machine"]["cores"] >= 1
+    assert trainer(tiny_model, tokenizer, tmp_path, minutes=60).run(progress=False)["steps"] == 6
+    with pytest.raises(ConfigError, match="minutes"):
+        TrainConfig(minutes=0)
+
+
+def test_what_a_training_took_stands_in_the_table(tiny_model, tokenizer, tmp_path):
+    result = trainer(tiny_model, tokenizer, tmp_path).run(progress=False)
+    model = small_model(tiny_model)
+    config = default_config("MEND", model, editor=str(tmp_path))
+    known = method_named("MEND").preparation(config)
+    assert known == {f"training_{name}": result[name] for name in ("seconds", "steps", "peak_memory", "bytes")}
+    assert known["training_bytes"] == (tmp_path / FILE).stat().st_size
+    assert f"{known['training_bytes'] / 1e6:.1f}" == cell(known, "training_bytes")
+    (tmp_path / "train.json").write_text("{")
+    assert method_named("MEND").preparation(config) == {} == method_named("ROME").preparation(default_config("ROME", model))
 
 
 @pytest.mark.parametrize("moment", [1, 3, 4, 5])
@@ -430,7 +465,7 @@ def test_a_killed_training_ends_with_the_same_bits(tiny_model, tokenizer, tmp_pa
         killed.run(progress=False)
     assert not (tmp_path / "killed" / "train.json").exists()
     result = trainer(tiny_model, tokenizer, tmp_path / "killed").run(progress=False)
-    strip = lambda value: json.loads(json.dumps(value), object_hook=lambda d: {k: v for k, v in d.items() if k != "seconds"})  # noqa: E731
+    strip = lambda value: json.loads(json.dumps(value), object_hook=lambda d: {k: v for k, v in d.items() if k not in COST})  # noqa: E731
     assert strip(result) == strip(whole)
     for name in (FILE, "last.safetensors"):
         one, other = tensors_of(tmp_path / "whole", name), tensors_of(tmp_path / "killed", name)

@@ -120,6 +120,7 @@ def edit(
     method: Annotated[Optional[str], typer.Option(help="COMEBA-HK (default), MEMIT, ROME, FT …")] = None,
     scope: Scope = None,
     editor_folder: Annotated[Optional[Path], typer.Option("--editor", help="made by 'comeba train', for methods that are trained")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="for instruct models: the edits hold in the chat template too")] = False,
     config: Config = None,
     covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance'")] = None,
     texts: Annotated[Optional[Path], typer.Option(help="corpus to collect the covariance from instead")] = None,
@@ -146,7 +147,7 @@ def edit(
             editor = Editor.from_pretrained(net, tokenizer, out)
             check_same(editor, out, kind if method else None, config, scope, covariance, texts)
         else:
-            editor = Editor(net, tokenizer, settings_of(net, config, kind, scope, editor_folder), method=kind)
+            editor = Editor(net, tokenizer, settings_of(net, config, kind, scope, editor_folder, chat), method=kind)
             editor.method.ready()
             if kind.needs_covariance:
                 provide_covariance(editor, model, covariance, texts, not as_json)

@@ -57,15 +57,17 @@ def device_of(wanted: str | None) -> str:
     return f"cuda:{own}" if count or wanted == "cuda" else "cpu"
 
 
-def settings_of(model, path: Path | None, method=None, scope: str | None = None, editor: Path | None = None):
-    """Settings of a method (default COMEBA-HK): the model's defaults, what the file changes, the scope and trained editor asked for."""
+def settings_of(model, path: Path | None, method=None, scope: str | None = None, editor: Path | None = None, chat: bool = False):
+    """Settings of a method (default COMEBA-HK): the model's defaults, what the file changes, what options ask for."""
     from comeba_ext.editing.config import read_settings
     from comeba_ext.methods import default_config
 
     changes = read_settings(path) if path else {}
     if editor is not None and not hasattr(method, "learner"):
         raise ConfigError(f"--editor is for methods that are trained (comeba train); {getattr(method, 'name', 'COMEBA-HK')} edits as it is")
-    changes |= {name: value for name, value in {"scope": scope, "editor": editor and str(editor)}.items() if value}
+    if chat and method is not None and not method.takes_values:
+        raise ConfigError(f"--chat is for methods that look for target values; {method.name} does not")
+    changes |= {name: value for name, value in {"scope": scope, "editor": editor and str(editor), "chat": chat}.items() if value}
     try:
         return default_config(method or "COMEBA-HK", model, **changes)
     except ConfigError as error:

@@ -30,6 +30,7 @@ def train(
     validate_every: Annotated[int, typer.Option(min=1, help="steps between validations")] = 100,
     patience: Annotated[int, typer.Option(min=1, help="validations without a lower loss after which it ends")] = 5,
     seed: Annotated[int, typer.Option(help="of the order of the records")] = 0,
+    minutes: Annotated[Optional[float], typer.Option(help="end after so long, with a validation; more of them go on there")] = None,
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16")] = "no",
     limit: Limit = None,
     device: Device = None,
@@ -54,6 +55,7 @@ def train(
             patience=patience,
             seed=seed,
             mixed_precision=mixed_precision,
+            minutes=minutes,
         )
         kind, home = method_named(method), testbed.folder_of(model)
         if records is not None:

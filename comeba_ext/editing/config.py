@@ -45,6 +45,7 @@ class EditConfig:
         kl_factor: weight of KL at the subject's last token of "{subject} is a".
         end_factor: weight of −log of the probability that the new object is over where it ends ("six", not "sixteen";
             :func:`~comeba_ext.text.ends.end_tokens`), which published objectives do not ask for.
+        chat: find target values for the prompt (and its wordings) in the model's chat template too, as a user's turn.
         weight_decay: weight of ‖δ‖/‖h‖².
         clamp: bound on ‖δ‖ in units of ‖h‖.
         early_stop: a request whose loss falls below it is done.
@@ -79,6 +80,7 @@ class EditConfig:
     lr_unit: str = "absolute"
     kl_factor: float = 0.0625
     end_factor: float = 0.0
+    chat: bool = False
     weight_decay: float = 0.5
     clamp: float = 0.75
     early_stop: float = 0.05
@@ -103,6 +105,8 @@ class EditConfig:
         for name, choices in (("scope", score_names()), ("gate", GATES), ("optimizer", OPTIMIZERS), ("lr_unit", LR_UNITS)):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not isinstance(self.chat, bool):
+            raise ConfigError(f"chat must be true or false, got {self.chat!r}")
         if self.compute_dtype not in (None, "bfloat16"):
             raise ConfigError(f"compute_dtype must be bfloat16 or null, got {self.compute_dtype!r}")
         bounds = {

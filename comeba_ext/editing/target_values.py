@@ -78,7 +78,7 @@ def optimise_target_values(
         RequestError: a row is longer than the model's context, or an optimisation ended in NaN.
         ArchitectureError: the model's layers pass no gradients back.
     """
-    rows = target_rows(tokenizer, requests, prefixes, wordings=True, whole=config.end_factor > 0)
+    rows = target_rows(tokenizer, requests, prefixes, wordings=True, whole=config.end_factor > 0, chat=config.chat)
     over = torch.tensor(end_tokens(tokenizer) if config.end_factor else [], dtype=torch.long, device=model.device)
     essence = essence_rows(tokenizer, requests)
     check_length(rows + essence, requests, context_length(model))

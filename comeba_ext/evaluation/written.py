@@ -21,11 +21,12 @@ from dataclasses import dataclass
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from comeba_ext.errors import ComebaError, RequestError
+from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation.scoring import Query, device_of, greedy, micro_batches
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.logits import room_for_logits
 from comeba_ext.forward.partial import evaluating
+from comeba_ext.text.chat import in_chat
 from comeba_ext.text.encoding import pad, pad_id
 
 ANSWER_TOKENS, LONG_TOKENS = 32, 256  # at most; of paragraphs
@@ -93,17 +94,6 @@ class _Words:
 
     def tokenize(self, text: str) -> list[str]:
         return normalised(text).split()
-
-
-def in_chat(tokenizer, prompt: str) -> str:
-    """A prompt as a user's turn of a chat, up to where the model answers.
-
-    Raises:
-        RequestError: the tokenizer has no chat template.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise RequestError("this tokenizer has no chat template; ask without one")
-    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -82,9 +83,13 @@ def run(
         raise ComebaError("the measure 'text' needs texts: add --texts")
     samples = samples or experiment.samples
     chosen = _chosen(experiment, cases)
-    configs = {case.label: case.config(model) for case in experiment.cases}
+    configs = {case.label: case.config(model) for case in chosen}
+    for case in experiment.cases:  # the others are only read, where they are complete
+        with contextlib.suppress(ComebaError):  # settings name a file that is not here
+            configs.setdefault(case.label, case.config(model))
+    there = [case for case in experiment.cases if case.label in configs]
     kept = out / "covariance.safetensors"
-    asking = experiment.cases if kept.exists() else chosen  # to read the logs of the others takes the same
+    asking = there if kept.exists() else chosen  # to read the logs of the others takes the same
     needing = [configs[case.label] for case in asking if methods.method_named(case.method).needs_covariance]
     for config in needing if covariance is not None else ():  # before the first case, not before the one that needs it
         covariance.check(model, _widths(model, config))
@@ -103,7 +108,7 @@ def run(
         records[dataset] = read.counts(used, skipped)
         how = {"generate": experiment.generate, "writing": experiment.writing, "progress": progress}
         base = functools.cache(functools.partial(predict_base, model, tokenizer, used, **how))  # not asked where every log is complete
-        for case in experiment.cases:
+        for case in there:
             protocol = _protocol(experiment, case, len(used), seed)
             method = methods.method_named(case.method)
             own = Path(experiment.name, slug(dataset), slug(case.label))
@@ -125,6 +130,7 @@ def run(
                 "log": own.as_posix(),
                 "batch_size": protocol.batch_size,
                 "settings": configs[case.label].to_dict(),
+                **method.preparation(configs[case.label]),
             }
             rows += [{**about, **row} for row in _rows(results, seed)]
             for result in results:

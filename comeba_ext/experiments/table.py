@@ -35,7 +35,13 @@ COLUMNS = (
     ("in_scope_rephrased", "in scope, rephrased"),
     ("in_scope_other", "in scope, other"),
     ("seconds_per_edit", "s/edit"),
+    ("peak_memory", "peak MB"),
+    ("saved_bytes", "saved MB"),
+    ("training_seconds", "training, s"),
+    ("training_peak_memory", "training, peak MB"),
+    ("training_bytes", "editor MB"),
 )
+MEGABYTES = {"peak_memory": 0, "saved_bytes": 1, "training_peak_memory": 0, "training_bytes": 1}  # digits behind the point
 
 
 def markdown(result: dict) -> str:
@@ -87,18 +93,16 @@ def _table(rows: list[dict], result: dict) -> list[str]:
     able = dict.fromkeys(name for row in rows for name in _of_tasks(row.get("abilities", {})))
     columns = [(key, title) for key, title in (*known, *COLUMNS, *zip(able, able)) if any(row.get(key) is not None for row in rows)]
     several = len({row["edits"] for row in rows if row["case"] == rows[0]["case"]}) > 1
-    head = ["case", *(["edits"] if several else []), *(title for _, title in columns), "peak MB", "saved MB"]
+    head = ["case", *(["edits"] if several else []), *(title for _, title in columns)]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
         name = f"{row['case']} (failed after {row['edits']} edits)" if "error" in row else row["case"]
         cells = [name, *([str(row["edits"])] if several else [])]
-        memory = "–" if row.get("peak_memory") is None else f"{row['peak_memory'] / 1e6:.0f}"
-        saved = "–" if row.get("saved_bytes") is None else f"{row['saved_bytes'] / 1e6:.1f}"
-        lines.append(_line([*cells, *(cell(row, key) for key, _ in columns), memory, saved]))
+        lines.append(_line([*cells, *(cell(row, key) for key, _ in columns)]))
         for known in result["expected"]:
             if known.get("dataset") == row["dataset"] and known.get("case") == row["case"]:
                 given = [f"{known[key]:.3f}" if key in known else "" for key, _ in columns]
-                lines.append(_line([f"· {known.get('source', 'published')}", *([""] if several else []), *given, "", ""]))
+                lines.append(_line([f"· {known.get('source', 'published')}", *([""] if several else []), *given]))
     return lines
 
 
@@ -132,6 +136,8 @@ def cell(row: dict, key: str) -> str:
     value, interval = row.get(key), row.get(f"{key}_interval")
     if value is None:
         return "–"
+    if key in MEGABYTES:
+        return f"{value / 1e6:.{MEGABYTES[key]}f}"
     spread = row.get(f"{key}_spread")
     return number(value) + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "") + ("" if spread is None else f" ± {spread:.3f}")
 

@@ -121,6 +121,11 @@ class Method:
         return {}
 
     @classmethod
+    def preparation(cls, config: EditConfig) -> dict:
+        """What was done before the first edit and belongs beside its cost, such as ``training_seconds``; JSON-serialisable."""
+        return {}
+
+    @classmethod
     def targets(cls, config: EditConfig, architecture: Architecture) -> list[str]:
         """Names of the layers that it wraps; by default the configured blocks' MLP output projections."""
         return [architecture.projection_name(index) for index in config.layers]

@@ -104,8 +104,8 @@ class ComebaHK(Method):
     # -- a batch ------------------------------------------------------------------------------------------------
 
     def validate(self, batch: list[EditRequest]) -> None:
-        tokenizer = self.session.tokenizer
-        rows = target_rows(tokenizer, batch, self.session.prefixes, wordings=True, whole=self.config.end_factor > 0)
+        tokenizer, config = self.session.tokenizer, self.config
+        rows = target_rows(tokenizer, batch, self.session.prefixes, wordings=True, whole=config.end_factor > 0, chat=config.chat)
         rows += essence_rows(tokenizer, batch)
         check_length(rows, batch, context_length(self.session.model))
 

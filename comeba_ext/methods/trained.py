@@ -6,6 +6,7 @@ and what it was trained for: method, settings, base model. It is no part of save
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import Row, answer_rows
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
-FILE = "editor.safetensors"
+FILE, ABOUT = "editor.safetensors", "train.json"
 
 
 class Learner(nn.Module):
@@ -174,6 +175,17 @@ class Trained(Snapshots):
     def implied(cls, changes: dict) -> dict:
         """The settings that the editor was trained with."""
         return _read(changes["editor"], cls.name)[1]["config"] if changes.get("editor") else {}
+
+    @classmethod
+    def preparation(cls, config: TrainedConfig) -> dict:
+        """What the training took, where the editor's folder says it."""
+        if config.editor is None or not (path := Path(config.editor) / ABOUT).is_file():
+            return {}
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return {f"training_{name}": known[name] for name in ("seconds", "steps", "peak_memory", "bytes") if name in known}
 
     def new_learner(self) -> Learner:
         """One that has learned nothing yet."""

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from comeba_ext import __version__
 from comeba_ext.evaluation.ways import WAYS
-from comeba_ext.experiments.table import COLUMNS, by_column, number
+from comeba_ext.experiments.table import COLUMNS, MEGABYTES, by_column, number
 from comeba_ext.report.results import AGE, Results, best, differences, examples, retention, scores
 
 TEMPLATE = Path(__file__).parent / "page.html"
 LEADING = ("reliability", "generality", "locality")
-PLAIN = ("hallucination", "fluency", "text_changed", "perplexity", "perplexity_before", "seconds_per_edit")
+PLAIN = ("hallucination", "fluency", "text_changed", "perplexity", "perplexity_before", "seconds_per_edit", "training_seconds", *MEGABYTES)
 
 
 def build(found: Sequence[Results], title: str = "Knowledge editing: results") -> str:
@@ -69,7 +69,6 @@ def _table(cases: list[dict], records: dict[str, list[dict]], way: str) -> dict:
     criteria = list(dict.fromkeys(name for row in cases for name in row.get("questions", ())))
     flat = [row | by_column(row.get("questions", {})) for row in cases]
     columns[4:4] = [(f"{name}_written", f"{name}, written") for name in criteria]
-    columns += [("peak_memory", "peak memory, MB"), ("saved_bytes", "saved, MB")]
     columns = [(key, head) for key, head in columns if any(row.get(key) is not None for row in flat)]
     tops = {key: best(records, key) for key, _ in columns if any(row.get(key) is not None for rows in records.values() for row in rows)}
     several = len(cases) > 1
@@ -88,7 +87,7 @@ def _cell(row: dict, key: str, top: bool) -> dict:
     value, interval = row.get(key), row.get(f"{key}_interval")
     if value is None:
         return {"text": "–", "sort": "", "interval": "", "top": False}
-    text = f"{value / 1e6:.1f}" if key in ("peak_memory", "saved_bytes") else number(value)
+    text = f"{value / 1e6:.1f}" if key in MEGABYTES else number(value)
     return {"text": text, "sort": value, "interval": f"{interval[0]:.3f} – {interval[1]:.3f}" if interval else "", "top": top}
 
 

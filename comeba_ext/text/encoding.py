@@ -47,13 +47,13 @@ def encode_all(tokenizer, texts: Sequence[tuple[str, str | None, int | None]]) -
         texts: for each text
 
             * the prompt, without trailing space;
-            * the target that follows it after one space, or ``None``;
+            * the target that follows it after one space, or at once where it ends a line (an answer in a chat), or ``None``;
             * the index in the prompt of the character after the subject, or ``None``.
 
     Raises:
         RequestError: a target or a subject has no token of its own.
     """
-    whole = [prompt if target is None else f"{prompt} {target}" for prompt, target, _ in texts]
+    whole = [prompt if target is None else f"{prompt}{'' if prompt.endswith(chr(10)) else ' '}{target}" for prompt, target, _ in texts]
     if not whole:
         return []
     if tokenizer.is_fast:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from comeba_ext.errors import RequestError
+from comeba_ext.text.chat import chat_wording
 from comeba_ext.text.encoding import Encoded, encode_all, pad
 from comeba_ext.text.request import EditRequest
 
@@ -55,14 +56,17 @@ def prompt_rows(tokenizer, requests: list[EditRequest], prefixes: list[str]) -> 
     return [Row(n, e.ids, e.subject_last, [], number) for (n, number), e in zip(places, encoded, strict=True)]
 
 
-def target_rows(tokenizer, requests: list[EditRequest], prefixes: list[str], wordings: bool = False, whole: bool = False) -> list[Row]:
+def target_rows(
+    tokenizer, requests: list[EditRequest], prefixes: list[str], wordings: bool = False, whole: bool = False, chat: bool = False
+) -> list[Row]:
     """``prefix + prompt + target`` without the target's last token: the rows target values are optimised on.
 
     Args:
         wordings: also a row for each of a request's other wordings, numbered on behind the prefixes.
         whole: with the target's last token.
+        chat: beside the wordings, the prompt and each of them in the model's chat template, as a user's turn.
     """
-    places, encoded = _encode(tokenizer, requests, prefixes, lambda request: request.target_new, wordings)
+    places, encoded = _encode(tokenizer, requests, prefixes, lambda request: request.target_new, wordings, chat)
     return [
         Row(n, e.ids if whole else e.ids[:-1], e.subject_last, e.target_ids, number, whole)
         for (n, number), e in zip(places, encoded, strict=True)
@@ -99,14 +103,19 @@ def batch_inputs(rows: list[Row], pad_token: int, device) -> dict[str, torch.Ten
 
 
 def _encode(
-    tokenizer, requests: list[EditRequest], prefixes: list[str], target: Callable[[EditRequest], str | None], wordings: bool = False
+    tokenizer,
+    requests: list[EditRequest],
+    prefixes: list[str],
+    target: Callable[[EditRequest], str | None],
+    wordings: bool = False,
+    chat: bool = False,
 ) -> tuple[list[tuple[int, int]], list[Encoded]]:
     """``(request, prefix)`` numbers of all rows, and what they hold."""
     places = [(n, number) for n in range(len(requests)) for number in range(len(prefixes))]
     texts = [(prefixes[p] + requests[n].text, target(requests[n]), len(prefixes[p]) + requests[n].place) for n, p in places]
     for n, request in enumerate(requests if wordings else ()):
-        for number, text in enumerate(request.wordings, len(prefixes)):
+        turns = [chat_wording(tokenizer, text) for text in (request.text, *request.wordings)] if chat else []
+        for number, text in enumerate([*(own.rstrip() for own in request.wordings), *turns], len(prefixes)):
             places.append((n, number))
-            text = text.rstrip()
             texts.append((text, target(request), request.place_in(text, text.rindex(request.subject))))
     return places, encode_all(tokenizer, texts)

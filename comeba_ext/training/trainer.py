@@ -20,9 +20,11 @@ import torch
 from tqdm.auto import tqdm
 
 from comeba_ext.editing.config import check_fields
+from comeba_ext.editing.report import peak_memory, reset_peak_memory
 from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
-from comeba_ext.methods.trained import FILE, Learner, Trained, save_learner
+from comeba_ext.machine import machine
+from comeba_ext.methods.trained import ABOUT, FILE, Learner, Trained, save_learner
 from comeba_ext.storage import alone, read_tensors, write_tensors, write_text
 from comeba_ext.text.episodes import episodes_of
 from comeba_ext.text.request import EditRequest
@@ -45,6 +47,7 @@ class TrainConfig:
         save_every: steps between checkpoints, which a killed run goes on from.
         seed: of the order and the wordings.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (accelerate's).
+        minutes: after which it ends, with a last validation; the same command with more of them goes on.
 
     Raises:
         ConfigError: a value out of range.
@@ -61,10 +64,11 @@ class TrainConfig:
     save_every: int = 50
     seed: int = 0
     mixed_precision: str = "no"
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         counts = ("steps", "edits", "accumulate", "validate_every", "validations", "patience", "save_every")
-        check_fields(self, counts=counts, positive=("clip",), positive_or_none=("lr",))
+        check_fields(self, counts=counts, positive=("clip",), positive_or_none=("lr", "minutes"))
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ConfigError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}")
 
@@ -92,7 +96,8 @@ class Trainer:
             raise RequestError("the model is edited already; train on the unedited one")
         if not train or not val:
             raise RequestError(f"there are {len(train)} records to train on and {len(val)} to validate on; each needs one at least")
-        editor.check([*train, *val])
+        for request in (*train, *val):  # each by itself: what contradicts another fact is never edited together with it
+            editor.check([request])
         self.editor, self.train, self.val, self.out = editor, train, val, Path(out)
         self.config = config or TrainConfig()
         self.learner: Learner = editor.method.new_learner()
@@ -103,7 +108,7 @@ class Trainer:
 
         Returns:
             ``steps``, ``seconds``, ``best`` (a validation: ``step``, ``loss``, ``reliability``, ``generality``, ``locality``),
-            ``validations``, ``parameters``, ``bytes`` of the editor.
+            ``validations``, ``parameters``, ``bytes`` of the editor, ``peak_memory`` in bytes (of the process that ended it), ``machine``.
 
         Raises:
             StorageError: ``out`` holds the training of something else.
@@ -126,15 +131,17 @@ class Trainer:
         learner, optimiser = accelerator.prepare(self.learner, optimiser)
         validations = [line for line in lines if line["event"] == "validation"]
         start, before = time.monotonic(), lines[-1]["seconds"] if lines else 0.0
+        ends = False
+        reset_peak_memory(device)
         with tqdm(total=config.steps, initial=step, disable=not progress, unit="step", desc=self.editor.method.name) as bar:
-            while step < config.steps and not self._enough(validations):
+            while step < config.steps and not ends and not self._enough(validations):
                 parts = self._step(accelerator, learner, optimiser, step)
                 step += 1
                 seconds = before + time.monotonic() - start
                 lines.append({"event": "step", "step": step, **parts, "seconds": seconds})
                 bar.set_postfix(loss=f"{parts['loss']:.3g}", refresh=False)
                 bar.update()
-                ends = step == config.steps
+                ends = step == config.steps or self._late(seconds)
                 if ends or step % config.validate_every == 0:
                     found = {"event": "validation", "step": step, **self._validate(), "seconds": before + time.monotonic() - start}
                     if accelerator.is_main_process and not any(own["loss"] <= found["loss"] for own in validations):
@@ -145,7 +152,7 @@ class Trainer:
                         on_validation(found)
                 if accelerator.is_main_process and (ends or step % config.save_every == 0 or lines[-1]["event"] == "validation"):
                     self._save(step, optimiser, lines)
-        return self._finish(lines, validations) if accelerator.is_main_process else {}
+        return self._finish(device, lines, validations) if accelerator.is_main_process else {}
 
     def _step(self, accelerator, learner, optimiser, step: int) -> dict[str, float]:
         """One of the optimiser; returns the loss's parts, means over its passes."""
@@ -182,6 +189,14 @@ class Trainer:
         found = [self.learner.measure(episode) for episode in self.shown]
         return {name: sum(own[name] for own in found) / len(found) for name in MEASURED}
 
+    def _late(self, seconds: float) -> bool:
+        """Whether the time is up, in all processes alike."""
+        if self.config.minutes is None:
+            return False
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([seconds > 60 * self.config.minutes])[0]
+
     def _enough(self, validations: list[dict]) -> bool:
         best = min(range(len(validations)), key=lambda n: validations[n]["loss"], default=0)
         return len(validations) - best > self.config.patience
@@ -192,7 +207,7 @@ class Trainer:
         """What this training is: another one is not gone on with."""
         data = [[request.to_record() for request in records] for records in (self.train, self.val)]
         digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
-        settings = {name: value for name, value in asdict(self.config).items() if name != "steps"}  # more of them may be asked for
+        settings = {name: value for name, value in asdict(self.config).items() if name not in ("steps", "minutes")}  # more may be asked for
         return {"kind": "training", "method": self.editor.method.name, "data": digest, "training": settings}
 
     def _save_best(self, found: dict) -> None:
@@ -231,7 +246,7 @@ class Trainer:
         except (KeyError, ValueError, RuntimeError, OSError) as error:
             raise StorageError(f"{self.out / LAST} does not fit this training ({error}); remove the folder to start anew") from None
 
-    def _finish(self, lines: list[dict], validations: list[dict]) -> dict:
+    def _finish(self, device: torch.device, lines: list[dict], validations: list[dict]) -> dict:
         best = min(validations, key=lambda own: own["loss"])
         result = {
             **self._header(),
@@ -241,8 +256,10 @@ class Trainer:
             "validations": validations,
             "parameters": sum(own.numel() for own in self.learner.parameters()),
             "bytes": (self.out / FILE).stat().st_size,
+            "peak_memory": peak_memory(device),
+            "machine": machine(),
         }
-        write_text(self.out / "train.json", json.dumps(result, indent=1) + "\n")
+        write_text(self.out / ABOUT, json.dumps(result, indent=1) + "\n")
         _plot(lines, validations, self.out / "curve.png")
         return result
 
