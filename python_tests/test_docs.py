@@ -31,6 +31,7 @@ from comeba_ext.data import read_requests
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 RESULTS = ROOT / "bench" / "results" / "experiments"
+METRICS = ("reliability", "generality", "locality")
 MARK = re.compile(r"<!-- (run|not run: .+|from: .+) -->")
 
 
@@ -183,15 +184,34 @@ def test_the_readme_is_short_and_its_figures_are_results():
         "100 QAEdit": ("smollm2/defaults100_qaedit", 100),
         "Gemma 3 270M, 100 CounterFact": ("gemma3/defaults100", 100),
     }
-    table = text.split("| edits | reliability | generality | locality |\n")[1].split("\n\n")[0].splitlines()[1:]
-    assert len(table) == len(files)
-    for line in table:
-        label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        name, edits = files[label]
-        rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
-        (row,) = [row for row in rows if row["case"] == "COMEBA-HK (nearest)" and row["edits"] == edits]
-        for metric, cell in zip(("reliability", "generality", "locality"), cells, strict=True):
+    table = table_of(text, "| edits | reliability | generality | locality |")
+    assert list(table) == list(files)
+    for label, cells in table.items():
+        row = row_of(*files[label], "COMEBA-HK (nearest)")
+        for metric, cell in zip(METRICS, cells, strict=True):
             value, (low, high) = row[f"{metric}_written"], row[f"{metric}_written_interval"]
             assert cell == f"{value:.3f} [{low:.3f}, {high:.3f}]", (label, metric)
         if label.startswith("200 ZsRE"):
             assert f"portability is {row['portability_written']:.3f} after the 200 ZsRE edits" in text
+
+
+def test_the_table_of_methods_is_of_results():
+    for label, (counterfact, zsre) in table_of(PAGES["docs/methods.md"].read_text(encoding="utf-8"), "| | CounterFact | ZsRE |").items():
+        case = re.sub(r", .*", "", label.replace("z-score, the paper's", "z-score"))
+        first = "smollm2/trained200" if case == "SERAC" else "smollm2/written200_counterfact"
+        for name, cell in ((first, counterfact), ("smollm2/written200_zsre", zsre)):
+            if cell != "not run":
+                assert cell == " / ".join(f"{row_of(name, 200, case)[f'{metric}_written']:.3f}" for metric in METRICS), label
+
+
+def table_of(text: str, head: str) -> dict[str, list[str]]:
+    """The rows of a table by their first cell, without what makes them bold."""
+    rows = text.split(head + "\n")[1].split("\n\n")[0].replace("**", "").splitlines()[1:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {label: values for label, *values in cells}
+
+
+def row_of(name: str, edits: int, case: str) -> dict:
+    rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    (row,) = [row for row in rows if row["case"] == case and row["edits"] == edits]
+    return row
