@@ -24,6 +24,7 @@ import yaml
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import comeba_ext
 from comeba_ext import EditConfig, Editor, testbed
 from comeba_ext.cli import app
 from comeba_ext.data import read_requests
@@ -31,6 +32,8 @@ from comeba_ext.data import read_requests
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 RESULTS = ROOT / "bench" / "results" / "experiments"
+_OPTIONAL = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1].split("\n\n")[0]
+EXTRAS = re.findall(r"^(\w+) = \[", _OPTIONAL, re.M)
 METRICS = ("reliability", "generality", "locality")
 MARK = re.compile(r"<!-- (run|not run: .+|from: .+) -->")
 
@@ -128,7 +131,6 @@ def test_python_blocks(page, tmp_path, monkeypatch):
 def test_shell_blocks(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     group = get_command(app)
-    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1], re.M)
     for block in blocks(page, "sh"):
         for words in commands(block.text):
             own = own_arguments(words)
@@ -141,7 +143,7 @@ def test_shell_blocks(page, tmp_path, monkeypatch):
                     group.commands[own[0]].make_context(own[0], own[1:])  # raises for an option there is not
             elif words[:2] == ["pip", "install"]:
                 asked = [extra for word in words for extra in re.findall(r"\[([\w,]+)\]", word)]
-                assert {extra for own in asked for extra in own.split(",")} <= set(extras), f"{page}: {words}"
+                assert {extra for own in asked for extra in own.split(",")} <= set(EXTRAS), f"{page}: {words}"
             elif words[:1] == ["python"] and words[1:] and words[1].startswith(("bench/", "examples/")):
                 assert (ROOT / words[1]).is_file(), f"{page}: {words}"
 
@@ -161,9 +163,11 @@ def test_data_blocks(page, tmp_path):
         pytest.importorskip("tomllib").loads(block.text)
 
 
-def test_every_command_is_on_the_page_of_commands():
-    listed = set(re.findall(r"^\| `(\w+)` \|", PAGES["docs/commands.md"].read_text(encoding="utf-8"), re.M))
-    assert set(get_command(app).commands) <= listed
+def test_commands_extras_and_rooms_are_listed():
+    assert set(get_command(app).commands) <= first_column("docs/commands.md")
+    assert set(EXTRAS) <= first_column("docs/index.md")
+    rooms = {f"{path.parent.name}/" for path in Path(comeba_ext.__file__).parent.glob("*/__init__.py")}
+    assert rooms <= {name.removeprefix("comeba_ext/") for name in first_column("docs/layout.md")}
 
 
 def test_links_lead_somewhere():
@@ -202,6 +206,12 @@ def test_the_table_of_methods_is_of_results():
         for name, cell in ((first, counterfact), ("smollm2/written200_zsre", zsre)):
             if cell != "not run":
                 assert cell == " / ".join(f"{row_of(name, 200, case)[f'{metric}_written']:.3f}" for metric in METRICS), label
+
+
+def first_column(page: str) -> set[str]:
+    """What is in code style in the first cells of a page's tables."""
+    cells = re.findall(r"^\|([^|]*)\|", PAGES[page].read_text(encoding="utf-8"), re.M)
+    return set(re.findall(r"`([\w./]+)`", " ".join(cells)))
 
 
 def table_of(text: str, head: str) -> dict[str, list[str]]:
