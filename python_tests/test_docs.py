@@ -1,8 +1,8 @@
 """The README and docs/: every code block is run or checked, figures are in committed results, links lead somewhere.
 
-What a block is, its fence says (``python``, ``sh``, ``json``, ``yaml``, ``toml``, ``text``; none: ``sh``). Python blocks are run, those of
-a page one after another, in an empty folder; ``print(x)  # → y`` must print y. Of shell blocks commands of this package are held against
-its own parser. A comment above the fence says otherwise:
+What a block is, its fence says (``python``, ``sh``, ``json``, ``yaml``, ``toml``, ``text``; none: ``sh``; ``py``: another project's Python,
+which is not looked at). Python blocks are run, those of a page one after another, in an empty folder; ``print(x)  # → y`` must print y. Of
+shell blocks commands of this package are held against its own parser. A comment above the fence says otherwise:
 
     <!-- not run: why -->           Python that is compiled only
     <!-- run -->                    shell whose ``comeba`` commands are run
@@ -35,6 +35,12 @@ RESULTS = ROOT / "bench" / "results" / "experiments"
 _OPTIONAL = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1].split("\n\n")[0]
 EXTRAS = re.findall(r"^(\w+) = \[", _OPTIONAL, re.M)
 METRICS = ("reliability", "generality", "locality")
+# Pages whose Python another test runs, with what it needs (a server) and expects.
+ELSEWHERE = {
+    "docs/serving.md": "test_server.py",
+    "docs/edit_sets.md": "test_pages.py",
+    "docs/coming_from_easyedit.md": "test_pages.py",
+}
 MARK = re.compile(r"<!-- (run|not run: .+|from: .+) -->")
 
 
@@ -102,7 +108,7 @@ def one_covariance():
 
 
 def test_fences_say_what_they_hold():
-    known = {"python", "sh", "json", "yaml", "toml", "text"}
+    known = {"python", "py", "sh", "json", "yaml", "toml", "text"}
     for page, path in PAGES.items():
         assert {block.language for block in blocks(page)} <= known, page
         marks = re.findall(r"<!-- (?:run|not run|from)\b.*", path.read_text(encoding="utf-8"))
@@ -119,6 +125,8 @@ def test_python_blocks(page, tmp_path, monkeypatch):
             known = {line.partition("  # ")[0].strip() for line in (ROOT / block.mark[6:]).read_text(encoding="utf-8").splitlines()}
             lines = [line.partition("  # ")[0].strip() for line in block.text.splitlines()]
             assert [line for line in lines if line not in known and not line.startswith("...")] == [], page
+        elif page in ELSEWHERE:
+            assert Path(page).name in (ROOT / "python_tests" / ELSEWHERE[page]).read_text(encoding="utf-8")
         elif not block.mark:
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(code, names)
