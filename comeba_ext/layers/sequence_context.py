@@ -161,7 +161,8 @@ class SequenceContext:
         here = self.here
         cache = _cache_of({**dict(zip(self._names, args, strict=False)), **kwargs})
         if cache is None:
-            cache = _cache_of({name: getattr(output, name, None) for name in CACHE_NAMES})
+            # Outputs have one name; where it is the later one, to ask for the earlier is a warning of Transformers'.
+            cache = output.cache if hasattr(output, "cache") else getattr(output, "past_key_values", None)
         if cache is not None and output is not None and here.updated:  # None: the pass failed
             # A cache that begins inside a compiled graph, where no class can be made, is not followed when its beams are reordered.
             if not hasattr(cache, "comeba_statistics") and not torch.compiler.is_compiling():

@@ -8,6 +8,7 @@ from comeba_ext.registry import Registry
 
 METHODS = Registry("method", "method", "comeba_ext.methods", ConfigError)
 register_method = METHODS.register
+"""Decorator of a :class:`Method`: makes it known by its ``name``. ComebaError: it has none, or another method has it."""
 
 
 def method_named(method: str | type[Method]) -> type[Method]:

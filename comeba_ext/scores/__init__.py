@@ -15,6 +15,7 @@ __all__ = ["SCORES", "NearestScore", "ReferenceScore", "Score", "ZScore", "regis
 
 SCORES = Registry("score", "scope", "comeba_ext.scores", ComebaError)
 register_score = SCORES.register
+"""Decorator of a :class:`Score`: makes it known by its ``name``. ComebaError: it has none, or another score has it."""
 score_named = SCORES.named
 
 for _score in (ZScore, ReferenceScore, NearestScore):
