@@ -19,7 +19,7 @@ FLOORS = [
     {"methods"},
     {"saved_edits"},
     {"editor"},
-    {"evaluation"},
+    {"evaluation", "exporting"},
     {"testbed", "tuning", "training"},
     {"loading", "experiments"},
     {"doctor", "report"},
