@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from comeba_ext.editor import Editor
 from comeba_ext.errors import ArchitectureError, ComebaError
@@ -26,6 +27,7 @@ class Exported:
         layers: names of the edited layers.
         bytes: size of the folder's files.
         rank: of a LoRA adapter.
+    notes: what its users must know.
     """
 
     out: Path
@@ -33,6 +35,23 @@ class Exported:
     layers: list[str]
     bytes: int
     rank: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def write_tokenizer(tokenizer, folder: Path) -> tuple[str, ...]:
+    """Save a tokenizer; says so where ``AutoTokenizer``, which goes by the kind of model, will take it for another one."""
+    tokenizer.save_pretrained(folder)
+    try:
+        read = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        same = read(SAMPLE)["input_ids"] == tokenizer(SAMPLE)["input_ids"]
+    except Exception:  # whatever a tokenizer of somebody's own raises; it was saved as it saves itself
+        return ()
+    name = type(tokenizer).__name__
+    how = f"{name}.from_pretrained(folder), of {type(tokenizer).__module__.partition('.')[0]}, is right"
+    return () if same else (f"AutoTokenizer reads this folder's tokenizer as {type(read).__name__}, with other tokens; {how}",)
+
+
+SAMPLE = "The capital of Norway (Oslo) had 709,037 people in 2023;  a naïve façade – so what's 東京?\n\tNew"
 
 
 def size_of(folder: Path) -> int:

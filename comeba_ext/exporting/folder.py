@@ -12,7 +12,7 @@ from torch import nn
 
 from comeba_ext.errors import ArchitectureError, ComebaError
 from comeba_ext.exporting import modeling
-from comeba_ext.exporting.base import Exported, edited, size_of
+from comeba_ext.exporting.base import Exported, edited, size_of, write_tokenizer
 from comeba_ext.exporting.new_folder import must_be_new, new_folder
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.layers.attachment import attachments
@@ -53,7 +53,7 @@ def export_folder(model: nn.Module, tokenizer, edits: str | Path, out: str | Pat
     with new_folder(out) as staging:
         # Under the names they have in memory: for code that a folder brings Transformers translates none.
         type(model).save_pretrained(model, staging, state_dict=state, save_original_format=False)
-        tokenizer.save_pretrained(staging)
+        notes = write_tokenizer(tokenizer, staging)
         config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
         config |= {
             "architectures": [modeling.EditedForCausalLM.__name__],
@@ -67,7 +67,7 @@ def export_folder(model: nn.Module, tokenizer, edits: str | Path, out: str | Pat
         write_text(staging / "config.json", json.dumps(config, indent=2) + "\n")
         write_text(staging / FILE, source)
         size = size_of(staging)
-    return Exported(Path(out), manifest["edits"], names, size)
+    return Exported(Path(out), manifest["edits"], names, size, notes=notes)
 
 
 def _gate_of(own: nn.Module, method: str) -> dict[str, torch.Tensor]:

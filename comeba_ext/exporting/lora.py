@@ -22,7 +22,7 @@ def export_lora(model: nn.Module, tokenizer, edits: str | Path, out: str | Path)
     The factors are exact (a singular value decomposition), of the rank that delta has: at most the number of keys that were edited.
 
     Args:
-        Those of :func:`~comeba_ext.exporting.merged.export_merged`.
+        model, tokenizer, edits, out: as :func:`~comeba_ext.exporting.merged.export_merged`; no tokenizer is written.
 
     Raises:
         ComebaError: the method's edits are no change of weights, or one of so high a rank that an adapter is no smaller.

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from comeba_ext.exporting.base import Exported, size_of, weight_changes
+from comeba_ext.exporting.base import Exported, size_of, weight_changes, write_tokenizer
 from comeba_ext.exporting.new_folder import must_be_new, new_folder
 
 
@@ -38,9 +38,9 @@ def export_merged(model: nn.Module, tokenizer, edits: str | Path, out: str | Pat
         state[f"{name}.weight"] = (weight.double() + delta.to(weight.device)).to(weight.dtype)
     with new_folder(out) as staging, torch.no_grad():
         type(model).save_pretrained(model, staging, state_dict=state)
-        tokenizer.save_pretrained(staging)
+        notes = write_tokenizer(tokenizer, staging)
         size = size_of(staging)
-    return Exported(Path(out), count, list(changes), size)
+    return Exported(Path(out), count, list(changes), size, notes=notes)
 
 
 def turned(model: nn.Module, name: str) -> bool:
