@@ -66,7 +66,11 @@ def check_base(model: nn.Module) -> None:
     """
     if attachments(model):
         raise ArchitectureError("give the base model as it came: this one has edits on it, and what is exported is a saved folder")
-    if not hasattr(model, "save_pretrained") or type(model).__module__.startswith("peft") or getattr(model, "_hf_peft_config_loaded", False):
+    if (
+        not hasattr(model, "save_pretrained")
+        or type(model).__module__.startswith("peft")
+        or getattr(model, "_hf_peft_config_loaded", False)
+    ):
         raise ArchitectureError("the model has adapters, or is none of Transformers': merge them into it first (merge_and_unload)")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ArchitectureError("the model is quantised, so its weights cannot be written with edits: load it in a floating dtype")

@@ -72,10 +72,10 @@ def export_folder(model: nn.Module, tokenizer, edits: str | Path, out: str | Pat
 
 def _gate_of(own: nn.Module, method: str) -> dict[str, torch.Tensor]:
     """The tensors of a layer's gate."""
-    if not isinstance(own, HookedLinear):
-        raise ComebaError(f"{method}: its edits are not in hooked layers, so there is no gate that the folder could bring")
-    if own.mode != "validated":
-        raise ComebaError(f"{method} has no gate, every token meets its edits: export plain weights (merged), or an adapter (lora)")
+    if not isinstance(own, HookedLinear) or own.mode != "validated":
+        raise ComebaError(
+            f"{method} has no gate that the folder could bring; edits that are in the weights can be exported there: merged, lora"
+        )
     return own.score.carried(own)
 
 

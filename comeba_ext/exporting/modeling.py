@@ -254,15 +254,21 @@ class NearestGate(Gate):
         hashes = self.here.hashes
         named = hashes is not None and hashes.shape[:2].numel() == len(x) and len(self.ends) and "delta" not in self.tensors
         rows, shard = self.by_name(x, hashes.reshape(-1, LONGEST).to(x.device)) if named else self.by_key(x)
-        own = torch.where((shard >= 0)[:, None], self.rows[shard.clamp(min=0)], -1)  # (m, factors of a shard)
-        edits, size = [], max(1, CHUNK // (own.shape[1] * (self.left.shape[1] + self.right.shape[1]) + 1))
-        for part, its in zip(x[rows].split(size), own.split(size)):
-            there, its = (its >= 0)[..., None], its.clamp(min=0)
-            edits.append((self.left[its] * ((self.right[its] * there) @ part[..., None] * there)).sum(1))
-        edits = torch.cat(edits) if edits else x.new_zeros(0, self.left.shape[1])
+        edits = self.of_shards(x[rows], shard)
         if "delta" in self.tensors:
             edits = torch.where((shard < 0)[:, None], F.linear(x[rows], self.delta), edits)
         return rows, edits
+
+    def of_shards(self, x, shard):
+        """``delta_s x``, ``(m, d_out)``, for tokens ``(m, d_in)`` and their shards; zero where that is −1."""
+        if not len(self.rows):
+            return x.new_zeros(len(x), self.left.shape[1])
+        own, parts = torch.where((shard >= 0)[:, None], self.rows[shard.clamp(min=0)], -1), []  # (m, factors of a shard)
+        size = max(1, CHUNK // (own.shape[1] * (self.left.shape[1] + self.right.shape[1])))
+        for part, its in zip(x.split(size), own.split(size)):
+            there, its = (its >= 0)[..., None], its.clamp(min=0)
+            parts.append((self.left[its] * ((self.right[its] * there) @ part[..., None] * there)).sum(1))
+        return torch.cat(parts)
 
     def by_name(self, x, hashes):
         """Tokens in scope and the shard of each, by the subjects that the text names."""
