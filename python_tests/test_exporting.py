@@ -71,8 +71,8 @@ ASKED = [request.text for request in some_requests(8)] + ["People say that " + s
         ("opt", {}),  # flattens its tokens before the MLP
         ("gemma3_text", {}),
         ("qwen3", {}),
-        ("gpt2", {"scope": "reference", "alpha": None}),
-        ("llama", {"scope": "reference", "gate": "sketch"}),
+        ("gpt2", {"scope": "reference", "alpha_margin": 1.0}),
+        ("llama", {"scope": "reference", "alpha_margin": 1.0, "gate": "sketch"}),
     ],
 )
 def test_the_folder_is_the_hooked_model(tiny_model, tokenizer, tmp_path, family, changes):

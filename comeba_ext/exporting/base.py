@@ -79,9 +79,9 @@ def check_base(model: nn.Module) -> None:
 
 
 @contextmanager
-def edited(model: nn.Module, tokenizer, edits: str | Path):
-    """Inside, the model has a folder's edits; yields the manifest, and the method that made them, or ``None`` where they were saved for
-    inference only. Afterwards the model is as it came.
+def edited(model: nn.Module, edits: str | Path, tokenizer=None):
+    """Inside, the model has a folder's edits; yields the manifest, and, where there is a tokenizer and the edits were not saved for
+    inference only, the method that made them (else ``None``). Afterwards the model is as it came.
 
     Raises:
         ArchitectureError: as :func:`check_base`.
@@ -93,7 +93,7 @@ def edited(model: nn.Module, tokenizer, edits: str | Path):
     if not manifest.get("edits"):
         raise ComebaError(f"{edits} holds no edits, so there is nothing to export")
     try:
-        if "state" in manifest["files"]:
+        if tokenizer is not None and "state" in manifest["files"]:
             yield manifest, Editor.from_pretrained(model, tokenizer, edits).method
         else:
             load_edits(model, edits)
@@ -111,7 +111,7 @@ def weight_changes(model: nn.Module, tokenizer, edits: str | Path) -> tuple[int,
     Raises:
         ComebaError: the method's edits are no change of weights; and as :func:`edited`.
     """
-    with edited(model, tokenizer, edits) as (manifest, method):
+    with edited(model, edits, tokenizer) as (manifest, method):
         found: dict[str, Change] = {}
         for name, own in attachments(model).items():
             try:

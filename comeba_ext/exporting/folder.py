@@ -39,7 +39,7 @@ def export_folder(model: nn.Module, tokenizer, edits: str | Path, out: str | Pat
         ArchitectureError, StorageError: the model or a folder cannot be used; nothing was written.
     """
     must_be_new(out)
-    with edited(model, tokenizer, edits) as (manifest, _):
+    with edited(model, edits) as (manifest, _):
         architecture = Architecture.of(model, *(manifest["config"].get(part) for part in ("blocks", "projection")))
         source, layers, tensors = _source_for(model), {}, {}
         for number, (name, own) in enumerate(attachments(model).items()):
@@ -53,7 +53,6 @@ def export_folder(model: nn.Module, tokenizer, edits: str | Path, out: str | Pat
     with new_folder(out) as staging:
         # Under the names they have in memory: for code that a folder brings Transformers translates none.
         type(model).save_pretrained(model, staging, state_dict=state, save_original_format=False)
-        notes = write_tokenizer(tokenizer, staging)
         config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
         config |= {
             "architectures": [modeling.EditedForCausalLM.__name__],
@@ -66,6 +65,7 @@ def export_folder(model: nn.Module, tokenizer, edits: str | Path, out: str | Pat
         }
         write_text(staging / "config.json", json.dumps(config, indent=2) + "\n")
         write_text(staging / FILE, source)
+        notes = write_tokenizer(tokenizer, staging)
         size = size_of(staging)
     return Exported(Path(out), manifest["edits"], names, size, notes=notes)
 

@@ -52,7 +52,7 @@ def _lora(model: nn.Module, out: Path) -> nn.Module:
     try:
         import peft
     except ImportError:
-        raise ComebaError("measuring an adapter needs PEFT: pip install peft; or export without --records") from None
+        raise ComebaError("measuring an adapter needs peft: pip install 'comeba_ext[lora]'; the export itself does not") from None
     with torch.no_grad():
         return peft.PeftModel.from_pretrained(model, out).eval()
 

@@ -20,7 +20,8 @@ KEPT = 4 * LONGEST  # earlier tokens that a cache remembers: one that is cropped
 UNKNOWN = -1  # token id of padding, and of what came before the text that is known
 HASH_BASE = 0x9E3779B97F4A7C15 - (1 << 64)  # as int64
 COARSE, ABOVE = 96, 0.17  # directions of a first look at a key, and how far above it the cosine may lie
-SLACK = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # rounding of a score, relative
+# Rounding of a score, relative; in float64 that of the thresholds, which are float32.
+SLACK = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 FIRST = 4.0  # above any difference of two cosines
 CHUNK = 1 << 24  # numbers at a time
 

@@ -286,7 +286,7 @@ class NearestScore(Score):
         return own
 
     def carried(self, layer):
-        left, right, sizes = layer.shards.tensors().values()
+        left, right, sizes = (layer.shards.tensors()[f"shard_{what}"] for what in ("left", "right", "sizes"))
         number = torch.arange(int(sizes.max()) if len(sizes) else 1, device=sizes.device)
         rows = torch.where(number < sizes[:, None], (sizes.cumsum(0) - sizes)[:, None] + number, -1)  # (shards, m)
         known = {name: getattr(self, name)[: self.known] for name in PER_ANCHOR}
