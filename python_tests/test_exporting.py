@@ -13,7 +13,7 @@ import torch
 from test_cli import output, run
 from test_continuation import CONFIGS, family_model
 from test_editor import TEXTS, make_editor, random_values, small_model, some_requests
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2LMHeadModel
 
 from comeba_ext import EditConfig, Editor, load_edits, testbed
 from comeba_ext.errors import ArchitectureError, ComebaError, StorageError
@@ -238,7 +238,7 @@ def embedded(tmp_path_factory):
     """The embedded model's default edits, saved: the folder and its requests."""
     path = tmp_path_factory.mktemp("embedded")
     model, tokenizer = testbed.load()
-    editor, requests = Editor(model, tokenizer), testbed.facts()[:10]
+    editor, requests = Editor(model, tokenizer), testbed.facts()[:6]
     editor.collect_covariance(testbed.texts(), progress=False)
     editor.edit(requests)
     editor.save_pretrained(path / "edits")
@@ -407,6 +407,14 @@ def test_models_that_cannot_be_written(tiny_model, tokenizer, tmp_path):
     with pytest.raises(ArchitectureError, match="as it came"):
         export_merged(editor.model, tokenizer, tmp_path / "edits", tmp_path / "out")
     assert attachments(editor.model)
+
+    class Mine(GPT2LMHeadModel):
+        pass
+
+    mine = Mine(base.config)
+    mine.load_state_dict(base.state_dict())
+    with pytest.raises(ArchitectureError, match="Mine is not of Transformers"):
+        export_folder(mine, tokenizer, tmp_path / "edits", tmp_path / "out")
     base.hf_quantizer = object()
     with pytest.raises(ArchitectureError, match="quantised"):
         export_merged(base, tokenizer, tmp_path / "edits", tmp_path / "out")

@@ -55,7 +55,7 @@ SAMPLE = "The capital of Norway (Oslo) had 709,037 people in 2023;  a naÃ¯ve faÃ
 
 
 def size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def check_base(model: nn.Module) -> None:
@@ -106,7 +106,7 @@ Change = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # (d_out, d_in), or f
 
 
 def weight_changes(model: nn.Module, tokenizer, edits: str | Path) -> tuple[int, dict[str, Change]]:
-    """How many edits there are, and by layer what they come to in its weight if every token meets them; in float64.
+    """How many edits there are, and by layer what they come to in its weight if every token meets them.
 
     Raises:
         ComebaError: the method's edits are no change of weights; and as :func:`edited`.
@@ -119,5 +119,5 @@ def weight_changes(model: nn.Module, tokenizer, edits: str | Path) -> tuple[int,
             except ComebaError as error:
                 raise ComebaError(f"{manifest.get('method', 'COMEBA-HK')}: {error}") from None
             # A copy: the layer's own buffer goes with it.
-            found[name] = tuple(part.double().clone() for part in change) if isinstance(change, tuple) else change.double().clone()
+            found[name] = tuple(part.clone() for part in change) if isinstance(change, tuple) else change.clone()
     return manifest["edits"], found

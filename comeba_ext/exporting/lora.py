@@ -60,15 +60,16 @@ def export_lora(model: nn.Module, tokenizer, edits: str | Path, out: str | Path)
 def _factors(name: str, change: Change) -> tuple[torch.Tensor, torch.Tensor]:
     """``(d_out, r)`` and ``(r, d_in)``, of the rank that their product has; equal shares of every singular value in both."""
     if isinstance(change, tuple):  # of the small matrix between two bases
-        left, first = torch.linalg.qr(change[0])
-        right, second = torch.linalg.qr(change[1].mT)
+        left, first = torch.linalg.qr(change[0].double())
+        right, second = torch.linalg.qr(change[1].double().mT)
         up, values, down = torch.linalg.svd(first @ second.mT, full_matrices=False)
         up, down = left @ up, down @ right.mT
     else:
-        up, values, down = torch.linalg.svd(change, full_matrices=False)
+        up, values, down = torch.linalg.svd(change.double(), full_matrices=False)
     width, depth = len(up), down.shape[1]
-    # Below what float32, which it was computed in, tells from zero.
-    rank = max(1, int((values > values.max() * torch.finfo(torch.float32).eps * max(width, depth) ** 0.5).sum()))
+    # Below that the dtype that it is kept in (of factors: float32, that they are written in) does not tell it from zero.
+    eps = torch.finfo(torch.float32 if isinstance(change, tuple) else change.dtype).eps
+    rank = max(1, int((values > values.max() * eps * max(width, depth) ** 0.5).sum()))
     if rank * (width + depth) >= width * depth:
         raise ComebaError(
             f"{name}: what was edited has rank {rank} of {min(width, depth)}, so that an adapter would be no smaller than the weight; "

@@ -31,7 +31,7 @@ def export_merged(model: nn.Module, tokenizer, edits: str | Path, out: str | Pat
     count, changes = weight_changes(model, tokenizer, edits)
     state = model.state_dict()
     for name, change in changes.items():
-        delta = change[0] @ change[1] if isinstance(change, tuple) else change
+        delta = (change[0].double() @ change[1].double()) if isinstance(change, tuple) else change.double()
         weight = state[f"{name}.weight"]
         if turned(model, name):
             delta = delta.mT
