@@ -123,6 +123,28 @@ def test_a_text_in_pieces_and_taken_back(tiny_model, tokenizer, tmp_path):
         torch.testing.assert_close(model(rows.flip(0)[:, 4:], past_key_values=cache).logits, whole.flip(0)[:, 4:], rtol=1e-5, atol=1e-5)
 
 
+def test_other_ways_to_run_it(tiny_model, tokenizer, tmp_path):
+    base = base_of(tiny_model, tokenizer, "llama")
+    edited(base, tokenizer, tmp_path / "edits")
+    export_folder(base, tokenizer, tmp_path / "edits", tmp_path / "out")
+    model, asked = loaded(tmp_path / "out"), batch(tokenizer, ASKED, "left")
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(**asked, **options)
+    assert torch.equal(model.generate(**asked, **options, cache_implementation="static"), wanted)
+    for row in range(3):  # assisted decoding takes tokens back
+        alone = {"input_ids": asked["input_ids"][row][asked["attention_mask"][row].bool()][None]}
+        found, wanted = (model.generate(**alone, **options, **more) for more in ({"prompt_lookup_num_tokens": 3}, {}))
+        assert torch.equal(found, wanted)
+    with torch.no_grad():
+        wanted = model(**asked).logits
+        places = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+        places |= {"model.layers": "disk", "edits": "disk"}
+        assert torch.equal(loaded(tmp_path / "out", device_map=places, offload_folder=tmp_path / "disk")(**asked).logits, wanted)
+        peft = pytest.importorskip("peft")
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"], r=2))
+        assert torch.equal(adapted(**asked).logits, wanted)  # an adapter begins at zero
+
+
 def test_embeddings_of_an_unknown_text(tiny_model, tokenizer, tmp_path):
     """No name is known then: every token is compared with every key, as the hooked model does."""
     base = base_of(tiny_model, tokenizer, "llama")
