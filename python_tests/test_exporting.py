@@ -71,6 +71,7 @@ ASKED = [request.text for request in some_requests(8)] + ["People say that " + s
         ("opt", {}),  # flattens its tokens before the MLP
         ("gemma3_text", {}),
         ("qwen3", {}),
+        ("stablelm", {}),  # found by inspection
         ("gpt2", {"scope": "reference", "alpha_margin": 1.0}),
         ("llama", {"scope": "reference", "alpha_margin": 1.0, "gate": "sketch"}),
     ],

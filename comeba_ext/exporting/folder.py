@@ -40,15 +40,15 @@ def export_folder(model: nn.Module, tokenizer, edits: str | Path, out: str | Pat
     """
     must_be_new(out)
     with edited(model, edits) as (manifest, _):
-        architecture = Architecture.of(model, *(manifest["config"].get(part) for part in ("blocks", "projection")))
         source, layers, tensors = _source_for(model), {}, {}
         for number, (name, own) in enumerate(attachments(model).items()):
             carried = _gate_of(own, manifest.get("method", "COMEBA-HK"))
-            inside = name.removeprefix(f"{architecture.decoder}.")
-            layers[inside] = {"score": own.scope, "tensors": {what: [_dtype(own, what, t), *t.shape] for what, t in carried.items()}}
+            layers[name] = {"score": own.scope, "tensors": {what: [_dtype(own, what, t), *t.shape] for what, t in carried.items()}}
             # The threshold in scalar float64 and what is kept with it are float32 there, far below the rounding of a score.
             tensors |= {f"edits.{number}.{what}": t.float() if _dtype(own, what, t) == "float32" else t for what, t in carried.items()}
-        names = list(attachments(model))
+    # Of the model as it came: what is found by inspection is not looked for among hooked layers.
+    decoder = Architecture.of(model, *(manifest["config"].get(part) for part in ("blocks", "projection"))).decoder
+    inside = {name.removeprefix(f"{decoder}."): own for name, own in layers.items()}
     state = {**model.state_dict(), **{name: t.detach().clone() for name, t in tensors.items()}}
     with new_folder(out) as staging:
         # Under the names they have in memory: for code that a folder brings Transformers translates none.
@@ -61,13 +61,13 @@ def export_folder(model: nn.Module, tokenizer, edits: str | Path, out: str | Pat
                 "AutoModelForCausalLM": f"{Path(FILE).stem}.{modeling.EditedForCausalLM.__name__}",
             },
             "model_type": f"comeba_{model.config.model_type}",
-            "comeba": {"decoder": architecture.decoder, "layers": layers},
+            "comeba": {"decoder": decoder, "layers": inside},
         }
         write_text(staging / "config.json", json.dumps(config, indent=2) + "\n")
         write_text(staging / FILE, source)
         notes = write_tokenizer(tokenizer, staging)
         size = size_of(staging)
-    return Exported(Path(out), manifest["edits"], names, size, notes=notes)
+    return Exported(Path(out), manifest["edits"], list(layers), size, notes=notes)
 
 
 def _gate_of(own: nn.Module, method: str) -> dict[str, torch.Tensor]:
