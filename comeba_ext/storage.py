@@ -108,7 +108,7 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: 
 
 def _replace(path: Path, write) -> None:
     """Written beside, in a folder of its own (safetensors has temporary files too), and put in place when it is whole."""
-    _sweep(path)
+    sweep(path)
     staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     staging.mkdir()
     lock = FileLock(staging / LOCK, timeout=0)
@@ -116,17 +116,22 @@ def _replace(path: Path, write) -> None:
         lock.acquire()
         temporary = staging / path.name
         write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # safetensors' own files are for their owner alone
+        settle(temporary)
         os.replace(temporary, path)
     finally:
         lock.release()
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _sweep(path: Path) -> None:
-    """Remove what writers of this file left when they were killed; one that is still at work holds its lock."""
+def settle(file: Path) -> None:
+    """See a file onto the disk, for everybody to read that the process lets: safetensors' own files are for their owner alone."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+    os.chmod(file, 0o666 & ~_umask())
+
+
+def sweep(path: Path) -> None:
+    """Remove what writers of this file (or folder) left when they were killed; one that is still at work holds its lock."""
     for staging in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
         with suppress(OSError, Timeout):
             if (staging / LOCK).exists():

@@ -20,7 +20,7 @@ FLOORS = [
     {"saved_edits"},
     {"editor"},
     {"evaluation"},
-    {"testbed", "tuning", "training"},
+    {"testbed", "tuning", "training", "exporting"},
     {"loading", "experiments"},
     {"doctor", "report"},
     {"cli"},

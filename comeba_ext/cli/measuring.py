@@ -26,6 +26,10 @@ def evaluate_(
     model: Model,
     records: Annotated[Path, typer.Argument(help="JSON or JSONL records")],
     edits: Edits = None,
+    base: Annotated[
+        Optional[str],
+        typer.Option("--base", help="the model that MODEL's weights were changed from, by whatever tool: locality is measured against it"),
+    ] = None,
     generate: Annotated[bool, typer.Option(help="also measure greedy generation, cut at the answer's length")] = True,
     answer_tokens: Annotated[
         Optional[int], typer.Option(min=0, help="let the model write at most so many; 0: not at all (default: 32, with --long 256)")
@@ -47,7 +51,7 @@ def evaluate_(
 ) -> None:
     """Reliability, generality and locality of a model, with or without saved edits, on the records of a file."""
     from comeba_ext.data import read_requests
-    from comeba_ext.evaluation import Judge, Writing, evaluate
+    from comeba_ext.evaluation import Judge, Writing, evaluate, predict_base
     from comeba_ext.evaluation.ways import FORCED, HALLUCINATION, WRITTEN
     from comeba_ext.evaluation.written import ANSWER_TOKENS, LONG_TOKENS
     from comeba_ext.experiments.table import cell
@@ -61,12 +65,20 @@ def evaluate_(
             raise ComebaError("--judge needs --judge-model, and written answers (--answer-tokens)")
         asked = None if judge is None else Judge(judge, judge_model, os.environ.get(judge_key), kept=verdicts)
         read = read_requests(records, limit)
+        writing, against = Writing(tokens, chat, long) if tokens else None, None
+        if base is not None:  # before MODEL is there, so that one at a time takes memory
+            net, asking = loaded(base, device, dtype, trust=trust)
+            against = predict_base(net, asking, fitting(net, asking, read)[0], generate=generate, writing=writing, progress=not as_json)
+            del net
         net, tokenizer = loaded(model, device, dtype, edits, trust=trust)
+        if base is not None:
+            if asking.get_vocab() != tokenizer.get_vocab():
+                raise ComebaError(f"--base {base}: its tokenizer is not that of {model}, so it cannot be what that was made from")
+            tokenizer = asking  # one for both
         used, skipped = fitting(net, tokenizer, read)
         if not used:
             raise ComebaError(f"{records}: none of {read.read} records can be used; first reason: {skipped[0]['reason']}")
-        writing = Writing(tokens, chat, long) if tokens else None
-        metrics = evaluate(net, tokenizer, used, generate=generate, writing=writing, judge=asked, progress=not as_json)
+        metrics = evaluate(net, tokenizer, used, against, generate=generate, writing=writing, judge=asked, progress=not as_json)
         if predictions is not None:
             write_text(predictions, "".join(json.dumps(row) + "\n" for row in metrics.per_record))
         names = [m for m in (*METRICS, "portability") if metrics.get(m) is not None]
@@ -74,7 +86,7 @@ def evaluate_(
             metric_table(report, metrics, names, ways, explained=True)
         if metrics.get("hallucination") is not None:
             report.say(f"Hallucination {cell(metrics, 'hallucination')}: {HALLUCINATION}")
-        report.say("Locality compares with the unedited model instead of an answer.")
+        report.say(f"Locality compares with {base or 'the unedited model'} instead of an answer.")
         if "judge_error" in metrics:
             report.say(f"! {metrics['judge_error']}")
         elif asked is not None:
@@ -88,7 +100,7 @@ def evaluate_(
             report.table(head, rows)
         counts = read.counts(used, skipped)
         say_counts(report, counts)
-        report.result = {**metrics.to_dict(), "records": counts, "edits_folder": str(edits) if edits else None}
+        report.result = {**metrics.to_dict(), "records": counts, "edits_folder": str(edits) if edits else None, "base": base}
 
 
 @app.command()

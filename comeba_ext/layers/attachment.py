@@ -140,6 +140,15 @@ class Attachment(nn.Module):
                 raise ValueError(f"{name} has NaN or infinite entries")
             set_buffer(self, name, tensor.to(own).clone())
 
+    def weight_change(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """What it would add to the base layer's weight if every token met its edits: ``(d_out, d_in)``, or two factors of that,
+        ``(d_out, n)`` and ``(n, d_in)``.
+
+        Raises:
+            ComebaError: that is no change of a weight.
+        """
+        raise ComebaError("these edits are not in the weights: what they do with an input is decided while the model runs")
+
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> Attachment:
         """What PEFT asks for when it takes its adapters out (``merge_and_unload``): out of the base layer, the edits stay."""
         base = self.base_layer
@@ -157,6 +166,9 @@ class PromptRewriter(Attachment):
     def rewrite(self, prompt: str) -> str:
         """The text to ask instead of ``prompt``."""
         raise NotImplementedError
+
+    def weight_change(self):
+        raise ComebaError("these edits are put in front of every prompt; nothing of the model is changed that could be exported")
 
 
 def prompt_rewriter(model: nn.Module) -> Callable[[str], str] | None:

@@ -192,6 +192,14 @@ class HookedLinear(Attachment):
                 raise ValueError(f"{what} has numbers that are not among the {len(self.shards)} shards")
         self.score.refresh(self)
 
+    def weight_change(self) -> torch.Tensor:
+        if self.shards:
+            raise ComebaError(
+                "these edits are kept apart, subject by subject, and were saved for inference only; what they come to in one weight "
+                "needs their keys: save them without inference_only"
+            )
+        return self.delta
+
     def _to_delta(self, x: torch.Tensor) -> torch.Tensor:
         dtype = self.delta.dtype
         return x if x.dtype == dtype or torch.is_autocast_enabled(x.device.type) else x.to(dtype)

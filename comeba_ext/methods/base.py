@@ -227,6 +227,10 @@ class Method:
             attachment.take_over(other.attachments[name])
         self.__dict__.update(other.__dict__, session=self.session, attachments=self.attachments)
 
+    def weight_change(self, name: str) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """What the edits come to in the weight of a layer, if every token is to meet them (:meth:`Attachment.weight_change`)."""
+        return self.attachments[name].weight_change()
+
     def adapter(self) -> dict[str, torch.Tensor]:
         """All that is needed to use the edits: every attachment's tensors, as ``<name>.<what>``."""
         return {f"{name}.{what}": tensor for name, own in self.attachments.items() for what, tensor in own.tensors().items()}

@@ -172,15 +172,7 @@ class ComebaHK(Method):
         def find(own: list[EditRequest], together: list[list[int]]) -> TargetValues:
             with evaluating(session.model):
                 return optimise_target_values(
-                    session.model,
-                    session.tokenizer,
-                    session.architecture,
-                    session.config,
-                    own,
-                    session.prefixes,
-                    on_progress,
-                    trace,
-                    together,
+                    session.model, session.tokenizer, session.architecture, self.config, own, session.prefixes, on_progress, trace, together
                 )
 
         return shared_target_values(find, batch, self.recognition.together(batch), session.device)
@@ -321,12 +313,15 @@ class ComebaHK(Method):
             self._exchange(name, remove=added, add=removed)
 
     def factors(self, name: str, live: list[Entry]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """``delta = left @ right``, ``(d_out, n)`` and ``(n, d_in)`` for n keys; ``None`` where it has no such factors.
-
-        ``delta = V Kᵀ C⁻¹`` over the live requests (see ledger), so the factors are V and C⁻¹K.
-        """
+        """``delta = V Kᵀ C⁻¹`` over the live requests (see ledger) as ``V (d_out, n)`` and ``(C⁻¹ K)ᵀ (n, d_in)`` for n keys; ``None``
+        where it has no such factors. (Where every subject has its own delta, this is that of all of them together.)"""
         keys, responses = stacked(live, name)
-        return responses, self.key_memory[name].solve(keys).mT
+        memory = copy.copy(self.key_memory[name])
+        return responses, (memory.update(keys) if self.recognition.compares else memory.solve(keys)).mT
+
+    def weight_change(self, name: str):
+        live = self.session.ledger.live()
+        return (self.factors(name, live) if live else None) or self.masters[name]
 
     def _shift(self, name: str, change: torch.Tensor) -> None:
         """``delta ← delta + change``."""

@@ -61,6 +61,9 @@ class Adapter(Attachment):
             return output
         return output + (self.scale * (x.to(self.down.dtype) @ self.down.mT @ self.up.mT)).to(output.dtype)
 
+    def weight_change(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.scale * self.up, self.down
+
 
 class LoRA(Snapshots):
     """Adam on one adapter, at most ``steps`` passes over a batch, until its mean loss falls below ``early_stop``; the next batch trains

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from comeba_ext.errors import ComebaError
 from comeba_ext.ops.hooked_linear import in_scope, swap
 
 if TYPE_CHECKING:
@@ -124,6 +125,19 @@ class Score(nn.Module):
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Raises :class:`ValueError` for shapes that do not fit, ``KeyError`` for what is missing."""
+
+    def carried(self, layer: HookedLinear) -> dict[str, torch.Tensor]:
+        """What a model that is exported with its edits needs to decide as this layer does: the buffers of its gate in
+        :mod:`comeba_ext.exporting.modeling`, where it has one under this score's name.
+
+        Raises:
+            ComebaError: it has none.
+        """
+        why = "it looks at a sequence's other tokens too" if self.whole_sequence else "the exported model knows nothing of it"
+        raise ComebaError(
+            f"edits with the score {self.name!r} cannot be exported with their gate: {why}; edit with score 'nearest' or 'reference', "
+            "or export without a gate (merged, lora)"
+        )
 
     def take_over(self, other: Score) -> None:
         """What another score of this kind knows; buffers stay where they are as long as they fit."""

@@ -285,6 +285,17 @@ class NearestScore(Score):
             own |= {name: getattr(self, name) for name in CALLED}
         return own
 
+    def carried(self, layer):
+        left, right, sizes = (layer.shards.tensors()[f"shard_{what}"] for what in ("left", "right", "sizes"))
+        number = torch.arange(int(sizes.max()) if len(sizes) else 1, device=sizes.device)
+        rows = torch.where(number < sizes[:, None], (sizes.cumsum(0) - sizes)[:, None] + number, -1)  # (shards, m)
+        known = {name: getattr(self, name)[: self.known] for name in PER_ANCHOR}
+        known["anchor_shards"] = known.pop("shards")
+        called = {name: getattr(self, name) for name in (*CALLED, "first", "count")}
+        delta = {"delta": layer.delta} if self.needs_delta else {}
+        own = {"alpha": layer.alpha, "projection": self.projection, "left": left, "right": right, "rows": rows}
+        return {**own, **known, **called, **delta}
+
     def restore(self, tensors):
         projection, anchors, thresholds = (tensors[what] for what in ("projection", "anchors", "thresholds"))
         named = tensors.get("named_thresholds", thresholds)

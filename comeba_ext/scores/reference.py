@@ -27,6 +27,10 @@ class ReferenceScore(ResponseScore):
             layer.alpha.mul_(self.scale / scale)
         self.scale.copy_(scale)
 
+    def carried(self, layer):
+        sketch = {} if self.gate == "exact" else {"sketch": self.sketch(layer.delta)}
+        return {"delta": layer.delta, "alpha": layer.alpha, "scale": self.scale, **sketch}
+
 
 def reference_scale(delta: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
     """``tr(delta·C0·deltaᵀ) = E‖delta·k‖²`` over corpus keys: scalar float64, from products in delta's precision.
