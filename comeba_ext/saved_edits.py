@@ -21,31 +21,43 @@ from comeba_ext.editing.config import EditConfig, is_int
 from comeba_ext.editing.session import Session
 from comeba_ext.errors import ConfigError, StorageError
 from comeba_ext.forward.architectures import Architecture
-from comeba_ext.layers.attachment import Attachment, detach
+from comeba_ext.layers.attachment import Attachment, detach, refuse_edited
 from comeba_ext.methods import Method, method_named
 from comeba_ext.methods.base import of_layer
+from comeba_ext.named_edits import EditSet, loading
 from comeba_ext.storage import FORMATS, check_identity, identity, read_folder, write_folder
 from comeba_ext.text.request import EditRequest
 
 _SHARED = {field.name for field in dataclasses.fields(EditConfig)}  # settings that every method has
 
 
-def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
+def load_edits(model: nn.Module, folder: str | Path, name: str | None = None) -> nn.Module:
     """Put saved edits onto a model, to use it: no tokenizer, no key memory.
 
     Args:
         model: the base model the edits were made on, in any floating dtype.
         folder: written by :meth:`Editor.save_pretrained`.
+        name: of these edits among others on the same model (:mod:`comeba_ext.named_edits`); they are on, and those loaded before wait
+            until :func:`~comeba_ext.named_edits.set_edits` puts them on. ``None``: the only ones, to stay.
 
     Returns:
         The same model object, edited.
 
     Raises:
         StorageError: truncated, foreign, of another base model, or made by a method that is not known here; the model is as it was.
+        ArchitectureError: the model is edited already, and with ``name``, not by sets that have one.
+        ComebaError: the name is taken.
     """
     manifest, (adapter,) = read_folder(folder, "adapter")
     with _complete(folder):
         inner = _named_as(model, manifest)
+    if name is not None:
+        with loading(inner, name) as add:
+            kind, config, architecture = _checked(inner, manifest, folder, adapter)
+            with _complete(folder):
+                add(EditSet(name, str(folder), manifest["edits"], kind, config, architecture, adapter, _facts(manifest)))
+        return model
+    refuse_edited(inner)
     kind, config, architecture = _checked(inner, manifest, folder, adapter)
     with _complete(folder):
         attachments = kind.attach(inner, config, architecture)
@@ -146,6 +158,12 @@ def _checked(model: nn.Module, manifest: dict, folder: str | Path, *files: dict)
         for tensors in files:
             kind.check_saved(model, config, architecture, list(manifest["layers"]), tensors)
     return kind, config, architecture
+
+
+def _facts(manifest: dict) -> frozenset[tuple[str, str]]:
+    """Of the live edits, where the folder names them."""
+    live = [saved["request"] for saved in manifest.get("ledger", ()) if saved["removed"] is None]
+    return frozenset(EditRequest.from_record(request).fact for request in live)
 
 
 def _restore(attachments: dict[str, Attachment], adapter: dict[str, torch.Tensor]) -> None:

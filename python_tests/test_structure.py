@@ -17,6 +17,7 @@ FLOORS = [
     {"covariance", "memory"},
     {"editing"},
     {"methods"},
+    {"named_edits"},
     {"saved_edits"},
     {"editor"},
     {"evaluation"},

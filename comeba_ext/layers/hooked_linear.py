@@ -11,7 +11,7 @@ from comeba_ext.layers.attachment import Attachment, attach
 from comeba_ext.layers.shards import Shards
 from comeba_ext.ops.hooked_linear import decode_hook_pays
 from comeba_ext.scores import score_named
-from comeba_ext.scores.base import Score, keep_precise
+from comeba_ext.scores.base import Score
 
 GATES = ("exact", "sketch")
 
@@ -52,6 +52,7 @@ class HookedLinear(Attachment):
 
     modes = ("off", "temporary", "validated")
     appended = ("shards.left", "shards.right")
+    precise = ("alpha",)
 
     def __init__(
         self,
@@ -210,9 +211,9 @@ class HookedLinear(Attachment):
         grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         return weight.dtype == x.dtype and not grad and not torch.is_autocast_enabled(x.device.type)
 
-    def _apply(self, fn, recurse: bool = True):
-        """``model.half()`` and the like move the threshold but leave it as precise as it is."""
-        return keep_precise(self, ("alpha",), lambda: super(HookedLinear, self)._apply(fn, recurse))
+    def meets(self, other: HookedLinear) -> int:
+        same = self.scope == other.scope and "off" not in (self._mode, other._mode)
+        return self.score.meets(other.score, self.alpha, other.alpha) if same else 0
 
     def extra_repr(self) -> str:
         return (

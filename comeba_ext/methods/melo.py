@@ -57,6 +57,8 @@ class Router(Attachment):
         centres: ``(clusters, d_out)``, radii: ``(clusters,)``.
     """
 
+    alone = True  # the layers behind it listen to one
+
     def __init__(self, base: nn.Module):
         super().__init__(base)
         device, width = base.weight.device, shape_of(base)[1]

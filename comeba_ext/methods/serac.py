@@ -95,6 +95,9 @@ class Scope(Facts):
         probability, number = self.probabilities(prompt).max(0)
         return stated(self.facts[number]["fact"], prompt) if probability >= self.threshold else prompt
 
+    def join(self, other: Attachment) -> None:
+        Attachment.join(self, other)  # each set was made with a classifier of its own
+
     def take_over(self, other: Scope) -> None:
         super().take_over(other)
         self.keys, self.table = other.keys.clone(), other.table
