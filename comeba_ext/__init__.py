@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from comeba_ext.editor import Editor
     from comeba_ext.errors import ComebaError
     from comeba_ext.evaluation import evaluate
+    from comeba_ext.hub import push_to_hub
     from comeba_ext.layers.hooked_linear import HookedLinear
     from comeba_ext.methods import Method, register_method
     from comeba_ext.named_edits import active_edits, edit_sets, set_edits, unload_edits
@@ -29,6 +30,7 @@ _HOME = {
     "edit_sets": "comeba_ext.named_edits",
     "active_edits": "comeba_ext.named_edits",
     "unload_edits": "comeba_ext.named_edits",
+    "push_to_hub": "comeba_ext.hub",
     "evaluate": "comeba_ext.evaluation",
     "ComebaError": "comeba_ext.errors",
     "Score": "comeba_ext.scores",
@@ -49,6 +51,7 @@ __all__ = [
     "edit_sets",
     "evaluate",
     "load_edits",
+    "push_to_hub",
     "register_method",
     "register_score",
     "set_edits",
