@@ -30,6 +30,7 @@ class Attachment(nn.Module):
         modes: names of what it may do; ``"off"``, the base output bit for bit, is one.
         appended: names of buffers whose rows, once written, stay as they are: a twin of the model shares them.
         precise: names of buffers that keep their dtype when the model's changes.
+        grows: whether its own buffers are the longer the more is edited.
         alone: whether a model has room for one of its kind.
 
     Attributes:
@@ -43,6 +44,7 @@ class Attachment(nn.Module):
     modes: ClassVar[tuple[str, ...]] = ("off", "on")
     appended: ClassVar[tuple[str, ...]] = ()
     precise: ClassVar[tuple[str, ...]] = ()
+    grows: ClassVar[bool] = True
     alone: ClassVar[bool] = False
 
     def __init__(self, base: nn.Module | None = None, mode: str = "on"):
@@ -98,6 +100,20 @@ class Attachment(nn.Module):
         """What later tokens of the sequences will find in :meth:`past`: ``(batch, …)``, carried with the cache."""
         if self.context is not None and left is not None:
             self.context.here.updated[self.name] = left
+
+    def refuse_recomputing(self, what: str, instead: str = "") -> None:
+        """Gradient checkpointing runs blocks again in the backward pass, when nobody knows the mask and the token ids.
+
+        Args:
+            what: asks for them; instead: what else could be done, behind a comma.
+
+        Raises:
+            ComebaError: it does so now.
+        """
+        if torch.compiler.is_compiling() or self.context is None or self.context.here.shape is not None:
+            return
+        if torch._C._current_graph_task_id() != -1:
+            raise ComebaError(f"{what} cannot be computed again in gradient checkpointing; switch that off{instead}")
 
     def as_sequences(self, x: torch.Tensor, mask: torch.Tensor | None, whole: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``x`` as ``(batch, seq, d)`` and its mask; some families (OPT) flatten tokens before the MLP.
@@ -162,6 +178,14 @@ class Attachment(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         """``model.half()`` and the like move the precise buffers but leave them as precise as they are."""
         return keep_precise(self, self.precise, lambda: super(Attachment, self)._apply(fn, recurse))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
+        """Buffers that grow with the edits take the length they are loaded with."""
+        for name, own in self._buffers.items() if self.grows else ():
+            given = state_dict.get(prefix + name)
+            if given is not None and given.dim() == own.dim() > 0 and len(given) != len(own) and given.shape[1:] == own.shape[1:]:
+                setattr(self, name, own.new_zeros(given.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> Attachment:
         """What PEFT asks for when it takes its adapters out (``merge_and_unload``): out of the base layer, the edits stay."""

@@ -53,6 +53,7 @@ class HookedLinear(Attachment):
     modes = ("off", "temporary", "validated")
     appended = ("shards.left", "shards.right")
     precise = ("alpha",)
+    grows = False  # what grows is in the shards and the score
 
     def __init__(
         self,
@@ -121,8 +122,13 @@ class HookedLinear(Attachment):
             output = self.base_layer(x, *args, **kwargs)
             return output + self.edit_output(x).to(output.dtype)
         score = self.score
-        if (score.whole_sequence or score.named) and not torch.compiler.is_compiling():
-            self._refuse_recomputing()
+        if score.whole_sequence or score.named:
+            self.refuse_recomputing(f"the score {self.scope!r}", ", or use score 'reference'")
+        if any([buffer.is_meta for buffer in score._buffers.values()]):
+            raise ComebaError(
+                "the edits were offloaded with the weights, and only these come back for a forward pass; dispatch the model without "
+                "offload_buffers"
+            )
         plain = self._plain_base() and not args and not kwargs
         given, mask = self.as_sequences(self._to_delta(x), mask, self.score.whole_sequence)
         past = self.past()
@@ -140,13 +146,6 @@ class HookedLinear(Attachment):
                 output = output.reshape(shape)
         self.leave(after)
         return output
-
-    def _refuse_recomputing(self) -> None:
-        """Gradient checkpointing runs blocks again in the backward pass, when nobody knows the mask and the token ids."""
-        if self.context is not None and self.context.here.shape is None and torch._C._current_graph_task_id() != -1:
-            raise ComebaError(
-                f"the score {self.scope!r} cannot be computed again in gradient checkpointing; switch that off, or use score 'reference'"
-            )
 
     def edit_output(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ deltaᵀ``, ``(..., d_out)``: what is edited everywhere in mode ``"temporary"``."""
