@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from comeba_ext.hub import push_to_hub
     from comeba_ext.layers.hooked_linear import HookedLinear
     from comeba_ext.methods import Method, register_method
+    from comeba_ext.methods.easyedit import read_easyedit
     from comeba_ext.named_edits import active_edits, edit_sets, set_edits, unload_edits
     from comeba_ext.saved_edits import load_edits
     from comeba_ext.scores import Score, register_score
@@ -37,6 +38,7 @@ _HOME = {
     "register_score": "comeba_ext.scores",
     "Method": "comeba_ext.methods",
     "register_method": "comeba_ext.methods",
+    "read_easyedit": "comeba_ext.methods.easyedit",
 }
 __all__ = [
     "ComebaError",
@@ -52,6 +54,7 @@ __all__ = [
     "evaluate",
     "load_edits",
     "push_to_hub",
+    "read_easyedit",
     "register_method",
     "register_score",
     "set_edits",

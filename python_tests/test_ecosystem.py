@@ -146,12 +146,15 @@ def test_other_dtypes(edited, logits, tiny_model, kind, dtype):
 
 
 @pytest.mark.parametrize("kind", ["nearest", "two sets"])
-def test_compiled(edited, logits, kind):
+@torch.no_grad()
+def test_compiled(edited, tokenizer, kind):
+    """In one graph. (With a cache and with new edits: test_mentions.py, test_sequence_context.py, test_shards.py.)"""
     model, _ = edited(kind)
-    live = logits(model)
+    ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
+    live = model(ids, use_cache=False).logits
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="eager", dynamic=True)
-    assert differ(logits(compiled), live) < 1e-4
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert differ([compiled(ids, use_cache=False).logits], [live]) < 1e-4
     torch.compiler.reset()
 
 
