@@ -2,6 +2,7 @@
 
 import copy
 import fnmatch
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -67,6 +68,10 @@ def hub(monkeypatch, tmp_path):
                 shutil.copy(file, copied)
         return str(copied)
 
+    stands_for = {snapshot_download: huggingface_hub.snapshot_download}
+    stands_for |= {getattr(Api, name): getattr(huggingface_hub.HfApi, name) for name in ("create_repo", "create_branch", "upload_folder")}
+    for own, real in stands_for.items():  # what is called here can be called there
+        assert set(inspect.signature(own).parameters) <= set(inspect.signature(real).parameters)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return SimpleNamespace(root=root, calls=calls, cache=lambda: sorted(tmp_path.glob("cache-*"))[-1])
