@@ -228,7 +228,7 @@ def test_on_a_model_it_edits(file, base):
     assert (config.blocks, config.projection, config.layers, config.lam, config.clamp) == (None, None, (1, 2), 300, 4)
     assert config.scope == "reference"  # as every method's that has no use for a score
     editor = Editor(model, base[1], config, method=hparams.method)
-    editor.collect_covariance(testbed.texts(), tokens=4_000, progress=False)
+    editor.collect_covariance(testbed.texts(), tokens=3_000, progress=False)
     report = editor.edit(testbed.facts()[:1])
     assert report.answered == [True] and editor.method.name == "MEMIT"
 

@@ -39,7 +39,7 @@ def base():
 @pytest.fixture(scope="module")
 def covariance(base):
     editor = Editor(copy.deepcopy(base[0]), base[1], EditConfig.for_model(base[0], layers=TWO["layers"]))
-    editor.collect_covariance(testbed.texts(), tokens=6_000, progress=False)
+    editor.collect_covariance(testbed.texts(), tokens=3_000, progress=False)
     return editor.covariance
 
 
