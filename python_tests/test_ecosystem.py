@@ -147,7 +147,7 @@ def test_other_dtypes(edited, logits, tiny_model, kind, dtype):
 
 @torch.no_grad()
 def test_compiled(edited, tokenizer):
-    """Hooks that wrap each other, in one graph. (One, with a cache and with new edits: test_mentions.py, test_sequence_context.py, test_shards.py.)"""
+    """Hooks that wrap each other, in one graph. (One, with a cache, and with new edits: test_mentions.py, test_shards.py.)"""
     model, _ = edited("two sets")
     ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
     live = model(ids, use_cache=False).logits
