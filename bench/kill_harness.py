@@ -38,7 +38,7 @@ import comeba_ext.evaluation.protocols
 import comeba_ext.experiments.runner
 import comeba_ext.methods
 from comeba_ext import cli, testbed
-from comeba_ext.storage import MANIFEST, files_of, read_folder, write_folder
+from comeba_ext.storage import CARD, MANIFEST, files_of, read_folder, write_folder
 
 IN_A_ROW = 8  # kills before a run is left to finish
 EXPERIMENT = """title: kills
@@ -185,7 +185,7 @@ def saved(folder: Path) -> list:
     manifest = json.loads((folder / MANIFEST).read_text())
     blocks = files_of({**manifest, "files": {}})
     files = [*manifest.pop("files").values(), *sorted(blocks)]
-    assert {path.name for path in folder.iterdir()} <= {*files, MANIFEST, ".comeba.lock"}, sorted(folder.iterdir())
+    assert {path.name for path in folder.iterdir()} <= {*files, MANIFEST, CARD, ".comeba.lock"}, sorted(folder.iterdir())
     return [manifest, *(tensors(folder / name) for name in files if name.endswith(".safetensors"))]
 
 

@@ -9,8 +9,11 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from comeba_ext.editor import Editor
     from comeba_ext.errors import ComebaError
     from comeba_ext.evaluation import evaluate
+    from comeba_ext.hub import push_to_hub
     from comeba_ext.layers.hooked_linear import HookedLinear
     from comeba_ext.methods import Method, register_method
+    from comeba_ext.methods.easyedit import read_easyedit
+    from comeba_ext.named_edits import active_edits, edit_sets, set_edits, unload_edits
     from comeba_ext.saved_edits import load_edits
     from comeba_ext.scores import Score, register_score
     from comeba_ext.text.request import EditRequest
@@ -24,12 +27,18 @@ _HOME = {
     "EditReport": "comeba_ext.editing.report",
     "HookedLinear": "comeba_ext.layers.hooked_linear",
     "load_edits": "comeba_ext.saved_edits",
+    "set_edits": "comeba_ext.named_edits",
+    "edit_sets": "comeba_ext.named_edits",
+    "active_edits": "comeba_ext.named_edits",
+    "unload_edits": "comeba_ext.named_edits",
+    "push_to_hub": "comeba_ext.hub",
     "evaluate": "comeba_ext.evaluation",
     "ComebaError": "comeba_ext.errors",
     "Score": "comeba_ext.scores",
     "register_score": "comeba_ext.scores",
     "Method": "comeba_ext.methods",
     "register_method": "comeba_ext.methods",
+    "read_easyedit": "comeba_ext.methods.easyedit",
 }
 __all__ = [
     "ComebaError",
@@ -40,10 +49,16 @@ __all__ = [
     "HookedLinear",
     "Method",
     "Score",
+    "active_edits",
+    "edit_sets",
     "evaluate",
     "load_edits",
+    "push_to_hub",
+    "read_easyedit",
     "register_method",
     "register_score",
+    "set_edits",
+    "unload_edits",
     "__version__",
 ]
 

@@ -340,7 +340,7 @@ class Editor:
     def save_pretrained(self, folder: str | Path, *, inference_only: bool = False) -> None:
         """Save all edits, and unless ``inference_only`` what is needed to go on editing; atomic."""
         with self._one_step:
-            saved_edits.save(self.session, self.method, folder, None if inference_only else (self.log, self._next_id))
+            saved_edits.save(self.session, self.method, folder, self.log, None if inference_only else self._next_id)
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, tokenizer, folder: str | Path) -> Editor:

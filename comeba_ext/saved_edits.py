@@ -1,9 +1,9 @@
 """Edits on disk: what :meth:`Editor.save_pretrained` writes and :func:`load_edits` reads.
 
-A folder holds the manifest (JSON), ``comeba_adapter-*.safetensors`` (all that inference needs; with COMEBA-HK per layer ``delta``,
-factored while there are few edits, and the thresholds; with the nearest score also the projection, 256 rows or ``256·d_in`` values
-whatever the number of edits, and 256 values a subject), and, to go on editing, ``comeba_state-*.safetensors`` (what else the method
-knows, and the ledger) and ``comeba_log-*.jsonl``.
+A folder holds the manifest (JSON), a model card (``README.md``), ``comeba_adapter-*.safetensors`` (all that inference needs; with
+COMEBA-HK per layer ``delta``, factored while there are few edits, and the thresholds; with the nearest score also the projection, 256
+rows or ``256·d_in`` values whatever the number of edits, and 256 values a subject), and, to go on editing,
+``comeba_state-*.safetensors`` (what else the method knows, and the ledger) and ``comeba_log-*.jsonl``.
 """
 
 from __future__ import annotations
@@ -21,31 +21,55 @@ from comeba_ext.editing.config import EditConfig, is_int
 from comeba_ext.editing.session import Session
 from comeba_ext.errors import ConfigError, StorageError
 from comeba_ext.forward.architectures import Architecture
-from comeba_ext.layers.attachment import Attachment, detach
+from comeba_ext.hub import local_folder
+from comeba_ext.layers.attachment import Attachment, detach, refuse_edited
 from comeba_ext.methods import Method, method_named
 from comeba_ext.methods.base import of_layer
-from comeba_ext.storage import FORMATS, check_identity, identity, read_folder, write_folder
+from comeba_ext.model_card import card, write_card
+from comeba_ext.named_edits import EditSet, loading
+from comeba_ext.storage import FORMATS, alone, check_identity, identity, read_folder, write_folder
 from comeba_ext.text.request import EditRequest
 
 _SHARED = {field.name for field in dataclasses.fields(EditConfig)}  # settings that every method has
 
 
-def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
+def load_edits(
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> nn.Module:
     """Put saved edits onto a model, to use it: no tokenizer, no key memory.
 
     Args:
         model: the base model the edits were made on, in any floating dtype.
-        folder: written by :meth:`Editor.save_pretrained`.
+        folder: written by :meth:`Editor.save_pretrained`; or, where there is no such folder, its name on the hub (``"user/name"``).
+        name: of these edits among others on the same model (:mod:`comeba_ext.named_edits`); they are on, and those loaded before wait
+            until :func:`~comeba_ext.named_edits.set_edits` puts them on. ``None``: the only ones, to stay.
+        revision, token: of the hub (:func:`~comeba_ext.hub.local_folder`).
 
     Returns:
         The same model object, edited.
 
     Raises:
-        StorageError: truncated, foreign, of another base model, or made by a method that is not known here; the model is as it was.
+        StorageError: not there, truncated, foreign, of another base model, or made by a method that is not known here; the model is
+            as it was.
+        ArchitectureError: the model is edited already, and with ``name``, not by sets that have one.
+        ComebaError: the name is taken.
     """
+    folder = local_folder(folder, "adapter", revision=revision, token=token)
     manifest, (adapter,) = read_folder(folder, "adapter")
     with _complete(folder):
         inner = _named_as(model, manifest)
+    if name is not None:
+        with loading(inner, name) as add:
+            kind, config, architecture = _checked(inner, manifest, folder, adapter)
+            with _complete(folder):
+                add(EditSet(name, str(folder), manifest["edits"], kind, config, architecture, adapter, _facts(manifest)))
+        return model
+    refuse_edited(inner)
     kind, config, architecture = _checked(inner, manifest, folder, adapter)
     with _complete(folder):
         attachments = kind.attach(inner, config, architecture)
@@ -54,11 +78,11 @@ def load_edits(model: nn.Module, folder: str | Path) -> nn.Module:
     return model
 
 
-def save(session: Session, method: Method, folder: str | Path, to_go_on: tuple[list[dict], int] | None) -> None:
+def save(session: Session, method: Method, folder: str | Path, log: list[dict], next_id: int | None) -> None:
     """Write edits; see the module docstring for the files.
 
     Args:
-        to_go_on: the log and the next id's number; ``None``: what inference needs, and no more.
+        next_id: the next id's number; ``None``: what inference needs, and no more.
     """
     live, settings = session.ledger.live(), session.config.to_dict()
     wrapped = [name for name, attachment in method.attachments.items() if hasattr(attachment, "base_layer")]
@@ -72,14 +96,15 @@ def save(session: Session, method: Method, folder: str | Path, to_go_on: tuple[l
         "step": session.step,
     }
     tensors, texts = {"adapter": method.adapter()}, {}
-    if to_go_on is not None:
-        log, next_id = to_go_on
+    if next_id is not None:
         tensors["state"], own = method.state()
         manifest |= {**own, "prefixes": session.sampled, "next_id": next_id}
         manifest["ledger"] = [{"request": e.request.to_record(), "step": e.step, "removed": e.removed} for e in session.ledger.entries]
         texts["log"] = "".join(json.dumps(record) + "\n" for record in log)
     apart = any(name.endswith((".shard_left", ".entry_shards")) for own in tensors.values() for name in own)
-    write_folder(folder, {"format": FORMATS[apart], **manifest}, tensors, texts)
+    with alone(folder):
+        write_folder(folder, {"format": FORMATS[apart], **manifest}, tensors, texts)
+        write_card(folder, card(session.model, type(method), session.config, session.ledger, log))
 
 
 @dataclass
@@ -122,6 +147,7 @@ def open_saved(model: nn.Module, folder: str | Path) -> Saved:
     Raises:
         StorageError: truncated, foreign, saved for inference only, of another base model, or made by an unknown method.
     """
+    folder = local_folder(folder, "adapter", "state", "log")
     manifest, (adapter, state, log) = read_folder(folder, "adapter", "state", "log")
     try:
         log = [json.loads(line) for line in log.splitlines()]
@@ -146,6 +172,12 @@ def _checked(model: nn.Module, manifest: dict, folder: str | Path, *files: dict)
         for tensors in files:
             kind.check_saved(model, config, architecture, list(manifest["layers"]), tensors)
     return kind, config, architecture
+
+
+def _facts(manifest: dict) -> frozenset[tuple[str, str]]:
+    """Of the live edits, where the folder names them."""
+    live = [saved["request"] for saved in manifest.get("ledger", ()) if saved["removed"] is None]
+    return frozenset(EditRequest.from_record(request).fact for request in live)
 
 
 def _restore(attachments: dict[str, Attachment], adapter: dict[str, torch.Tensor]) -> None:

@@ -165,17 +165,23 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 MANIFEST = "comeba_edits.json"
+CARD = "README.md"  # beside it, which says the same to people
 # That can be read; in 2 some edits are kept in shards, in 3 large tables in blocks, which versions that know less would leave out.
 FORMATS = (1, 2, 3)
 # What earlier saves left: their files, and temporary ones where a save was killed.
 _DIGEST = "[0-9a-f]{32}"
 _KIND_FILE = r"comeba_[a-z]+-[0-9a-f]{8}\.(safetensors|jsonl)"
 _FILE = rf"{_KIND_FILE}|comeba_{KIND}-{_DIGEST}\.safetensors"
-_OURS = re.compile(rf"{_FILE}|\.({_FILE}|{re.escape(MANIFEST)})\.[0-9a-f]{{8}}\.tmp")
+_OURS = re.compile(rf"{_FILE}|\.({_FILE}|{re.escape(MANIFEST)}|{re.escape(CARD)})\.[0-9a-f]{{8}}\.tmp")
 
 
 def _block_file(digest: str) -> str:
     return f"comeba_{KIND}-{digest}.safetensors"
+
+
+def file_patterns(*kinds: str) -> list[str]:
+    """What the names of a save's files of some kinds look like, for :mod:`fnmatch`; large tables of other kinds among them."""
+    return [f"comeba_{kind}-*" for kind in (*kinds, KIND)]
 
 
 def files_of(manifest: dict) -> set[str]:

@@ -18,6 +18,8 @@ from comeba_ext.text.rows import answer_rows
 class Steered(Attachment):
     """A layer that adds a vector where its input is one that was edited."""
 
+    precise = ("keys", "vectors")  # stay float32 when the model's dtype changes
+
     def __init__(self, base):
         super().__init__(base)
         for name, width in (("keys", base.in_features), ("vectors", base.out_features)):

@@ -53,7 +53,7 @@ def make_editor(tiny_model, tokenizer, steps=2, scope="zscore", dtype=torch.floa
 
 
 def files(folder):
-    return [path for path in folder.iterdir() if path.name != storage.LOCK]
+    return [path for path in folder.iterdir() if path.name not in (storage.LOCK, storage.CARD)]
 
 
 def int8(model):

@@ -13,10 +13,15 @@ from comeba_ext import (
     HookedLinear,
     Method,
     Score,
+    active_edits,
+    edit_sets,
     evaluate,
     load_edits,
+    push_to_hub,
+    read_easyedit,
     register_method,
     register_score,
+    set_edits,
 )
 
 
@@ -36,6 +41,13 @@ def usage(model: nn.Module, tokenizer, texts: list[str]) -> None:
     editor.save_pretrained("folder", inference_only=True)
     reveal_type(Editor.from_pretrained(model, tokenizer, "folder"))  # noqa: F821
     reveal_type(load_edits(model, "folder"))  # noqa: F821
+    reveal_type(load_edits(model, "user/name", name="one", revision="main"))  # noqa: F821
+    reveal_type(set_edits(model, ["one"]))  # noqa: F821
+    reveal_type(active_edits(model))  # noqa: F821
+    reveal_type(edit_sets(model))  # noqa: F821
+    reveal_type(push_to_hub("folder", "user/name"))  # noqa: F821
+    reveal_type(EditConfig.from_easyedit("x.yaml", model))  # noqa: F821
+    reveal_type(read_easyedit("x.yaml").method)  # noqa: F821
     reveal_type(evaluate(model, tokenizer, []))  # noqa: F821
     layer = HookedLinear(nn.Linear(2, 2), scope="zscore", alpha=2.2)
     reveal_type(layer.scores(torch.zeros(1, 1, 2)))  # noqa: F821

@@ -17,7 +17,7 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="local model folder, hub name, or 'testbed' for the embedded model")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
-Edits = Annotated[Optional[Path], typer.Option("--edits", help="folder of saved edits to put onto the model")]
+Edits = Annotated[Optional[Path], typer.Option("--edits", help="folder of saved edits to put onto the model, or their name on the hub")]
 Config = Annotated[Optional[Path], typer.Option("--config", help="settings as JSON or YAML, those that differ from the model's defaults")]
 Scope = Annotated[Optional[str], typer.Option("--scope", help="nearest, reference or zscore (the paper's)")]
 Limit = Annotated[Optional[int], typer.Option("--limit", min=1, help="read at most this many records")]

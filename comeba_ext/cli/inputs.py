@@ -59,7 +59,7 @@ def device_of(wanted: str | None) -> str:
 
 def settings_of(model, path: Path | None, method=None, scope: str | None = None, editor: Path | None = None, chat: bool = False):
     """Settings of a method (default COMEBA-HK): the model's defaults, what the file changes, what options ask for."""
-    from comeba_ext.editing.config import read_settings
+    from comeba_ext.editing.settings_files import read_settings
     from comeba_ext.methods import default_config
 
     changes = read_settings(path) if path else {}
@@ -113,7 +113,7 @@ def check_same(editor, out: Path, kind, config: Path | None, scope: str | None, 
     from comeba_ext.covariance import Covariance
     from comeba_ext.covariance.corpus import digest_of
     from comeba_ext.data import read_texts
-    from comeba_ext.editing.config import read_settings
+    from comeba_ext.editing.settings_files import read_settings
 
     if kind is not None and kind is not type(editor.method):
         raise ComebaError(f"{out} holds edits made by {editor.method.name}; --method {kind.name} cannot go on with them")

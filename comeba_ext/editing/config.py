@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from comeba_ext.editing.settings_files import read_settings
 from comeba_ext.errors import ConfigError
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.forward.half_compute import fast_product_dtype
 from comeba_ext.layers.hooked_linear import GATES
 from comeba_ext.scores import NearestScore, score_named, score_names
+
+log = logging.getLogger(__name__)
 
 OPTIMIZERS = ("adam", "polyak")
 LR_UNITS = ("absolute", "hidden_rms")
@@ -233,6 +236,24 @@ class EditConfig:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
+    @classmethod
+    def from_easyedit(cls, path: str | Path, model=None) -> EditConfig:
+        """Settings of an hparams file of EasyEdit, of the method that it names: :func:`comeba_ext.read_easyedit` says which that is, and
+        what became of each field.
+
+        Args:
+            model: what the file leaves out is the method's default for it; without one, that of the settings' class.
+
+        Raises:
+            ConfigError: the file is missing or malformed, asks for what is not done here, or does not fit the model.
+        """
+        from comeba_ext import read_easyedit
+
+        hparams = read_easyedit(path)
+        for name, how in hparams.differs.items():
+            log.warning("%s: %s: %s", path, name, how)
+        return hparams.config(model)
+
     def to_dict(self) -> dict:
         return {**dataclasses.asdict(self), "layers": list(self.layers)}
 
@@ -250,51 +271,6 @@ class EditConfig:
 
     def replace(self, **changes) -> EditConfig:
         return dataclasses.replace(self, **changes)
-
-
-def read_settings(path: str | Path) -> dict:
-    """The keys and values of a JSON or YAML file; which keys there may be is checked where they are used.
-
-    Raises:
-        ConfigError: the file is missing or malformed.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        if len(text) > _LONGEST:
-            raise ConfigError(f"{len(text)} characters are more than settings have")
-        values = flat_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:  # a parser's error of either library
-        cause = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ConfigError(f"{path}: not valid {path.suffix or 'JSON'}: {cause}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{path}: expected keys and values")
-    return with_numbers(values)
-
-
-_LONGEST, _DEEPEST = 100_000, 32
-
-
-def flat_yaml(text: str):
-    """YAML without aliases and without depth: settings have no use for either. A few hundred bytes of aliases can stand for
-    gigabytes, and the parser takes minutes for thousands of brackets.
-
-    Raises:
-        ConfigError: there is an alias, or lists are nested deeply.
-        yaml.YAMLError: not YAML.
-    """
-    import yaml
-
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent):
-            raise ConfigError(f"line {event.start_mark.line + 1}: an alias (*{event.anchor}); write the value out")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise ConfigError(f"line {event.start_mark.line + 1}: nested too deeply")
-    return yaml.safe_load(text)
 
 
 def changed(values: dict, changes: dict) -> dict:
@@ -351,12 +327,6 @@ def _by_depth(depth: int) -> tuple[int, ...]:
     first, last = round(depth / 8), max(round(depth / 4), round(depth / 8))
     last = max(0, min(last, depth - 2))
     return tuple(range(min(first, last), last + 1))
-
-
-def with_numbers(values: dict) -> dict:
-    """Values read from YAML 1.1, which takes 1e-3, without a dot, for text."""
-    scientific = lambda v: isinstance(v, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", v) is not None  # noqa: E731
-    return {key: float(value) if scientific(value) else value for key, value in values.items()}
 
 
 def is_int(value) -> bool:

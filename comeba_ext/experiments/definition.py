@@ -30,7 +30,8 @@ from pathlib import Path
 
 import yaml
 
-from comeba_ext.editing.config import EditConfig, flat_yaml, is_int, with_numbers
+from comeba_ext.editing.config import EditConfig, is_int
+from comeba_ext.editing.settings_files import flat_yaml, with_numbers
 from comeba_ext.errors import ConfigError
 from comeba_ext.evaluation.protocols import PROTOCOLS
 from comeba_ext.evaluation.written import ANSWER_TOKENS, Writing

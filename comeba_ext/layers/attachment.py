@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from comeba_ext.errors import ArchitectureError, ComebaError
 from comeba_ext.layers.sequence_context import SequenceContext
-from comeba_ext.scores.base import set_buffer, take_over_buffers
+from comeba_ext.scores.base import keep_precise, set_buffer, take_over_buffers
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +29,13 @@ class Attachment(nn.Module):
     Class attributes:
         modes: names of what it may do; ``"off"``, the base output bit for bit, is one.
         appended: names of buffers whose rows, once written, stay as they are: a twin of the model shares them.
+        precise: names of buffers that keep their dtype when the model's changes.
+        grows: whether its own buffers are the longer the more is edited.
+        alone: whether a model has room for one of its kind.
 
     Attributes:
-        base_layer: the layer it wraps; absent where it stands beside the model's own.
+        base_layer: the layer it wraps, which may be another attachment (:func:`attach_all`); absent where it stands beside the
+            model's own.
         context: what the pass is about, the same object for all attachments of a model; ``None`` outside of one.
         name: in the model.
         mode: one of ``modes``.
@@ -38,6 +43,9 @@ class Attachment(nn.Module):
 
     modes: ClassVar[tuple[str, ...]] = ("off", "on")
     appended: ClassVar[tuple[str, ...]] = ()
+    precise: ClassVar[tuple[str, ...]] = ()
+    grows: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
 
     def __init__(self, base: nn.Module | None = None, mode: str = "on"):
         super().__init__()
@@ -92,6 +100,20 @@ class Attachment(nn.Module):
         """What later tokens of the sequences will find in :meth:`past`: ``(batch, …)``, carried with the cache."""
         if self.context is not None and left is not None:
             self.context.here.updated[self.name] = left
+
+    def refuse_recomputing(self, what: str, instead: str = "") -> None:
+        """Gradient checkpointing runs blocks again in the backward pass, when nobody knows the mask and the token ids.
+
+        Args:
+            what: asks for them; instead: what else could be done, behind a comma.
+
+        Raises:
+            ComebaError: it does so now.
+        """
+        if torch.compiler.is_compiling() or self.context is None or self.context.here.shape is not None:
+            return
+        if torch._C._current_graph_task_id() != -1:
+            raise ComebaError(f"{what} cannot be computed again in gradient checkpointing; switch that off{instead}")
 
     def as_sequences(self, x: torch.Tensor, mask: torch.Tensor | None, whole: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``x`` as ``(batch, seq, d)`` and its mask; some families (OPT) flatten tokens before the MLP.
@@ -149,10 +171,37 @@ class Attachment(nn.Module):
         """
         raise ComebaError("these edits are not in the weights: what they do with an input is decided while the model runs")
 
+    def meets(self, other: Attachment) -> int:
+        """How many of its keys are also another one's of the same layer, so that both would change the same token; 0 where that is
+        not known."""
+        return 0
+
+    def join(self, other: Attachment) -> None:
+        """Take in what another one holds that would stand in the same place beside the model's layers.
+
+        Raises:
+            ComebaError: the two cannot be one.
+        """
+        raise ComebaError(f"{type(self).__name__} and {type(other).__name__} would stand in the same place")
+
+    def _apply(self, fn, recurse: bool = True):
+        """``model.half()`` and the like move the precise buffers but leave them as precise as they are."""
+        return keep_precise(self, self.precise, lambda: super(Attachment, self)._apply(fn, recurse))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
+        """Buffers that grow with the edits take the length they are loaded with."""
+        for name, own in self._buffers.items() if self.grows else ():
+            given = state_dict.get(prefix + name)
+            if given is not None and given.dim() == own.dim() > 0 and len(given) != len(own) and given.shape[1:] == own.shape[1:]:
+                setattr(self, name, own.new_zeros(given.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> Attachment:
         """What PEFT asks for when it takes its adapters out (``merge_and_unload``): out of the base layer, the edits stay."""
         base = self.base_layer
-        if hasattr(base, "get_base_layer"):
+        if isinstance(base, Attachment):
+            base.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        elif hasattr(base, "get_base_layer"):
             if merge:
                 base.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             self.base_layer = base.get_base_layer()
@@ -196,19 +245,45 @@ def attach(model: nn.Module, found: dict[str, Attachment], decoder: str) -> dict
     Raises:
         ArchitectureError: the model has attachments already; then it is as before.
     """
-    if attachments(model):
-        raise ArchitectureError("the model is edited already; edit through the editor that holds it, or close that one first")
-    context = SequenceContext(model.get_submodule(decoder), any(own.reads_names for own in found.values()))
-    for name, attachment in found.items():
-        attachment.context, attachment.name = context, name
-        if hasattr(attachment, "base_layer"):
-            attachment.train(attachment.base_layer.training)
-            model.set_submodule(name, attachment)
+    attach_all(model, [found], decoder)
+    return found
+
+
+def attach_all(model: nn.Module, sets: list[dict[str, Attachment]], decoder: str) -> None:
+    """Put several sets of attachments into a model: where they wrap the same layer, the later one wraps the earlier one.
+
+    Args:
+        sets: as ``found`` in :func:`attach`. No two have the same name beside the model's layers.
+
+    Raises:
+        ArchitectureError: the model has attachments already; then it is as before.
+    """
+    refuse_edited(model)
+    stacks: dict[str, list[Attachment]] = {}
+    for found in sets:
+        for name, attachment in found.items():
+            stacks.setdefault(name, []).append(attachment)
+    every = [attachment for stack in stacks.values() for attachment in stack]
+    context = SequenceContext(model.get_submodule(decoder), any(own.reads_names for own in every))
+    for name, stack in stacks.items():
+        for depth, attachment in enumerate(reversed(stack)):
+            attachment.context, attachment.name = context, name + depth * ".base_layer"
+        for inner, outer in pairwise(stack):
+            outer.base_layer = inner
+        if hasattr(stack[0], "base_layer"):
+            for attachment in stack:
+                attachment.train(stack[0].base_layer.training)
+            model.set_submodule(name, stack[-1])
         else:
-            model.add_module(name, attachment)
+            model.add_module(name, stack[-1])
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = _SaveBase(model)
-    return found
+
+
+def refuse_edited(model: nn.Module) -> None:
+    """Raises :class:`ArchitectureError` for a model with attachments."""
+    if attachments(model):
+        raise ArchitectureError("the model is edited already; edit through the editor that holds it, or close that one first")
 
 
 def attachments(model: nn.Module) -> dict[str, Attachment]:
@@ -216,13 +291,35 @@ def attachments(model: nn.Module) -> dict[str, Attachment]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Attachment)}
 
 
-def detach(model: nn.Module) -> None:
-    """Put every base layer back and stop listening: the model as it was before :func:`attach`."""
-    contexts = set()
-    for name, attachment in attachments(model).items():
-        contexts.add(attachment.context)
-        if hasattr(attachment, "base_layer"):
-            model.set_submodule(name, attachment.base_layer)
+def stacks_of(model: nn.Module) -> dict[str, list[Attachment]]:
+    """The attachments at every layer, from the inside out, by the layer's name (or their own, where they stand beside)."""
+    found: dict[str, list[Attachment]] = {}
+    inside: set[Attachment] = set()
+    for name, attachment in attachments(model).items():  # an outer one comes before those that it wraps
+        if attachment not in inside:
+            stack = [attachment]
+            while isinstance(getattr(stack[-1], "base_layer", None), Attachment):
+                stack.append(stack[-1].base_layer)
+            inside |= set(stack)
+            found[name] = stack[::-1]
+    return found
+
+
+def detach(model: nn.Module) -> list[dict[str, Attachment]]:
+    """Put every base layer back and stop listening: the model as it was before :func:`attach`.
+
+    Returns:
+        What was taken out, in the form that :func:`attach_all` puts back.
+    """
+    contexts, sets = set(), []
+    for name, stack in stacks_of(model).items():
+        for depth, attachment in enumerate(stack):
+            contexts.add(attachment.context)
+            if depth == len(sets):
+                sets.append({})
+            sets[depth][name] = attachment
+        if hasattr(stack[0], "base_layer"):
+            model.set_submodule(name, stack[0].base_layer)
         else:
             owner, _, last = name.rpartition(".")
             delattr(model.get_submodule(owner), last)
@@ -230,6 +327,7 @@ def detach(model: nn.Module) -> None:
         context.detach()
     if isinstance(vars(model).get("save_pretrained"), _SaveBase):
         del model.save_pretrained
+    return sets
 
 
 @contextmanager
@@ -274,27 +372,27 @@ class _SaveBase:
         save = functools.partial(type(self.model).save_pretrained, self.model, *args, **kwargs)
         if type(self.model).__module__.startswith("peft"):
             # It looks for its adapters among the modules, so for the time of the save there are no attachments.
-            found = {name: own for name, own in attachments(self.model).items() if hasattr(own, "base_layer")}
+            found = {name: stack for name, stack in stacks_of(self.model).items() if hasattr(stack[0], "base_layer")}
             try:
-                for name, attachment in found.items():
-                    self.model.set_submodule(name, attachment.base_layer)
+                for name, stack in found.items():
+                    self.model.set_submodule(name, stack[0].base_layer)
                 return save()
             finally:
-                for name, attachment in found.items():
-                    self.model.set_submodule(name, attachment)
+                for name, stack in found.items():
+                    self.model.set_submodule(name, stack[-1])
         state = self.model.state_dict() if state_dict is None else state_dict
         return save(state_dict=base_state(self.model, state))
 
 
 def base_state(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """An edited model's state dict with the base weights under the base model's names, and nothing of the edits."""
-    names = sorted(attachments(model), key=len)
-    found = {}
+    stacks, found = stacks_of(model), {}
     for key, value in state.items():
-        name = next((name for name in names if key.startswith(f"{name}.")), None)
-        inner = None if name is None else key[len(name) + 1 :]
-        if inner is None:
+        name = next((name for name in stacks if key.startswith(f"{name}.")), None)
+        if name is None:
             found[key] = value
-        elif inner.startswith("base_layer."):
-            found[f"{name}.{inner[len('base_layer.') :]}"] = value
+            continue
+        inner, base = key[len(name) + 1 :], "base_layer." * len(stacks[name])
+        if inner.startswith(base):
+            found[f"{name}.{inner[len(base) :]}"] = value
     return found

@@ -11,7 +11,7 @@ from comeba_ext.layers.attachment import Attachment, attach
 from comeba_ext.layers.shards import Shards
 from comeba_ext.ops.hooked_linear import decode_hook_pays
 from comeba_ext.scores import score_named
-from comeba_ext.scores.base import Score, keep_precise
+from comeba_ext.scores.base import Score
 
 GATES = ("exact", "sketch")
 
@@ -52,6 +52,8 @@ class HookedLinear(Attachment):
 
     modes = ("off", "temporary", "validated")
     appended = ("shards.left", "shards.right")
+    precise = ("alpha",)
+    grows = False  # what grows is in the shards and the score
 
     def __init__(
         self,
@@ -120,8 +122,13 @@ class HookedLinear(Attachment):
             output = self.base_layer(x, *args, **kwargs)
             return output + self.edit_output(x).to(output.dtype)
         score = self.score
-        if (score.whole_sequence or score.named) and not torch.compiler.is_compiling():
-            self._refuse_recomputing()
+        if score.whole_sequence or score.named:
+            self.refuse_recomputing(f"the score {self.scope!r}", ", or use score 'reference'")
+        if any([buffer.is_meta for buffer in score._buffers.values()]):
+            raise ComebaError(
+                "the edits were offloaded with the weights, and only these come back for a forward pass; dispatch the model without "
+                "offload_buffers"
+            )
         plain = self._plain_base() and not args and not kwargs
         given, mask = self.as_sequences(self._to_delta(x), mask, self.score.whole_sequence)
         past = self.past()
@@ -139,13 +146,6 @@ class HookedLinear(Attachment):
                 output = output.reshape(shape)
         self.leave(after)
         return output
-
-    def _refuse_recomputing(self) -> None:
-        """Gradient checkpointing runs blocks again in the backward pass, when nobody knows the mask and the token ids."""
-        if self.context is not None and self.context.here.shape is None and torch._C._current_graph_task_id() != -1:
-            raise ComebaError(
-                f"the score {self.scope!r} cannot be computed again in gradient checkpointing; switch that off, or use score 'reference'"
-            )
 
     def edit_output(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ deltaᵀ``, ``(..., d_out)``: what is edited everywhere in mode ``"temporary"``."""
@@ -218,9 +218,9 @@ class HookedLinear(Attachment):
         grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         return weight.dtype == x.dtype and not grad and not torch.is_autocast_enabled(x.device.type)
 
-    def _apply(self, fn, recurse: bool = True):
-        """``model.half()`` and the like move the threshold but leave it as precise as it is."""
-        return keep_precise(self, ("alpha",), lambda: super(HookedLinear, self)._apply(fn, recurse))
+    def meets(self, other: HookedLinear) -> int:
+        same = self.scope == other.scope and "off" not in (self._mode, other._mode)
+        return self.score.meets(other.score, self.alpha, other.alpha) if same else 0
 
     def extra_repr(self) -> str:
         return (

@@ -135,9 +135,11 @@ class Shards(nn.Module):
         self.left, self.right, self.rows, self.used = other.left, other.right, other.rows.clone(), other.used
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        """Buffers take the shape they are loaded with, if it fits the layer; a version before had none."""
-        for name, own in self.named_buffers():
-            state_dict.setdefault(prefix + name, own[:0])
+        """Buffers take the shape they are loaded with, if it fits the layer. A version before had none; where nothing of the layer is
+        loaded (PEFT's adapters), all is left as it is."""
+        if f"{prefix.removesuffix('shards.')}delta" in state_dict:
+            for name, own in self.named_buffers():
+                state_dict.setdefault(prefix + name, own[:0])
         given = {name: state_dict.get(prefix + name) for name in ("left", "right", "rows")}
         if all(given[name] is not None and given[name].shape[1:] == getattr(self, name).shape[1:] for name in ("left", "right")):
             for name, tensor in given.items():

@@ -50,6 +50,8 @@ class Codebook(Attachment):
         trained: values that are being found and take the others' place meanwhile.
     """
 
+    precise = ("keys", "values", "radii")
+
     def __init__(self, base: nn.Module):
         super().__init__(base)
         self.in_features, self.out_features = shape_of(base)

@@ -73,6 +73,11 @@ class Facts(PromptRewriter):
         before = "".join(part for own in chosen for part in (*own["shown"], f"New Fact: {own['fact']}\n"))
         return f"{before}Prompt: {prompt}" if chosen else prompt
 
+    def join(self, other: Facts) -> None:
+        if type(other) is not type(self) or self.count != other.count:
+            return super().join(other)
+        self.facts = self.facts + other.facts
+
     def take_over(self, other: Facts) -> None:
         self.packed = other.packed.clone()  # never in place: whoever asks meanwhile has the old facts whole, or the new ones
 

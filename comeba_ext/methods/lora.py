@@ -48,6 +48,9 @@ class Adapter(Attachment):
         down: ``(rank, d_in)``, drawn as PEFT does; up: ``(d_out, rank)``, zero before any edit; float32.
     """
 
+    precise = ("down", "up")
+    grows = False
+
     def __init__(self, base: nn.Module, rank: int, scale: float, seed: int):
         super().__init__(base)
         (d_in, d_out), self.scale = shape_of(base), scale

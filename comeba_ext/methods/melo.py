@@ -57,6 +57,9 @@ class Router(Attachment):
         centres: ``(clusters, d_out)``, radii: ``(clusters,)``.
     """
 
+    alone = True  # the layers behind it listen to one
+    precise = ("points", "centres", "radii")
+
     def __init__(self, base: nn.Module):
         super().__init__(base)
         device, width = base.weight.device, shape_of(base)[1]
@@ -89,6 +92,8 @@ class LoraBlocks(Attachment):
         trained: while editing, ``down`` and ``up`` that take the place of the last block's.
     """
 
+    precise = ("down", "up")
+
     def __init__(self, base: nn.Module, rank: int, scale: float):
         super().__init__(base)
         self.scale, (d_in, d_out) = scale, shape_of(base)
@@ -98,6 +103,7 @@ class LoraBlocks(Attachment):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         output = self.base_layer(x, *args, **kwargs)
+        self.refuse_recomputing("which block of MELO a token goes to")
         way = self.context.here.told.get(WAY) if self.context is not None else None
         if self.mode == "off" or way is None:
             return output

@@ -58,6 +58,8 @@ class MemoirMemory(SideMemory):
         centre: ``(d_in,)``, mean input of irrelevant texts.
     """
 
+    precise = ("delta", "centre")
+
     def __init__(self, base: nn.Module, active: float, overlap: float, seed: int):
         super().__init__(base, 1)
         device = self.delta.device
@@ -69,7 +71,9 @@ class MemoirMemory(SideMemory):
     def mask_of(self, features: torch.Tensor) -> torch.Tensor:
         """``(n, d_in)`` bool, for mean inputs ``(n, d_in)``."""
         chosen = (features - self.centre).abs().topk(self.count, -1).indices
-        return torch.zeros(features.shape, dtype=torch.bool, device=features.device).scatter_(-1, self.order[chosen], True)
+        return torch.zeros(features.shape, dtype=torch.bool, device=features.device).scatter_(
+            -1, self.order.to(chosen.device)[chosen], True
+        )
 
     def route(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if not len(self.masks):

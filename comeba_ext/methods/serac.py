@@ -79,6 +79,8 @@ class Scope(Facts):
         keys: ``(edits, width)``, of their prompts, in the order of the facts; table: ``(buckets, width)``, empty before any edit.
     """
 
+    precise = ("keys", "table")
+
     def __init__(self, threshold: float, width: int, device=None):
         super().__init__(1, device)
         self.threshold = threshold
@@ -94,6 +96,9 @@ class Scope(Facts):
             return prompt
         probability, number = self.probabilities(prompt).max(0)
         return stated(self.facts[number]["fact"], prompt) if probability >= self.threshold else prompt
+
+    def join(self, other: Attachment) -> None:
+        Attachment.join(self, other)  # each set was made with a classifier of its own
 
     def take_over(self, other: Scope) -> None:
         super().take_over(other)
@@ -114,6 +119,8 @@ class Counterfactual(Attachment):
         trained: in training, ``down``, ``up`` and ``mark`` that take their place.
     """
 
+    precise = ("down", "up")
+
     def __init__(self, base: nn.Module, scale: float):
         super().__init__(base)
         self.scale, (d_in, d_out), device = scale, shape_of(base), base.weight.device
@@ -133,9 +140,12 @@ class Counterfactual(Attachment):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         output = self.base_layer(x, *args, **kwargs)
         down, up, mark = (self.down, self.up, self.mark) if self.trained is None else self.trained
+        if self.mode == "off" or not len(down):
+            return output
+        self.refuse_recomputing("whether a text is about an edit")
         rows, _ = self.as_sequences(x, None, False)
         hashes = self.hashes(rows)
-        if self.mode == "off" or not len(down) or hashes is None:
+        if hashes is None:
             return output
         last = (mark[:, 1:] - 1).expand(*hashes.shape[:2], 1)  # which of the hashes is of so many tokens, never read on the host
         behind = hashes.gather(-1, last)[..., 0] == mark[0, 0]

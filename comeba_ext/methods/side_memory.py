@@ -24,6 +24,8 @@ class SideMemory(Attachment):
         trained: while editing, what takes the place of the last memory.
     """
 
+    precise = ("delta",)
+
     def __init__(self, base: nn.Module, memories: int = 0):
         super().__init__(base)
         self.in_features, self.out_features = shape_of(base)
@@ -39,6 +41,7 @@ class SideMemory(Attachment):
         output = self.base_layer(x, *args, **kwargs)
         if self.mode == "off" or not len(self.delta):
             return output
+        self.refuse_recomputing("where a side memory sends a sequence")
         rows, mask = self.as_sequences(x, None, True)
         if self.forced is not None:
             route = torch.as_tensor(self.forced, device=x.device).expand(len(rows))

@@ -66,6 +66,8 @@ class WiseMemory(SideMemory):
         thresholds: ``(memories,)``; infinite before a shard's first edit.
     """
 
+    precise = ("delta", "thresholds")
+
     def __init__(self, base: nn.Module):
         super().__init__(base, 0)
         self.register_buffer("thresholds", torch.zeros(0, device=base.weight.device))

@@ -116,6 +116,11 @@ class Score(nn.Module):
     def refresh(self, layer: HookedLinear) -> None:
         """Make anew what follows from delta, now: a compiled model would not see that it is old."""
 
+    def meets(self, other: Score, alpha: torch.Tensor, other_alpha: torch.Tensor) -> int:
+        """How many subjects of another score of this kind, of the same layer, are in the scope of this one's edits or the other way
+        round; 0 where that cannot be told from what is kept."""
+        return 0
+
     def clear(self) -> None:
         """No edit is left."""
 

@@ -273,6 +273,22 @@ class NearestScore(Score):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._count()
 
+    @torch.no_grad()
+    def meets(self, other, alpha, other_alpha):
+        """By names in common, and where both compare in the same metric, by directions as well."""
+        shards, named = self.shards[: self.known], torch.isin(self.names, other.names.to(self.names))
+        near = torch.isin(shards, self.of_name[named])
+        if torch.equal(self.projection, other.projection.to(self.projection)):
+            unit, least = self._reach(alpha)
+            theirs = (part.to(unit.device).split(1024) for part in other._reach(other_alpha))
+            for other_unit, other_least in zip(*theirs, strict=True):
+                near |= (unit @ other_unit.mT >= torch.minimum(least[:, None], other_least)).any(1)
+        return len(shards[near].unique())
+
+    def _reach(self, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The known directions ``(n, rows)``, and the least cosine ``(n,)`` with each from which a token is in scope, in float32."""
+        return self.anchors[: self.known].float(), self.thresholds[: self.known].float().clamp(min=alpha.float())
+
     def take_over(self, other):
         super().take_over(other)
         self.known, self.needs_delta, self.most = other.known, other.needs_delta, other.most
