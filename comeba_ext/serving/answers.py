@@ -13,6 +13,13 @@ def problem(message: str, param: str | None = None, code: str | None = None, kin
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+class Refused(Exception):
+    """An answer that is an error of the client's."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        self.status, self.content = status, problem(message, param, code)
+
+
 class TextAnswer:
     """Of ``/v1/completions``.
 

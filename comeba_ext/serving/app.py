@@ -7,7 +7,6 @@ ever put together with another one's, so what a client gets is what ``generate``
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import threading
@@ -19,24 +18,17 @@ from functools import partial
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from comeba_ext.errors import ComebaError, StorageError
-from comeba_ext.serving.answers import ChatAnswer, TextAnswer, problem, shown_prompts
+from comeba_ext.serving.answers import ChatAnswer, Refused, TextAnswer, problem, shown_prompts
 from comeba_ext.serving.completion import Cancelled, Completion, Sampling
 from comeba_ext.serving.requests import FORMS, ChatRequest, CompletionRequest, Limits
+from comeba_ext.serving.routes import edits_router, tokenizer_router
 from comeba_ext.serving.service import EditingService
 
 log = logging.getLogger(__name__)
 UNEDITED = "-unedited"  # behind the model's name: the model without its edits
-
-
-class Refused(Exception):
-    """An answer that is an error of the client's."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        self.status, self.content = status, problem(message, param, code)
 
 
 class Line:
@@ -94,8 +86,6 @@ def create_app(
     ):
         app.add_exception_handler(kind, handler)
 
-    # -- asking -------------------------------------------------------------------------------------------------
-
     @app.get("/health")
     async def health() -> dict:
         return {"status": "ok", "model": name, "step": service.step, "edits": service.live, "requests": line.inside}
@@ -140,57 +130,8 @@ def create_app(
         chunks = _chunks(form, arrived, first, future, len(prompts) * sampling.n, sampling.n if count else 0)
         return _Stream(chunks, cancel)
 
-    # -- editing ------------------------------------------------------------------------------------------------
-
-    def allowed(request: Request) -> None:
-        if edit_token is None:
-            raise Refused(403, "edits cannot be seen or changed here: the server was started without an edit token")
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), edit_token.encode()):
-            raise HTTPException(401, "the edit token is missing or wrong: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
-
-    def listed() -> dict:
-        return {"object": "list", "step": service.step, "data": [edit.to_dict() for edit in service.edits()]}
-
-    @app.get("/v1/edits")
-    async def edits(request: Request) -> dict:
-        allowed(request)
-        return listed()
-
-    @app.post("/v1/edits")
-    async def add(request: Request) -> dict:
-        allowed(request)
-        asked = await _json(request)
-        requests = asked.get("requests", [asked]) if isinstance(asked, dict) else asked
-        if not isinstance(requests, list) or not all(isinstance(own, dict) for own in requests):
-            raise Refused(400, 'send one edit, a list of them, or {"requests": [...]}, each with prompt, subject and target_new')
-        if not 0 < len(requests) <= limits.edits:
-            raise Refused(400, f"{len(requests)} edits; 1 to {limits.edits} a batch")
-        report = await run_in_threadpool(service.add, requests)
-        return {"object": "edit_report", **report.to_dict()}
-
-    @app.delete("/v1/edits")
-    async def retract_several(request: Request) -> dict:
-        allowed(request)
-        asked = await _json(request)
-        ids = asked.get("ids") if isinstance(asked, dict) else None
-        if not isinstance(ids, list) or not ids or not all(isinstance(own, str) for own in ids):
-            raise Refused(400, 'send {"ids": [...]}, the ids of edits to take back', "ids")
-        return await taken_back(ids)
-
-    @app.delete("/v1/edits/{edit_id:path}")
-    async def retract(request: Request, edit_id: str) -> dict:
-        allowed(request)
-        return await taken_back([edit_id])
-
-    async def taken_back(ids: list[str]) -> dict:
-        live = {edit.id for edit in service.edits() if edit.superseded is None}
-        for own in ids:
-            if own not in live:
-                raise Refused(404, f"there is no edit {own!r} that could be taken back", "id")
-        await run_in_threadpool(service.retract, ids)
-        return {"object": "edits.retracted", "ids": ids, "step": service.step}
-
+    app.include_router(edits_router(service, edit_token, limits))
+    app.include_router(tokenizer_router(service))
     return app
 
 
@@ -216,13 +157,6 @@ def _malformed(error: RequestValidationError) -> dict:
     if where is None:
         return problem("send a JSON object, as Content-Type: application/json")
     return problem(f"{where}: {FORMS.get(where, first['msg'])}", where)
-
-
-async def _json(request: Request):
-    try:
-        return json.loads(await request.body())
-    except (ValueError, RecursionError):
-        raise Refused(400, "the body is not JSON") from None
 
 
 async def _waited(request: Request, future: asyncio.Future, cancel: threading.Event) -> list[Completion]:

@@ -214,10 +214,10 @@ class EditingService:
         if rewrites and echo:
             raise RequestError("these edits stand in the prompt, so it cannot be echoed; ask the unedited model, or leave out echo")
         if isinstance(prompt, str):
-            return self._tokens(_rewritten(model, prompt))
+            return self.tokens(_rewritten(model, prompt))
         if not prompt or not isinstance(prompt[0], Mapping):
             tokens = list(prompt)
-            return self._tokens(_rewritten(model, decoded(self.tokenizer, tokens))) if rewrites and tokens else tokens
+            return self.tokens(_rewritten(model, decoded(self.tokenizer, tokens))) if rewrites and tokens else tokens
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise RequestError("this model's tokenizer has no chat template, so it takes no chats; ask for a completion of a text")
         messages = [dict(message) for message in prompt]
@@ -229,9 +229,10 @@ class EditingService:
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # whatever a template raises
             raise RequestError(f"the model's chat template does not take these messages: {error}") from None
-        return self._tokens(text, add_special_tokens=False)
+        return self.tokens(text, add_special_tokens=False)
 
-    def _tokens(self, text: str, **options) -> list[int]:
+    def tokens(self, text: str, **options) -> list[int]:
+        """Token ids of a text; ``options`` are the tokenizer's."""
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise RequestError("a prompt holds half a character (an unpaired surrogate)")
         with self._one_text:
