@@ -172,7 +172,7 @@ async def _waited(request: Request, future: asyncio.Future, cancel: threading.Ev
         return future.result()
     except asyncio.CancelledError:
         cancel.set()
-        raise
+        raise Refused(503, "the server was stopped") from None
 
 
 async def _chunks(
