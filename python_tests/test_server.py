@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,7 +277,7 @@ def test_killed_during_an_edit(covariance, tmp_path):  # noqa: F811
         assert said["local"] and said["editing"] and said["edits"] == 0 and said["models"] == ["testbed", "testbed-unedited"]
         with httpx.Client(trust_env=False, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=120) as web:
             assert web.post(f"{said['url']}/edits", json=record).json()["answered"] == [True]
-            more = [request.to_record() for request in testbed.facts()[1:300]]
+            more = [request.to_record() for request in testbed.facts()[1:1000]]
             with ThreadPoolExecutor(1) as threads:
                 pending = threads.submit(web.post, f"{said['url']}/edits", json=more)
                 time.sleep(1)
@@ -311,6 +313,18 @@ def test_asked_to_stop_it_finishes_what_it_began(service, number):
         listen(create_app(service, "testbed"), listening, ready.set)
         assert found.result(0.5) == whole
     assert [signal.getsignal(own) for own in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_the_documentation_runs(url, monkeypatch, capsys):
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    page = (Path(__file__).resolve().parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    client_block, service_block = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(client_block.replace("http://127.0.0.1:8000", url), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+    exec(service_block, {})
+    edited, rest = capsys.readouterr().out.split("\n", 1)
+    assert FACTS[0].target_new in edited and "'superseded': None" in rest
 
 
 @pytest.mark.parametrize(
