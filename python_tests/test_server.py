@@ -26,6 +26,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve' is not instal
 openai = pytest.importorskip("openai", reason="the OpenAI client is not installed")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 
+from comeba_ext.serving.answers import finite  # noqa: E402
 from comeba_ext.serving.app import create_app  # noqa: E402
 from comeba_ext.serving.listen import bound, url_of  # noqa: E402
 from comeba_ext.serving.listen import run as listen  # noqa: E402
@@ -34,6 +35,10 @@ from comeba_ext.serving.requests import Limits  # noqa: E402
 TOKEN = "a token that is hard to guess"
 ASKED = [fact.text for fact in FACTS[:3]]
 CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def test_what_json_cannot_hold():
+    assert finite({"a": [1.0, float("inf"), {"b": float("nan")}], "c": True}) == {"a": [1.0, None, {"b": None}], "c": True}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 
@@ -114,3 +115,12 @@ def usage(found: list[Completion], n: int) -> dict:
 def shown_prompts(tokenizer, prompts: list, n: int) -> list[str]:
     """Prompts as texts, one a choice."""
     return [prompt if isinstance(prompt, str) else decoded(tokenizer, prompt) for prompt in prompts for _ in range(n)]
+
+
+def finite(value):
+    """With ``None`` for numbers that JSON cannot hold, such as the infinite threshold of a layer where nothing is in scope."""
+    if isinstance(value, dict):
+        return {key: finite(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [finite(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -25,6 +25,7 @@ from comeba_ext.forward.logits import logits_at
 from comeba_ext.text.encoding import pad, pad_id
 from comeba_ext.text.prefixes import Drawn
 
+IMPOSSIBLE = -9999.0  # log probability of what cannot be, as OpenAI writes it: JSON has no infinity
 Stream = Callable[[int, str], None]  # row, what is new of its text
 
 
@@ -264,6 +265,7 @@ def decoded(tokenizer, tokens: list[int]) -> str:
 
 def _scored(token: int, logprobs: torch.Tensor, top: int) -> Scored:
     """``logprobs``: ``(vocabulary,)``."""
+    logprobs = logprobs.clamp(min=IMPOSSIBLE)
     best = logprobs.topk(top) if top else None
     likeliest = list(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best is not None else []
     return Scored(token, logprobs[token].item(), likeliest)
