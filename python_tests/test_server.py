@@ -110,7 +110,7 @@ def test_the_client_gets_an_edited_fact(url, says):
 )
 def test_streams_say_the_same(url, more):
     own = client(url)
-    text = {"model": "testbed", "prompt": ["The", ASKED[0]], **more}
+    text = {"model": "testbed", "prompt": ["The", ASKED[0]], "echo": True, **more}
     chat = {"model": "testbed", "messages": [{"role": "system", "content": "The"}, {"role": "user", "content": " city"}], **more}
     for create, asked, part in (
         (own.completions.create, text, lambda choice: choice.text),
@@ -176,6 +176,7 @@ TEXT = {"model": "testbed", "prompt": "The"}
         ("completions", {**TEXT, "prompt": []}, 400, "no prompt"),
         ("completions", {**TEXT, "prompt": ""}, 400, "empty"),
         ("completions", {**TEXT, "prompt": [10**9]}, 400, "the model knows"),
+        ("completions", {**TEXT, "prompt": [10**30], "echo": True}, 400, "the model knows"),
         ("completions", {**TEXT, "prompt": "a " * 500}, 400, "context is 128"),
         ("completions", {**TEXT, "max_tokens": 101}, 400, "at most 100"),
         ("completions", {**TEXT, "max_tokens": True}, 400, "max_tokens"),
