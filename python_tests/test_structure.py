@@ -22,7 +22,7 @@ FLOORS = [
     {"editor"},
     {"evaluation"},
     {"testbed", "tuning", "training", "exporting"},
-    {"loading", "experiments"},
+    {"loading", "experiments", "serving"},
     {"doctor", "report"},
     {"cli"},
 ]
