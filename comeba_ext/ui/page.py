@@ -1,0 +1,301 @@
+"""The page: a form to edit one fact, a text to try, the list of edits, a file of records. What it does is :mod:`comeba_ext.ui.desk`'s."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import gradio as gr
+
+from comeba_ext.errors import ComebaError
+from comeba_ext.text.request import SLOT, EditRequest
+from comeba_ext.ui import views
+from comeba_ext.ui.desk import Batches, Desk, Edited, Working, lines
+from comeba_ext.ui.suggestions import Relation, beside, examples, subject_of
+
+log = logging.getLogger(__name__)
+EDITING = {"concurrency_id": "editing", "concurrency_limit": 1, "api_visibility": "private"}  # one after the other
+ASKING = {"concurrency_limit": 4, "api_visibility": "private"}
+LISTED = 100  # edits that the list shows at once
+
+
+@dataclass(frozen=True)
+class About:
+    """What the page says of itself and may do.
+
+    Attributes:
+        model: its name, and ``size``, in words.
+        host: it is bound to.
+        folder: proposed to save to.
+        any_folder: whether a user may name another one.
+    """
+
+    model: str
+    size: str
+    host: str
+    folder: str = ""
+    any_folder: bool = True
+
+
+def theme() -> gr.themes.Base:
+    """Plain, with the fonts that are there."""
+    return gr.themes.Base(
+        primary_hue="blue",
+        neutral_hue="slate",
+        radius_size="sm",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+
+
+def build(desk: Desk, relations: list[Relation], about: About, scratch: Path) -> gr.Blocks:
+    """The page around a desk.
+
+    Args:
+        relations: what is proposed.
+        scratch: folder for what is downloaded.
+    """
+    with gr.Blocks(title=f"Edit facts in {about.model}", analytics_enabled=False) as page:
+        local = about.host in ("127.0.0.1", "localhost", "::1")
+        where = "Bound to this machine only" if local else f"Open to whoever reaches {about.host}"
+        gr.Markdown(
+            f"# Edit facts in {about.model}\n\n{about.size}. {where}; nothing is sent anywhere. The weights are never written: "
+            "edits stand beside them and can be taken back.",
+            elem_id="about",
+        )
+        with gr.Tabs():
+            with gr.Tab("Edit"):
+                edited = _edit_tab(desk, relations)
+            with gr.Tab("Try a text"):
+                _try_tab(desk)
+            with gr.Tab("Edits") as tab:
+                refresh = _edits_tab(desk, about, scratch)
+            with gr.Tab("Records from a file"):
+                _file_tab(desk)
+        for event in (tab.select, page.load, edited.success):
+            refresh(event)
+    return page
+
+
+# -- one edit -----------------------------------------------------------------------------------------------------
+
+
+def _edit_tab(desk: Desk, relations: list[Relation]):
+    shown = examples(relations)
+    known = [name for relation in relations for name in relation.objects]
+    with gr.Row():
+        with gr.Column(min_width=320):
+            prompt = gr.Textbox(
+                label="Prompt",
+                info=f"a text that the new answer shall follow; write {SLOT} for the subject, or the whole text",
+                placeholder="The mother tongue of {} is",
+                elem_id="prompt",
+            )
+            with gr.Row():
+                subject = gr.Textbox(label="Subject", placeholder="Danielle Darrieux", elem_id="subject", min_width=140)
+                target = gr.Textbox(label="New answer", placeholder="English", elem_id="target", min_width=140)
+            with gr.Accordion("Also compare on", open=False):
+                wordings = gr.Textbox(label="Rewordings", info=f"one a line, with {SLOT} for the subject", lines=2, elem_id="wordings")
+                neighbours = gr.Textbox(label="Neighbours", info="other subjects, asked with the same prompt", lines=3, elem_id="neighbours")
+            fields = [prompt, subject, target, wordings, neighbours]
+            button = gr.Button("Edit", variant="primary", elem_id="edit")
+            choice = gr.Dataset(
+                label="Examples",
+                components=[gr.Textbox(visible=False)],
+                samples=[[own.label] for own in shown],
+                sample_labels=[own.label for own in shown],
+                type="index",
+                elem_id="examples",
+            )
+        with gr.Column(min_width=320):
+            result = gr.HTML("Click an example, or write a prompt, its subject and a new answer; then <b>Edit</b>.", elem_id="result")
+    gr.Markdown("### Where the edit is used\nEvery token's score in every edited layer. Marked tokens reach the threshold and get the "
+                "edited output; all others the original one.", elem_id="scope-head")  # fmt: skip
+    scope = gr.HTML("", elem_id="scope")
+
+    def fill(number: int):
+        own = shown[number]
+        return own.prompt, own.subject, own.target_new, "\n".join(own.wordings), "\n".join(own.neighbours)
+
+    def propose(prompt: str, subject: str, wordings: str, neighbours: str):
+        """A subject for a whole sentence, and what to compare on, where the fields are empty."""
+        if prompt.strip() and SLOT not in prompt and not (subject.strip() and subject.strip() in prompt):
+            subject = subject_of(prompt, known) or subject
+        slotted = prompt if SLOT in prompt else prompt.replace(subject, SLOT) if subject else prompt
+        if not wordings.strip() and not neighbours.strip():
+            wordings, neighbours = ("\n".join(own) for own in beside(slotted, subject, relations))
+        return subject, wordings, neighbours
+
+    def edit(*given: str) -> Iterator[tuple]:
+        request = desk.request(*given)
+        for step in desk.edit(request):
+            if isinstance(step, Working):
+                yield views.working(step), gr.skip()
+            else:
+                yield views.edited(step), views.scopes((own.prompt, own.scope) for own in step.answers)
+        if isinstance(step, Edited) and step.report.declined:
+            gr.Warning(step.report.declined[0]["reason"])
+
+    choice.click(fill, choice, fields, show_progress="hidden", **ASKING)
+    prompt.blur(propose, [prompt, subject, wordings, neighbours], [subject, wordings, neighbours], show_progress="hidden", **ASKING)
+    start = {"fn": _sentences(edit, "Nothing was changed.", 2), "inputs": fields, "outputs": [result, scope], "show_progress": "hidden"}
+    return gr.on([button.click, target.submit], **start, **EDITING)
+
+
+# -- a text -------------------------------------------------------------------------------------------------------
+
+
+def _try_tab(desk: Desk) -> None:
+    text = gr.Textbox(label="Text", info="both models go on with it", lines=2, elem_id="text")
+    with gr.Row():
+        tokens = gr.Slider(1, 200, 30, step=1, label="New tokens", min_width=200)
+        button = gr.Button("Write", variant="primary", min_width=120, elem_id="write")
+    result, scope = gr.HTML("", elem_id="tried"), gr.HTML("", elem_id="tried-scope")
+
+    def write(text: str, tokens: int):
+        found = desk.try_text(text, tokens)
+        return views.tried(found), views.scopes([(found.text, found.scope)])
+
+    gr.on([button.click, text.submit], _sentences(write), [text, tokens], [result, scope], **ASKING)
+
+
+# -- all edits ----------------------------------------------------------------------------------------------------
+
+
+def _edits_tab(desk: Desk, about: About, scratch: Path) -> Callable:
+    """Returns what makes an event list the edits anew."""
+    counted = gr.Markdown("", elem_id="counted")
+    search = gr.Textbox(label="Find", placeholder="a word of the prompt, the subject or the answer", elem_id="find")
+    chosen = gr.CheckboxGroup(label="Edits, the last one first", show_select_all=True, elem_id="edits")
+    with gr.Row():
+        retract = gr.Button("Retract the ticked", min_width=130, elem_id="retract")
+        undo = gr.Button("Undo the last step", min_width=130, elem_id="undo")
+        measure = gr.Button("Measure retention", min_width=130, elem_id="measure")
+    result = gr.HTML("", elem_id="measured")
+    gr.Markdown("### Keep them")
+    with gr.Row():
+        folder = gr.Textbox(about.folder, label="Folder", interactive=about.any_folder, min_width=200, elem_id="folder")
+        save = gr.Button("Save", min_width=100, elem_id="save", interactive=about.any_folder or bool(about.folder))
+        pack = gr.Button("Download as zip", min_width=100, elem_id="pack")
+    saved, packed = gr.HTML("", elem_id="saved"), gr.File(label="Download", visible=False, elem_id="packed")
+
+    def listed(search: str = ""):
+        requests = desk.requests()
+        found = [own for own in reversed(requests) if search.strip().lower() in views.edit_label(own).lower()]
+        head = f"**{len(requests)} edits**" if len(requests) != 1 else "**1 edit**"
+        head += f", {len(found)} found" if search.strip() else ""
+        head += f"; the last {LISTED} are shown" if len(found) > LISTED else ""
+        return head, gr.CheckboxGroup(choices=[(views.edit_label(own), own.request_id) for own in found[:LISTED]], value=[])
+
+    def take_back(ids: list[str], search: str):
+        desk.retract(ids)
+        return *listed(search), f"<p>Taken back: {len(ids)}.</p>"
+
+    def step_back(search: str):
+        desk.undo()
+        return *listed(search), "<p>The last step is undone.</p>"
+
+    def measured() -> Iterator[str]:
+        for step in desk.measure():
+            yield views.working(step) if isinstance(step, Working) else views.retention(step)
+
+    def write(folder: str):
+        path = desk.save(folder if about.any_folder else about.folder)
+        return views.saved(path, about.model)
+
+    def zipped():
+        return gr.File(str(desk.pack(scratch)), visible=True)
+
+    table = [counted, chosen]
+    search.change(listed, search, table, show_progress="hidden", trigger_mode="always_last", **ASKING)
+    retract.click(_sentences(take_back), [chosen, search], [*table, result], **EDITING)
+    undo.click(_sentences(step_back), search, [*table, result], **EDITING)
+    measure.click(_sentences(measured, ""), None, result, show_progress="hidden", **EDITING)
+    save.click(_sentences(write), folder, saved, **EDITING)
+    pack.click(_sentences(zipped), None, packed, **EDITING)
+    return lambda event: event(listed, search, table, show_progress="hidden", **ASKING)
+
+
+# -- many edits ---------------------------------------------------------------------------------------------------
+
+
+def _file_tab(desk: Desk) -> None:
+    gr.Markdown("JSON or JSONL: CounterFact, ZsRE, EasyEdit's form, or your own with `prompt`, `subject` and `target_new`.")
+    file = gr.File(label="Records", elem_id="records", height=130)
+    with gr.Row():
+        limit = gr.Number(0, label="At most (0: all)", minimum=0, precision=0, min_width=120)
+        size = gr.Number(10, label="Batch size", minimum=1, maximum=1000, precision=0, min_width=120)
+    found = gr.HTML("", elem_id="found")
+    with gr.Row():
+        start = gr.Button("Edit all of them", variant="primary", interactive=False, elem_id="edit-all")
+        stop = gr.Button("Stop after this batch", interactive=False, elem_id="stop")
+    result = gr.HTML("", elem_id="batches")
+    requests = gr.State([])
+
+    def read(path: str | None, limit: int):
+        if path is None:
+            return "", [], gr.Button(interactive=False)
+        counts, used, skipped = desk.read(path, limit or None)
+        return views.file_read(Path(path).name, counts.read, used, skipped), used, gr.Button(interactive=True)
+
+    def edit(requests: list[EditRequest], size: int) -> Iterator[tuple]:
+        done = ""
+        for step in desk.edit_all(requests, int(size)):
+            if isinstance(step, Batches):
+                done = views.batches(step)
+                yield done, gr.Button(interactive=True)
+            else:
+                yield views.working(step) + done, gr.Button(interactive=True)
+        yield done, gr.Button(interactive=False)
+
+    reading = _sentences(read, ("", [], gr.Button(interactive=False)))
+    gr.on([file.change, limit.change], reading, [file, limit], [found, requests, start], show_progress="hidden", **ASKING)
+    running = start.click(_sentences(edit, gr.skip(), 2), [requests, size], [result, stop], show_progress="hidden", **EDITING)
+    stop.click(lambda: gr.Button(interactive=False), None, stop, cancels=[running], **ASKING)
+
+
+# -- errors -------------------------------------------------------------------------------------------------------
+
+
+def _sentences(work: Callable, instead=None, outputs: int = 1) -> Callable:
+    """A handler whose errors are shown as one sentence.
+
+    Args:
+        instead: shown in its outputs' place where it was showing progress, or all its outputs.
+    """
+
+    def said(error: Exception) -> gr.Error:
+        if isinstance(error, ComebaError):
+            text = str(error)
+        elif isinstance(error, OSError):
+            text = f"{error.filename or 'file system'}: {error.strerror or error}"
+        else:
+            log.error("the page met an error", exc_info=error)
+            text = f"unexpected {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        return gr.Error(views.plain(text), title="Not done", duration=15, print_exception=False)
+
+    if not inspect.isgeneratorfunction(work):
+
+        @functools.wraps(work)
+        def handler(*args):
+            try:
+                return work(*args)
+            except Exception as error:
+                raise said(error) from None
+
+        return handler
+
+    @functools.wraps(work)
+    def steps(*args):
+        try:
+            yield from work(*args)
+        except Exception as error:
+            if instead is not None:
+                yield instead if outputs == 1 else (instead, *[gr.skip()] * (outputs - 1))
+            raise said(error) from None
+
+    return steps
