@@ -41,7 +41,7 @@ def _step(method: Function) -> Function:
     @functools.wraps(method)
     def whole(self, *args, **kwargs):
         with self._one_step:
-            work = self._apart()
+            work = self.apart()
             result = method(work, *args, **kwargs)
             self._adopt(work)
             return result
@@ -192,7 +192,7 @@ class Editor:
         requests: Iterable[EditRequest | Mapping],
         target_values: torch.Tensor | None = None,
         *,
-        progress: bool = False,
+        progress: bool | Callable[[int, float], None] = False,
     ) -> EditReport:
         """One consecutive batch (algorithm 1; DESIGN §3). Either all of it happens or nothing.
 
@@ -200,6 +200,7 @@ class Editor:
             requests: any number; see :meth:`EditRequest.from_record` for the forms. One about a fact edited before (same prompt and
                 subject) takes the earlier one's place.
             target_values: ``(u, d_model)``, to skip their optimisation.
+            progress: show a bar; or what to call with the number of requests that are done and the mean loss.
 
         Raises:
             RequestError: an unusable request or batch; nothing was changed.
@@ -210,7 +211,7 @@ class Editor:
             self._need_covariance()
             if target_values is not None and not self.method.takes_values:
                 raise RequestError(f"{self.method.name} has no target values")
-            with values_bar(len(batch), progress and target_values is None) as on_progress:
+            with values_bar(len(batch), progress if target_values is None else False) as on_progress:
                 return self._edit(batch, target_values, on_progress)
 
     @_step
@@ -375,9 +376,8 @@ class Editor:
         if self.method.needs_covariance and self.covariance is None and not self.key_memory:
             raise CovarianceError("no covariance yet: call collect_covariance(texts) or load_covariance(path) first")
 
-    def _apart(self) -> Editor:
-        """This editor at work on a twin of its model: whatever happens there, here all is as it was until
-        :meth:`_adopt`.
+    def apart(self) -> Editor:
+        """This editor at work on a twin of its model: whatever happens there, here all is as it was.
 
         Raises:
             ComebaError: its layers are no longer in the model.

@@ -21,7 +21,7 @@ FLOORS = [
     {"editor"},
     {"evaluation"},
     {"testbed", "tuning", "training"},
-    {"loading", "experiments"},
+    {"loading", "experiments", "serving"},
     {"doctor", "report"},
     {"cli"},
 ]

@@ -7,6 +7,7 @@ import dataclasses
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,8 +98,11 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def values_bar(total: int, progress: bool):
-    """A progress bar over the target values of one batch, in the first process only."""
+def values_bar(total: int, progress: bool | Callable[[int, float], None]):
+    """A progress bar over the target values of one batch, in the first process only; or a function of the caller's in its place."""
+    if callable(progress):
+        yield progress
+        return
     with tqdm(total=total, unit="value", desc="target values", disable=not progress or distributed.rank() > 0) as bar:
 
         def on_progress(done: int, loss: float) -> None:

@@ -6,7 +6,7 @@ MEMIT (arXiv 2210.07229, section 4.3) samples them from five neutral starts; the
 from __future__ import annotations
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper
 
 from comeba_ext.text.encoding import pad, pad_id
 
@@ -33,8 +33,8 @@ def sample_prefixes(model, tokenizer, count: int, length: int, seed: int) -> lis
     out = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        logits_processor=LogitsProcessorList([_Drawn(seed)]),
-        do_sample=False,  # it is _Drawn that samples
+        logits_processor=LogitsProcessorList([TopKLogitsWarper(TOP_K), Drawn(seed)]),
+        do_sample=False,  # it is Drawn that samples
         num_beams=1,
         temperature=None,
         top_p=None,
@@ -47,14 +47,24 @@ def sample_prefixes(model, tokenizer, count: int, length: int, seed: int) -> lis
     return ["", *(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". " for text in texts)]
 
 
-class _Drawn(LogitsProcessor):
-    """Leaves of every row's tokens one of the likeliest ``TOP_K``, drawn on the CPU: a device's own generator would draw others."""
+class Drawn(LogitsProcessor):
+    """Leaves of every row's tokens one, drawn by a generator of its own: what samples where ``do_sample`` would draw from the state that
+    all threads share.
 
-    def __init__(self, seed: int):
-        self.generator = torch.Generator().manual_seed(seed)
+    Args:
+        seed: of the generator; ``None``: another one every time.
+        device: of the generator. On the CPU, the default, the same tokens are drawn whatever device the model is on; on the model's
+            device, those that ``generate(do_sample=True)`` draws behind ``torch.manual_seed(seed)``.
+    """
+
+    def __init__(self, seed: int | None, device="cpu"):
+        self.generator = torch.Generator(device)
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        likely = scores.float().cpu()
-        likely = likely.masked_fill(likely < likely.topk(TOP_K).values[:, -1:], -torch.inf).softmax(-1)
+        likely = scores.float().to(self.generator.device).softmax(-1)
         drawn = torch.multinomial(likely, 1, generator=self.generator).to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)

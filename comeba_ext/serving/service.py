@@ -1,0 +1,319 @@
+"""One model that many may ask while it is edited.
+
+Every change of the edits is made on an editor apart (:meth:`Editor.apart`: the modules are its own, the weights are shared), and put in
+the place of the one before when it is complete, and saved where that is wanted. Whoever generates holds on to the state that was the last
+complete one when he began.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from torch import nn
+
+from comeba_ext.covariance import Covariance
+from comeba_ext.editing.config import EditConfig
+from comeba_ext.editing.report import EditReport
+from comeba_ext.editor import Editor
+from comeba_ext.errors import ComebaError, CovarianceError, RequestError
+from comeba_ext.layers.attachment import disabled, prompt_rewriter
+from comeba_ext.methods import Method, method_named
+from comeba_ext.saved_edits import load_edits
+from comeba_ext.serving.completion import Completion, Sampling, Stream, complete, decoded
+from comeba_ext.storage import MANIFEST, alone
+from comeba_ext.text.request import EditRequest
+
+Prompt = str | list[int] | list[dict]  # a text, its tokens, or the messages of a chat
+Provided = Covariance | str | Path | Callable[[Editor], object]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class MadeEdit:
+    """An edit of the service's model.
+
+    Attributes:
+        request: what was asked; ``request.request_id`` is what :meth:`EditingService.retract` takes.
+        step: that made it, from 1.
+        superseded: the step that took it out, by another edit of the same fact or a retraction; ``None``: it is live.
+    """
+
+    request: EditRequest
+    step: int
+    superseded: int | None
+
+    @property
+    def id(self) -> str:
+        return self.request.request_id
+
+    def to_dict(self) -> dict:
+        own = self.request
+        return {
+            "id": own.request_id,
+            "prompt": own.prompt,
+            "subject": own.subject,
+            "target_new": own.target_new,
+            "step": self.step,
+            "superseded": self.superseded,
+        }
+
+
+@dataclass(frozen=True)
+class _State:
+    """A complete one: it is never changed, another one takes its place."""
+
+    model: nn.Module
+    edits: tuple[MadeEdit, ...] = ()
+    step: int = 0
+
+
+class EditingService:
+    """One model, its edits, one queue of edits; whoever generates sees the last complete state. Safe among threads.
+
+    Args:
+        model: in eval mode; it is put into the service's hands.
+        tokenizer: its tokenizer; the editor gets a copy.
+        edits: folder of saved edits to begin with, and the one to :meth:`save` to; it may be missing yet. No other process writes there
+            until :meth:`close`.
+        covariance: where the method needs one: it, its file, or what is called with the editor to collect one (``lambda editor:
+            editor.collect_covariance(texts)``) once there is something to edit. Of no effect where ``edits`` brings its own.
+        config, method: as of :class:`Editor`; where there are edits already they must be what those were made with, or ``None``.
+        editable: ``False``: ``edits`` are only used, of which a folder that was saved for inference is enough, and
+            :meth:`add`, :meth:`retract` and :meth:`undo` are refused.
+        autosave: every change is saved before it is seen.
+
+    Raises:
+        StorageError: the edits are damaged or of another base model, were saved for inference only, or another process writes there.
+        ComebaError: as :class:`Editor` raises.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        *,
+        edits: str | Path | None = None,
+        covariance: Provided | None = None,
+        config: EditConfig | None = None,
+        method: str | type[Method] | None = None,
+        editable: bool = True,
+        autosave: bool = False,
+    ):
+        self.tokenizer, self.folder, self.autosave = tokenizer, Path(edits) if edits is not None else None, autosave
+        self._covariance = covariance
+        self._one_text = threading.Lock()
+        self._editor: Editor | None = None
+        # One thread makes all changes, in the order they were asked for, and holds the folder.
+        self._queue, self._held = ThreadPoolExecutor(1, "edits"), ExitStack()
+        saved = self.folder is not None and (self.folder / MANIFEST).exists()
+        if not editable:
+            self._state = _State(load_edits(model, self.folder) if saved else model)
+            return
+        try:
+            if self.folder is not None:
+                self._queued(lambda: self._held.enter_context(alone(self.folder)))
+            self._queued(lambda: self._open(model, config, method))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, model: nn.Module, config: EditConfig | None, method: str | type[Method] | None) -> None:
+        tokenizer = copy.deepcopy(self.tokenizer)  # fast tokenizers keep padding as state
+        if self.folder is not None and (self.folder / MANIFEST).exists():
+            editor = Editor.from_pretrained(model, tokenizer, self.folder)
+            if config not in (None, editor.config) or (method is not None and method_named(method) is not type(editor.method)):
+                raise ComebaError(f"the edits in {self.folder} were made with another method or other settings, which cannot change")
+        else:
+            editor = Editor(model, tokenizer, config, method=method or "COMEBA-HK")
+            editor.method.ready()
+        if isinstance(self._covariance, (Covariance, str, Path)):  # to be refused now, and not by the first edit
+            self._provide(editor)
+        self._take(editor)
+
+    def close(self) -> None:
+        """Let the queue run empty, and others write to the folder. (Asking goes on.)"""
+        self._queue.submit(self._held.close).result()
+        self._queue.shutdown()
+
+    def __enter__(self) -> EditingService:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    # -- asking -------------------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Steps that led to the last complete state."""
+        return self._state.step
+
+    @property
+    def editable(self) -> bool:
+        return self._editor is not None
+
+    @contextmanager
+    def generating(self) -> Iterator[nn.Module]:
+        """The model of the last complete state; whatever is edited meanwhile, it stays as it is."""
+        yield self._state.model
+
+    def prompt(self, text: str) -> str:
+        """What is asked instead of ``text``: with methods that edit in the prompt another text, else the same."""
+        return _rewritten(self._state.model, text)
+
+    def generate(
+        self, prompts: Iterable[Prompt], *, max_new_tokens: int, stream: Stream | None = None, edited: bool = True, **sampling
+    ) -> list[str]:
+        """Texts behind prompts, as the model's own ``generate`` gives them; ``n`` of every prompt.
+
+        Args:
+            prompts: texts; token ids, taken as they are; or chats, lists of ``{"role": …, "content": …}``.
+            stream: called with the number of a text and what is new of it, as soon as there is more.
+            edited: ``False``: from the unedited model.
+            sampling: further fields of :class:`~comeba_ext.serving.completion.Sampling`; by default what ``generate`` does.
+
+        Raises:
+            RequestError: a prompt is empty or too long, or a chat without a template.
+        """
+        return [own.text for own in self.complete(prompts, Sampling(max_new_tokens, **sampling), stream, edited=edited)]
+
+    def complete(
+        self, prompts: Iterable[Prompt], sampling: Sampling, stream: Stream | None = None, *, edited: bool = True
+    ) -> list[Completion]:
+        """The same with tokens, log probabilities and reasons."""
+        model = self._state.model
+        with nullcontext() if edited else disabled(model):
+            rows = [self._encode(model, prompt, sampling.echo) for prompt in prompts]
+            return complete(model, self.tokenizer, rows, sampling, stream)
+
+    def _encode(self, model: nn.Module, prompt: Prompt, echo: bool) -> list[int]:
+        rewrites = prompt_rewriter(model) is not None
+        if rewrites and echo:
+            raise RequestError("these edits stand in the prompt, so it cannot be echoed; ask the unedited model, or leave out echo")
+        if isinstance(prompt, str):
+            return self._tokens(_rewritten(model, prompt))
+        if not prompt or not isinstance(prompt[0], Mapping):
+            tokens = list(prompt)
+            return self._tokens(_rewritten(model, decoded(self.tokenizer, tokens))) if rewrites and tokens else tokens
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise RequestError("this model's tokenizer has no chat template, so it takes no chats; ask for a completion of a text")
+        messages = [dict(message) for message in prompt]
+        asked = next((own for own in reversed(messages) if own.get("role") == "user"), None)
+        if asked is not None:
+            asked["content"] = _rewritten(model, asked["content"])
+        try:
+            with self._one_text:
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever a template raises
+            raise RequestError(f"the model's chat template does not take these messages: {error}") from None
+        return self._tokens(text, add_special_tokens=False)
+
+    def _tokens(self, text: str, **options) -> list[int]:
+        with self._one_text:
+            return self.tokenizer(text, **options)["input_ids"]
+
+    # -- editing ------------------------------------------------------------------------------------------------
+
+    def edits(self) -> list[MadeEdit]:
+        """All that were made and not undone, in their order."""
+        return list(self._state.edits)
+
+    def add(
+        self,
+        requests: Iterable[EditRequest | Mapping],
+        *,
+        progress: bool | Callable[[int, float], None] | None = None,
+    ) -> EditReport:
+        """One batch of edits: all of it or nothing. Waits for those before.
+
+        Args:
+            requests: as of :meth:`Editor.edit`.
+            progress: called, from the thread that edits, with the number of requests that are done and the mean loss; ``True``: a bar.
+
+        Raises:
+            RequestError: an unusable request or batch.
+            CovarianceError: the method needs a covariance, and there is none.
+            StorageError: ``autosave``, and it cannot be saved.
+        """
+        return self._queued(lambda: self._add(list(requests), progress or False))
+
+    def retract(self, ids: str | Iterable[str]) -> None:
+        """Take edits back; see :meth:`Editor.retract`. Raises :class:`RequestError` for an id that is not live."""
+        self._queued(lambda: self._change(lambda work: work.retract(ids)))
+
+    def undo(self) -> None:
+        """Forget the last step; see :meth:`Editor.rollback`. Raises :class:`RequestError` where there is none."""
+
+        def back(work: Editor) -> None:
+            if not work.step:
+                raise RequestError("there is nothing to undo: no edit was made")
+            work.rollback(work.step - 1)
+
+        self._queued(lambda: self._change(back))
+
+    def save(self, folder: str | Path | None = None) -> Path:
+        """Save the edits of the last complete state, atomically, to go on from; to the folder they were opened from by default.
+
+        Raises:
+            StorageError: nothing can be written there; the folder holds what it held.
+        """
+        folder = Path(folder) if folder is not None else self.folder
+        if folder is None:
+            raise RequestError("name a folder to save to: the service was opened without one")
+        self._queued(lambda: self._editing().save_pretrained(folder))
+        return folder
+
+    def _queued(self, work: Callable[[], Result]) -> Result:
+        return self._queue.submit(work).result()
+
+    def _editing(self) -> Editor:
+        if self._editor is None:
+            raise ComebaError("these edits are only used here, and cannot be changed")
+        return self._editor
+
+    def _add(self, requests: list, progress: bool | Callable[[int, float], None]) -> EditReport:
+        editor = self._editing()
+        editor.check(requests)  # before a covariance is collected for them
+        if editor.method.needs_covariance and editor.covariance is None and not editor.key_memory:
+            if self._covariance is None:
+                raise CovarianceError(f"{editor.method.name} needs a covariance: give the service one, or edits that bring theirs")
+            work = editor.apart()
+            self._provide(work)
+            self._take(work)  # kept, whatever becomes of the edit
+        return self._change(lambda work: work.edit(requests, progress=progress))
+
+    def _change(self, act: Callable[[Editor], Result]) -> Result:
+        """Do something to the edits on an editor apart, which takes the place of the one before when all is done and saved."""
+        work = self._editing().apart()
+        result = act(work)
+        if self.autosave and self.folder is not None:
+            work.save_pretrained(self.folder)
+        self._take(work)
+        return result
+
+    def _provide(self, editor: Editor) -> None:
+        if not editor.method.needs_covariance or editor.covariance is not None:
+            return
+        if isinstance(self._covariance, Covariance):
+            editor.set_covariance(self._covariance)
+        elif isinstance(self._covariance, (str, Path)):
+            editor.load_covariance(self._covariance)
+        else:
+            self._covariance(editor)
+
+    def _take(self, editor: Editor) -> None:
+        """This is the last complete state."""
+        made = tuple(MadeEdit(entry.request, entry.step, entry.removed) for entry in editor.ledger.entries)
+        self._editor, self._state = editor, _State(editor.model, made, editor.step)
+
+
+def _rewritten(model: nn.Module, text: str) -> str:
+    rewrite = prompt_rewriter(model)
+    return text if rewrite is None else rewrite(text)
