@@ -25,12 +25,14 @@ class LayerScores:
     Attributes:
         scores: ``(batch, seq)`` in float32 or better, −inf at padding.
         in_scope: ``(batch, seq)`` bool, whether the token reaches the threshold and so gets the edited output.
+        score: the score's name.
         alpha: the threshold. (Score ``nearest``: what an anchor asks for above it has been taken off the token's score.)
     """
 
     scores: torch.Tensor
     in_scope: torch.Tensor
     alpha: float
+    score: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def token_scores(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dic
             return
         here = real.to(x.device)
         scores = layer.scores(x, here).masked_fill(~here, -torch.inf)
-        found[name] = LayerScores(scores, in_scope(scores, layer.alpha, here, layer.delta.dtype), layer.alpha.item())
+        found[name] = LayerScores(scores, in_scope(scores, layer.alpha, here, layer.delta.dtype), layer.alpha.item(), layer.scope)
 
     with evaluating(model), ExitStack() as hooks:
         for name, layer in layers.items():
@@ -92,4 +94,4 @@ def text_scope(model: nn.Module, tokenizer, text: str) -> TextScope:
 def _written(tokenizer, token: int) -> str:
     """A token as it reads; where it is less than a character, by its name in the vocabulary."""
     text = tokenizer.decode([token])
-    return text if text.strip() and "\ufffd" not in text else tokenizer.convert_ids_to_tokens(token)
+    return text if text and "\ufffd" not in text else tokenizer.convert_ids_to_tokens(token)

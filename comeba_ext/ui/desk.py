@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from comeba_ext.data import ReadResult, read_requests
 from comeba_ext.editing.report import EditReport
-from comeba_ext.errors import ComebaError, StorageError
+from comeba_ext.errors import ComebaError, RequestError, StorageError
 from comeba_ext.evaluation import Metrics, Writing, evaluate, summarise
 from comeba_ext.evaluation.queries import check_record
 from comeba_ext.evaluation.scopes import TextScope, text_scope
@@ -80,12 +80,11 @@ class Desk:
 
     Args:
         service: holds the model and its edits.
-        home: the folder they belong to, if any; another one that holds edits is never written to.
     """
 
-    def __init__(self, service: EditingService, home: Path | None = None):
+    def __init__(self, service: EditingService):
         self.service = service
-        self._own = {home.resolve()} if home is not None else set()
+        self._own = {service.folder.resolve()} if service.folder is not None else set()  # folders that are written to again
 
     # -- edits --------------------------------------------------------------------------------------------------
 
@@ -98,13 +97,16 @@ class Desk:
         Raises:
             RequestError: a field is empty, or the subject is not in the prompt.
         """
+        for name, value in (("prompt", prompt), ("subject", subject), ("new answer", target_new)):
+            if not value.strip():
+                raise RequestError(f"there is no {name}; prompt, subject and new answer are needed")
         request = EditRequest(prompt=prompt, subject=subject, target_new=target_new, rephrase_prompts=lines(wordings))
         others = [(request.prompt.replace(SLOT, name, 1), None) for name in lines(neighbours) if name != request.subject]
         return EditRequest(request.prompt, request.subject, request.target_new, None, request.rephrase_prompts, tuple(others))
 
     def requests(self) -> list[EditRequest]:
         """The live edits', oldest first."""
-        return [entry.request for entry in self.service.edits()]
+        return [own.request for own in self.service.edits() if own.superseded is None]
 
     def edit(self, request: EditRequest) -> Iterator[Working | Edited]:
         """Edit one fact; the last thing yielded is what came of it.
@@ -155,7 +157,8 @@ class Desk:
 
             return self.service.add(batch, progress=progress)
 
-        yield Working(what)
+        # The service collects a covariance, where it was given none, before the first edit.
+        yield Working(what if self.service.edits() else "Reading texts to learn what is usual, once before the first edit")
         yield from in_background(work)
 
     def retract(self, ids: list[str]) -> None:
@@ -175,9 +178,7 @@ class Desk:
         if not text.strip():
             raise ComebaError("there is no text to go on with; write one first")
         text = text.rstrip()
-        unedited, edited = (
-            self.service.generate([text], max_new_tokens=new_tokens, edited=edited)[0].strip() for edited in (False, True)
-        )
+        unedited, edited = (self.service.generate([text], max_new_tokens=new_tokens, edited=edited)[0].strip() for edited in (False, True))
         return Tried(text, unedited, edited, self.scope(text))
 
     def scope(self, text: str) -> TextScope | None:
@@ -200,7 +201,9 @@ class Desk:
         for start in range(0, len(requests), MEASURED_TOGETHER):
             yield Working(f"Asking {len(requests)} edits again", start / len(requests))
             with self.service.generating() as model:
-                part = evaluate(model, self.service.tokenizer, requests[start : start + MEASURED_TOGETHER], generate=False, writing=Writing())
+                part = evaluate(
+                    model, self.service.tokenizer, requests[start : start + MEASURED_TOGETHER], generate=False, writing=Writing()
+                )
             rows += part.per_record
         yield summarise(rows)
 

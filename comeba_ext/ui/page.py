@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 import gradio as gr
@@ -14,7 +15,7 @@ import gradio as gr
 from comeba_ext.errors import ComebaError
 from comeba_ext.text.request import SLOT, EditRequest
 from comeba_ext.ui import views
-from comeba_ext.ui.desk import Batches, Desk, Edited, Working, lines
+from comeba_ext.ui.desk import Desk, Working
 from comeba_ext.ui.suggestions import Relation, beside, examples, subject_of
 
 log = logging.getLogger(__name__)
@@ -28,17 +29,26 @@ class About:
     """What the page says of itself and may do.
 
     Attributes:
-        model: its name, and ``size``, in words.
-        host: it is bound to.
-        folder: proposed to save to.
-        any_folder: whether a user may name another one.
+        model: as on the command line; ``title``: its name; ``size``: in words.
+        host: it is bound to; where that is this machine only (``local``), a user may name a folder to save to.
+        folder: the edits' own, to which every change is saved at once.
     """
 
     model: str
     size: str
     host: str
-    folder: str = ""
-    any_folder: bool = True
+    folder: Path | None = None
+
+    @property
+    def title(self) -> str:
+        return "the embedded model" if self.model == "testbed" else Path(self.model).name
+
+    @property
+    def local(self) -> bool:
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
 
 def theme() -> gr.themes.Base:
@@ -59,11 +69,10 @@ def build(desk: Desk, relations: list[Relation], about: About, scratch: Path) ->
         relations: what is proposed.
         scratch: folder for what is downloaded.
     """
-    with gr.Blocks(title=f"Edit facts in {about.model}", analytics_enabled=False) as page:
-        local = about.host in ("127.0.0.1", "localhost", "::1")
-        where = "Bound to this machine only" if local else f"Open to whoever reaches {about.host}"
+    with gr.Blocks(title=f"Edit facts in {about.title}", analytics_enabled=False) as page:
+        where = "Bound to this machine only" if about.local else f"Open to whoever reaches {about.host}"
         gr.Markdown(
-            f"# Edit facts in {about.model}\n\n{about.size}. {where}; nothing is sent anywhere. The weights are never written: "
+            f"# Edit facts in {about.title}\n\n{about.size}. {where}; nothing is sent anywhere. The weights are never written: "
             "edits stand beside them and can be taken back.",
             elem_id="about",
         )
@@ -81,6 +90,11 @@ def build(desk: Desk, relations: list[Relation], about: About, scratch: Path) ->
     return page
 
 
+def _field(label: str, value: str = "", **more) -> gr.Textbox:
+    """A field that holds text from the beginning: what has never been shown would hold ``None``."""
+    return gr.Textbox(value, label=label, **more)
+
+
 # -- one edit -----------------------------------------------------------------------------------------------------
 
 
@@ -89,18 +103,16 @@ def _edit_tab(desk: Desk, relations: list[Relation]):
     known = [name for relation in relations for name in relation.objects]
     with gr.Row():
         with gr.Column(min_width=320):
-            prompt = gr.Textbox(
-                label="Prompt",
-                info=f"a text that the new answer shall follow; write {SLOT} for the subject, or the whole text",
-                placeholder="The mother tongue of {} is",
-                elem_id="prompt",
-            )
+            hint = f"a text that the new answer shall follow; write {SLOT} for the subject, or the whole text"
+            prompt = _field("Prompt", info=hint, placeholder="The mother tongue of {} is", elem_id="prompt")
             with gr.Row():
-                subject = gr.Textbox(label="Subject", placeholder="Danielle Darrieux", elem_id="subject", min_width=140)
-                target = gr.Textbox(label="New answer", placeholder="English", elem_id="target", min_width=140)
+                subject = _field("Subject", placeholder="Danielle Darrieux", elem_id="subject", min_width=140)
+                target = _field("New answer", placeholder="English", elem_id="target", min_width=140)
             with gr.Accordion("Also compare on", open=False):
-                wordings = gr.Textbox(label="Rewordings", info=f"one a line, with {SLOT} for the subject", lines=2, elem_id="wordings")
-                neighbours = gr.Textbox(label="Neighbours", info="other subjects, asked with the same prompt", lines=3, elem_id="neighbours")
+                wordings = _field("Rewordings", info=f"one a line, with {SLOT} for the subject", lines=2, elem_id="wordings")
+                neighbours = _field(
+                    "Neighbours", info="other subjects, one a line, asked with the same prompt", lines=3, elem_id="neighbours"
+                )
             fields = [prompt, subject, target, wordings, neighbours]
             button = gr.Button("Edit", variant="primary", elem_id="edit")
             choice = gr.Dataset(
@@ -113,8 +125,6 @@ def _edit_tab(desk: Desk, relations: list[Relation]):
             )
         with gr.Column(min_width=320):
             result = gr.HTML("Click an example, or write a prompt, its subject and a new answer; then <b>Edit</b>.", elem_id="result")
-    gr.Markdown("### Where the edit is used\nEvery token's score in every edited layer. Marked tokens reach the threshold and get the "
-                "edited output; all others the original one.", elem_id="scope-head")  # fmt: skip
     scope = gr.HTML("", elem_id="scope")
 
     def fill(number: int):
@@ -131,18 +141,20 @@ def _edit_tab(desk: Desk, relations: list[Relation]):
         return subject, wordings, neighbours
 
     def edit(*given: str) -> Iterator[tuple]:
-        request = desk.request(*given)
-        for step in desk.edit(request):
-            if isinstance(step, Working):
-                yield views.working(step), gr.skip()
-            else:
-                yield views.edited(step), views.scopes((own.prompt, own.scope) for own in step.answers)
-        if isinstance(step, Edited) and step.report.declined:
-            gr.Warning(step.report.declined[0]["reason"])
+        try:
+            for step in desk.edit(desk.request(*given)):
+                if isinstance(step, Working):
+                    yield views.working(step), gr.skip()
+                else:
+                    yield views.edited(step), views.scopes((own.prompt, own.scope) for own in step.answers)
+        except Exception:
+            yield views.unchanged(), gr.skip()
+            raise
 
     choice.click(fill, choice, fields, show_progress="hidden", **ASKING)
-    prompt.blur(propose, [prompt, subject, wordings, neighbours], [subject, wordings, neighbours], show_progress="hidden", **ASKING)
-    start = {"fn": _sentences(edit, "Nothing was changed.", 2), "inputs": fields, "outputs": [result, scope], "show_progress": "hidden"}
+    proposed, quiet = [subject, wordings, neighbours], {"show_progress": "hidden", "trigger_mode": "always_last", **ASKING}
+    prompt.blur(propose, [prompt, *proposed], proposed, **quiet)
+    start = {"fn": _sentences(edit), "inputs": fields, "outputs": [result, scope], "show_progress": "hidden"}
     return gr.on([button.click, target.submit], **start, **EDITING)
 
 
@@ -150,8 +162,8 @@ def _edit_tab(desk: Desk, relations: list[Relation]):
 
 
 def _try_tab(desk: Desk) -> None:
-    text = gr.Textbox(label="Text", info="both models go on with it", lines=2, elem_id="text")
-    with gr.Row():
+    text = _field("Text", info="both models go on with it", lines=2, elem_id="text")
+    with gr.Row(elem_classes="low"):
         tokens = gr.Slider(1, 200, 30, step=1, label="New tokens", min_width=200)
         button = gr.Button("Write", variant="primary", min_width=120, elem_id="write")
     result, scope = gr.HTML("", elem_id="tried"), gr.HTML("", elem_id="tried-scope")
@@ -169,7 +181,7 @@ def _try_tab(desk: Desk) -> None:
 def _edits_tab(desk: Desk, about: About, scratch: Path) -> Callable:
     """Returns what makes an event list the edits anew."""
     counted = gr.Markdown("", elem_id="counted")
-    search = gr.Textbox(label="Find", placeholder="a word of the prompt, the subject or the answer", elem_id="find")
+    search = _field("Find", placeholder="a word of the prompt, the subject or the answer", elem_id="find")
     chosen = gr.CheckboxGroup(label="Edits, the last one first", show_select_all=True, elem_id="edits")
     with gr.Row():
         retract = gr.Button("Retract the ticked", min_width=130, elem_id="retract")
@@ -177,18 +189,18 @@ def _edits_tab(desk: Desk, about: About, scratch: Path) -> Callable:
         measure = gr.Button("Measure retention", min_width=130, elem_id="measure")
     result = gr.HTML("", elem_id="measured")
     gr.Markdown("### Keep them")
-    with gr.Row():
-        folder = gr.Textbox(about.folder, label="Folder", interactive=about.any_folder, min_width=200, elem_id="folder")
-        save = gr.Button("Save", min_width=100, elem_id="save", interactive=about.any_folder or bool(about.folder))
+    gr.HTML(views.kept(about.folder))
+    with gr.Row(elem_classes="low"):
+        folder = _field("Folder", "" if about.folder else "edits", visible=about.local, min_width=200, elem_id="folder")
+        save = gr.Button("Save", min_width=100, elem_id="save", visible=about.local)
         pack = gr.Button("Download as zip", min_width=100, elem_id="pack")
-    saved, packed = gr.HTML("", elem_id="saved"), gr.File(label="Download", visible=False, elem_id="packed")
+    saved, packed = gr.HTML("", elem_id="saved"), gr.File(label="Download", visible=False, interactive=False, elem_id="packed")
 
     def listed(search: str = ""):
         requests = desk.requests()
         found = [own for own in reversed(requests) if search.strip().lower() in views.edit_label(own).lower()]
-        head = f"**{len(requests)} edits**" if len(requests) != 1 else "**1 edit**"
-        head += f", {len(found)} found" if search.strip() else ""
-        head += f"; the last {LISTED} are shown" if len(found) > LISTED else ""
+        head = f"**Edits: {len(requests)}**" + (f", found: {len(found)}" if search.strip() else "")
+        head += f" (the last {LISTED} are shown)" if len(found) > LISTED else ""
         return head, gr.CheckboxGroup(choices=[(views.edit_label(own), own.request_id) for own in found[:LISTED]], value=[])
 
     def take_back(ids: list[str], search: str):
@@ -200,12 +212,15 @@ def _edits_tab(desk: Desk, about: About, scratch: Path) -> Callable:
         return *listed(search), "<p>The last step is undone.</p>"
 
     def measured() -> Iterator[str]:
-        for step in desk.measure():
-            yield views.working(step) if isinstance(step, Working) else views.retention(step)
+        try:
+            for step in desk.measure():
+                yield views.working(step) if isinstance(step, Working) else views.retention(step)
+        except Exception:
+            yield ""
+            raise
 
     def write(folder: str):
-        path = desk.save(folder if about.any_folder else about.folder)
-        return views.saved(path, about.model)
+        return views.saved(desk.save(folder), about.model)
 
     def zipped():
         return gr.File(str(desk.pack(scratch)), visible=True)
@@ -214,7 +229,7 @@ def _edits_tab(desk: Desk, about: About, scratch: Path) -> Callable:
     search.change(listed, search, table, show_progress="hidden", trigger_mode="always_last", **ASKING)
     retract.click(_sentences(take_back), [chosen, search], [*table, result], **EDITING)
     undo.click(_sentences(step_back), search, [*table, result], **EDITING)
-    measure.click(_sentences(measured, ""), None, result, show_progress="hidden", **EDITING)
+    measure.click(_sentences(measured), None, result, show_progress="hidden", **EDITING)
     save.click(_sentences(write), folder, saved, **EDITING)
     pack.click(_sentences(zipped), None, packed, **EDITING)
     return lambda event: event(listed, search, table, show_progress="hidden", **ASKING)
@@ -235,67 +250,70 @@ def _file_tab(desk: Desk) -> None:
         stop = gr.Button("Stop after this batch", interactive=False, elem_id="stop")
     result = gr.HTML("", elem_id="batches")
     requests = gr.State([])
+    stopped: set[str | None] = set()  # sessions whose user has had enough
 
-    def read(path: str | None, limit: int):
-        if path is None:
-            return "", [], gr.Button(interactive=False)
-        counts, used, skipped = desk.read(path, limit or None)
-        return views.file_read(Path(path).name, counts.read, used, skipped), used, gr.Button(interactive=True)
+    def read(path: str | None, limit: int) -> Iterator[tuple]:
+        yield "", [], gr.Button(interactive=False)  # nothing of the file before is left, whatever this one is
+        if path is not None:
+            counts, used, skipped = desk.read(path, int(limit) or None)
+            yield views.file_read(Path(path).name, counts.read, used, skipped), used, gr.Button(interactive=True)
 
-    def edit(requests: list[EditRequest], size: int) -> Iterator[tuple]:
-        done = ""
-        for step in desk.edit_all(requests, int(size)):
-            if isinstance(step, Batches):
+    def edit(requests: list[EditRequest], size: int, session: gr.Request) -> Iterator[tuple]:
+        done, stopping = "", gr.Button(interactive=True)
+        stopped.discard(session.session_hash)
+        try:
+            for step in desk.edit_all(requests, int(size)):
+                if isinstance(step, Working):
+                    yield views.working(step) + done, stopping
+                    continue
                 done = views.batches(step)
-                yield done, gr.Button(interactive=True)
-            else:
-                yield views.working(step) + done, gr.Button(interactive=True)
-        yield done, gr.Button(interactive=False)
+                if session.session_hash in stopped:
+                    break
+        finally:
+            yield done, gr.Button(interactive=False)
 
-    reading = _sentences(read, ("", [], gr.Button(interactive=False)))
+    def stop_after(session: gr.Request):
+        stopped.add(session.session_hash)
+        return gr.Button(interactive=False)
+
+    reading = _sentences(read)
     gr.on([file.change, limit.change], reading, [file, limit], [found, requests, start], show_progress="hidden", **ASKING)
-    running = start.click(_sentences(edit, gr.skip(), 2), [requests, size], [result, stop], show_progress="hidden", **EDITING)
-    stop.click(lambda: gr.Button(interactive=False), None, stop, cancels=[running], **ASKING)
+    start.click(_sentences(edit), [requests, size], [result, stop], show_progress="hidden", **EDITING)
+    stop.click(stop_after, None, stop, show_progress="hidden", **ASKING)
 
 
 # -- errors -------------------------------------------------------------------------------------------------------
 
 
-def _sentences(work: Callable, instead=None, outputs: int = 1) -> Callable:
-    """A handler whose errors are shown as one sentence.
-
-    Args:
-        instead: shown in its outputs' place where it was showing progress, or all its outputs.
-    """
-
-    def said(error: Exception) -> gr.Error:
-        if isinstance(error, ComebaError):
-            text = str(error)
-        elif isinstance(error, OSError):
-            text = f"{error.filename or 'file system'}: {error.strerror or error}"
-        else:
-            log.error("the page met an error", exc_info=error)
-            text = f"unexpected {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        return gr.Error(views.plain(text), title="Not done", duration=15, print_exception=False)
-
-    if not inspect.isgeneratorfunction(work):
+def _sentences(work: Callable) -> Callable:
+    """A handler whose errors are shown as one sentence."""
+    if inspect.isgeneratorfunction(work):
 
         @functools.wraps(work)
-        def handler(*args):
+        def steps(*args):
             try:
-                return work(*args)
+                yield from work(*args)
             except Exception as error:
-                raise said(error) from None
+                raise _said(error) from None
 
-        return handler
+        return steps
 
     @functools.wraps(work)
-    def steps(*args):
+    def handler(*args):
         try:
-            yield from work(*args)
+            return work(*args)
         except Exception as error:
-            if instead is not None:
-                yield instead if outputs == 1 else (instead, *[gr.skip()] * (outputs - 1))
-            raise said(error) from None
+            raise _said(error) from None
 
-    return steps
+    return handler
+
+
+def _said(error: Exception) -> gr.Error:
+    if isinstance(error, ComebaError):
+        text = str(error)
+    elif isinstance(error, OSError):
+        text = f"{error.filename or 'file system'}: {error.strerror or error}"
+    else:
+        log.error("the page met an error", exc_info=error)
+        text = f"unexpected {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    return gr.Error(views.sentence(text), duration=15, print_exception=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from html import escape
+from pathlib import Path
 
 from comeba_ext.editing.report import EditReport
 from comeba_ext.evaluation import Metrics
@@ -18,6 +19,10 @@ SHOWN = ("_written", "")  # ways of scoring, the one that is believed first in f
 LOST = 50  # edits that do not hold are named, so many
 KINDS = {"prompt": "The prompt", "rewording": "Rewordings, to follow the edit", "neighbour": "Neighbours, to stay as they are"}
 
+WHERE = (
+    "<h3>Where the edits are used</h3><p>Every token's score ({score}) in every edited layer. Marked tokens reach the threshold and get the edited "
+    "output; all others get the original one, bit for bit.</p>"
+)
 MEANINGS = {
     "reliability": "the edited prompts are answered as they were edited",
     "generality": "so are other wordings of them",
@@ -28,9 +33,7 @@ MEANINGS = {
 def working(step: Working) -> str:
     """A bar, and the losses so far."""
     loss = f" · loss {step.losses[-1]:.3f}" if step.losses else ""
-    return (
-        f'<div class="working" role="status"><div>{escape(step.what)} …{loss}</div>{_bar(step.share)}{_curve(step.losses)}</div>'
-    )
+    return f'<div class="working" role="status"><div>{escape(step.what)} …{loss}</div>{_bar(step.share)}{_curve(step.losses)}</div>'
 
 
 def edited(done: Edited) -> str:
@@ -49,7 +52,7 @@ def edited(done: Edited) -> str:
     if report.moved:
         more += " Edited at the prompt's end and for that prompt only, as the subject's own place says nothing."
     if report.rewritten:
-        more += f" {len(report.rewritten)} earlier edits of the same subject were found anew with it."
+        more += f" Found anew with it, being of the same subject: {len(report.rewritten)} earlier."
     return _say("yes", f"Edited: {name} → {target} ({seconds:.1f} s{loss}).{more}") + answers(done.answers, request.target_new)
 
 
@@ -88,19 +91,29 @@ def scopes(found: Iterable[tuple[str, TextScope | None]], opened: int = 1) -> st
     parts = []
     for number, (text, scope) in enumerate(found):
         if scope is None:
-            return "<p>This method decides by no score where its edits are used.</p>"
+            return "<p>No score decides for which tokens this method's edits are used.</p>"
+        score = next(iter(scope.layers.values())).score
         parts.append(
             f"<details{' open' if number < opened else ''}><summary>{escape(text)} <small>{_inside(scope)}</small></summary>"
             f"{''.join(_layer(name, scope.tokens, own) for name, own in scope.layers.items())}</details>"
         )
-    return f'<div class="scope">{"".join(parts)}</div>'
+    return f'<div class="scope">{WHERE.format(score=escape(score))}{"".join(parts)}</div>'
 
 
 def _inside(scope: TextScope) -> str:
     """Which tokens some layer takes the edits for."""
     places = sorted({n for own in scope.layers.values() for n in own.in_scope[0].nonzero()[:, 0].tolist()})
-    names = ", ".join(escape(scope.tokens[n].strip()) for n in places)
+    names = ", ".join(escape(_word(scope.tokens, n)) for n in places)
     return f"in scope: {names}" if places else "no token in scope: the unedited output"
+
+
+def _word(tokens: list[str], n: int) -> str:
+    """A token with those that its word begins with, where tokens show where words begin."""
+    start = n
+    if any(own[:1].isspace() for own in tokens):
+        while start and not tokens[start][:1].isspace() and not tokens[start - 1].startswith("<"):  # a special token
+            start -= 1
+    return "".join(tokens[start : n + 1]).strip()
 
 
 def _layer(name: str, tokens: list[str], own: LayerScores) -> str:
@@ -110,7 +123,8 @@ def _layer(name: str, tokens: list[str], own: LayerScores) -> str:
         f'<span class="token{" in" if here else ""}"><span>{escape(token.strip()) or "␣"}</span><small>{_number(score)}</small></span>'
         for token, score, here in zip(tokens, scores, inside, strict=True)
     )
-    return f'<div class="layer"><div title="{escape(name)}">{_block(name)}<small>threshold {_number(own.alpha)}</small></div><div>{chips}</div></div>'
+    head = f'<div title="{escape(name)}">{_block(name)}<small>threshold {_number(own.alpha)}</small></div>'
+    return f'<div class="layer">{head}<div>{chips}</div></div>'
 
 
 def _block(name: str) -> str:
@@ -136,13 +150,12 @@ def retention(metrics: Metrics) -> str:
     head = "".join(f"<td>{escape(WAYS[suffix][0])}</td>" for suffix in SHOWN)
     rows = "".join(f"<tr><td>{name}</td>{''.join(_score(metrics, name + suffix) for suffix in SHOWN)}</tr>" for name in names)
     lost = [row for row in metrics.per_record if row["reliability_written"] != 1]
-    held = f"All {metrics.records} edits hold." if not lost else f"{metrics.records - len(lost)} of {metrics.records} edits hold."
     says = "".join(f"<li>{_lost(row)}</li>" for row in lost[:LOST])
     more = f"<li>… and {len(lost) - LOST} more</li>" if len(lost) > LOST else ""
     meanings = "".join(f"<li><b>{name}</b>: {meaning}</li>" for name, meaning in MEANINGS.items() if name in names)
     meanings += "".join(f"<li><b>{escape(way)}</b>: {escape(meaning)}</li>" for way, meaning in (WAYS[suffix] for suffix in SHOWN))
     return (
-        _say("no" if lost else "yes", held)
+        _say("no" if lost else "yes", f"Edits that hold: {metrics.records - len(lost)} of {metrics.records}.")
         + f'<table class="answers scores"><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>'
         + (f"<details open><summary>Edits that do not hold</summary><ul>{says}{more}</ul></details>" if lost else "")
         + f"<details><summary>What the scores mean</summary><ul>{meanings}</ul></details>"
@@ -162,18 +175,18 @@ def _score(metrics: Metrics, key: str) -> str:
     return f"<td>{value:.3f} <small>[{interval[0]:.3f}, {interval[1]:.3f}]</small></td>"
 
 
-def batches(done: Batches, stopped: bool = False) -> str:
+def batches(done: Batches) -> str:
     """Batch by batch: how many edits, how many are answered, the loss."""
     edits = sum(len(own.request_ids) for own in done.reports)
     took = sum(sum(own.answered) for own in done.reports)
     declined = [entry for own in done.reports for entry in own.declined]
     rows = "".join(_batch_row(own) for own in done.reports)
     says = "".join(f"<li>{escape(own['prompt'])}: {escape(own['reason'])}</li>" for own in declined)
+    head = "".join(f"<td>{name}</td>" for name in ("step", "edits", "answered", "loss", "seconds"))
     return (
         f"<div>{_bar((edits + len(declined)) / done.total)}<p>{edits} of {done.total} edited, {took} answered right after their batch.</p>"
         + (f"<p>Declined:</p><ul>{says}</ul>" if declined else "")
-        + f'<table class="answers scores"><thead><tr><td>batch</td><td>edits</td><td>answered</td><td>loss</td><td>seconds</td></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        + f'<table class="answers scores"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 
@@ -188,8 +201,36 @@ def file_read(name: str, read: int, used: list[EditRequest], skipped: list[dict]
     says = "".join(f"<li>record {own['index']}: {escape(own['reason'])}</li>" for own in skipped[:10])
     more = f"<li>… and {len(skipped) - 10} more</li>" if len(skipped) > 10 else ""
     first = "".join(f"<li>{escape(edit_label(own))}</li>" for own in used[:3])
-    left = f"<details><summary>{len(skipped)} records are left out</summary><ul>{says}{more}</ul></details>" if skipped else ""
-    return f"<p><b>{escape(name)}</b>: {read} records read, {len(used)} edits can be made. The first of them:</p><ul>{first}</ul>{left}"
+    left = f"<details><summary>Left out: {len(skipped)}</summary><ul>{says}{more}</ul></details>" if skipped else ""
+    return (
+        f"<p><b>{escape(name)}</b>: records read: {read}; edits that can be made: {len(used)}. The first of them:</p><ul>{first}</ul>{left}"
+    )
+
+
+def kept(folder: Path | None) -> str:
+    """Where edits go without being asked."""
+    if folder is None:
+        return "<p>Edits are gone when the page is closed in the terminal, unless they are saved.</p>"
+    return f"<p>Every change is saved to <code>{escape(str(folder))}</code> at once; a copy can be saved elsewhere.</p>"
+
+
+def saved(folder: Path, model: str) -> str:
+    """Where the edits are, and how to use them."""
+    return (
+        f"<p>Saved to <code>{escape(str(folder))}</code>. To use them: <code>load_edits(model, {escape(repr(str(folder)))})</code>, or "
+        f"<code>comeba generate {escape(model)} --edits {escape(str(folder))} …</code></p>"
+    )
+
+
+def unchanged() -> str:
+    return "<p>Nothing was changed.</p>"
+
+
+def sentence(text: str) -> str:
+    """A message as a sentence, for places that take HTML."""
+    text = text.strip()
+    text = text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+    return escape(text, quote=False)
 
 
 # -- parts --------------------------------------------------------------------------------------------------------
