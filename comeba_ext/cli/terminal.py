@@ -24,12 +24,19 @@ class Report:
 
         self.as_json, self.result, self.code = as_json, {}, 0
         self.first = first  # of several processes the one that prints and saves
+        self.announced = False
         self.console = Console(quiet=as_json or not first, highlight=False, soft_wrap=False)
         self._widths: list[int] = []
 
     def say(self, text: str) -> None:
         with tqdm.external_write_mode():  # above a bar, not behind it
             self.console.print(text, markup=False)
+
+    def announce(self) -> None:
+        """The result now, of a command that goes on until it is stopped."""
+        if self.as_json:
+            print(json.dumps({"version": __version__, **self.result}), flush=True)
+        self.announced = True
 
     def table(self, head: tuple, rows: list[tuple]) -> None:
         from rich import box
@@ -79,7 +86,7 @@ def reporting(as_json: bool, parallel: bool = False):
             fail(as_json, f"{error.filename or 'file system'}: {error.strerror or error}", 1, who)
         except Exception as error:
             fail(as_json, unforeseen(error), 1, who)
-    if as_json and report.first:
+    if as_json and report.first and not report.announced:
         print(json.dumps({"version": __version__, **report.result}))
     if report.code:
         raise typer.Exit(report.code)

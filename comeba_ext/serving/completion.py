@@ -3,6 +3,7 @@ ask for."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -33,6 +34,7 @@ class Sampling:
 
     Args:
         max_new_tokens: at most; 0: only score (``echo``).
+        fit: fewer, where the model's context has no room for as many.
         temperature, top_k, top_p: ``None``: as in the model's generation configuration, that is what ``generate`` does. A temperature of 0
             is greedy.
         seed: of the draws: those of ``torch.manual_seed(seed)`` before ``generate(do_sample=True)``; ``None``: others every time.
@@ -51,6 +53,11 @@ class Sampling:
     n: int = 1
     logprobs: int | None = None
     echo: bool = False
+    fit: bool = False
+
+
+class Cancelled(Exception):
+    """Nobody waits for the text any more."""
 
 
 @dataclass
@@ -80,13 +87,22 @@ class Completion:
     scored: list[Scored]
 
 
-def complete(model: nn.Module, tokenizer, rows: Sequence[list[int]], sampling: Sampling, stream: Stream | None = None) -> list[Completion]:
+def complete(
+    model: nn.Module,
+    tokenizer,
+    rows: Sequence[list[int]],
+    sampling: Sampling,
+    stream: Stream | None = None,
+    cancel: threading.Event | None = None,
+) -> list[Completion]:
     """Continuations of rows of tokens, ``n`` of the first, ``n`` of the second, ….
 
     Args:
         stream: called from this thread, as soon as there is more text of a row; what it raises ends the generation.
+        cancel: once it is set, no further token is written.
 
     Raises:
+        Cancelled: it was set.
         RequestError: a row is empty, has tokens that the model does not know, or leaves no room in its context; or the model wrote NaN.
     """
     limit, known = context_length(model), model.get_input_embeddings().num_embeddings
@@ -95,21 +111,22 @@ def complete(model: nn.Module, tokenizer, rows: Sequence[list[int]], sampling: S
             raise RequestError("a prompt is empty: it has no token")
         if not 0 <= min(row) <= max(row) < known:
             raise RequestError(f"a prompt has token {max(row) if min(row) >= 0 else min(row)}; the model knows 0 to {known - 1}")
-        if limit is not None and len(row) + sampling.max_new_tokens > limit:
-            raise RequestError(
-                f"the model's context is {limit} tokens; the prompt has {len(row)}, and {sampling.max_new_tokens} are to be written"
-            )
+    longest, new = max(map(len, rows), default=0), sampling.max_new_tokens
+    if limit is not None:
+        new = min(new, max(limit - longest, 1)) if sampling.fit else new
+        if longest + new > limit:
+            raise RequestError(f"the model's context is {limit} tokens; the prompt has {longest}, and {new} are to be written")
     wanted = [row for row in rows for _ in range(sampling.n)]
     device = model.get_input_embeddings().weight.device
-    writing = _Writing(model, tokenizer, wanted, sampling, stream)
-    if sampling.max_new_tokens:
+    writing = _Writing(model, tokenizer, wanted, sampling, stream, cancel or threading.Event())
+    if new:
         ids, mask = pad(wanted, pad_id(tokenizer), "left", device)
         model.generate(
             input_ids=ids,
             attention_mask=mask,
             logits_processor=LogitsProcessorList([_Noted(writing), *_chosen(model, sampling, device)]),
             stopping_criteria=StoppingCriteriaList([writing]),
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=new,
             do_sample=False,  # it is Drawn that samples
             num_beams=1,
             temperature=None,
@@ -164,10 +181,18 @@ class _Writing(StoppingCriteria):
         logprobs: of this step, ``(rows, vocabulary)``, where they are asked for.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, prompts: list[list[int]], sampling: Sampling, stream: Stream | None):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        stream: Stream | None,
+        cancel: threading.Event,
+    ):
         ends = model.generation_config.eos_token_id
         self.ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
-        self.tokenizer, self.sampling, self.stream = tokenizer, sampling, stream
+        self.tokenizer, self.sampling, self.stream, self.cancel = tokenizer, sampling, stream, cancel
         self.done = [Completion(prompt, [], "", "length", []) for prompt in prompts]
         # Behind the prompt's last token: some tokenizers decode the space before a word only where a word is before it.
         self.before = [decoded(tokenizer, prompt[-1:]) for prompt in prompts]
@@ -175,6 +200,8 @@ class _Writing(StoppingCriteria):
         self.logprobs: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        if self.cancel.is_set():
+            raise Cancelled
         for n, (own, token) in enumerate(zip(self.done, input_ids[:, -1].tolist(), strict=True)):
             if own.finish_reason == "stop":
                 continue

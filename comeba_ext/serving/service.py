@@ -11,7 +11,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -27,7 +27,7 @@ from comeba_ext.layers.attachment import disabled, prompt_rewriter
 from comeba_ext.methods import Method, method_named
 from comeba_ext.saved_edits import load_edits
 from comeba_ext.serving.completion import Completion, Sampling, Stream, complete, decoded
-from comeba_ext.storage import MANIFEST, alone
+from comeba_ext.storage import MANIFEST, alone, read_manifest
 from comeba_ext.text.request import EditRequest
 
 Prompt = str | list[int] | list[dict]  # a text, its tokens, or the messages of a chat
@@ -72,6 +72,7 @@ class _State:
     model: nn.Module
     edits: tuple[MadeEdit, ...] = ()
     step: int = 0
+    live: int = 0
 
 
 class EditingService:
@@ -112,9 +113,12 @@ class EditingService:
         self._editor: Editor | None = None
         # One thread makes all changes, in the order they were asked for, and holds the folder.
         self._queue, self._held = ThreadPoolExecutor(1, "edits"), ExitStack()
-        saved = self.folder is not None and (self.folder / MANIFEST).exists()
         if not editable:
-            self._state = _State(load_edits(model, self.folder) if saved else model)
+            self._state = _State(model)
+            if self.folder is not None:
+                load_edits(model, self.folder)
+                manifest = read_manifest(self.folder)
+                self._state = _State(model, step=manifest["step"], live=manifest["edits"])
             return
         try:
             if self.folder is not None:
@@ -139,7 +143,8 @@ class EditingService:
 
     def close(self) -> None:
         """Let the queue run empty, and others write to the folder. (Asking goes on.)"""
-        self._queue.submit(self._held.close).result()
+        with suppress(RuntimeError):  # closed before
+            self._queue.submit(self._held.close).result()
         self._queue.shutdown()
 
     def __enter__(self) -> EditingService:
@@ -154,6 +159,11 @@ class EditingService:
     def step(self) -> int:
         """Steps that led to the last complete state."""
         return self._state.step
+
+    @property
+    def live(self) -> int:
+        """Edits in the last complete state."""
+        return self._state.live
 
     @property
     def editable(self) -> bool:
@@ -185,23 +195,29 @@ class EditingService:
         return [own.text for own in self.complete(prompts, Sampling(max_new_tokens, **sampling), stream, edited=edited)]
 
     def complete(
-        self, prompts: Iterable[Prompt], sampling: Sampling, stream: Stream | None = None, *, edited: bool = True
+        self,
+        prompts: Iterable[Prompt],
+        sampling: Sampling,
+        stream: Stream | None = None,
+        *,
+        edited: bool = True,
+        cancel: threading.Event | None = None,
     ) -> list[Completion]:
-        """The same with tokens, log probabilities and reasons."""
+        """The same with tokens, log probabilities and reasons; ``cancel`` as of :func:`~comeba_ext.serving.completion.complete`."""
         model = self._state.model
         with nullcontext() if edited else disabled(model):
             rows = [self._encode(model, prompt, sampling.echo) for prompt in prompts]
-            return complete(model, self.tokenizer, rows, sampling, stream)
+            return complete(model, self.tokenizer, rows, sampling, stream, cancel)
 
     def _encode(self, model: nn.Module, prompt: Prompt, echo: bool) -> list[int]:
         rewrites = prompt_rewriter(model) is not None
         if rewrites and echo:
             raise RequestError("these edits stand in the prompt, so it cannot be echoed; ask the unedited model, or leave out echo")
         if isinstance(prompt, str):
-            return self._tokens(_rewritten(model, prompt))
+            return self.tokens(_rewritten(model, prompt))
         if not prompt or not isinstance(prompt[0], Mapping):
             tokens = list(prompt)
-            return self._tokens(_rewritten(model, decoded(self.tokenizer, tokens))) if rewrites and tokens else tokens
+            return self.tokens(_rewritten(model, decoded(self.tokenizer, tokens))) if rewrites and tokens else tokens
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise RequestError("this model's tokenizer has no chat template, so it takes no chats; ask for a completion of a text")
         messages = [dict(message) for message in prompt]
@@ -213,16 +229,19 @@ class EditingService:
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # whatever a template raises
             raise RequestError(f"the model's chat template does not take these messages: {error}") from None
-        return self._tokens(text, add_special_tokens=False)
+        return self.tokens(text, add_special_tokens=False)
 
-    def _tokens(self, text: str, **options) -> list[int]:
+    def tokens(self, text: str, **options) -> list[int]:
+        """Token ids of a text; ``options`` are the tokenizer's."""
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise RequestError("a prompt holds half a character (an unpaired surrogate)")
         with self._one_text:
             return self.tokenizer(text, **options)["input_ids"]
 
     # -- editing ------------------------------------------------------------------------------------------------
 
     def edits(self) -> list[MadeEdit]:
-        """All that were made and not undone, in their order."""
+        """All that were made and not undone, in their order; empty where they are only used."""
         return list(self._state.edits)
 
     def add(
@@ -243,6 +262,10 @@ class EditingService:
             StorageError: ``autosave``, and it cannot be saved.
         """
         return self._queued(lambda: self._add(list(requests), progress or False))
+
+    def prepare(self) -> None:
+        """Collect the covariance now instead of with the first edit. Raises :class:`CovarianceError` where there is none to have."""
+        self._queued(self._need_covariance)
 
     def retract(self, ids: str | Iterable[str]) -> None:
         """Take edits back; see :meth:`Editor.retract`. Raises :class:`RequestError` for an id that is not live."""
@@ -271,7 +294,11 @@ class EditingService:
         return folder
 
     def _queued(self, work: Callable[[], Result]) -> Result:
-        return self._queue.submit(work).result()
+        try:
+            future = self._queue.submit(work)
+        except RuntimeError:
+            raise ComebaError("the service was closed; its edits cannot change any more") from None
+        return future.result()
 
     def _editing(self) -> Editor:
         if self._editor is None:
@@ -279,15 +306,18 @@ class EditingService:
         return self._editor
 
     def _add(self, requests: list, progress: bool | Callable[[int, float], None]) -> EditReport:
+        self._editing().check(requests)  # before a covariance is collected for them
+        self._need_covariance()
+        return self._change(lambda work: work.edit(requests, progress=progress))
+
+    def _need_covariance(self) -> None:
         editor = self._editing()
-        editor.check(requests)  # before a covariance is collected for them
         if editor.method.needs_covariance and editor.covariance is None and not editor.key_memory:
             if self._covariance is None:
                 raise CovarianceError(f"{editor.method.name} needs a covariance: give the service one, or edits that bring theirs")
             work = editor.apart()
             self._provide(work)
             self._take(work)  # kept, whatever becomes of the edit
-        return self._change(lambda work: work.edit(requests, progress=progress))
 
     def _change(self, act: Callable[[Editor], Result]) -> Result:
         """Do something to the edits on an editor apart, which takes the place of the one before when all is done and saved."""
@@ -311,7 +341,7 @@ class EditingService:
     def _take(self, editor: Editor) -> None:
         """This is the last complete state."""
         made = tuple(MadeEdit(entry.request, entry.step, entry.removed) for entry in editor.ledger.entries)
-        self._editor, self._state = editor, _State(editor.model, made, editor.step)
+        self._editor, self._state = editor, _State(editor.model, made, editor.step, len(editor.ledger))
 
 
 def _rewritten(model: nn.Module, text: str) -> str:
