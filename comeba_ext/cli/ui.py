@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from pathlib import Path
 from typing import Annotated, Optional
@@ -13,6 +12,7 @@ import typer
 from comeba_ext.cli.app import Config, Device, Dtype, Json, Scope, Trust, app
 from comeba_ext.cli.inputs import covariance_source, loaded, settings_of
 from comeba_ext.cli.terminal import counted, reporting, size_of
+from comeba_ext.errors import ComebaError
 
 
 @app.command()
@@ -33,31 +33,43 @@ def ui(
     as_json: Json = False,
 ) -> None:
     """Open a page in the browser: edit facts, see what changes, take edits back, save them."""
-    with contextlib.ExitStack() as open_:
-        with reporting(as_json) as report:
-            from comeba_ext.methods import method_named
-            from comeba_ext.serving.service import EditingService
-            from comeba_ext.storage import MANIFEST
-            from comeba_ext.ui import check_ready, running
+    with reporting(as_json) as report:
+        from comeba_ext.methods import method_named
+        from comeba_ext.serving.service import EditingService
+        from comeba_ext.storage import MANIFEST
+        from comeba_ext.ui import check_installed, running
 
-            check_ready(host, port)
-            kind = method_named(method or "COMEBA-HK")
-            saved = edits is not None and (edits / MANIFEST).exists()  # they bring their covariance, settings and method
-            needs = kind.needs_covariance and not saved
-            source = covariance or (covariance_source(model, None, texts, not as_json) if needs else None)
+        check_installed()  # it brings what the next line imports
+        from comeba_ext.serving.listen import bound, is_local, until_asked_to_stop, url_of
+
+        with bound(host, port) as listening:  # the port is ours while the model loads
+            kind, own = method_named(method or "COMEBA-HK"), edits is not None and (edits / MANIFEST).exists()
+            source = covariance
+            if source is None and kind.needs_covariance and not own:  # edits bring theirs
+                source = covariance_source(model, None, texts, not as_json)
             net, tokenizer = loaded(model, device, dtype, trust=trust)
-            given = {"config": settings_of(net, config, kind, scope) if config or scope else None, "method": kind if method else None}
-            service = EditingService(net, tokenizer, edits=edits, covariance=source, autosave=edits is not None, **given)
-            open_.enter_context(service)
-            url = open_.enter_context(running(service, model, size_of(net), host=host, port=port))
+            settings = settings_of(net, config, kind, scope) if config or scope else None
+            chosen = {"config": settings, "method": kind if method else None}
+            service = EditingService(net, tokenizer, edits=edits, covariance=source, autosave=True, **chosen)
+            url, local, place = url_of(listening), is_local(listening), listening.getsockname()[1]
+        with service, running(service, model, size_of(net), host=host, port=place, local=local):
+            threading.Thread(target=_prepared, args=(service,), name="covariance").start()
             report.say(f"Page: {url}")
-            alone = ", which only this machine reaches" if host == "127.0.0.1" else ""
-            report.say(f"It listens on {host}{alone}. Ctrl-C ends it.")
-            report.result = {"url": url, "host": host, "model": model, "edits": str(edits) if edits else None, "step": service.step}
-        sys.stdout.flush()  # whoever has started this waits for the address
-        if browser:
-            typer.launch(url)
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+            if local:
+                report.say("Only this machine can reach it; see --host.")
+            else:
+                report.say("! Whoever reaches this machine can edit: no password is asked for, and nothing is encrypted.")
+            report.say("Ctrl-C ends it.")
+            report.result = {"url": url, "local": local, "model": model, "edits": service.live, "folder": str(edits) if edits else None}
+            report.announce()
+            if browser:
+                typer.launch(url)
+            until_asked_to_stop()
         if edits is None and service.step:
-            print(f"{counted(service.step, 'step')} of editing ended with the page, but for what was saved from it.", file=sys.stderr)
+            report.say(f"Closed with {counted(service.live, 'edit')}, gone but for what was saved on the page.")
+
+
+def _prepared(service) -> None:
+    """The covariance, while the user reads; what is wrong with it the first edit will say."""
+    with contextlib.suppress(ComebaError):
+        service.prepare()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import queue
-import shutil
 import tempfile
 import threading
+import zipfile
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from comeba_ext.evaluation.queries import check_record
 from comeba_ext.evaluation.scopes import TextScope, text_scope
 from comeba_ext.evaluation.written import answer_of
 from comeba_ext.serving.service import EditingService
-from comeba_ext.storage import MANIFEST
+from comeba_ext.storage import LOCK, MANIFEST
 from comeba_ext.text.request import SLOT, EditRequest, consecutive_batches
 
 Result = TypeVar("Result")
@@ -246,10 +246,14 @@ class Desk:
         return path
 
     def pack(self, into: Path) -> Path:
-        """The folder of edits as a zip file, in a folder ``into``."""
+        """The folder of edits as ``edits.zip`` in a folder ``into``, in place of the one before."""
         with tempfile.TemporaryDirectory(dir=into) as made:
-            self.service.save(Path(made) / "edits")
-            return Path(shutil.make_archive(str(into / "edits"), "zip", made, "edits"))
+            folder, archive = self.service.save(Path(made) / "edits"), Path(made) / "edits.zip"
+            with zipfile.ZipFile(archive, "w") as whole:  # as they are: weights hardly shrink
+                for file in sorted(folder.iterdir()):
+                    if file.name != LOCK:
+                        whole.write(file, f"edits/{file.name}")
+            return archive.replace(into / archive.name)
 
 
 def lines(text: str) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 
 import gradio as gr
@@ -21,6 +20,7 @@ from comeba_ext.ui.suggestions import Relation, beside, examples, subject_of
 log = logging.getLogger(__name__)
 EDITING = {"concurrency_id": "editing", "concurrency_limit": 1, "api_visibility": "private"}  # one after the other
 ASKING = {"concurrency_limit": 4, "api_visibility": "private"}
+AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # what needs no model
 LISTED = 100  # edits that the list shows at once
 
 
@@ -30,25 +30,19 @@ class About:
 
     Attributes:
         model: as on the command line; ``title``: its name; ``size``: in words.
-        host: it is bound to; where that is this machine only (``local``), a user may name a folder to save to.
+        host: it listens on; ``local``: whether only this machine reaches it, whose user may name a folder to save to.
         folder: the edits' own, to which every change is saved at once.
     """
 
     model: str
     size: str
-    host: str
+    host: str = "127.0.0.1"
+    local: bool = True
     folder: Path | None = None
 
     @property
     def title(self) -> str:
         return "the embedded model" if self.model == "testbed" else Path(self.model).name
-
-    @property
-    def local(self) -> bool:
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
 
 
 def theme() -> gr.themes.Base:
@@ -79,11 +73,11 @@ def build(desk: Desk, relations: list[Relation], about: About, scratch: Path) ->
         with gr.Tabs():
             with gr.Tab("Edit"):
                 edited = _edit_tab(desk, relations)
-            with gr.Tab("Try a text"):
+            with gr.Tab("Try"):
                 _try_tab(desk)
-            with gr.Tab("Edits") as tab:
+            with gr.Tab("All edits") as tab:
                 refresh = _edits_tab(desk, about, scratch)
-            with gr.Tab("Records from a file"):
+            with gr.Tab("File"):
                 _file_tab(desk)
         for event in (tab.select, page.load, edited.success):
             refresh(event)
@@ -151,9 +145,9 @@ def _edit_tab(desk: Desk, relations: list[Relation]):
             yield views.unchanged(), gr.skip()
             raise
 
-    choice.click(fill, choice, fields, show_progress="hidden", **ASKING)
-    proposed, quiet = [subject, wordings, neighbours], {"show_progress": "hidden", "trigger_mode": "always_last", **ASKING}
-    prompt.blur(propose, [prompt, *proposed], proposed, **quiet)
+    choice.click(fill, choice, fields, **AT_ONCE)
+    proposed = [subject, wordings, neighbours]
+    prompt.blur(propose, [prompt, *proposed], proposed, trigger_mode="always_last", **AT_ONCE)
     start = {"fn": _sentences(edit), "inputs": fields, "outputs": [result, scope], "show_progress": "hidden"}
     return gr.on([button.click, target.submit], **start, **EDITING)
 
@@ -226,13 +220,13 @@ def _edits_tab(desk: Desk, about: About, scratch: Path) -> Callable:
         return gr.File(str(desk.pack(scratch)), visible=True)
 
     table = [counted, chosen]
-    search.change(listed, search, table, show_progress="hidden", trigger_mode="always_last", **ASKING)
+    search.change(listed, search, table, trigger_mode="always_last", **AT_ONCE)
     retract.click(_sentences(take_back), [chosen, search], [*table, result], **EDITING)
     undo.click(_sentences(step_back), search, [*table, result], **EDITING)
     measure.click(_sentences(measured), None, result, show_progress="hidden", **EDITING)
     save.click(_sentences(write), folder, saved, **EDITING)
     pack.click(_sentences(zipped), None, packed, **EDITING)
-    return lambda event: event(listed, search, table, show_progress="hidden", **ASKING)
+    return lambda event: event(listed, search, table, **AT_ONCE)
 
 
 # -- many edits ---------------------------------------------------------------------------------------------------
@@ -279,7 +273,7 @@ def _file_tab(desk: Desk) -> None:
     reading = _sentences(read)
     gr.on([file.change, limit.change], reading, [file, limit], [found, requests, start], show_progress="hidden", **ASKING)
     start.click(_sentences(edit), [requests, size], [result, stop], show_progress="hidden", **EDITING)
-    stop.click(stop_after, None, stop, show_progress="hidden", **ASKING)
+    stop.click(stop_after, None, stop, **AT_ONCE)
 
 
 # -- errors -------------------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ LOST = 50  # edits that do not hold are named, so many
 KINDS = {"prompt": "The prompt", "rewording": "Rewordings, to follow the edit", "neighbour": "Neighbours, to stay as they are"}
 
 WHERE = (
-    "<h3>Where the edits are used</h3><p>Every token's score ({score}) in every edited layer. Marked tokens reach the threshold and get the edited "
-    "output; all others get the original one, bit for bit.</p>"
+    "<h3>Where the edits are used</h3><p>Every token's score ({score}) in every edited layer. Marked tokens reach the threshold and get "
+    "the edited output; all others get the original one, bit for bit.</p>"
 )
 MEANINGS = {
     "reliability": "the edited prompts are answered as they were edited",
