@@ -245,10 +245,11 @@ class Desk:
         self._own.add(path)
         return path
 
-    def pack(self, into: Path) -> Path:
-        """The folder of edits as ``edits.zip`` in a folder ``into``, in place of the one before."""
+    def pack(self, into: Path, complete: bool = False) -> Path:
+        """The folder of edits as ``edits.zip`` in a folder ``into``, in place of the one before; ``complete``: with what is needed to go
+        on editing."""
         with tempfile.TemporaryDirectory(dir=into) as made:
-            folder, archive = self.service.save(Path(made) / "edits"), Path(made) / "edits.zip"
+            folder, archive = self.service.save(Path(made) / "edits", inference_only=not complete), Path(made) / "edits.zip"
             with zipfile.ZipFile(archive, "w") as whole:  # as they are: weights hardly shrink
                 for file in sorted(folder.iterdir()):
                     if file.name != LOCK:

@@ -18,8 +18,13 @@ from comeba_ext.ui.desk import Desk, Working
 from comeba_ext.ui.suggestions import Relation, beside, examples, subject_of
 
 log = logging.getLogger(__name__)
-EDITING = {"concurrency_id": "editing", "concurrency_limit": 1, "api_visibility": "private"}  # one after the other
-ASKING = {"concurrency_limit": 4, "api_visibility": "private"}
+EDITING = {
+    "concurrency_id": "editing",
+    "concurrency_limit": 1,
+    "show_progress": "minimal",
+    "api_visibility": "private",
+}  # one after the other
+ASKING = {"concurrency_limit": 4, "show_progress": "minimal", "api_visibility": "private"}
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # what needs no model
 LISTED = 100  # edits that the list shows at once
 
@@ -97,6 +102,14 @@ def _edit_tab(desk: Desk, relations: list[Relation]):
     known = [name for relation in relations for name in relation.objects]
     with gr.Row():
         with gr.Column(min_width=320):
+            choice = gr.Dataset(
+                label="Examples",
+                components=[gr.Textbox(visible=False)],
+                samples=[[own.label] for own in shown],
+                sample_labels=[own.label for own in shown],
+                type="index",
+                elem_id="examples",
+            )
             hint = f"a text that the new answer shall follow; write {SLOT} for the subject, or the whole text"
             prompt = _field("Prompt", info=hint, placeholder="The mother tongue of {} is", elem_id="prompt")
             with gr.Row():
@@ -109,30 +122,23 @@ def _edit_tab(desk: Desk, relations: list[Relation]):
                 )
             fields = [prompt, subject, target, wordings, neighbours]
             button = gr.Button("Edit", variant="primary", elem_id="edit")
-            choice = gr.Dataset(
-                label="Examples",
-                components=[gr.Textbox(visible=False)],
-                samples=[[own.label] for own in shown],
-                sample_labels=[own.label for own in shown],
-                type="index",
-                elem_id="examples",
-            )
         with gr.Column(min_width=320):
             result = gr.HTML("Click an example, or write a prompt, its subject and a new answer; then <b>Edit</b>.", elem_id="result")
     scope = gr.HTML("", elem_id="scope")
 
     def fill(number: int):
         own = shown[number]
-        return own.prompt, own.subject, own.target_new, "\n".join(own.wordings), "\n".join(own.neighbours)
+        compared = "\n".join(own.wordings), "\n".join(own.neighbours)
+        return own.prompt, own.subject, own.target_new, *compared, compared
 
-    def propose(prompt: str, subject: str, wordings: str, neighbours: str):
-        """A subject for a whole sentence, and what to compare on, where the fields are empty."""
+    def propose(prompt: str, subject: str, target: str, wordings: str, neighbours: str, before: tuple[str, str]):
+        """A subject for a whole sentence, and what to compare on where the user has written nothing of that."""
         if prompt.strip() and SLOT not in prompt and not (subject.strip() and subject.strip() in prompt):
             subject = subject_of(prompt, known) or subject
         slotted = prompt if SLOT in prompt else prompt.replace(subject, SLOT) if subject else prompt
-        if not wordings.strip() and not neighbours.strip():
-            wordings, neighbours = ("\n".join(own) for own in beside(slotted, subject, relations))
-        return subject, wordings, neighbours
+        if (wordings, neighbours) in (before, ("", "")):
+            wordings, neighbours = before = tuple("\n".join(own) for own in beside(slotted, subject, target, relations))
+        return subject, wordings, neighbours, before
 
     def edit(*given: str) -> Iterator[tuple]:
         try:
@@ -145,11 +151,11 @@ def _edit_tab(desk: Desk, relations: list[Relation]):
             yield views.unchanged(), gr.skip()
             raise
 
-    choice.click(fill, choice, fields, **AT_ONCE)
-    proposed = [subject, wordings, neighbours]
-    prompt.blur(propose, [prompt, *proposed], proposed, trigger_mode="always_last", **AT_ONCE)
-    start = {"fn": _sentences(edit), "inputs": fields, "outputs": [result, scope], "show_progress": "hidden"}
-    return gr.on([button.click, target.submit], **start, **EDITING)
+    before = gr.State(("", ""))  # what was proposed to compare on
+    choice.click(fill, choice, [*fields, before], **AT_ONCE)
+    proposed = [subject, wordings, neighbours, before]
+    prompt.blur(propose, [*fields, before], proposed, trigger_mode="always_last", **AT_ONCE)
+    return gr.on([button.click, target.submit], _sentences(edit), fields, [result, scope], **EDITING)
 
 
 # -- a text -------------------------------------------------------------------------------------------------------
@@ -187,6 +193,8 @@ def _edits_tab(desk: Desk, about: About, scratch: Path) -> Callable:
     with gr.Row(elem_classes="low"):
         folder = _field("Folder", "" if about.folder else "edits", visible=about.local, min_width=200, elem_id="folder")
         save = gr.Button("Save", min_width=100, elem_id="save", visible=about.local)
+    with gr.Row(elem_classes="low"):
+        complete = gr.Checkbox(label="with what is needed to go on editing (larger)", min_width=200, elem_id="complete")
         pack = gr.Button("Download as zip", min_width=100, elem_id="pack")
     saved, packed = gr.HTML("", elem_id="saved"), gr.File(label="Download", visible=False, interactive=False, elem_id="packed")
 
@@ -216,16 +224,16 @@ def _edits_tab(desk: Desk, about: About, scratch: Path) -> Callable:
     def write(folder: str):
         return views.saved(desk.save(folder), about.model)
 
-    def zipped():
-        return gr.File(str(desk.pack(scratch)), visible=True)
+    def zipped(complete: bool):
+        return gr.File(str(desk.pack(scratch, complete)), visible=True)
 
     table = [counted, chosen]
     search.change(listed, search, table, trigger_mode="always_last", **AT_ONCE)
     retract.click(_sentences(take_back), [chosen, search], [*table, result], **EDITING)
     undo.click(_sentences(step_back), search, [*table, result], **EDITING)
-    measure.click(_sentences(measured), None, result, show_progress="hidden", **EDITING)
+    measure.click(_sentences(measured), None, result, **EDITING)
     save.click(_sentences(write), folder, saved, **EDITING)
-    pack.click(_sentences(zipped), None, packed, **EDITING)
+    pack.click(_sentences(zipped), complete, packed, **EDITING)
     return lambda event: event(listed, search, table, **AT_ONCE)
 
 
@@ -271,8 +279,8 @@ def _file_tab(desk: Desk) -> None:
         return gr.Button(interactive=False)
 
     reading = _sentences(read)
-    gr.on([file.change, limit.change], reading, [file, limit], [found, requests, start], show_progress="hidden", **ASKING)
-    start.click(_sentences(edit), [requests, size], [result, stop], show_progress="hidden", **EDITING)
+    gr.on([file.change, limit.change], reading, [file, limit], [found, requests, start], **ASKING)
+    start.click(_sentences(edit), [requests, size], [result, stop], **EDITING)
     stop.click(stop_after, None, stop, **AT_ONCE)
 
 

@@ -68,18 +68,22 @@ def examples(relations: list[Relation], count: int = 6) -> list[Example]:
         if subject is not None:
             others = [answer for answer in dict.fromkeys(relation.objects.values()) if answer != relation.objects[subject]]
             prompt = next((own for own in relation.prompts if not own.startswith(SLOT)), relation.prompts[0])
-            wordings, neighbours = beside(prompt, subject, relations)
+            wordings, neighbours = beside(prompt, subject, others[0], relations)
             found.append(Example(prompt, subject, others[0], wordings, neighbours))
     return found[:count]
 
 
-def beside(prompt: str, subject: str, relations: list[Relation]) -> tuple[list[str], list[str]]:
-    """Two other wordings of a prompt with a slot, and three other subjects it can be asked of; none where it is not known."""
+def beside(prompt: str, subject: str, target_new: str, relations: list[Relation]) -> tuple[list[str], list[str]]:
+    """Two other wordings of a prompt with a slot, and three other subjects it can be asked of, which have other objects than the new one
+    and than each other; none where the prompt is not known."""
     relation = next((own for own in relations if prompt.strip() in own.prompts), None)
     if relation is None:
         return [], []
-    others = [name for name in reversed(relation.objects) if name != subject]  # the last ones: testbed's never edited
-    return [own for own in relation.prompts if own != prompt.strip()][:2], others[:3]
+    others: dict[str, str] = {}  # by object
+    for name, answer in reversed(relation.objects.items()):  # the last ones first: examples and tests edit the others
+        if name != subject and answer != target_new:
+            others.setdefault(answer, name)
+    return [own for own in relation.prompts if own != prompt.strip()][:2], list(others.values())[:3]
 
 
 def subject_of(text: str, known: Iterable[str] = ()) -> str | None:

@@ -48,7 +48,7 @@ def edited(done: Edited) -> str:
         hint = "Undo takes it back; other settings may do better (comeba tune finds some)."
         return _say("no", f"{what} {hint}") + answers(done.answers, request.target_new)
     loss = f", loss {report.losses[0]:.3f}" if report.losses else ""
-    more = " It held before with another answer, whose place it takes." if report.superseded else ""
+    more = " It takes the place of an earlier edit of the same fact." if report.superseded else ""
     if report.moved:
         more += " Edited at the prompt's end and for that prompt only, as the subject's own place says nothing."
     if report.rewritten:
