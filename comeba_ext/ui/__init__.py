@@ -11,6 +11,12 @@ from pathlib import Path
 from comeba_ext.errors import ComebaError
 from comeba_ext.serving.service import EditingService
 
+QUIET = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_RUN_HISTORY": "False",  # an option of newer versions
+    "NO_PROXY": "*",  # Gradio asks whether its own page is there, which is no proxy's business
+}
+
 
 def check_installed() -> None:
     """Raises :class:`ComebaError` where Gradio is not installed."""
@@ -38,8 +44,8 @@ def running(service: EditingService, model: str, size: str, *, host: str = "127.
     from comeba_ext.ui.page import About, build, theme
     from comeba_ext.ui.suggestions import relations_of
 
-    with tempfile.TemporaryDirectory(prefix="comeba-ui-") as scratch, _environment(GRADIO_TEMP_DIR=scratch, NO_PROXY="*"):
-        # Uploads and downloads go with the page; Gradio asks its own page whether it is there, which is no proxy's business.
+    # Uploads and downloads go with the page.
+    with tempfile.TemporaryDirectory(prefix="comeba-ui-") as scratch, _environment(GRADIO_TEMP_DIR=scratch, **QUIET):
         page = build(Desk(service), relations_of(model), About(model, size, host, local, service.folder), Path(scratch))
         try:
             page.queue(max_size=100).launch(
@@ -52,7 +58,6 @@ def running(service: EditingService, model: str, size: str, *, host: str = "127.
                 mcp_server=False,
                 pwa=False,
                 enable_monitoring=False,
-                run_history=False,
                 footer_links=[],
                 max_file_size="200mb",
                 theme=theme(),
