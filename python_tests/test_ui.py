@@ -162,6 +162,9 @@ def test_scores_say_where_the_output_is_another(desk, embedded):
         short = len(rows[0])
         torch.testing.assert_close(alone.layers[name].scores[0], own.scores[0][mask[0].bool()][:short], atol=1e-5, rtol=1e-4)
     assert "".join(alone.tokens).strip() == texts[0]
+    everywhere = Editor(copy.deepcopy(embedded[0]), embedded[1], method="FT")
+    with pytest.raises(ComebaError, match="every token gets"):
+        text_scope(everywhere.model, embedded[1], TEXT)
     with pytest.raises(ComebaError, match="no layer"):
         token_scores(embedded[0], ids, mask)
 

@@ -53,9 +53,7 @@ def token_scores(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dic
     Raises:
         ComebaError: no layer of the model has a score.
     """
-    layers = {name: own for name, own in attachments(model).items() if isinstance(own, HookedLinear)}
-    if not layers:
-        raise ComebaError("no layer of this model decides by a score which tokens its edits are used for")
+    layers = _scored(model)
     found, real, thread = {}, mask.bool(), threading.get_ident()
 
     def note(name: str, layer: HookedLinear, x: torch.Tensor) -> None:
@@ -78,7 +76,7 @@ def text_scope(model: nn.Module, tokenizer, text: str) -> TextScope:
 
     Raises:
         RequestError: it has no token, or more than the model's context takes.
-        ComebaError: no layer of the model has a score.
+        ComebaError: no layer of the model has a score, or none is asked.
     """
     ids = encode(tokenizer, text.rstrip()).ids
     limit = context_length(model)
@@ -86,9 +84,18 @@ def text_scope(model: nn.Module, tokenizer, text: str) -> TextScope:
         raise RequestError("the text is empty")
     if limit is not None and len(ids) > limit:
         raise RequestError(f"the text has {len(ids)} tokens, the model's context is {limit}")
+    if not any(layer.mode == "validated" for layer in _scored(model).values()):
+        raise ComebaError("every token gets these edits: no score is asked")
     row = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
     layers = token_scores(model, row, torch.ones_like(row))
     return TextScope([_written(tokenizer, token) for token in ids], layers)
+
+
+def _scored(model: nn.Module) -> dict[str, HookedLinear]:
+    layers = {name: own for name, own in attachments(model).items() if isinstance(own, HookedLinear)}
+    if not layers:
+        raise ComebaError("no layer of this model decides by a score which tokens its edits are used for")
+    return layers
 
 
 def _written(tokenizer, token: int) -> str:

@@ -6,7 +6,7 @@ import queue
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -120,8 +120,14 @@ class Desk:
         prompts = [prompt for _, prompt in asked]
         yield Working("Asking the model before the edit")
         before = self._answers(prompts)
-        report = yield from self._adding([request], "Looking for the value that makes the model say it")
-        yield Working("Asking the model after the edit", 1.0, tuple(report.losses))
+        losses: tuple[float, ...] = ()
+        for step in self._steps([request], "Looking for the value that makes the model say it"):
+            if isinstance(step, EditReport):
+                report = step
+            else:
+                losses = step.losses
+                yield step
+        yield Working("Asking the model after the edit", 1.0, losses)
         after, scopes = self._answers(prompts), [self.scope(prompt) for prompt in prompts]
         yield Edited(request, report, [Answer(*own, *rest) for own, *rest in zip(asked, before, after, scopes, strict=True)])
 
@@ -138,13 +144,6 @@ class Desk:
                     yield Working(step.what, (done + step.share * len(batch)) / len(requests), tuple(losses) + step.losses[-1:])
             done += len(batch)
             yield Batches(tuple(reports), len(requests))
-
-    def _adding(self, batch: list[EditRequest], what: str) -> Generator[Working, None, EditReport]:
-        for step in self._steps(batch, what):
-            if isinstance(step, EditReport):
-                return step
-            yield step
-        raise ComebaError("the edit has ended without a report")
 
     def _steps(self, batch: list[EditRequest], what: str) -> Iterator[Working | EditReport]:
         """A batch in a thread of its own, so that the page hears of it meanwhile."""
