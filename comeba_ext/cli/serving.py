@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -76,7 +78,8 @@ def serve(
             ) as service:
                 if edit_token is not None:
                     service.prepare()
-                called, url = name or Path(model).name, url_of(listening)
+                called = name or (Path(model).resolve().name if Path(model).exists() else model)
+                url = url_of(listening)
                 limits = Limits(body=max_body, new_tokens=max_new_tokens, texts=max_texts)
                 application = create_app(service, called, edit_token=edit_token, limits=limits, threads=threads, waiting=waiting)
                 report.result = {
@@ -99,5 +102,8 @@ def serve(
                     report.say("Ctrl-C ends it.")
                     report.announce()
 
-                run(application, listening, ready)
+                if not run(application, listening, ready):
+                    report.say("Stopped in the middle of a request; what was complete is kept.")
+                    sys.stdout.flush()
+                    os._exit(130)  # threads may be at work for long, on what is whole only when it is complete
                 report.say("Stopped; every request was answered.")

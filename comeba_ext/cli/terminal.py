@@ -77,15 +77,15 @@ def reporting(as_json: bool, parallel: bool = False):
                 raise ComebaError("only 'covariance' and 'edit' share their work; start this command as a single process")
             yield report
         except ComebaError as error:
-            fail(as_json, str(error), 1, who)
+            fail(as_json and not report.announced, str(error), 1, who)
         except KeyboardInterrupt:
-            fail(as_json, "interrupted; what was complete is kept", 130, who)
+            fail(as_json and not report.announced, "interrupted; what was complete is kept", 130, who)
         except (typer.Exit, typer.Abort):
             raise
         except OSError as error:
-            fail(as_json, f"{error.filename or 'file system'}: {error.strerror or error}", 1, who)
+            fail(as_json and not report.announced, f"{error.filename or 'file system'}: {error.strerror or error}", 1, who)
         except Exception as error:
-            fail(as_json, unforeseen(error), 1, who)
+            fail(as_json and not report.announced, unforeseen(error), 1, who)
     if as_json and report.first and not report.announced:
         print(json.dumps({"version": __version__, **report.result}))
     if report.code:

@@ -136,6 +136,8 @@ def create_app(
 
 
 def _said(request: Request, error: HTTPException) -> str:
+    if error.status_code == 400:
+        return "the body is not JSON"
     return f"there is no {request.method} {request.url.path} here" if error.status_code in (404, 405) else str(error.detail)
 
 
@@ -170,7 +172,7 @@ async def _waited(request: Request, future: asyncio.Future, cancel: threading.Ev
         return future.result()
     except asyncio.CancelledError:
         cancel.set()
-        raise
+        raise Refused(503, "the server was stopped") from None
 
 
 async def _chunks(

@@ -34,7 +34,7 @@ def bound(host: str, port: int) -> socket.socket:
         own.bind(address)
     except OSError as error:
         own.close()
-        why = {errno.EADDRINUSE: "is taken by another program", errno.EACCES: "may not be used by you"}.get(error.errno)
+        why = {errno.EADDRINUSE: "is taken by another program", errno.EACCES: "may not be used by you"}.get(error.errno or 0)
         if why is None:
             raise ComebaError(f"--host {host}: no address of this machine ({error.strerror})") from None
         raise ComebaError(f"port {port} of {host} {why}; choose another --port, or 0 for any that is free") from None
@@ -53,11 +53,14 @@ def url_of(own: socket.socket) -> str:
     return f"http://{host}:{port}"
 
 
-def run(app: FastAPI, own: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM; requests in flight finish, a second SIGINT does not wait for them.
+def run(app: FastAPI, own: socket.socket, ready: Callable[[], None]) -> bool:
+    """Serve until SIGINT or SIGTERM; requests in flight finish, unless there is a second SIGINT.
 
     Args:
         ready: called once requests are answered.
+
+    Returns:
+        Whether they did; if not, some thread may still be at work on one.
     """
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
 
@@ -75,6 +78,7 @@ def run(app: FastAPI, own: socket.socket, ready: Callable[[], None]) -> None:
 
     with asked_to_stop(lambda: setattr(server, "should_exit", True)):
         asyncio.run(serve())
+    return not server.force_exit
 
 
 def until_asked_to_stop() -> None:

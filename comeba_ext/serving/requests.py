@@ -83,7 +83,7 @@ class _Asked(BaseModel):
             raise RequestError(f"{texts} texts are asked for (prompts times n); at most {limits.texts} a request")
         if isinstance(self.stop, list) and len(self.stop) > 16:
             raise RequestError(f"{len(self.stop)} stops; at most 16")
-        if self.stream and (self.logprobs is not None and self.logprobs is not False):
+        if self.stream and getattr(self, "logprobs", None) not in (None, False):
             raise RequestError("logprobs are not streamed; leave out one of logprobs and stream")
 
     def sampling(self, limits: Limits, wanted: int | None, default: int, logprobs: int | None, **more) -> Sampling:

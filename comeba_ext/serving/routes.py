@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from comeba_ext.serving.answers import Refused
@@ -18,12 +20,20 @@ from comeba_ext.serving.service import EditingService
 def edits_router(service: EditingService, edit_token: str | None, limits: Limits) -> APIRouter:
     """List, add, retract, for who knows the token; ``None``: for nobody."""
     router = APIRouter()
+    # Not those of the event loop, which would be waited for however it is ended. (The edits themselves have their own line.)
+    threads = ThreadPoolExecutor(16, "wait for edits")
+
+    async def beside(change: Callable, *args):
+        try:
+            return await asyncio.get_running_loop().run_in_executor(threads, change, *args)
+        except asyncio.CancelledError:
+            raise Refused(503, "the server was stopped; whether the edits were made is seen when it is back") from None
 
     def allowed(request: Request) -> None:
         if edit_token is None:
             raise Refused(403, "edits cannot be seen or changed here: the server was started without an edit token")
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), edit_token.encode()):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), edit_token.encode()):
             raise HTTPException(401, "the edit token is missing or wrong: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 
     def listed() -> dict:
@@ -43,7 +53,7 @@ def edits_router(service: EditingService, edit_token: str | None, limits: Limits
             raise Refused(400, 'send one edit, a list of them, or {"requests": [...]}, each with prompt, subject and target_new')
         if not 0 < len(requests) <= limits.edits:
             raise Refused(400, f"{len(requests)} edits; 1 to {limits.edits} a batch")
-        report = await run_in_threadpool(service.add, requests)
+        report = await beside(service.add, requests)
         return {"object": "edit_report", **report.to_dict()}
 
     @router.delete("/v1/edits")
@@ -65,7 +75,7 @@ def edits_router(service: EditingService, edit_token: str | None, limits: Limits
         for own in ids:
             if own not in live:
                 raise Refused(404, f"there is no edit {own!r} that could be taken back", "id")
-        await run_in_threadpool(service.retract, ids)
+        await beside(service.retract, ids)
         return {"object": "edits.retracted", "ids": ids, "step": service.step}
 
     return router

@@ -51,12 +51,12 @@ class MadeEdit:
 
     @property
     def id(self) -> str:
-        return self.request.request_id
+        return str(self.request.request_id)
 
     def to_dict(self) -> dict:
         own = self.request
         return {
-            "id": own.request_id,
+            "id": self.id,
             "prompt": own.prompt,
             "subject": own.subject,
             "target_new": own.target_new,
