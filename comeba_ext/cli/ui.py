@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
 from pathlib import Path
 from typing import Annotated, Optional
@@ -12,7 +14,6 @@ import typer
 from comeba_ext.cli.app import Config, Device, Dtype, Json, Scope, Trust, app
 from comeba_ext.cli.inputs import covariance_source, loaded, settings_of
 from comeba_ext.cli.terminal import counted, reporting, size_of
-from comeba_ext.errors import ComebaError
 
 
 @app.command()
@@ -52,24 +53,30 @@ def ui(
             chosen = {"config": settings, "method": kind if method else None}
             service = EditingService(net, tokenizer, edits=edits, covariance=source, autosave=True, **chosen)
             url, local, place = url_of(listening), is_local(listening), listening.getsockname()[1]
-        with service, running(service, model, size_of(net), host=host, port=place, local=local):
-            threading.Thread(target=_prepared, args=(service,), name="covariance").start()
-            report.say(f"Page: {url}")
-            if local:
-                report.say("Only this machine can reach it; see --host.")
-            else:
-                report.say("! Whoever reaches this machine can edit: no password is asked for, and nothing is encrypted.")
-            report.say("Ctrl-C ends it.")
-            report.result = {"url": url, "local": local, "model": model, "edits": service.live, "folder": str(edits) if edits else None}
-            report.announce()
-            if browser:
-                typer.launch(url)
-            until_asked_to_stop()
+        try:
+            with service, running(service, model, size_of(net), host=host, port=place, local=local):
+                threading.Thread(target=_prepared, args=(service,), name="covariance").start()
+                report.say(f"Page: {url}")
+                if local:
+                    report.say("Only this machine can reach it; see --host.")
+                else:
+                    report.say("! Whoever reaches this machine can edit: no password is asked for, and nothing is encrypted.")
+                report.say("Ctrl-C ends it.")
+                report.result = {"url": url, "local": local, "model": model, "edits": service.live, "folder": str(edits) if edits else None}
+                report.announce()
+                if browser:
+                    typer.launch(url)
+                until_asked_to_stop()
+                report.say("Closing, once the step in progress is complete; Ctrl-C again closes at once.")
+        except KeyboardInterrupt:  # a second one, while an edit or the covariance is being finished
+            report.say("Stopped in the middle of a step; what was complete is kept where it was saved.")
+            sys.stdout.flush()
+            os._exit(130)
         if edits is None and service.step:
             report.say(f"Closed with {counted(service.live, 'edit')}, gone but for what was saved on the page.")
 
 
 def _prepared(service) -> None:
     """The covariance, while the user reads; what is wrong with it the first edit will say."""
-    with contextlib.suppress(ComebaError):
+    with contextlib.suppress(Exception):
         service.prepare()
