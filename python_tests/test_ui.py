@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
 import urllib.request
 import zipfile
@@ -227,6 +228,26 @@ def test_what_cannot_be_done_changes_nothing(idle):
         with pytest.raises(ComebaError, match=says):
             act()
     assert idle.service.step == 0 and idle.requests() == []
+
+
+def test_who_waits_is_told(desk, monkeypatch):
+    """A batch behind another one says so, and both are made in their order; meanwhile the model answers from before."""
+    add, go_on = desk.service.add, threading.Event()
+    monkeypatch.setattr(desk.service, "add", lambda batch, progress: go_on.wait(60) and add(batch, progress=progress))
+    first = threading.Thread(target=lambda: list(desk.edit_all([request(target="Latin")])))
+    first.start()
+    said = []
+    while "Waiting" not in (said[-1:] or [""])[0]:
+        said.append(next(desk.edit_all([request()])).what)
+    second = desk.edit_all([request()])
+    assert "Waiting" in next(second).what
+    assert desk.try_text(TEXT, 4).edited.startswith("French")
+    go_on.set()
+    first.join()
+    assert isinstance(last(second), Batches)
+    assert [own.request.target_new for own in desk.service.edits()] == ["Latin", "Tamil"]
+    assert [own.target_new for own in desk.requests()] == ["Tamil"]
+    assert "Waiting" not in next(desk.edit_all([request()])).what
 
 
 def test_work_in_the_background():

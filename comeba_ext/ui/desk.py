@@ -85,6 +85,7 @@ class Desk:
     def __init__(self, service: EditingService):
         self.service = service
         self._own = {service.folder.resolve()} if service.folder is not None else set()  # folders that are written to again
+        self._waiting: set[object] = set()  # batches that the service was asked for
 
     # -- edits --------------------------------------------------------------------------------------------------
 
@@ -154,10 +155,19 @@ class Desk:
                 losses.append(loss)
                 tell(Working(what, done / len(batch), tuple(losses)))
 
-            return self.service.add(batch, progress=progress)
+            try:
+                return self.service.add(batch, progress=progress)
+            finally:
+                self._waiting.discard(turn)
 
-        # The service collects a covariance, where it was given none, before the first edit.
-        yield Working(what if self.service.edits() else "Reading texts to learn what is usual, once before the first edit")
+        if self._waiting:
+            yield Working("Waiting for the edits before")
+        elif self.service.edits():
+            yield Working(what)
+        else:  # the service collects a covariance, where it was given none
+            yield Working("Reading texts to learn what is usual, once before the first edit")
+        turn = object()
+        self._waiting.add(turn)
         yield from in_background(work)
 
     def retract(self, ids: list[str]) -> None:
@@ -197,13 +207,11 @@ class Desk:
         requests, rows = self.requests(), []
         if not requests:
             raise ComebaError("there are no edits to measure yet")
-        for start in range(0, len(requests), MEASURED_TOGETHER):
-            yield Working(f"Asking {len(requests)} edits again", start / len(requests))
-            with self.service.generating() as model:
-                part = evaluate(
-                    model, self.service.tokenizer, requests[start : start + MEASURED_TOGETHER], generate=False, writing=Writing()
-                )
-            rows += part.per_record
+        with self.service.generating() as model:  # which stays as it is, whatever is edited meanwhile
+            for start in range(0, len(requests), MEASURED_TOGETHER):
+                yield Working(f"Asking {len(requests)} edits again", start / len(requests))
+                some = requests[start : start + MEASURED_TOGETHER]
+                rows += evaluate(model, self.service.tokenizer, some, generate=False, writing=Writing()).per_record
         yield summarise(rows)
 
     def _answers(self, prompts: list[str]) -> list[str]:

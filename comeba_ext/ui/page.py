@@ -18,13 +18,7 @@ from comeba_ext.ui.desk import Desk, Working
 from comeba_ext.ui.suggestions import Relation, beside, examples, subject_of
 
 log = logging.getLogger(__name__)
-EDITING = {
-    "concurrency_id": "editing",
-    "concurrency_limit": 1,
-    "show_progress": "minimal",
-    "api_visibility": "private",
-}  # one after the other
-ASKING = {"concurrency_limit": 4, "show_progress": "minimal", "api_visibility": "private"}
+ASKING = {"concurrency_limit": 8, "show_progress": "minimal", "api_visibility": "private"}  # the service has a queue of edits
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # what needs no model
 LISTED = 100  # edits that the list shows at once
 
@@ -155,7 +149,7 @@ def _edit_tab(desk: Desk, relations: list[Relation]):
     choice.click(fill, choice, [*fields, before], **AT_ONCE)
     proposed = [subject, wordings, neighbours, before]
     prompt.blur(propose, [*fields, before], proposed, trigger_mode="always_last", **AT_ONCE)
-    return gr.on([button.click, target.submit], _sentences(edit), fields, [result, scope], **EDITING)
+    return gr.on([button.click, target.submit], _sentences(edit), fields, [result, scope], **ASKING)
 
 
 # -- a text -------------------------------------------------------------------------------------------------------
@@ -229,11 +223,11 @@ def _edits_tab(desk: Desk, about: About, scratch: Path) -> Callable:
 
     table = [counted, chosen]
     search.change(listed, search, table, trigger_mode="always_last", **AT_ONCE)
-    retract.click(_sentences(take_back), [chosen, search], [*table, result], **EDITING)
-    undo.click(_sentences(step_back), search, [*table, result], **EDITING)
-    measure.click(_sentences(measured), None, result, **EDITING)
-    save.click(_sentences(write), folder, saved, **EDITING)
-    pack.click(_sentences(zipped), complete, packed, **EDITING)
+    retract.click(_sentences(take_back), [chosen, search], [*table, result], **ASKING)
+    undo.click(_sentences(step_back), search, [*table, result], **ASKING)
+    measure.click(_sentences(measured), None, result, **ASKING)
+    save.click(_sentences(write), folder, saved, **ASKING)
+    pack.click(_sentences(zipped), complete, packed, **ASKING)
     return lambda event: event(listed, search, table, **AT_ONCE)
 
 
@@ -280,7 +274,7 @@ def _file_tab(desk: Desk) -> None:
 
     reading = _sentences(read)
     gr.on([file.change, limit.change], reading, [file, limit], [found, requests, start], **ASKING)
-    start.click(_sentences(edit), [requests, size], [result, stop], **EDITING)
+    start.click(_sentences(edit), [requests, size], [result, stop], **ASKING)
     stop.click(stop_after, None, stop, **AT_ONCE)
 
 

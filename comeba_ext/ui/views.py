@@ -184,7 +184,7 @@ def batches(done: Batches) -> str:
     says = "".join(f"<li>{escape(own['prompt'])}: {escape(own['reason'])}</li>" for own in declined)
     head = "".join(f"<td>{name}</td>" for name in ("step", "edits", "answered", "loss", "seconds"))
     return (
-        f"<div>{_bar((edits + len(declined)) / done.total)}<p>{edits} of {done.total} edited, {took} answered right after their batch.</p>"
+        f"<div><p>{edits} of {done.total} edited, {took} answered right after their batch.</p>"
         + (f"<p>Declined:</p><ul>{says}</ul>" if declined else "")
         + f'<table class="answers scores"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
