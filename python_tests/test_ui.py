@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.request
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from comeba_ext.layers.attachment import disabled
 from comeba_ext.serving.service import EditingService
 from comeba_ext.text.encoding import pad
 from comeba_ext.ui import running, views
-from comeba_ext.ui.desk import Answer, Batches, Desk, Edited, Working, in_background
+from comeba_ext.ui.desk import Answer, Batches, Desk, Edited, Tried, Working, in_background
 from comeba_ext.ui.suggestions import beside, examples, relations_of, subject_of
 
 TEXT = "The mother tongue of Sophie Calle is"
@@ -288,6 +289,8 @@ def test_nothing_that_was_written_is_markup(desk):
     shown = [views.edited(done), views.scopes((own.prompt, own.scope) for own in done.answers), views.answers(done.answers, nasty)]
     shown += [views.working(Working(nasty, 0.5, (1.0, 0.5))), views.retention(last(desk.measure())), views.sentence(nasty)]
     shown += [views.tried(desk.try_text(nasty, 3)), views.file_read(nasty, 1, [made], [{"index": 0, "reason": nasty}])]
+    shown += [views.answers([Answer("prompt", nasty, nasty, nasty, None)], nasty), views.tried(Tried(nasty, nasty, nasty, None))]
+    shown += [views.edited(replace(done, report=replace(done.report, declined=[{"prompt": nasty, "reason": nasty}])))]
     assert all(nasty not in own and "alert" in own for own in shown)
     assert views.sentence("nothing is there") == "Nothing is there."
 
