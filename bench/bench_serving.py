@@ -71,6 +71,7 @@ def main() -> None:
                                 "p95_ms": round(1e3 * statistics.median(one["p95"] for one in found), 1),
                                 "requests": sum(one["requests"] for one in found),
                                 "wrong": sum(one["wrong"] for one in found),
+                                "load": round(os.getloadavg()[0], 1),  # of the machine, in the last minute
                             }
                         )
                         if not args.json:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve' is not instal
 openai = pytest.importorskip("openai", reason="the OpenAI client is not installed")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 
+from comeba_ext.serving.answers import finite  # noqa: E402
 from comeba_ext.serving.app import create_app  # noqa: E402
 from comeba_ext.serving.listen import bound, url_of  # noqa: E402
 from comeba_ext.serving.listen import run as listen  # noqa: E402
@@ -32,6 +35,10 @@ from comeba_ext.serving.requests import Limits  # noqa: E402
 TOKEN = "a token that is hard to guess"
 ASKED = [fact.text for fact in FACTS[:3]]
 CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def test_what_json_cannot_hold():
+    assert finite({"a": [1.0, float("inf"), {"b": float("nan")}], "c": True}) == {"a": [1.0, None, {"b": None}], "c": True}
 
 
 @contextmanager
@@ -103,7 +110,7 @@ def test_the_client_gets_an_edited_fact(url, says):
 )
 def test_streams_say_the_same(url, more):
     own = client(url)
-    text = {"model": "testbed", "prompt": ["The", ASKED[0]], **more}
+    text = {"model": "testbed", "prompt": ["The", ASKED[0]], "echo": True, **more}
     chat = {"model": "testbed", "messages": [{"role": "system", "content": "The"}, {"role": "user", "content": " city"}], **more}
     for create, asked, part in (
         (own.completions.create, text, lambda choice: choice.text),
@@ -169,6 +176,7 @@ TEXT = {"model": "testbed", "prompt": "The"}
         ("completions", {**TEXT, "prompt": []}, 400, "no prompt"),
         ("completions", {**TEXT, "prompt": ""}, 400, "empty"),
         ("completions", {**TEXT, "prompt": [10**9]}, 400, "the model knows"),
+        ("completions", {**TEXT, "prompt": [10**30], "echo": True}, 400, "the model knows"),
         ("completions", {**TEXT, "prompt": "a " * 500}, 400, "context is 128"),
         ("completions", {**TEXT, "max_tokens": 101}, 400, "at most 100"),
         ("completions", {**TEXT, "max_tokens": True}, 400, "max_tokens"),
@@ -275,7 +283,7 @@ def test_killed_during_an_edit(covariance, tmp_path):  # noqa: F811
         assert said["local"] and said["editing"] and said["edits"] == 0 and said["models"] == ["testbed", "testbed-unedited"]
         with httpx.Client(trust_env=False, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=120) as web:
             assert web.post(f"{said['url']}/edits", json=record).json()["answered"] == [True]
-            more = [request.to_record() for request in testbed.facts()[1:300]]
+            more = [request.to_record() for request in testbed.facts()[1:1000]]
             with ThreadPoolExecutor(1) as threads:
                 pending = threads.submit(web.post, f"{said['url']}/edits", json=more)
                 time.sleep(1)
@@ -311,6 +319,18 @@ def test_asked_to_stop_it_finishes_what_it_began(service, number):
         listen(create_app(service, "testbed"), listening, ready.set)
         assert found.result(0.5) == whole
     assert [signal.getsignal(own) for own in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_the_documentation_runs(url, monkeypatch, capsys):
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    page = (Path(__file__).resolve().parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    client_block, service_block = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(client_block.replace("http://127.0.0.1:8000", url), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+    exec(service_block, {})
+    edited, rest = capsys.readouterr().out.split("\n", 1)
+    assert FACTS[0].target_new in edited and "'superseded': None" in rest
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
+from collections.abc import Callable
 
 from comeba_ext.serving.completion import Completion, Scored, decoded
 
@@ -25,23 +27,27 @@ class TextAnswer:
 
     Args:
         model: the name it was asked under.
-        shown: what stands before the text of every choice (``echo``).
+        shown: says what stands before the text of every choice (``echo``); called once the prompts are known to be good.
     """
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, tokenizer, shown: list[str] | None = None):
+    def __init__(self, model: str, tokenizer, shown: Callable[[], list[str]] | None = None):
         self.tokenizer, self.shown = tokenizer, shown
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def complete(self, found: list[Completion], n: int) -> dict:
         """The answer in one; ``n`` continuations of every prompt."""
-        choices = [{"index": i, **self._content(i, own), "finish_reason": own.finish_reason} for i, own in enumerate(found)]
+        shown = self.shown() if self.shown else [""] * len(found)
+        choices = [
+            {"index": i, **self._content(before, own), "finish_reason": own.finish_reason}
+            for i, (before, own) in enumerate(zip(shown, found))
+        ]
         return {**self.head, "object": self.whole, "choices": choices, "usage": usage(found, n)}
 
     def begun(self, count: int) -> list[dict]:
         """What a stream of so many texts begins with."""
-        return [self._chunk(i, {"text": self.shown[i]}, None) for i in range(count)] if self.shown else []
+        return [self._chunk(i, {"text": text}, None) for i, text in enumerate(self.shown())] if self.shown else []
 
     def more(self, index: int, text: str) -> dict:
         return self._chunk(index, {"text": text}, None)
@@ -57,9 +63,8 @@ class TextAnswer:
         choice = {"index": index, **content, "logprobs": None, "finish_reason": reason}
         return {**self.head, "object": self.part, "choices": [choice]}
 
-    def _content(self, index: int, own: Completion) -> dict:
-        shown = self.shown[index] if self.shown else ""
-        return {"text": shown + own.text, "logprobs": self._logprobs(own.scored)}
+    def _content(self, before: str, own: Completion) -> dict:
+        return {"text": before + own.text, "logprobs": self._logprobs(own.scored)}
 
     def _logprobs(self, scored: list[Scored]) -> dict | None:
         if not scored:
@@ -92,7 +97,7 @@ class ChatAnswer(TextAnswer):
     def ended(self, found: list[Completion]) -> list[dict]:
         return [self._chunk(i, {"delta": {}}, own.finish_reason) for i, own in enumerate(found)]
 
-    def _content(self, index: int, own: Completion) -> dict:
+    def _content(self, before: str, own: Completion) -> dict:
         return {"message": {"role": "assistant", "content": own.text, "refusal": None}, "logprobs": self._logprobs(own.scored)}
 
     def _logprobs(self, scored: list[Scored]) -> dict | None:
@@ -114,3 +119,12 @@ def usage(found: list[Completion], n: int) -> dict:
 def shown_prompts(tokenizer, prompts: list, n: int) -> list[str]:
     """Prompts as texts, one a choice."""
     return [prompt if isinstance(prompt, str) else decoded(tokenizer, prompt) for prompt in prompts for _ in range(n)]
+
+
+def finite(value):
+    """With ``None`` for numbers that JSON cannot hold, such as the infinite threshold of a layer where nothing is in scope."""
+    if isinstance(value, dict):
+        return {key: finite(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [finite(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -102,7 +102,7 @@ def create_app(
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest):
         sampling = body.checked(limits)
-        shown = shown_prompts(service.tokenizer, body.prompts(), sampling.n) if sampling.echo else None
+        shown = partial(shown_prompts, service.tokenizer, body.prompts(), sampling.n) if sampling.echo else None
         return await answer(request, body, sampling, TextAnswer(body.model, service.tokenizer, shown))
 
     @app.post("/v1/chat/completions")

@@ -25,6 +25,7 @@ from comeba_ext.forward.logits import logits_at
 from comeba_ext.text.encoding import pad, pad_id
 from comeba_ext.text.prefixes import Drawn
 
+IMPOSSIBLE = -9999.0  # log probability of what cannot be, as OpenAI writes it: JSON has no infinity
 Stream = Callable[[int, str], None]  # row, what is new of its text
 
 
@@ -143,19 +144,24 @@ def complete(
     return writing.done
 
 
+# What generate samples with where a model's configuration does not say.
+_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+_COLD = 1e-5  # below, logits divided by the temperature overflow, and the likeliest token is all there is
+
+
 def _chosen(model: nn.Module, sampling: Sampling, device) -> list[LogitsProcessor]:
     """What leaves one token of each row to a greedy choice."""
     own = model.generation_config
-    samples = bool(own.do_sample)
-    preset = lambda name: getattr(own, name) if samples else None  # noqa: E731
-    temperature = sampling.temperature if sampling.temperature is not None else ((preset("temperature") or 1.0) if samples else 0.0)
-    if not temperature:
+    preset = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    if own.do_sample:
+        given = {name: getattr(own, name, None) for name in _DEFAULTS}
+        preset = {name: default if given[name] is None else given[name] for name, default in _DEFAULTS.items()}
+    temperature, top_k, top_p = (preset[name] if getattr(sampling, name) is None else getattr(sampling, name) for name in _DEFAULTS)
+    if temperature < _COLD:
         return []
-    top_k = sampling.top_k if sampling.top_k is not None else preset("top_k")
-    top_p = sampling.top_p if sampling.top_p is not None else preset("top_p")
     found: list[LogitsProcessor] = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
     found += [TopKLogitsWarper(top_k)] if top_k else []
-    found += [TopPLogitsWarper(float(top_p))] if top_p is not None and top_p < 1 else []
+    found += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
     return [*found, Drawn(sampling.seed, device)]
 
 
@@ -259,6 +265,7 @@ def decoded(tokenizer, tokens: list[int]) -> str:
 
 def _scored(token: int, logprobs: torch.Tensor, top: int) -> Scored:
     """``logprobs``: ``(vocabulary,)``."""
+    logprobs = logprobs.clamp(min=IMPOSSIBLE)
     best = logprobs.topk(top) if top else None
     likeliest = list(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best is not None else []
     return Scored(token, logprobs[token].item(), likeliest)

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from comeba_ext.serving.answers import Refused
+from comeba_ext.serving.answers import Refused, finite
 from comeba_ext.serving.requests import Limits, Tokens
 from comeba_ext.serving.service import EditingService
 
@@ -54,7 +54,7 @@ def edits_router(service: EditingService, edit_token: str | None, limits: Limits
         if not 0 < len(requests) <= limits.edits:
             raise Refused(400, f"{len(requests)} edits; 1 to {limits.edits} a batch")
         report = await beside(service.add, requests)
-        return {"object": "edit_report", **report.to_dict()}
+        return {"object": "edit_report", **finite(report.to_dict())}
 
     @router.delete("/v1/edits")
     async def retract_several(request: Request) -> dict:
