@@ -310,6 +310,8 @@ def test_a_port_that_is_taken():
         json.loads(result.stdout)["error"]
         == f"port {taken} of 127.0.0.1 is taken by another program; choose another --port, or 0 for any that is free"
     )
+    result = run("ui", "--port", 0, "--texts", "nowhere.csv")
+    assert result.exit_code == 1 and "nowhere.csv: no such file" in result.stderr
     result = run("ui", "--host", "203.0.113.1")
     assert result.exit_code == 1 and "no address of this machine" in result.stderr and "Traceback" not in result.output
 

@@ -143,6 +143,7 @@ def covariance_source(model: str, file: Path | None, texts: Path | None, progres
     if file is not None:
         return lambda editor: editor.load_covariance(file)
     if texts is not None:
+        read_texts(texts)  # a file that is not there is said now, not when it is read
         return lambda editor: editor.collect_covariance(read_texts(texts), progress=progress)
     if home := testbed.folder_of(model):
         return lambda editor: editor.collect_covariance(testbed.texts(folder=home), progress=progress)
