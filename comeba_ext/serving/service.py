@@ -73,6 +73,7 @@ class _State:
     edits: tuple[MadeEdit, ...] = ()
     step: int = 0
     live: int = 0
+    rewrite: Callable[[str], str] | None = None
 
 
 class EditingService:
@@ -118,7 +119,7 @@ class EditingService:
             if self.folder is not None:
                 load_edits(model, self.folder)
                 manifest = read_manifest(self.folder)
-                self._state = _State(model, step=manifest["step"], live=manifest["edits"])
+                self._state = _State(model, step=manifest["step"], live=manifest["edits"], rewrite=prompt_rewriter(model))
             return
         try:
             if self.folder is not None:
@@ -176,7 +177,8 @@ class EditingService:
 
     def prompt(self, text: str) -> str:
         """What is asked instead of ``text``: with methods that edit in the prompt another text, else the same."""
-        return _rewritten(self._state.model, text)
+        rewrite = self._state.rewrite
+        return text if rewrite is None else rewrite(text)
 
     def generate(
         self, prompts: Iterable[Prompt], *, max_new_tokens: int, stream: Stream | None = None, edited: bool = True, **sampling
@@ -204,26 +206,25 @@ class EditingService:
         cancel: threading.Event | None = None,
     ) -> list[Completion]:
         """The same with tokens, log probabilities and reasons; ``cancel`` as of :func:`~comeba_ext.serving.completion.complete`."""
-        model = self._state.model
-        with nullcontext() if edited else disabled(model):
-            rows = [self._encode(model, prompt, sampling.echo) for prompt in prompts]
-            return complete(model, self.tokenizer, rows, sampling, stream, cancel)
+        state = self._state
+        rows = [self._encode(prompt, state.rewrite if edited else None, sampling.echo) for prompt in prompts]
+        with nullcontext() if edited else disabled(state.model):
+            return complete(state.model, self.tokenizer, rows, sampling, stream, cancel)
 
-    def _encode(self, model: nn.Module, prompt: Prompt, echo: bool) -> list[int]:
-        rewrites = prompt_rewriter(model) is not None
-        if rewrites and echo:
+    def _encode(self, prompt: Prompt, rewrite: Callable[[str], str] | None, echo: bool) -> list[int]:
+        if rewrite is not None and echo:
             raise RequestError("these edits stand in the prompt, so it cannot be echoed; ask the unedited model, or leave out echo")
         if isinstance(prompt, str):
-            return self.tokens(_rewritten(model, prompt))
+            return self.tokens(rewrite(prompt) if rewrite else prompt)
         if not prompt or not isinstance(prompt[0], Mapping):
             tokens = list(prompt)
-            return self.tokens(_rewritten(model, decoded(self.tokenizer, tokens))) if rewrites and tokens else tokens
+            return self.tokens(rewrite(decoded(self.tokenizer, tokens))) if rewrite and tokens else tokens
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise RequestError("this model's tokenizer has no chat template, so it takes no chats; ask for a completion of a text")
         messages = [dict(message) for message in prompt]
         asked = next((own for own in reversed(messages) if own.get("role") == "user"), None)
-        if asked is not None:
-            asked["content"] = _rewritten(model, asked["content"])
+        if asked is not None and rewrite is not None:
+            asked["content"] = rewrite(asked["content"])
         try:
             with self._one_text:
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -342,9 +343,5 @@ class EditingService:
     def _take(self, editor: Editor) -> None:
         """This is the last complete state."""
         made = tuple(MadeEdit(entry.request, entry.step, entry.removed) for entry in editor.ledger.entries)
-        self._editor, self._state = editor, _State(editor.model, made, editor.step, len(editor.ledger))
-
-
-def _rewritten(model: nn.Module, text: str) -> str:
-    rewrite = prompt_rewriter(model)
-    return text if rewrite is None else rewrite(text)
+        state = _State(editor.model, made, editor.step, len(editor.ledger), prompt_rewriter(editor.model))
+        self._editor, self._state = editor, state
