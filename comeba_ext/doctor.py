@@ -29,6 +29,7 @@ EXTRAS = {
     "accelerate": "comeba train, --device auto",
     "peft": "models with adapters",
     "lm_eval": "comeba ability --tasks",
+    "gradio": "comeba ui",
     "rouge_score": "comeba eval --long",
 }
 

@@ -23,7 +23,7 @@ FLOORS = [
     {"evaluation"},
     {"testbed", "tuning", "training", "exporting"},
     {"loading", "experiments", "serving"},
-    {"doctor", "report"},
+    {"doctor", "report", "ui"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 from comeba_ext.cli.app import DTYPES
@@ -133,20 +134,25 @@ def check_same(editor, out: Path, kind, config: Path | None, scope: str | None, 
 
 
 def provide_covariance(editor, model: str, file: Path | None, texts: Path | None, progress: bool) -> None:
+    covariance_source(model, file, texts, progress)(editor)
+
+
+def covariance_source(model: str, file: Path | None, texts: Path | None, progress: bool) -> Callable:
+    """What gives an editor its covariance: the file, or texts to collect it from; a :class:`ComebaError` where there is neither."""
     from comeba_ext import testbed
     from comeba_ext.data import read_texts
 
     if file is not None:
-        editor.load_covariance(file)
-    elif texts is not None:
-        editor.collect_covariance(read_texts(texts), progress=progress)
-    elif home := testbed.folder_of(model):
-        editor.collect_covariance(testbed.texts(folder=home), progress=progress)
-    else:
-        raise ComebaError(
-            f"no covariance: run 'comeba covariance {model} TEXTS --out FILE' once and add --covariance FILE, or add "
-            "--texts TEXTS (plain text such as Wikipedia articles)"
-        )
+        return lambda editor: editor.load_covariance(file)
+    if texts is not None:
+        read_texts(texts)  # a file that is not there is said now, not when it is read
+        return lambda editor: editor.collect_covariance(read_texts(texts), progress=progress)
+    if home := testbed.folder_of(model):
+        return lambda editor: editor.collect_covariance(testbed.texts(folder=home), progress=progress)
+    raise ComebaError(
+        f"no covariance: run 'comeba covariance {model} TEXTS --out FILE' once and add --covariance FILE, or add "
+        "--texts TEXTS (plain text such as Wikipedia articles)"
+    )
 
 
 def fitting(model, tokenizer, read) -> tuple[list, list[dict]]:

@@ -16,9 +16,8 @@ from comeba_ext.editor import Editor
 from comeba_ext.evaluation import counterfact_scores, evaluate, fluency
 from comeba_ext.evaluation.ability import Reading, harness, read_text
 from comeba_ext.evaluation.queries import record_queries
+from comeba_ext.evaluation.scopes import token_scores
 from comeba_ext.evaluation.scoring import predict
-from comeba_ext.forward.partial import evaluating
-from comeba_ext.ops.hooked_linear import in_scope
 from comeba_ext.text.encoding import encode, micro_batches, pad, pad_id
 from comeba_ext.text.request import EditRequest
 
@@ -147,26 +146,14 @@ def _scores(editor: Editor, requests: list[EditRequest]) -> dict:
     found = {kind: {name: [0.0] * len(own) for name in editor.layers} for kind, own in prompts.items()}
     inside = dict.fromkeys(prompts, 0)
     device = editor.model.get_input_embeddings().weight.device
-    with evaluating(editor.model):
-        for kind, own in prompts.items():
-            rows = [encode(editor.tokenizer, p.rstrip()).ids for p in own]
-            for group in micro_batches([len(row) for row in rows], editor.max_tokens):
-                ids, mask = pad([rows[i] for i in group], pad_id(editor.tokenizer), device=device)
-                real, handles = mask.bool(), []
-                for name, layer in editor.layers.items():
-
-                    def note(module, args, name=name, real=real, kind=kind, group=group):
-                        scores = module.scores(args[0], real).masked_fill(~real, -torch.inf).amax(-1)
-                        inside[kind] += int(in_scope(scores, module.alpha, None, module.delta.dtype).sum())
-                        for place, score in zip(group, scores.tolist(), strict=True):
-                            found[kind][name][place] = float(f"{score:.5g}")
-
-                    handles.append(layer.register_forward_pre_hook(note))
-                try:
-                    editor.model(input_ids=ids, attention_mask=mask, use_cache=False)
-                finally:
-                    for handle in handles:
-                        handle.remove()
+    for kind, own in prompts.items():
+        rows = [encode(editor.tokenizer, p.rstrip()).ids for p in own]
+        for group in micro_batches([len(row) for row in rows], editor.max_tokens):
+            ids, mask = pad([rows[i] for i in group], pad_id(editor.tokenizer), device=device)
+            for name, read in token_scores(editor.model, ids, mask).items():
+                inside[kind] += int(read.in_scope.any(-1).sum())
+                for place, score in zip(group, read.scores.amax(-1).tolist(), strict=True):
+                    found[kind][name][place] = float(f"{score:.5g}")
     reached = {kind: count / max(1, len(prompts[kind]) * len(editor.layers)) for kind, count in inside.items()}
     return {
         "peak_scores": found,

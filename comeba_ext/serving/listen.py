@@ -6,6 +6,7 @@ import asyncio
 import errno
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -75,19 +76,22 @@ def run(app: FastAPI, own: socket.socket, ready: Callable[[], None]) -> bool:
         finally:
             announced.cancel()
 
-    with _asked_to_stop(server):
+    with asked_to_stop(lambda: setattr(server, "should_exit", True)):
         asyncio.run(serve())
     return not server.force_exit
 
 
+def until_asked_to_stop() -> None:
+    """Wait for SIGINT or SIGTERM."""
+    stopped = threading.Event()
+    with asked_to_stop(stopped.set):
+        stopped.wait()
+
+
 @contextmanager
-def _asked_to_stop(server: uvicorn.Server):
-    """Inside, a signal to stop is none to die of: uvicorn, having stopped, would raise it again."""
-
-    def stop(*signalled) -> None:
-        server.should_exit = True
-
-    before = {number: signal.signal(number, stop) for number in STOPS}
+def asked_to_stop(stop: Callable[[], object]):
+    """Inside, ``stop`` is called at a signal to stop, which is none to die of: uvicorn, having stopped, would raise it again."""
+    before = {number: signal.signal(number, lambda *signalled: stop()) for number in STOPS}
     try:
         yield
     finally:

@@ -282,8 +282,9 @@ class EditingService:
 
         self._queued(lambda: self._change(back))
 
-    def save(self, folder: str | Path | None = None) -> Path:
-        """Save the edits of the last complete state, atomically, to go on from; to the folder they were opened from by default.
+    def save(self, folder: str | Path | None = None, *, inference_only: bool = False) -> Path:
+        """Save the edits of the last complete state, atomically, to go on from unless ``inference_only``; to the folder they were opened
+        from by default.
 
         Raises:
             StorageError: nothing can be written there; the folder holds what it held.
@@ -291,7 +292,7 @@ class EditingService:
         folder = Path(folder) if folder is not None else self.folder
         if folder is None:
             raise RequestError("name a folder to save to: the service was opened without one")
-        self._queued(lambda: self._editing().save_pretrained(folder))
+        self._queued(lambda: self._editing().save_pretrained(folder, inference_only=inference_only))
         return folder
 
     def _queued(self, work: Callable[[], Result]) -> Result:
