@@ -41,7 +41,7 @@ def test_lora_is_pefts(tiny_model, tokenizer):
     plain = copy.deepcopy(model)
     editor = make_method("LoRA", model, tokenizer, layers=(0, 2), parts=parts, rank=3, lora_alpha=6.0, steps=4, lr=0.02, early_stop=0.0)
     for layer in editor.layers.values():
-        layer.double()
+        layer.down, layer.up = layer.down.double(), layer.up.double()  # which model.double() would leave as they are
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=r".*layers\.(0|2)\.self_attn\.(q|v)_proj", lora_dropout=0.0)
     wrapped = peft.get_peft_model(plain, config).double().eval()
     theirs = {name: module for name, module in plain.named_modules() if hasattr(module, "lora_A")}
