@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging.config  # noqa: F401  (is patched)
 import os
 import shutil
 import socket
@@ -28,6 +29,13 @@ from comeba_ext.ui.desk import Answer, Batches, Desk, Edited, Tried, Working, in
 from comeba_ext.ui.suggestions import beside, examples, relations_of, subject_of
 
 TEXT = "The mother tongue of Sophie Calle is"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_is(monkeypatch):
+    """Gradio's server configures logging, which closes every handler there is; absl's (others' tests import it) then closes the stream
+    it holds, pytest's own, when sys.stderr is another one just then."""
+    monkeypatch.setattr("logging.config.dictConfig", lambda config: None)
 
 
 @pytest.fixture(scope="module")
