@@ -84,9 +84,10 @@ def run(
     samples = samples or experiment.samples
     chosen = _chosen(experiment, cases)
     configs = {case.label: case.config(model) for case in chosen}
-    for case in experiment.cases:  # the others are only read, where they are complete
-        with contextlib.suppress(ComebaError):  # settings name a file that is not here
-            configs.setdefault(case.label, case.config(model))
+    for case in experiment.cases:
+        if case not in chosen:  # only read, where it is complete
+            with contextlib.suppress(ComebaError):  # its settings name a file that is not here
+                configs[case.label] = case.config(model)
     there = [case for case in experiment.cases if case.label in configs]
     kept = out / "covariance.safetensors"
     asking = there if kept.exists() else chosen  # to read the logs of the others takes the same

@@ -27,7 +27,7 @@ class Exported:
         layers: names of the edited layers.
         bytes: size of the folder's files.
         rank: of a LoRA adapter.
-    notes: what its users must know.
+        notes: what its users must know.
     """
 
     out: Path

@@ -53,7 +53,7 @@ def encode_all(tokenizer, texts: Sequence[tuple[str, str | None, int | None]]) -
     Raises:
         RequestError: a target or a subject has no token of its own.
     """
-    whole = [prompt if target is None else f"{prompt}{'' if prompt.endswith(chr(10)) else ' '}{target}" for prompt, target, _ in texts]
+    whole = [prompt if target is None else prompt + ("" if prompt.endswith("\n") else " ") + target for prompt, target, _ in texts]
     if not whole:
         return []
     if tokenizer.is_fast:
