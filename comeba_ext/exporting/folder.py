@@ -61,7 +61,7 @@ def export_folder(model: nn.Module, tokenizer, edits: str | Path, out: str | Pat
                 "AutoModelForCausalLM": f"{Path(FILE).stem}.{modeling.EditedForCausalLM.__name__}",
             },
             "model_type": f"comeba_{model.config.model_type}",
-            "comeba": {"decoder": decoder, "layers": inside},
+            "comeba": {"base": type(model).__name__, "decoder": decoder, "layers": inside},
         }
         write_text(staging / "config.json", json.dumps(config, indent=2) + "\n")
         write_text(staging / FILE, source)
