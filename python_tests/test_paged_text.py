@@ -1,5 +1,6 @@
 """Earlier tokens out of a paged cache, and the plugin for vLLM as far as it goes without vLLM; literal loops are the oracle."""
 
+import copy
 import importlib
 import json
 import random
@@ -109,8 +110,9 @@ def test_what_does_not_fit_is_refused():
     text = PagedText()
     text.hashes(ids, positions, slots, starts, blocks)
     later, _ = given([({**row, "done": 6}, 2)], 4)
-    with pytest.raises(ComebaError, match="cannot be told"):  # the slot is not where the table says
-        text.hashes(later[0], later[1], later[2] + 1, *later[3:])
+    other = copy.deepcopy(text)
+    with pytest.raises(ComebaError, match="cannot be told"):  # slots that are not where the table says
+        other.hashes(ids, positions, slots.flip(0), starts, blocks)
     with pytest.raises(ComebaError, match="cannot be told"):  # a block whose tokens came from elsewhere
         text.hashes(*given([({**row, "blocks": [7, 2], "done": 6}, 2)], 4)[0])
     assert text.hashes(*later)[-1].tolist() == hashes_of(row["text"])
@@ -261,7 +263,8 @@ def in_pieces(vllm, model, texts):
         rows = cache.step(5)
         (ids, positions, slots, starts, blocks), _ = given(rows, 4, padding=2)
         far = types.SimpleNamespace(slot_mapping=slots[:-2], query_start_loc=starts, block_table=blocks)
-        context.attn_metadata = {"near": types.SimpleNamespace(), "far": far}
+        near = types.SimpleNamespace(slot_mapping=slots[:-2] * 0, query_start_loc=starts, block_table=blocks * 0)
+        context.attn_metadata = {"state": types.SimpleNamespace(), "near": near, "far": far}
         with torch.no_grad():
             out = iter(model(input_ids=ids, positions=positions).unbind(1))
         found |= {(texts.index(row["text"]), at): next(out) for row, count in rows for at in range(row["done"], row["done"] + count)}
@@ -270,7 +273,7 @@ def in_pieces(vllm, model, texts):
 
 
 def test_what_would_pass_edits_over_is_refused(vllm, folder):
-    model, _, tensors = served(folder)
+    model, layers, tensors = served(folder)
     for name in SETTINGS:
         with pytest.raises(ComebaError, match="a model with edits "):
             type(model)(vllm_config=settings(wrong=name))
@@ -289,10 +292,13 @@ def test_what_would_pass_edits_over_is_refused(vllm, folder):
     if model.reading is None:  # needs no text
         return
     vllm.forward_context.now.attn_metadata = {"only": types.SimpleNamespace(slot_mapping=ids, query_start_loc=ids)}
-    with pytest.raises(ComebaError, match="has no block_table"):
+    with pytest.raises(ComebaError, match="block_table, which SimpleNamespace lacks"):
         model(ids, ids)
     with pytest.raises(ComebaError, match="embeddings"):
         model(None, ids)
+    model.reading.here.hashes = torch.zeros(1, 3, LONGEST, dtype=torch.int64)
+    with pytest.raises(ComebaError, match="other tokens than the model"):
+        model.get_submodule(f"model.{list(layers)[-1]}")(torch.zeros(2, 64))
 
 
 def test_the_entry_point_leads_to_it_and_needs_no_vllm(vllm):

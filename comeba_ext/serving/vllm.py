@@ -6,6 +6,7 @@ base model, with the folder's gates beside the edited layers; no code of the fol
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -16,6 +17,7 @@ from comeba_ext.exporting.modeling import GATES, LONGEST, Pass
 from comeba_ext.serving.paged import PagedText
 
 PREFIX = "Edited"  # before the base model's architecture
+PARTS = ("slot_mapping", "query_start_loc", "block_table")  # of an attention layer's metadata
 ENDS = ("ForCausalLM", "LMHeadModel")  # of architectures that write text
 
 
@@ -72,14 +74,19 @@ class Edited:
         self.reading = Reading(here) if any("ends" in gate.tensors and "delta" not in gate.tensors for gate in self.edits) else None
         self.met, self.missing = [], {f"edits.{name}" for name, _ in self.edits.named_buffers()}
         for name, gate in zip(own["layers"], self.edits):
-            try:
-                layer = self.get_submodule(f"{own['decoder']}.{name}")
-            except AttributeError:
-                raise ComebaError(f"vLLM's {type(self).__bases__[1].__name__} has no layer {own['decoder']}.{name} to edit") from None
-            layer.register_forward_hook(functools.partial(self._edit, gate))
+            self._layer(own["decoder"], name).register_forward_hook(functools.partial(self._edit, gate))
+
+    def _layer(self, decoder, name):
+        """As the base model calls it; vLLM's class for models that it takes from Transformers calls every decoder ``model``."""
+        for place in (decoder, "model"):
+            with contextlib.suppress(AttributeError):
+                return self.get_submodule(f"{place}.{name}")
+        raise ComebaError(f"vLLM's {type(self).__bases__[1].__name__} has no layer {decoder}.{name} to edit")
 
     def _edit(self, gate, layer, args, output):
         self.met.append(gate)
+        if self.reading is not None and args[0].shape[:-1].numel() != self.reading.here.hashes.shape[1]:
+            raise ComebaError("an edited layer was given other tokens than the model, so their text is not known")
         if not isinstance(output, tuple):
             return gate.edit(layer, args, output)
         return (gate.edit(layer, args, output[0]), *output[1:])
@@ -141,17 +148,13 @@ class Reading:
     def _metadata(self, context):
         """Of one attention layer, always the same: one that sees all earlier tokens, where there is one."""
         if self.layer is None:
-            layers = list(context.attn_metadata)
+            layers = [name for name, own in context.attn_metadata.items() if all(hasattr(own, part) for part in PARTS)]
+            if not layers:
+                kinds = ", ".join(sorted({type(own).__name__ for own in context.attn_metadata.values()}))
+                raise ComebaError(f"edits find their text by {', '.join(PARTS)}, which {kinds} lacks; choose another --attention-backend")
             far = [name for name in layers if getattr(context.no_compile_layers.get(name), "sliding_window", None) is None]
             self.layer = (far or layers)[0]
-        own = context.attn_metadata[self.layer]
-        lacking = [what for what in ("slot_mapping", "query_start_loc", "block_table") if not hasattr(own, what)]
-        if lacking:
-            raise ComebaError(
-                f"{type(own).__name__} of this attention backend has no {lacking[0]}, by which edits find the text; "
-                "choose another one, such as --attention-backend TRITON_ATTN"
-            )
-        return own
+        return context.attn_metadata[self.layer]
 
 
 def _check(config) -> None:
