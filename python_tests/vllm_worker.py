@@ -1,8 +1,8 @@
 """What a process with vLLM does for :mod:`test_vllm`: ``vllm_worker.py MODEL ASKED.json OUT.json``, one answer for every question in order.
 
 ``ASKED.json`` has the ``engine``'s options and ``rounds`` of questions that are asked at once: token ids ``prompt``, how many ``new`` ones,
-and ``forced``, the only token that may be written. Answers: the tokens, log probabilities of those behind the prompt's first one, of which
-prompts only have them if ``whole``, and how many tokens were ``cached``.
+and ``forced``, the only token that may be written. Answers: the tokens; log probabilities of those behind the prompt's first one, of which
+prompts only have them if ``whole``; the ``likely`` token at every step and its log probability; how many tokens were ``cached``.
 """
 
 import json
@@ -19,7 +19,8 @@ def answer(asked, found):
     steps = [at[token].logprob for at, token in zip(own.logprobs, own.token_ids)]
     if asked["whole"]:
         steps = [at[token].logprob for at, token in zip(found.prompt_logprobs[1:], asked["prompt"][1:])] + steps
-    return {"tokens": list(own.token_ids), "logprobs": steps, "cached": found.num_cached_tokens or 0}
+    likely = [max((seen.logprob, token) for token, seen in at.items()) for at in own.logprobs]
+    return {"tokens": list(own.token_ids), "logprobs": steps, "likely": likely, "cached": found.num_cached_tokens or 0}
 
 
 def main(model: str, asked: str, out: str) -> None:
