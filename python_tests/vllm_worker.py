@@ -28,6 +28,7 @@ def main(model: str, asked: str, out: str) -> None:
 
     given = json.loads(Path(asked).read_text())
     engine = {"enforce_eager": True, "dtype": "float32", "max_model_len": 128, "skip_tokenizer_init": True, "block_size": 32}
+    engine["disable_log_stats"] = False
     try:
         llm = LLM(model, **(engine | given["engine"]))
     except Exception as error:
@@ -49,8 +50,8 @@ def main(model: str, asked: str, out: str) -> None:
         ]
         found = llm.generate([{"prompt_token_ids": own["prompt"]} for own in questions], how, use_tqdm=False)
         answers += [answer(*pair) for pair in zip(questions, found)]
-    config = llm.llm_engine.vllm_config.cache_config
-    Path(out).write_text(json.dumps({"answers": answers, "blocks": config.num_gpu_blocks, "size": config.block_size}))
+    begun_again = sum(own.value for own in llm.get_metrics() if own.name == "vllm:num_preemptions")
+    Path(out).write_text(json.dumps({"answers": answers, "begun_again": begun_again}))
 
 
 if __name__ == "__main__":
