@@ -109,8 +109,10 @@ def edits_folder(out: Path | None, resume: bool = False, first: bool = True):
         yield
 
 
-def check_same(editor, out: Path, kind, config: Path | None, scope: str | None, covariance: Path | None, texts: Path | None) -> None:
-    """Refuse options that say something else than the edits in ``out`` were made with."""
+def check_same(
+    editor, out: Path, kind, config: Path | None, scope: str | None, chat: bool, covariance: Path | None, texts: Path | None
+) -> None:
+    """Refuse options that say something else than the edits in ``out`` were made with; what is not given is as it was."""
     from comeba_ext.covariance import Covariance
     from comeba_ext.covariance.corpus import digest_of
     from comeba_ext.data import read_texts
@@ -118,8 +120,8 @@ def check_same(editor, out: Path, kind, config: Path | None, scope: str | None, 
 
     if kind is not None and kind is not type(editor.method):
         raise ComebaError(f"{out} holds edits made by {editor.method.name}; --method {kind.name} cannot go on with them")
-    given = {**(read_settings(config) if config else {}), **({"scope": scope} if scope else {})}
-    wanted = settings_of(editor.model, config, type(editor.method), scope) if given else editor.config
+    given = {**(read_settings(config) if config else {}), **({"scope": scope} if scope else {}), **({"chat": chat} if chat else {})}
+    wanted = settings_of(editor.model, config, type(editor.method), scope, chat=chat) if given else editor.config
     for key in given:
         here, there = getattr(wanted, key), getattr(editor.config, key)
         if here != there:
