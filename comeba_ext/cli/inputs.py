@@ -30,6 +30,27 @@ def loaded(name: str, device: str | None, dtype: str, edits: Path | None = None,
     return model, tokenizer
 
 
+def beside(name: str, base: str | None, edits: Path | None):
+    """What another tool's file adds to BASE (:class:`~comeba_ext.methods.easyedit_wise.SavedWise`); ``None`` where ``name`` is a model."""
+    from comeba_ext.loading import GGUF
+    from comeba_ext.methods.easyedit_wise import read_wise
+
+    path = Path(name)
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have: loaded() says so
+        return None
+    if not is_file or path.suffix.lower() == GGUF:
+        return None
+    if base is None:
+        raise ComebaError(
+            f"{name} is a file: give the model's folder, a {GGUF} file, or, if EasyEdit's WISE saved it, its model with --base"
+        )
+    if edits is not None:
+        raise ComebaError(f"--edits go onto a model, and {name} is what EasyEdit's WISE saved: leave one of them out")
+    return read_wise(path)
+
+
 def device_of(wanted: str | None) -> str:
     """The device asked for, or a GPU of this process's own, or the CPU."""
     import torch
