@@ -284,9 +284,11 @@ def _unpickled(path: str | Path) -> object:
     try:
         with torch.serialization.safe_globals([_CONFIG, _ACTIVATION]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # What else torch says is how to run the file all the same.
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"it asks for {asked[1]}" if asked else "it is no such pickle"
+        raise StorageError(f"{path} is not what EasyEdit's WISE saves: {why}, and nothing was run") from None
     except Exception as error:  # what a damaged file makes its reader raise is of no particular kind
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if asked is not None:
-            raise StorageError(f"{path} is not what EasyEdit's WISE saves: it asks for {asked[1]}, and nothing was run") from None
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StorageError(f"{path} is truncated, or not what EasyEdit's WISE saves: {cause}") from None
