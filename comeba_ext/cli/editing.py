@@ -145,7 +145,7 @@ def edit(
         net, tokenizer = loaded(model, device, dtype, trust=trust)
         if resume and (out / MANIFEST).exists():
             editor = Editor.from_pretrained(net, tokenizer, out)
-            check_same(editor, out, kind if method else None, config, scope, covariance, texts)
+            check_same(editor, out, kind if method else None, config, scope, chat, covariance, texts)
         else:
             editor = Editor(net, tokenizer, settings_of(net, config, kind, scope, editor_folder, chat), method=kind)
             editor.method.ready()
