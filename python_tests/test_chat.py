@@ -88,7 +88,7 @@ def test_edits_are_gone_on_with_in_the_chat_they_were_begun_in(tiny_model, instr
     (tmp_path / "not.yaml").write_text("chat: false\n")
     for begun in (True, False):
         editor = make_editor(small_model(tiny_model), instruct, chat=begun)
-        resume = lambda chat=False, config=None: check_same(editor, tmp_path, None, config, None, chat, None, None)  # noqa: B023, E731
+        resume = lambda chat=False, config=None: check_same(editor, tmp_path, None, config, None, None, chat, None, None)  # noqa: B023, E731
         resume()  # not given: as it was
         given = {"config": tmp_path / "not.yaml"} if begun else {"chat": True}
         with pytest.raises(ComebaError, match=f"made with chat {begun}, not {not begun}"):

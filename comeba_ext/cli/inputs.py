@@ -131,7 +131,15 @@ def edits_folder(out: Path | None, resume: bool = False, first: bool = True):
 
 
 def check_same(
-    editor, out: Path, kind, config: Path | None, scope: str | None, chat: bool, covariance: Path | None, texts: Path | None
+    editor,
+    out: Path,
+    kind,
+    config: Path | None,
+    scope: str | None,
+    trained: Path | None,
+    chat: bool,
+    covariance: Path | None,
+    texts: Path | None,
 ) -> None:
     """Refuse options that say something else than the edits in ``out`` were made with; what is not given is as it was."""
     from comeba_ext.covariance import Covariance
@@ -141,6 +149,9 @@ def check_same(
 
     if kind is not None and kind is not type(editor.method):
         raise ComebaError(f"{out} holds edits made by {editor.method.name}; --method {kind.name} cannot go on with them")
+    known = getattr(editor.config, "editor", None)
+    if trained is not None and (known is None or Path(known).resolve() != trained.resolve()):
+        raise ComebaError(f"the edits in {out} were made with {f'--editor {known}' if known else 'no --editor'}, not {trained}")
     given = {**(read_settings(config) if config else {}), **({"scope": scope} if scope else {}), **({"chat": chat} if chat else {})}
     wanted = settings_of(editor.model, config, type(editor.method), scope, chat=chat) if given else editor.config
     for key in given:
