@@ -17,7 +17,7 @@ from test_cli import output, run
 from comeba_ext import EditConfig, Editor, experiments, methods, testbed
 from comeba_ext.errors import ConfigError
 from comeba_ext.evaluation import Writing, bootstrap_interval, predict_base
-from comeba_ext.experiments import definition
+from comeba_ext.experiments import definition, plots
 from comeba_ext.experiments.kept_base import kept_base
 from comeba_ext.experiments.table import markdown
 from comeba_ext.report import build, read
@@ -337,6 +337,26 @@ def test_every_shipped_experiment_runs(name, covariance, tmp_path, monkeypatch):
     assert list(dict.fromkeys(row["case"] for row in result["rows"])) == cases
     assert all(0 <= row["reliability"] <= 1 for row in result["rows"]) and not any("error" in row for row in result["rows"])
     assert (tmp_path / f"{name}.md").exists() and (tmp_path / result["plots"][0]).exists()
+
+
+def test_scores_of_cases_with_different_layers(tmp_path):
+    """A column a layer; a case's panels stand in its own."""
+    layers = {"one": [10], "two": [2, 4, 10], "three": [4]}
+
+    def row(case, blocks):
+        scores = {f"model.layers.{n}.mlp.down_proj": [0.1, 0.5, 1.0] for n in blocks}
+        return {"case": case, "edits": 2, "peak_scores": dict.fromkeys(plots.KINDS, scores), "alpha": dict.fromkeys(scores, 0.4)}
+
+    figure = plots._scores([row(case, blocks) for case, blocks in layers.items()])
+    titles = [[axis.get_visible() and axis.get_title() for axis in figure.axes[3 * n : 3 * n + 3]] for n in range(3)]
+    assert titles == [
+        [False, False, "one, block 10"],
+        ["two, block 2", "two, block 4", "two, block 10"],
+        [False, "three, block 4", False],
+    ]
+    assert [axis.get_ylabel() != "" for axis in figure.axes] == [False, False, True, True, False, False, False, True, False]
+    assert len(figure.legends[0].get_texts()) == 3
+    figure.savefig(tmp_path / "scores.png")
 
 
 def test_every_measure_and_plot(covariance, tmp_path):
