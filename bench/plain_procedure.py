@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.forward.partial import hidden_of, with_hidden
 from comeba_ext.layers import hooked_linear
-from comeba_ext.text.encoding import pad_id
+from comeba_ext.text.encoding import input_device, pad_id
 from comeba_ext.text.request import as_requests
 from comeba_ext.text.rows import batch_inputs, essence_rows, prompt_rows, target_rows
 
@@ -40,7 +40,7 @@ def target_value(model, tokenizer, config, request, prefixes, logits_twice: bool
         site = model.get_submodule(architecture.projection_name(config.value_layer))
     decoder, head = model.get_submodule(architecture.decoder), architecture.head(model)
     rows = [*target_rows(tokenizer, [request], prefixes, wordings=True), *essence_rows(tokenizer, [request])]
-    inputs = batch_inputs(rows, pad_id(tokenizer), model.get_input_embeddings().weight.device)
+    inputs = batch_inputs(rows, pad_id(tokenizer), input_device(model))
     last = [row.subject_last for row in rows]
     delta = h = before = optimiser = None
     seen = {}

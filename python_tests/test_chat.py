@@ -8,7 +8,8 @@ from test_cli import run
 from test_editor import make_editor, small_model, some_requests
 from torch.nn import functional as F
 
-from comeba_ext.errors import ConfigError, RequestError
+from comeba_ext.cli.inputs import check_same
+from comeba_ext.errors import ComebaError, ConfigError, RequestError
 from comeba_ext.text.chat import chat_wording
 from comeba_ext.text.rows import target_rows
 
@@ -81,3 +82,15 @@ def test_what_cannot_be_done_is_said_before_anything_is_changed(tiny_model, toke
 
     with pytest.raises(RequestError, match="fast tokenizer"):
         chat_wording(Slow(), "x")
+
+
+def test_edits_are_gone_on_with_in_the_chat_they_were_begun_in(tiny_model, instruct, tmp_path):
+    (tmp_path / "not.yaml").write_text("chat: false\n")
+    for begun in (True, False):
+        editor = make_editor(small_model(tiny_model), instruct, chat=begun)
+        resume = lambda chat=False, config=None: check_same(editor, tmp_path, None, config, None, None, chat, None, None)  # noqa: B023, E731
+        resume()  # not given: as it was
+        given = {"config": tmp_path / "not.yaml"} if begun else {"chat": True}
+        with pytest.raises(ComebaError, match=f"made with chat {begun}, not {not begun}"):
+            resume(**given)
+        resume(**({"chat": True} if begun else {"config": tmp_path / "not.yaml"}))

@@ -1,8 +1,9 @@
 """The README and docs/: every code block is run or checked, figures are in committed results, links lead somewhere.
 
 What a block is, its fence says (``python``, ``sh``, ``json``, ``yaml``, ``toml``, ``text``; none: ``sh``; ``py``: another project's Python,
-which is not looked at). Python blocks are run, those of a page one after another, in an empty folder; ``print(x)  # → y`` must print y. Of
-shell blocks commands of this package are held against its own parser. A comment above the fence says otherwise:
+which is not looked at). Python blocks are run, those of a page one after another, in an empty folder; ``print(x)  # → y`` must print y, and
+what a page leaves behind may be checked by a function of its own (``LEFT``). Of shell blocks commands of this package are held against its
+own parser. A comment above the fence says otherwise:
 
     <!-- not run: why -->           Python that is compiled only
     <!-- run -->                    shell whose ``comeba`` commands are run
@@ -25,7 +26,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import comeba_ext
-from comeba_ext import EditConfig, Editor, testbed
+from comeba_ext import EditConfig, Editor, active_edits, testbed
 from comeba_ext.cli import app
 from comeba_ext.data import read_requests
 
@@ -36,11 +37,7 @@ _OPTIONAL = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[projec
 EXTRAS = re.findall(r"^(\w+) = \[", _OPTIONAL, re.M)
 METRICS = ("reliability", "generality", "locality")
 # Pages whose Python another test runs, with what it needs (a server) and expects.
-ELSEWHERE = {
-    "docs/serving.md": "test_server.py",
-    "docs/edit_sets.md": "test_pages.py",
-    "docs/coming_from_easyedit.md": "test_pages.py",
-}
+ELSEWHERE = {"docs/serving.md": "test_server.py"}
 MARK = re.compile(r"<!-- (run|not run: .+|from: .+) -->")
 
 
@@ -113,12 +110,28 @@ def test_fences_say_what_they_hold():
         assert {block.language for block in blocks(page)} <= known, page
         marks = re.findall(r"<!-- (?:run|not run|from)\b.*", path.read_text(encoding="utf-8"))
         assert len(marks) == sum(bool(block.mark) for block in blocks(page)), f"{page}: a mark that is not above a fence"
+    assert all(blocks(page, "python") for page in (*LEFT, *ELSEWHERE))
+
+
+def left_by_edit_sets(names, printed, folder):
+    assert printed == "['press', 'legal']\n['press', 'legal']\n" and active_edits(names["model"]) == []
+    assert "the three facts themselves" in (folder / "press/README.md").read_text(encoding="utf-8")
+
+
+def left_by_coming_from_easyedit(names, printed, folder):
+    assert "MEMIT 4 300\ncollect_covariance(texts, tokens=…)\n" in printed
+    assert names["metrics"].reliability > 0.9 and names["editor"].step == 3
+    assert (folder / "config.yaml").exists()
+
+
+# After a page's Python: its names, all that was printed, the folder that it ran in.
+LEFT = {"docs/edit_sets.md": left_by_edit_sets, "docs/coming_from_easyedit.md": left_by_coming_from_easyedit}
 
 
 @of("python")
 def test_python_blocks(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "__main__"}
+    names, everything = {"__name__": "__main__"}, ""
     for block in blocks(page, "python"):
         code = compile("\n" * (block.line - 1) + block.text, page, "exec")
         if block.mark.startswith("from: "):
@@ -133,6 +146,9 @@ def test_python_blocks(page, tmp_path, monkeypatch):
             wanted = re.findall(r"print\(.*\)  # → (.+)", block.text)
             shown = iter(line.strip() for line in printed.getvalue().splitlines())
             assert [line for line in wanted if line not in shown] == [], f"{page}, line {block.line}: {printed.getvalue()}"
+            everything += printed.getvalue()
+    if page in LEFT:
+        LEFT[page](names, everything, tmp_path)
 
 
 @of("sh")

@@ -10,13 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from test_cli import output, run
 
 from comeba_ext import EditConfig, Editor, experiments, methods, testbed
 from comeba_ext.errors import ConfigError
-from comeba_ext.evaluation import bootstrap_interval
-from comeba_ext.experiments import definition
+from comeba_ext.evaluation import Writing, bootstrap_interval, predict_base
+from comeba_ext.experiments import definition, plots
+from comeba_ext.experiments.kept_base import kept_base
 from comeba_ext.experiments.table import markdown
 from comeba_ext.report import build, read
 from comeba_ext.storage import MANIFEST
@@ -261,7 +263,7 @@ def test_cases_run_apart_and_make_one_table(small, covariance, tmp_path, monkeyp
     second = output("experiment", *given, out, "--case", "COMEBA-HK")  # and what is complete of the others
     assert metrics_of(second) == metrics_of(whole)
     asked = lambda *_, **__: pytest.fail("every log is complete")  # noqa: E731
-    monkeypatch.setattr("comeba_ext.experiments.runner.predict_base", asked)
+    monkeypatch.setattr("comeba_ext.experiments.runner.kept_base", asked)
     assert metrics_of(output("experiment", *given, out)) == metrics_of(whole)
     assert (out / "small.md").exists() and (out / "small-testbed.png").exists()
     log = out / "small/testbed/MEMIT/log.jsonl"
@@ -271,6 +273,35 @@ def test_cases_run_apart_and_make_one_table(small, covariance, tmp_path, monkeyp
     assert {row["case"] for row in third["rows"]} == {"COMEBA-HK"}
     wrong = run("experiment", *given, out, "--case", "ROME", "--json")
     assert wrong.exit_code == 1 and "COMEBA-HK, MEMIT" in json.loads(wrong.stdout)["error"]
+
+
+@pytest.mark.parametrize("writing", [None, {"answer_tokens": 3}])
+def test_the_unedited_model_is_asked_once_an_experiment(tmp_path, monkeypatch, writing):
+    """Written answers as well; a file of other records, or a damaged one, is no answer."""
+    (model, tokenizer), facts = testbed.load(), testbed.facts()
+    how = {"generate": True, "writing": writing and Writing(**writing)}
+    path, calls = tmp_path / "run/base.json", []
+
+    def asked(*args, **options):
+        calls.append(args[2])
+        return predict_base(*args, **options)
+
+    monkeypatch.setattr("comeba_ext.experiments.kept_base.predict_base", asked)
+    expected = predict_base(model, tokenizer, facts[:3], **how)
+    for _ in range(2):
+        assert kept_base(path, model, tokenizer, facts[:3], **how) == expected
+    assert len(calls) == 1
+    assert kept_base(path, model, tokenizer, facts[:4], **how) == predict_base(model, tokenizer, facts[:4], **how)
+    assert kept_base(path, model, tokenizer, facts[:4], **how | {"generate": False}).generate is False
+    for damaged in ("{", "[]", '{"asked": 1}', path.read_text()[:-20], path.read_text().replace('"predictions": [', '"predictions": [1, ')):
+        path.write_text(damaged)
+        count = len(calls)
+        assert kept_base(path, model, tokenizer, facts[:4], **how) == predict_base(model, tokenizer, facts[:4], **how)
+        assert len(calls) == count + 1
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    kept_base(path, model, tokenizer, facts[:4], **how)
+    assert len(calls) == count + 2
 
 
 def test_cases_in_processes(tmp_path):
@@ -306,6 +337,26 @@ def test_every_shipped_experiment_runs(name, covariance, tmp_path, monkeypatch):
     assert list(dict.fromkeys(row["case"] for row in result["rows"])) == cases
     assert all(0 <= row["reliability"] <= 1 for row in result["rows"]) and not any("error" in row for row in result["rows"])
     assert (tmp_path / f"{name}.md").exists() and (tmp_path / result["plots"][0]).exists()
+
+
+def test_scores_of_cases_with_different_layers(tmp_path):
+    """A column a layer; a case's panels stand in its own."""
+    layers = {"one": [10], "two": [2, 4, 10], "three": [4]}
+
+    def row(case, blocks):
+        scores = {f"model.layers.{n}.mlp.down_proj": [0.1, 0.5, 1.0] for n in blocks}
+        return {"case": case, "edits": 2, "peak_scores": dict.fromkeys(plots.KINDS, scores), "alpha": dict.fromkeys(scores, 0.4)}
+
+    figure = plots._scores([row(case, blocks) for case, blocks in layers.items()])
+    titles = [[axis.get_visible() and axis.get_title() for axis in figure.axes[3 * n : 3 * n + 3]] for n in range(3)]
+    assert titles == [
+        [False, False, "one, block 10"],
+        ["two, block 2", "two, block 4", "two, block 10"],
+        [False, "three, block 4", False],
+    ]
+    assert [axis.get_ylabel() != "" for axis in figure.axes] == [False, False, True, True, False, False, False, True, False]
+    assert len(figure.legends[0].get_texts()) == 3
+    figure.savefig(tmp_path / "scores.png")
 
 
 def test_every_measure_and_plot(covariance, tmp_path):

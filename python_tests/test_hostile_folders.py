@@ -294,6 +294,7 @@ def test_resuming_refuses_other_settings(tmp_path):
         (("--config", tmp_path / "other.yaml"), "steps"),
         (("--config", tmp_path / "none.yaml"), "No such file"),
         (("--scope", "zscore"), "scope"),
+        (("--chat",), "made with chat False, not True"),
         (("--method", "MEMIT"), "MEMIT"),
         (("--covariance", tmp_path / "c.safetensors"), "another covariance"),
         (("--covariance", tmp_path / "none.safetensors"), "does not exist"),

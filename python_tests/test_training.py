@@ -558,3 +558,9 @@ def test_from_the_command_line(tmp_path):
         wrong = run(*arguments, "--out", tmp_path / "other", "--json")
         assert wrong.exit_code == 1 and words in json.loads(wrong.stdout)["error"], wrong.stdout
         assert not (tmp_path / "other").exists()
+    before = {file: file.read_bytes() for file in edits.rglob("*") if file.is_file()}
+    wrong = run("edit", "testbed", *given, "--resume", "--editor", tmp_path / "another", "--out", edits, "--json")
+    assert wrong.exit_code == 1 and f"--editor {folder}, not {tmp_path / 'another'}" in json.loads(wrong.stdout)["error"]
+    assert {file: file.read_bytes() for file in edits.rglob("*") if file.is_file()} == before
+    again = output("edit", "testbed", *given, "--resume", "--editor", folder / ".." / "mend", "--out", edits)
+    assert again["edits"] == 0 and again["earlier_edits"] == 1

@@ -145,7 +145,7 @@ def edit(
         net, tokenizer = loaded(model, device, dtype, trust=trust)
         if resume and (out / MANIFEST).exists():
             editor = Editor.from_pretrained(net, tokenizer, out)
-            check_same(editor, out, kind if method else None, config, scope, covariance, texts)
+            check_same(editor, out, kind if method else None, config, scope, editor_folder, chat, covariance, texts)
         else:
             editor = Editor(net, tokenizer, settings_of(net, config, kind, scope, editor_folder, chat), method=kind)
             editor.method.ready()
@@ -182,6 +182,8 @@ def edit(
             verb, whose = ("is", "its prompt") if len(todo) == 1 else ("are", "their prompts")
             report.say(f"{answered} of {len(todo)} {verb} answered behind {whose} right after the batch.")
             say_settings(report, editor, steps)
+            if editor.method.takes_values and not editor.config.chat and getattr(tokenizer, "chat_template", None):
+                report.say("This model has a chat template; with --chat the edits hold there as well.")
         if rewritten:
             report.say(f"{counted(len(rewritten), 'earlier edit')} of the same subjects found anew together with them.")
         if moved:

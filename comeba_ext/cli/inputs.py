@@ -30,6 +30,27 @@ def loaded(name: str, device: str | None, dtype: str, edits: Path | None = None,
     return model, tokenizer
 
 
+def beside(name: str, base: str | None, edits: Path | None):
+    """What another tool's file adds to BASE (:class:`~comeba_ext.methods.easyedit_wise.SavedWise`); ``None`` where ``name`` is a model."""
+    from comeba_ext.loading import GGUF
+    from comeba_ext.methods.easyedit_wise import read_wise
+
+    path = Path(name)
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have: loaded() says so
+        return None
+    if not is_file or path.suffix.lower() == GGUF:
+        return None
+    if base is None:
+        raise ComebaError(
+            f"{name} is a file: give the model's folder, a {GGUF} file, or, if EasyEdit's WISE saved it, its model with --base"
+        )
+    if edits is not None:
+        raise ComebaError(f"--edits go onto a model, and {name} is what EasyEdit's WISE saved: leave one of them out")
+    return read_wise(path)
+
+
 def device_of(wanted: str | None) -> str:
     """The device asked for, or a GPU of this process's own, or the CPU."""
     import torch
@@ -109,8 +130,18 @@ def edits_folder(out: Path | None, resume: bool = False, first: bool = True):
         yield
 
 
-def check_same(editor, out: Path, kind, config: Path | None, scope: str | None, covariance: Path | None, texts: Path | None) -> None:
-    """Refuse options that say something else than the edits in ``out`` were made with."""
+def check_same(
+    editor,
+    out: Path,
+    kind,
+    config: Path | None,
+    scope: str | None,
+    trained: Path | None,
+    chat: bool,
+    covariance: Path | None,
+    texts: Path | None,
+) -> None:
+    """Refuse options that say something else than the edits in ``out`` were made with; what is not given is as it was."""
     from comeba_ext.covariance import Covariance
     from comeba_ext.covariance.corpus import digest_of
     from comeba_ext.data import read_texts
@@ -118,8 +149,11 @@ def check_same(editor, out: Path, kind, config: Path | None, scope: str | None, 
 
     if kind is not None and kind is not type(editor.method):
         raise ComebaError(f"{out} holds edits made by {editor.method.name}; --method {kind.name} cannot go on with them")
-    given = {**(read_settings(config) if config else {}), **({"scope": scope} if scope else {})}
-    wanted = settings_of(editor.model, config, type(editor.method), scope) if given else editor.config
+    known = getattr(editor.config, "editor", None)
+    if trained is not None and (known is None or Path(known).resolve() != trained.resolve()):
+        raise ComebaError(f"the edits in {out} were made with {f'--editor {known}' if known else 'no --editor'}, not {trained}")
+    given = {**(read_settings(config) if config else {}), **({"scope": scope} if scope else {}), **({"chat": chat} if chat else {})}
+    wanted = settings_of(editor.model, config, type(editor.method), scope, chat=chat) if given else editor.config
     for key in given:
         here, there = getattr(wanted, key), getattr(editor.config, key)
         if here != there:
@@ -176,7 +210,7 @@ def continued(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str
 
     from comeba_ext.forward.architectures import context_length
     from comeba_ext.layers.attachment import prompt_rewriter
-    from comeba_ext.text.encoding import pad, pad_id
+    from comeba_ext.text.encoding import input_device, pad, pad_id
 
     limit = context_length(model)
     rewrite = prompt_rewriter(model) or (lambda prompt: prompt)
@@ -186,7 +220,7 @@ def continued(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str
             raise ComebaError("a prompt is empty")
         if limit is not None and len(row) + new_tokens > limit:
             raise ComebaError(f"prompt {prompt[:40]!r}… and {new_tokens} new tokens exceed the context of {limit}")
-    ids, mask = pad(rows, pad_id(tokenizer), "left", model.get_input_embeddings().weight.device)
+    ids, mask = pad(rows, pad_id(tokenizer), "left", input_device(model))
     with torch.no_grad():
         out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=pad_id(tokenizer))
     texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)

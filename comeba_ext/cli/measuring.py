@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from comeba_ext.cli.app import Device, Dtype, Edits, Json, Limit, Model, Trust, app
-from comeba_ext.cli.inputs import fitting, loaded
+from comeba_ext.cli.inputs import beside, fitting, loaded
 from comeba_ext.cli.terminal import METRICS, counted, flattened, metric_table, reporting, say_counts
 from comeba_ext.errors import ComebaError
 
@@ -28,7 +28,11 @@ def evaluate_(
     edits: Edits = None,
     base: Annotated[
         Optional[str],
-        typer.Option("--base", help="the model that MODEL's weights were changed from, by whatever tool: locality is measured against it"),
+        typer.Option(
+            "--base",
+            help="the model that MODEL was changed from, by whatever tool: locality is measured against it; MODEL may then be a file "
+            "that EasyEdit's WISE saved",
+        ),
     ] = None,
     generate: Annotated[bool, typer.Option(help="also measure greedy generation, cut at the answer's length")] = True,
     answer_tokens: Annotated[
@@ -66,12 +70,15 @@ def evaluate_(
         asked = None if judge is None else Judge(judge, judge_model, os.environ.get(judge_key), kept=verdicts)
         read = read_requests(records, limit)
         writing, against = Writing(tokens, chat, long) if tokens else None, None
-        if base is not None:  # before MODEL is there, so that one at a time takes memory
+        foreign = beside(model, base, edits)
+        if base is not None and foreign is None:  # before MODEL is there, so that one at a time takes memory
             net, asking = loaded(base, device, dtype, trust=trust)
             against = predict_base(net, asking, fitting(net, asking, read)[0], generate=generate, writing=writing, progress=not as_json)
             del net
-        net, tokenizer = loaded(model, device, dtype, edits, trust=trust)
-        if base is not None:
+        net, tokenizer = loaded(model if foreign is None else base, device, dtype, edits, trust=trust)
+        if foreign is not None:
+            foreign.onto(net)
+        elif base is not None:
             if asking.get_vocab() != tokenizer.get_vocab():
                 raise ComebaError(f"--base {base}: its tokenizer is not that of {model}, so it cannot be what that was made from")
             tokenizer = asking  # one for both

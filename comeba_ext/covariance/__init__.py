@@ -31,7 +31,7 @@ from comeba_ext.forward.partial import evaluating, run_until
 from comeba_ext.interrupts import uninterrupted
 from comeba_ext.layers.hooked_linear import shape_of
 from comeba_ext.storage import check_identity, identity, read_tensors, write_tensors
-from comeba_ext.text.encoding import micro_batches, pad, pad_id
+from comeba_ext.text.encoding import input_device, micro_batches, pad, pad_id
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def collect_covariance(
         own.tokens_wanted = wanted
         own.unfinished = dataclasses.replace(where, units=set(where.units) if rank == 0 else set())
         units = Units(tokenizer, texts, where, wanted, min(context, context_length(model) or context))
-        device = model.get_input_embeddings().weight.device
+        device = input_device(model)
         device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate moves what it is given
         checkpoint = path if rank == 0 else path and _part(path, rank, world)
         draw = Draw(wanted)

@@ -14,7 +14,7 @@ from comeba_ext.forward.logits import logits_at
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.attachment import disabled
 from comeba_ext.memory.ledger import Ledger
-from comeba_ext.text.encoding import pad_id
+from comeba_ext.text.encoding import input_device, pad_id
 from comeba_ext.text.prefixes import sample_prefixes
 from comeba_ext.text.rows import Row, batch_inputs
 
@@ -77,7 +77,7 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return input_device(self.model)
 
     @property
     def pad_token(self) -> int:

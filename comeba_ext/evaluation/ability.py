@@ -16,7 +16,7 @@ from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.logits import room_for_logits
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.attachment import attachments
-from comeba_ext.text.encoding import micro_batches, pad, pad_id
+from comeba_ext.text.encoding import input_device, micro_batches, pad, pad_id
 
 MAX_NLL = 700.0  # whose exponential is still a float64
 
@@ -65,7 +65,7 @@ def read_text(
         left -= len(ids)
         if left <= 0:
             break
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     total, count, found = 0.0, 0, []
     with evaluating(model), tqdm(total=sum(map(len, rows)), unit="token", desc="text", disable=not progress) as bar:
         for group in micro_batches([len(row) for row in rows], room_for_logits(model, max_tokens)):

@@ -17,7 +17,7 @@ from comeba_ext.evaluation.scoring import greedy, micro_batches
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.attachment import prompt_rewriter
-from comeba_ext.text.encoding import pad, pad_id
+from comeba_ext.text.encoding import input_device, pad, pad_id
 
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # of bi- and trigram entropy, before their mean
 
@@ -48,7 +48,7 @@ def fluency(model: torch.nn.Module, tokenizer, prompts: list[str], *, new_tokens
     for prompt, ids in rows.items():
         if limit is not None and len(ids) + new_tokens > limit:
             raise ComebaError(f"prompt {prompt[:40]!r}… and {new_tokens} new tokens exceed the context of {limit}")
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     values: dict[str, float] = {}
     with evaluating(model), torch.no_grad(), greedy(model, pad_id(tokenizer)):
         for batch in micro_batches(list(rows), max_tokens, size=lambda p: len(rows[p]) + new_tokens):

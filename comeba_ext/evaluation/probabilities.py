@@ -23,7 +23,7 @@ from comeba_ext.evaluation.scoring import Query, micro_batches
 from comeba_ext.forward.logits import logits_at, room_for_logits
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.attachment import prompt_rewriter
-from comeba_ext.text.encoding import pad, pad_id
+from comeba_ext.text.encoding import input_device, pad, pad_id
 from comeba_ext.text.request import EditRequest, as_requests
 
 NAMES = ("efficacy", "paraphrase", "neighborhood")
@@ -70,7 +70,7 @@ def probabilities(model, queries, *, pad_token: int, max_tokens: int) -> dict[Qu
     """``exp(mean log-probability)`` of every query's target tokens behind its prompt."""
     queries = list(dict.fromkeys(queries))
     found: dict[Query, float] = {}
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     with evaluating(model):
         for batch in micro_batches(queries, room_for_logits(model, max_tokens), size=lambda q: len(q.ids)):
             ids, mask = pad([list(q.ids) for q in batch], pad_token, "right", device)

@@ -208,7 +208,7 @@ def _header(model, requests, protocol, method, config, covariance, identity) -> 
         "generate": protocol.generate,
         "writing": None if protocol.writing is None else dataclasses.asdict(protocol.writing),
         "records": len(requests),
-        "requests": _digest([r.to_record() for r in requests]),
+        "requests": digest([r.to_record() for r in requests]),
         "config": config.to_dict(),
         "version": __version__,
         "model": _model(model, config),
@@ -334,16 +334,17 @@ def _finished(records: list[dict], count: int) -> bool:
 def _model(model: torch.nn.Module, config: EditConfig) -> str:
     architecture = Architecture.of(model, blocks=config.blocks, projection=config.projection)
     known = identity_of(model, [architecture.projection_name(n) for n in config.layers])
-    return _digest([known, str(model.dtype)])
+    return digest([known, str(model.dtype)])
 
 
 def _covariance(covariance: Covariance | None) -> str | None:
     if covariance is None:
         return None
-    return _digest([covariance.tokens, {name: moments.diagonal().tolist() for name, moments in covariance.moments.items()}])
+    return digest([covariance.tokens, {name: moments.diagonal().tolist() for name, moments in covariance.moments.items()}])
 
 
-def _digest(value) -> str:
+def digest(value) -> str:
+    """Sixteen digits that tell one JSON value from another."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 

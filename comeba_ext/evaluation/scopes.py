@@ -15,7 +15,7 @@ from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.attachment import attachments
 from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.ops.hooked_linear import in_scope
-from comeba_ext.text.encoding import encode
+from comeba_ext.text.encoding import encode, input_device
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def text_scope(model: nn.Module, tokenizer, text: str) -> TextScope:
         raise RequestError(f"the text has {len(ids)} tokens, the model's context is {limit}")
     if not any(layer.mode == "validated" for layer in _scored(model).values()):
         raise ComebaError("every token gets these edits: no score is asked")
-    row = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    row = torch.tensor([ids], device=input_device(model))
     layers = token_scores(model, row, torch.ones_like(row))
     return TextScope([_written(tokenizer, token) for token in ids], layers)
 

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from comeba_ext.errors import RequestError
 from comeba_ext.forward.logits import logits_at, room_for_logits
 from comeba_ext.forward.partial import evaluating
-from comeba_ext.text.encoding import encode, pad
+from comeba_ext.text.encoding import encode, input_device, pad
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,14 @@ def micro_batches(queries: Sequence[Query], max_tokens: int, size, group=lambda 
 def _forced(model, batch: list[Query], pad_token: int) -> list[tuple[int, ...]]:
     # The last target token is fed although nothing behind it is read: a scope that looks at the whole sequence (the
     # paper's score) depends on it, and EasyEdit feeds it.
-    ids, mask = pad([list(query.ids) for query in batch], pad_token, "right", device_of(model))  # (batch, seq)
+    ids, mask = pad([list(query.ids) for query in batch], pad_token, "right", input_device(model))  # (batch, seq)
     columns = [range(len(query.prompt_ids) - 1, len(query.prompt_ids) - 1 + query.length) for query in batch]
     logits = logits_at(model, {"input_ids": ids, "attention_mask": mask}, columns)
     return [tuple(own.argmax(-1).tolist()) for own in logits]
 
 
 def _generated(model, batch: list[Query], pad_token: int) -> list[tuple[int, ...]]:
-    ids, mask = pad([list(query.prompt_ids) for query in batch], pad_token, "left", device_of(model))  # (batch, seq)
+    ids, mask = pad([list(query.prompt_ids) for query in batch], pad_token, "left", input_device(model))  # (batch, seq)
     length = batch[0].length
     output = model.generate(
         input_ids=ids,
@@ -177,11 +177,6 @@ def greedy(model: torch.nn.Module, pad_token: int):
 
 
 _ABSENT = object()
-
-
-def device_of(model: torch.nn.Module) -> torch.device:
-    weight = next(model.parameters(), None)
-    return torch.device("cpu") if weight is None else weight.device
 
 
 def _advance(bar, batch: list[Query]) -> None:

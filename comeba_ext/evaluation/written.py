@@ -22,12 +22,12 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from comeba_ext.errors import ComebaError
-from comeba_ext.evaluation.scoring import Query, device_of, greedy, micro_batches
+from comeba_ext.evaluation.scoring import Query, greedy, micro_batches
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.logits import room_for_logits
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.text.chat import in_chat
-from comeba_ext.text.encoding import pad, pad_id
+from comeba_ext.text.encoding import input_device, pad, pad_id
 
 ANSWER_TOKENS, LONG_TOKENS = 32, 256  # at most; of paragraphs
 _ABBREVIATIONS = frozenset("st mr mrs ms dr prof gen col lt sgt capt rev hon jr sr inc ltd co corp vs etc ca approx dept univ".split())
@@ -141,7 +141,7 @@ class Writing:
         )
         with evaluating(model), torch.no_grad(), greedy(model, pad_token):
             for batch in batches:
-                ids, mask = pad([list(own) for own in batch], pad_token, "left", device_of(model))
+                ids, mask = pad([list(own) for own in batch], pad_token, "left", input_device(model))
                 output = model.generate(
                     input_ids=ids,
                     attention_mask=mask,

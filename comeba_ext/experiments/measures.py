@@ -18,7 +18,7 @@ from comeba_ext.evaluation.ability import Reading, harness, read_text
 from comeba_ext.evaluation.queries import record_queries
 from comeba_ext.evaluation.scopes import token_scores
 from comeba_ext.evaluation.scoring import predict
-from comeba_ext.text.encoding import encode, micro_batches, pad, pad_id
+from comeba_ext.text.encoding import encode, input_device, micro_batches, pad, pad_id
 from comeba_ext.text.request import EditRequest
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def _scores(editor: Editor, requests: list[EditRequest]) -> dict:
     }
     found = {kind: {name: [0.0] * len(own) for name in editor.layers} for kind, own in prompts.items()}
     inside = dict.fromkeys(prompts, 0)
-    device = editor.model.get_input_embeddings().weight.device
+    device = input_device(editor.model)
     for kind, own in prompts.items():
         rows = [encode(editor.tokenizer, p.rstrip()).ids for p in own]
         for group in micro_batches([len(row) for row in rows], editor.max_tokens):

@@ -192,9 +192,9 @@ def abilities(rows: list[dict]):
 
 
 def _scores(rows: list[dict]):
-    """Histograms of the highest score of every prompt, a row of panels a case, a column a layer."""
+    """Histograms of the highest score of every prompt, a row of panels a case, a column a layer that any case edits."""
     rows = [row for row in _last(rows) if "peak_scores" in row]
-    layers = max((list(row["peak_scores"]["edited"]) for row in rows), key=len)
+    layers = sorted({name for row in rows for name in row["peak_scores"]["edited"]}, key=_by_number)
     figure, axes = plt.subplots(
         len(rows), len(layers), figsize=(3.1 * len(layers) + 0.6, 2.9 * len(rows) + 1), squeeze=False, layout="constrained"
     )
@@ -202,6 +202,9 @@ def _scores(rows: list[dict]):
         positive = np.array([v for own in row["peak_scores"].values() for layer in own.values() for v in layer if v > 0 and np.isfinite(v)])
         wide = len(positive) > 0 and positive.max() > 1000 * positive.min() and positive.max() > 20  # spans orders of magnitude
         for axis, name in zip(line, layers, strict=True):
+            if name not in row["peak_scores"]["edited"]:
+                axis.set_visible(False)
+                continue
             values = {kind: np.array(own[name]) for kind, own in row["peak_scores"].items()}
             everything = np.concatenate([v[np.isfinite(v)] for v in values.values()])
             if wide:
@@ -232,8 +235,9 @@ def _scores(rows: list[dict]):
             axis.set_title(f"{row['case']}, block {_block(name)}", fontsize=8)
             axis.set_xlabel("highest score of the prompt's tokens" + (" (log)" if wide else ""), fontsize=8)
             axis.tick_params(labelsize=7)
-        line[0].set_ylabel("share of prompts", fontsize=8)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), ncols=3, loc="outside lower center", fontsize=9, frameon=False)
+        shown = [axis for axis in line if axis.get_visible()]
+        shown[0].set_ylabel("share of prompts", fontsize=8)
+    figure.legend(*shown[0].get_legend_handles_labels(), ncols=3, loc="outside lower center", fontsize=9, frameon=False)
     return figure
 
 
@@ -264,6 +268,10 @@ def _shares(axis, label: str, top: float = 1.03) -> None:
     axis.grid(axis="y", lw=0.5, alpha=0.5)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _by_number(name: str) -> list:
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]
 
 
 def _block(name: str) -> str:

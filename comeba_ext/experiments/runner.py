@@ -21,13 +21,14 @@ from comeba_ext.data import ReadResult
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError
-from comeba_ext.evaluation import Protocol, Result, predict_base, run_protocol
+from comeba_ext.evaluation import Protocol, Result, run_protocol
 from comeba_ext.evaluation.metrics import METRICS, Metrics, averaged
 from comeba_ext.evaluation.protocols import complete_result
 from comeba_ext.evaluation.queries import check_record
 from comeba_ext.evaluation.ways import WAYS
 from comeba_ext.experiments import measures, table
 from comeba_ext.experiments.definition import Case, Experiment
+from comeba_ext.experiments.kept_base import kept_base
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.layers.hooked_linear import shape_of
 from comeba_ext.machine import machine, versions
@@ -108,7 +109,8 @@ def run(
         used, skipped = _usable(model, tokenizer, dataset, read, samples, seed)
         records[dataset] = read.counts(used, skipped)
         how = {"generate": experiment.generate, "writing": experiment.writing, "progress": progress}
-        base = functools.cache(functools.partial(predict_base, model, tokenizer, used, **how))  # not asked where every log is complete
+        told = out / experiment.name / slug(dataset) / "base.json"
+        base = functools.cache(functools.partial(kept_base, told, model, tokenizer, used, **how))  # not asked where every log is complete
         for case in there:
             protocol = _protocol(experiment, case, len(used), seed)
             method = methods.method_named(case.method)

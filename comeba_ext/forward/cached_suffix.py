@@ -50,7 +50,7 @@ from comeba_ext.forward.grouped_attention import can_group, grouped
 from comeba_ext.forward.partial import hidden_of, only_at, resumed, run_until, watched, with_hidden
 from comeba_ext.forward.past import Past, States, cache_name, right_aligned
 from comeba_ext.forward.shared_prefix import SharedPrefix, can_share, own_inputs
-from comeba_ext.text.encoding import dense_batches
+from comeba_ext.text.encoding import dense_batches, input_device
 from comeba_ext.text.rows import Row
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Suffix:
         self.head = self.architecture.head(self.model)
         self.norm = self.architecture.after_norm(self.model, self.value_layer)
         self.projection = self.model.get_submodule(self.architecture.projection_name(self.value_layer))
-        self.device = self.model.get_input_embeddings().weight.device
+        self.device = input_device(self.model)
         # Above the value layer nothing but the last block's MLP is read position by position. Parts of families in the
         # table are known; OPT's MLP has no module of its own.
         mlp = self.architecture.projection.rpartition(".")[0]

@@ -17,6 +17,7 @@ from comeba_ext.layers.attachment import PromptRewriter
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.snapshots import Snapshots
+from comeba_ext.text.encoding import input_device
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.retrieval import BM25
 from comeba_ext.text.rows import answer_rows, check_length
@@ -113,7 +114,7 @@ class ICE(Snapshots):
 
     @classmethod
     def build(cls, model, config: InContextConfig, architecture) -> dict[str, Facts]:
-        return {PLACE: Facts(config.facts, model.get_input_embeddings().weight.device)}
+        return {PLACE: Facts(config.facts, input_device(model))}
 
     @classmethod
     def targets(cls, config, architecture) -> list[str]:

@@ -22,6 +22,7 @@ from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.in_context import PLACE, Facts
 from comeba_ext.methods.trained import Learner, Trained, TrainedConfig
 from comeba_ext.ops.mentions import name_hash
+from comeba_ext.text.encoding import input_device
 from comeba_ext.text.episodes import Episode
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import Row, answer_rows, check_length
@@ -243,7 +244,7 @@ class SERAC(Trained):
 
     @classmethod
     def build(cls, model: nn.Module, config: SeracConfig, architecture) -> dict[str, Attachment]:
-        names, device = cls.targets(config, architecture), model.get_input_embeddings().weight.device
+        names, device = cls.targets(config, architecture), input_device(model)
         layers = {name: Counterfactual(model.get_submodule(name), config.lora_alpha / config.rank) for name in names}
         return {PLACE: Scope(config.threshold, config.width, device), **layers}
 

@@ -22,7 +22,7 @@ from transformers import (
 from comeba_ext.errors import RequestError
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.logits import logits_at
-from comeba_ext.text.encoding import pad, pad_id
+from comeba_ext.text.encoding import input_device, pad, pad_id
 from comeba_ext.text.prefixes import Drawn
 
 IMPOSSIBLE = -9999.0  # log probability of what cannot be, as OpenAI writes it: JSON has no infinity
@@ -118,7 +118,7 @@ def complete(
         if longest + new > limit:
             raise RequestError(f"the model's context is {limit} tokens; the prompt has {longest}, and {new} are to be written")
     wanted = [row for row in rows for _ in range(sampling.n)]
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     writing = _Writing(model, tokenizer, wanted, sampling, stream, cancel or threading.Event())
     if new:
         ids, mask = pad(wanted, pad_id(tokenizer), "left", device)
@@ -274,6 +274,6 @@ def _scored(token: int, logprobs: torch.Tensor, top: int) -> Scored:
 @torch.no_grad()
 def _of_prompt(model: nn.Module, row: list[int], top: int) -> list[Scored]:
     """Every token of a prompt, scored behind those before it."""
-    inputs, _ = pad([row], 0, device=model.get_input_embeddings().weight.device)
+    inputs, _ = pad([row], 0, device=input_device(model))
     logits = logits_at(model, {"input_ids": inputs}, [range(len(row) - 1)])[0] if len(row) > 1 else []
     return [Scored(row[0], None), *(_scored(token, own.float().log_softmax(-1), top) for token, own in zip(row[1:], logits, strict=True))]

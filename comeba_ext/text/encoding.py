@@ -120,6 +120,14 @@ def pad_id(tokenizer) -> int:
     return 0
 
 
+def input_device(model: torch.nn.Module) -> torch.device:
+    """Where a model takes its token ids: with its embeddings, or its first weight where it names none; a model over several devices
+    moves them on itself."""
+    weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    weight = next(model.parameters(), None) if weight is None else weight
+    return torch.device("cpu") if weight is None else weight.device
+
+
 def pad(rows: list[list[int]], pad_token: int, side: str = "right", device=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, both int64 ``(len(rows), longest row)``."""
     length = max(map(len, rows))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper
 
-from comeba_ext.text.encoding import pad, pad_id
+from comeba_ext.text.encoding import input_device, pad, pad_id
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 TOP_K = 5
@@ -26,7 +26,7 @@ def sample_prefixes(model, tokenizer, count: int, length: int, seed: int) -> lis
     """
     if count == 0:
         return [""]
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     rows = [tokenizer(STARTS[i % len(STARTS)])["input_ids"] for i in range(count)]
     rows = [[t for t in row if t != tokenizer.eos_token_id or t == row[0]] for row in rows]
     ids, mask = pad(rows, pad_id(tokenizer), "left", device)

@@ -26,6 +26,7 @@ from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageErr
 from comeba_ext.machine import machine
 from comeba_ext.methods.trained import ABOUT, FILE, Learner, Trained, save_learner
 from comeba_ext.storage import alone, read_tensors, write_tensors, write_text
+from comeba_ext.text.encoding import input_device
 from comeba_ext.text.episodes import episodes_of
 from comeba_ext.text.request import EditRequest
 
@@ -125,7 +126,7 @@ class Trainer:
             raise ComebaError("training needs the package accelerate: pip install 'comeba_ext[train]'") from None
 
         config = self.config
-        device = self.editor.model.get_input_embeddings().weight.device
+        device = input_device(self.editor.model)
         accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=device.type == "cpu")
         optimiser = torch.optim.Adam([{"lr": config.lr or self.learner.lr, **group} for group in self.learner.groups()])
         step, lines = self._resume(optimiser)

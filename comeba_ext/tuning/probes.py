@@ -20,7 +20,7 @@ from comeba_ext.editing.answers import answered
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.forward.logits import logits_at
 from comeba_ext.forward.partial import evaluating, hidden_of, with_hidden
-from comeba_ext.text.encoding import encode_all, pad, pad_id
+from comeba_ext.text.encoding import encode_all, input_device, pad, pad_id
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import target_rows
 
@@ -125,7 +125,7 @@ def patching(model: nn.Module, tokenizer, architecture: Architecture, facts: lis
     if not found:
         return []
     blocks = list(model.get_submodule(architecture.blocks))
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     sides = [[pair[side] for pair in found] for side in (0, 1)]  # receivers, donors
     encoded = [encode_all(tokenizer, [(f.text, None, f.prompt.index("{}") + len(f.subject)) for f in own]) for own in sides]
     inputs = [pad([e.ids for e in own], pad_id(tokenizer), device=device) for own in encoded]
