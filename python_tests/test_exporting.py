@@ -103,11 +103,11 @@ def test_the_folder_is_the_hooked_model(tiny_model, tokenizer, tmp_path, family,
 
 
 def test_a_text_in_pieces_and_taken_back(tiny_model, tokenizer, tmp_path):
-    """A cache by hand: piece by piece, copied, cropped, its rows chosen."""
+    """A cache by hand: piece by piece, copied, cropped, its rows chosen. In float64, where rounding hides nothing."""
     base = base_of(tiny_model, tokenizer, "llama")
     edited(base, tokenizer, tmp_path / "edits")
     export_folder(base, tokenizer, tmp_path / "edits", tmp_path / "out")
-    model = loaded(tmp_path / "out")
+    model, base = loaded(tmp_path / "out").double(), base.double()
     rows = torch.tensor([tokenizer(text)["input_ids"][:8] for text in ASKED[:2]])
     with torch.no_grad():
         whole, plain = model(rows).logits, base(rows).logits
@@ -115,13 +115,13 @@ def test_a_text_in_pieces_and_taken_back(tiny_model, tokenizer, tmp_path):
         cache, parts = DynamicCache(config=model.config), []
         for start, end in ((0, 3), (3, 4), (4, 7), (7, 8)):
             parts.append(model(rows[:, start:end], past_key_values=cache, use_cache=True).logits)
-        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-9)
         cache = copy.deepcopy(cache)
         cache.crop(-4)
-        torch.testing.assert_close(model(rows[:, 4:], past_key_values=cache).logits, whole[:, 4:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(rows[:, 4:], past_key_values=cache).logits, whole[:, 4:], rtol=0, atol=1e-9)
         cache.crop(-4)
         cache.reorder_cache(torch.tensor([1, 0]))
-        torch.testing.assert_close(model(rows.flip(0)[:, 4:], past_key_values=cache).logits, whole.flip(0)[:, 4:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(rows.flip(0)[:, 4:], past_key_values=cache).logits, whole.flip(0)[:, 4:], rtol=0, atol=1e-9)
 
 
 def test_other_ways_to_run_it(tiny_model, tokenizer, tmp_path):
