@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from comeba_ext.errors import ConfigError
 from comeba_ext.evaluation import Writing, bootstrap_interval, predict_base
 from comeba_ext.experiments import definition, plots
 from comeba_ext.experiments.kept_base import kept_base
+from comeba_ext.experiments.measures import told_apart
 from comeba_ext.experiments.table import markdown
 from comeba_ext.report import build, read
 from comeba_ext.storage import MANIFEST
@@ -339,6 +341,17 @@ def test_every_shipped_experiment_runs(name, covariance, tmp_path, monkeypatch):
     assert (tmp_path / f"{name}.md").exists() and (tmp_path / result["plots"][0]).exists()
 
 
+def test_the_chance_that_edited_prompts_score_higher():
+    """By hand, and by a loop over pairs; ties count half."""
+    peaks = {"edited": {"a": [2.0, 1.0], "b": [0.0, 0.0]}, "other": {"a": [1.0, 0.5, 3.0], "b": [0.0, 0.0, 0.0]}, "rephrased": {}}
+    assert told_apart(peaks) == 3.5 / 6
+    draw = random.Random(0)
+    own, other = ([float(draw.randrange(5)) for _ in range(n)] for n in (30, 17))
+    pairs = [(a > b) + 0.5 * (a == b) for a in own for b in other]
+    assert told_apart({"edited": {"x": own}, "other": {"x": other}}) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+    assert told_apart({"edited": {"x": own}, "other": {"x": []}}) is None
+
+
 def test_scores_of_cases_with_different_layers(tmp_path):
     """A column a layer; a case's panels stand in its own."""
     layers = {"one": [10], "two": [2, 4, 10], "three": [4]}
@@ -372,7 +385,7 @@ def test_every_measure_and_plot(covariance, tmp_path):
     assert row["efficacy_score"] > 0.7 and 0 <= row["text_changed"] < 0.2 and row["perplexity"] > 1 and row["fluency"] > 1
     assert 0.9 <= row["padding_agreement"] <= 1 and row["reliability_behind_text"] >= 0.5 and "reliability_short" in row
     assert len(row["peak_scores"]["edited"]["model.layers.0.mlp.down_proj"]) == 4
-    assert row["in_scope_edited"] == 1
+    assert row["in_scope_edited"] == 1 and row["told_apart"] > 0.9
     for plot in ("bars", "settings"):
         path.write_text(yaml.safe_dump(SMALL | {"samples": 2, "evaluations": 1, "plot": plot, "title": plot, "protocol": "single_round"}))
         result = output("experiment", path, "--covariance", covariance, "--out", tmp_path / plot)

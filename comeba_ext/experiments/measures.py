@@ -157,9 +157,23 @@ def _scores(editor: Editor, requests: list[EditRequest]) -> dict:
     reached = {kind: count / max(1, len(prompts[kind]) * len(editor.layers)) for kind, count in inside.items()}
     return {
         "peak_scores": found,
+        "told_apart": told_apart(found),
         "alpha": {name: layer.alpha.item() for name, layer in editor.layers.items()},
         **{f"in_scope_{kind}": share for kind, share in reached.items()},
     }
+
+
+def told_apart(peaks: dict[str, dict[str, list[float]]]) -> float | None:
+    """The chance that an edited prompt scores above another fact's, in the layer that does best; 0.5: not told apart.
+
+    Args:
+        peaks: by kind of prompt and layer, every prompt's highest score.
+    """
+    from scipy.stats import mannwhitneyu  # a second to load
+
+    edited, other = peaks["edited"], peaks["other"]
+    pairs = [(own, other[name]) for name, own in edited.items() if own and other[name]]
+    return max((float(mannwhitneyu(own, against).statistic) / (len(own) * len(against)) for own, against in pairs), default=None)
 
 
 def _conditions(editor: Editor, requests: list[EditRequest]) -> dict:

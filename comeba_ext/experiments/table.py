@@ -34,6 +34,7 @@ COLUMNS = (
     ("in_scope_edited", "in scope, edited"),
     ("in_scope_rephrased", "in scope, rephrased"),
     ("in_scope_other", "in scope, other"),
+    ("told_apart", "edited above other"),
     ("seconds_per_edit", "s/edit"),
     ("peak_memory", "peak MB"),
     ("saved_bytes", "saved MB"),
@@ -78,6 +79,10 @@ def _meanings(rows: list[dict]) -> list[str]:
         found.append("* ±: standard deviation over the orders that the records came in; scores are means over them.")
     if there("hallucination"):
         found.append(f"* hallucination: {HALLUCINATION}.")
+    if there("told_apart"):
+        found.append(
+            "* edited above other: the chance that an edited prompt's highest score lies above another fact's prompt's, best layer."
+        )
     if there("efficacy_score"):
         found.append("* efficacy, paraphrase: the new answer is more likely than the old one; neighborhood: the old one is.")
         found.append("* magnitude: by how much, in probability. CounterFact score: harmonic mean of the three shares.")
