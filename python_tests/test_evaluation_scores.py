@@ -187,6 +187,12 @@ def preferred(model, tokenizer, row) -> bool:
     return found[0] > found[1]
 
 
+def test_a_task_that_the_harness_does_not_know(tmp_path, offline, tiny_model, tokenizer):
+    name = own_task(tmp_path / "task", [{"prompt": "x", "new": "y", "old": "z"}])
+    with pytest.raises(ComebaError, match="no task 'nothing'"):
+        harness(tiny_model, tokenizer, [name, "nothing"], tmp_path / "task")
+
+
 @pytest.mark.parametrize("scope", ["nearest", "zscore"])  # one looks at tokens alone, one at whole rows
 def test_the_harness_measures_the_edited_model(tmp_path, offline, scope):
     from comeba_ext.testbed import facts, load, texts
@@ -204,8 +210,6 @@ def test_the_harness_measures_the_edited_model(tmp_path, offline, scope):
     assert measured() == pytest.approx(oracle()) and 0.4 < oracle() < 0.7
     with editor.disabled():
         assert measured() == oracle() < 0.2
-    with pytest.raises(ComebaError, match="no task 'nothing'"):
-        harness(model, tokenizer, [name, "nothing"], tmp_path / "task")
     editor.save_pretrained(tmp_path / "edits", inference_only=True)
     (tmp_path / "texts.txt").write_text("The capital of Peru is Lima.\n")
     found = output(

@@ -108,9 +108,13 @@ def harness(model: torch.nn.Module, tokenizer, tasks: list[str], folder: str | P
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise ComebaError("lm-evaluation-harness is not installed: pip install 'comeba_ext[harness]'") from None
-    manager = TaskManager(include_path=None if folder is None else str(folder))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
+    unknown_to = lambda manager: [task for task in tasks if not manager.match_tasks([task])]  # noqa: E731
+    own = None if folder is None else str(folder)
+    # A folder alone first: the harness's own tasks are thousands of files, which take it seconds to list.
+    manager = TaskManager(include_path=own, include_defaults=own is None)
+    if own is not None and unknown_to(manager):
+        manager = TaskManager(include_path=own)
+    if unknown := unknown_to(manager):
         raise ComebaError(f"lm-evaluation-harness has no task {', '.join(map(repr, unknown))}; see 'lm_eval --tasks list'")
     # The harness pads its batches without a mask, which a score relative to the sequence (zscore) would count.
     relative = any(layer.reads_sequence for layer in attachments(model).values())
