@@ -69,7 +69,7 @@ def measured(args, home: Path) -> list[dict]:
     texts = [text for own in asked.values() for text in own]
     found = {kind: served(folders, [kind], home, texts=texts)["texts"] for kind in SERVED}
     times = served(folders, ["plain", "folder"], home, timed=asked["edited"], at_once=args.at_once, rounds=args.rounds)["times"]
-    rows, plain = [], found["plain"]
+    rows, plain = [], dict(zip(texts, found["plain"]))
     for kind in SERVED:
         wanted = dict(zip(texts, written(kind, folders, args.edits, texts, tokenizer)))
         own = dict(zip(texts, found[kind]))
@@ -83,7 +83,7 @@ def measured(args, home: Path) -> list[dict]:
             "reworded": round(
                 statistics.mean(says(t, request.target_new) for request in requests for t in request.rephrase_prompts[:2]), 3
             ),
-            "others_as_plain": round(statistics.mean(own[text] == dict(zip(texts, plain))[text] for text in asked["others"]), 3),
+            "others_as_plain": round(statistics.mean(own[text] == plain[text] for text in asked["others"]), 3),
             "texts": len(texts),
             "as_generate": sum(own[text] == wanted[text] for text in texts),
         }

@@ -149,9 +149,9 @@ def check_same(
 
     if kind is not None and kind is not type(editor.method):
         raise ComebaError(f"{out} holds edits made by {editor.method.name}; --method {kind.name} cannot go on with them")
-    known = getattr(editor.config, "editor", None)
-    if trained is not None and (known is None or Path(known).resolve() != trained.resolve()):
-        raise ComebaError(f"the edits in {out} were made with {f'--editor {known}' if known else 'no --editor'}, not {trained}")
+    used = getattr(editor.config, "editor", None)
+    if trained is not None and (used is None or Path(used).resolve() != trained.resolve()):
+        raise ComebaError(f"the edits in {out} were made with {f'--editor {used}' if used else 'no --editor'}, not {trained}")
     given = {**(read_settings(config) if config else {}), **({"scope": scope} if scope else {}), **({"chat": chat} if chat else {})}
     wanted = settings_of(editor.model, config, type(editor.method), scope, chat=chat) if given else editor.config
     for key in given:

@@ -10,8 +10,8 @@ from torch import nn
 
 from comeba_ext.errors import ComebaError
 from comeba_ext.exporting.base import Change, Exported, size_of, weight_changes
-from comeba_ext.exporting.merged import turned
 from comeba_ext.exporting.new_folder import must_be_new, new_folder
+from comeba_ext.layers.hooked_linear import turned
 from comeba_ext.storage import write_tensors, write_text
 
 
@@ -47,7 +47,7 @@ def export_lora(model: nn.Module, tokenizer, edits: str | Path, out: str | Path)
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": list(factors),
-        "fan_in_fan_out": any(turned(model, name) for name in factors),
+        "fan_in_fan_out": any(turned(model.get_submodule(name)) for name in factors),
         "inference_mode": True,
     }
     with new_folder(out) as staging:

@@ -9,6 +9,7 @@ from torch import nn
 
 from comeba_ext.exporting.base import Exported, size_of, weight_changes, write_tokenizer
 from comeba_ext.exporting.new_folder import must_be_new, new_folder
+from comeba_ext.layers.hooked_linear import turned
 
 
 def export_merged(model: nn.Module, tokenizer, edits: str | Path, out: str | Path) -> Exported:
@@ -33,7 +34,7 @@ def export_merged(model: nn.Module, tokenizer, edits: str | Path, out: str | Pat
     for name, change in changes.items():
         delta = (change[0].double() @ change[1].double()) if isinstance(change, tuple) else change.double()
         weight = state[f"{name}.weight"]
-        if turned(model, name):
+        if turned(model.get_submodule(name)):
             delta = delta.mT
         state[f"{name}.weight"] = (weight.double() + delta.to(weight.device)).to(weight.dtype)
     with new_folder(out) as staging, torch.no_grad():
@@ -41,8 +42,3 @@ def export_merged(model: nn.Module, tokenizer, edits: str | Path, out: str | Pat
         notes = write_tokenizer(tokenizer, staging)
         size = size_of(staging)
     return Exported(Path(out), count, list(changes), size, notes=notes)
-
-
-def turned(model: nn.Module, name: str) -> bool:
-    """Whether a layer stores its weight as ``(d_in, d_out)``, as GPT-2's ``Conv1D`` does."""
-    return hasattr(model.get_submodule(name), "nf")

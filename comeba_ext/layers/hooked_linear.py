@@ -248,6 +248,11 @@ def install(
     return attach(model, {name: HookedLinear(known[name], scope, alpha, gate=gate) for name in names}, decoder)
 
 
+def turned(base: nn.Module) -> bool:
+    """Whether a layer stores its weight as ``(d_in, d_out)``, as GPT-2's ``Conv1D`` does."""
+    return hasattr(base, "nf")
+
+
 def shape_of(base: nn.Module) -> tuple[int, int]:
     """``(d_in, d_out)``.
 
@@ -256,6 +261,6 @@ def shape_of(base: nn.Module) -> tuple[int, int]:
     """
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         return base.in_features, base.out_features
-    if hasattr(base, "nf"):  # GPT-2's Conv1D stores its weight as (d_in, d_out)
+    if turned(base):
         return base.weight.shape[0], base.nf
     raise ArchitectureError(f"{type(base).__name__} is not a linear layer: it has no in_features and out_features")

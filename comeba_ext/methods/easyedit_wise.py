@@ -25,7 +25,7 @@ from comeba_ext.editing.config import is_int, is_number
 from comeba_ext.errors import ArchitectureError, StorageError
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.layers.attachment import Attachment, attach, refuse_edited
-from comeba_ext.layers.hooked_linear import shape_of
+from comeba_ext.layers.hooked_linear import shape_of, turned
 from comeba_ext.methods.side_memory import mean_over_tokens
 
 LONG = 100  # tokens: of a longer sequence the greatest distance counts, not the mean
@@ -63,7 +63,7 @@ class EasyEditWise(Attachment):
         self, base: nn.Module, side: torch.Tensor, memories: list, merged: torch.Tensor | None, limits: list[float], activation: Callable
     ):
         super().__init__(base)
-        self.transposed, self.limits, self.activation = hasattr(base, "nf"), limits, activation
+        self.transposed, self.limits, self.activation = turned(base), limits, activation
         self.register_buffer("side", side.to(base.weight))
         stacked = torch.stack(memories) if memories else side.new_zeros(0, *side.shape)
         self.register_buffer("memories", stacked.to(base.weight))
@@ -180,7 +180,7 @@ class SavedWise:
         own, there = weight.detach().float().cpu(), self.original.float()
         if (own - there).norm() > ROUNDING * own.norm():
             raise StorageError(f"{self.path} was not made on this model: the weight of {self.layer} was another one before it was edited")
-        transposed = hasattr(base, "nf")
+        transposed = turned(base)
         if transposed != self.biased or (transposed and self.memories and self.settings["retrieve"]):
             raise StorageError(f"{self.path}: EasyEdit itself fails on such weights beside a {type(base).__name__}, as {self.layer} is")
         return base
