@@ -5,6 +5,7 @@ import copy
 import json
 import mmap
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from test_editor import TEXTS, small_model, some_requests
 from comeba_ext import EditConfig, Editor, EditRequest, evaluate, methods
 from comeba_ext.editing.report import peak_memory, reset_peak_memory
 from comeba_ext.errors import ConfigError, RequestError, StorageError
-from comeba_ext.evaluation import Protocol, Writing, predict_base, run_protocol
+from comeba_ext.evaluation import Protocol, Writing, predict_base, protocols, run_protocol
 from comeba_ext.evaluation.protocols import latest
 from comeba_ext.evaluation.run_log import RunLog
 from comeba_ext.text.request import consecutive_batches
@@ -141,6 +142,30 @@ def test_stopped_anywhere_it_ends_in_the_same_table(setting, tmp_path, monkeypat
     assert stops == (4 if protocol.name == "single_round" else 6)
     again = run(setting, tmp_path / "whole", requests, protocol, method, config)  # complete: nothing is run
     assert table(again) == whole
+
+
+def test_slow_batches_are_saved_before_their_number_is_full(setting, tmp_path, monkeypatch):
+    requests, real, edited = requests_with_prompts(6), Editor.edit, []
+    protocol = Protocol(batch_size=1, generate=False)
+    clock = [0.0]
+    monkeypatch.setattr(protocols, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def slow(self, batch):
+        if len(edited) == 5:
+            raise KeyboardInterrupt
+        clock[0] += protocols.SAVE_SECONDS / 2
+        edited.append(self.step)
+        return real(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Editor, "edit", slow)
+        with pytest.raises(KeyboardInterrupt):
+            run(setting, tmp_path / "killed", requests, protocol)
+    edited.clear()
+    monkeypatch.setattr(Editor, "edit", lambda self, batch: edited.append(self.step) or real(self, batch))
+    resumed = run(setting, tmp_path / "killed", requests, protocol)
+    assert edited == [4, 5]  # two batches are as long as a save may be away
+    assert table(resumed) == table(run(setting, tmp_path / "whole", requests, protocol))
 
 
 def test_a_log_that_knew_less_is_gone_on_with(tmp_path):

@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ from comeba_ext.storage import identity as identity_of
 from comeba_ext.text.request import EditRequest, Ids, as_requests, consecutive_batches
 
 PROTOCOLS = ("single_round", "consecutive", "sequential")
+SAVE_SECONDS = 300.0  # of editing that a killed run may have to do again
 Measure = Callable[[Editor, list[EditRequest]], dict]
 
 
@@ -57,7 +59,7 @@ class Protocol:
         checkpoints: numbers of edits at which a consecutive run is evaluated; its end always is.
         generate: evaluate greedy generation too, cut at the answer's length.
         writing: let the model write to a natural end too, so (:mod:`comeba_ext.evaluation.written`).
-        save_every: batches between saves of a consecutive run.
+        save_every: batches between saves of a consecutive run, at most; slow ones are saved every ``SAVE_SECONDS``.
         seed: of the intervals.
 
     Raises:
@@ -289,6 +291,7 @@ def _consecutive(model, tokenizer, requests, protocol, folder, log, method, conf
         ends = [sum(map(len, plan[: n + 1])) for n in range(len(plan))]
         stops = {next(end for end in ends if end >= wanted) for wanted in protocol.checkpoints if wanted <= ends[-1]}
         stops.add(ends[-1])
+        since = time.monotonic()
         with tqdm(total=len(requests), disable=not progress, unit="edit", desc=method.name) as bar:
             for number, (batch, end) in enumerate(zip(plan, ends, strict=True), 1):
                 if number > editor.step:
@@ -296,8 +299,9 @@ def _consecutive(model, tokenizer, requests, protocol, folder, log, method, conf
                     if report is None:
                         return
                     log.append([_step(report, end, len(batch))])
-                    if number % protocol.save_every == 0 or end in stops:
+                    if number % protocol.save_every == 0 or end in stops or time.monotonic() - since >= SAVE_SECONDS:
                         editor.save_pretrained(saved)
+                        since = time.monotonic()
                 if end in stops and end not in evaluated:
                     asked = latest(requests[:end])
                     metrics = evaluate(model, tokenizer, asked, base, generate=protocol.generate, writing=protocol.writing)
