@@ -16,7 +16,7 @@ from comeba_ext.errors import ComebaError
 from comeba_ext.layers.sequence_context import IDS, KEPT, SequenceContext
 from comeba_ext.ops import mentions as ops
 from comeba_ext.ops import nearest_hook, subject_hook
-from comeba_ext.text.names import names_of
+from comeba_ext.text.names import named_in, names_of
 
 # -- hashes ---------------------------------------------------------------------------------------------------------
 
@@ -388,3 +388,17 @@ def test_a_compiled_model_reads_ids_too(tiny_model, tokenizer, eager_first):
         model.generate(row, max_new_tokens=6, do_sample=False, cache_implementation=kind, pad_token_id=0) for kind in ("dynamic", "static")
     )
     assert torch.equal(dynamic, static)
+
+
+def test_subjects_that_a_text_names_in_letters():
+    subjects = {"New York", "New York City", "Ann", "C++", "Turkey", "St. John's"}
+    wanted = {
+        "He left New York City for Ann.": {"New York City", "Ann"},
+        "New York City is in New York": {"New York City", "New York"},
+        "the new york city marathon": {"New York City"},
+        "Annette ate a turkey": set(),
+        "She writes C++, in St. John's": {"C++", "St. John's"},
+        "C++11": set(),
+        "": set(),
+    }
+    assert {text: named_in(text, subjects) for text in wanted} == wanted

@@ -449,6 +449,8 @@ def test_bm25_is_its_formula():
     for query in ("dog", "cat sat", "mat", "the", "nothing"):
         wanted = sorted(range(3), key=lambda n: -score(query, words[n]))
         assert index.nearest(query, 3) == wanted
+        assert index.nearest(query, 2, [0, 2]) == [n for n in wanted if n != 1]
+        assert index.nearest(query, 2, []) == []
     assert BM25([]).nearest("x", 2) == []
 
 
@@ -476,6 +478,32 @@ def test_ice_and_ike_ask_as_the_paper_does(tiny_model, tokenizer):
     editor = make_method("IKE", small_model(tiny_model), tokenizer, shown=1)
     editor.edit([first])
     assert prompt_rewriter(editor.model)("Ann lives in") == f"{copied}New Fact: Ann lives in Rome\nPrompt: Ann lives in"
+
+
+def test_a_named_fact_stands_before_what_names_its_subject(tiny_model, tokenizer, tmp_path):
+    editor = make_method("ICE", small_model(tiny_model), tokenizer, named=True)
+    for subject, text, target in (("Ann", "lives in", "Rome"), ("Ann", "plays the", "lute"), ("Bob", "lives in", "Oslo")):
+        editor.edit([EditRequest(f"{{}} {text}", subject, target)])
+    editor.edit([EditRequest("{} is in", "New York", "Peru")])
+    asked = {
+        "Bob lives in": "New Fact: Bob lives in Oslo\nPrompt: Bob lives in",
+        "What does Ann play, the": "New Fact: Ann plays the lute\nPrompt: What does Ann play, the",
+        "in new york, who": "New Fact: New York is in Peru\nPrompt: in new york, who",
+        "Annette lives in": "Annette lives in",  # in its letters only
+        "Eve lives in": "Eve lives in",
+    }
+    editor.save_pretrained(tmp_path)
+    loaded = load_edits(small_model(tiny_model), tmp_path)
+    for rewrite in (prompt_rewriter(editor.model), prompt_rewriter(loaded)):
+        assert {prompt: rewrite(prompt) for prompt in asked} == asked
+    requests = requests_of(2)
+    editor.rollback(0)
+    editor.edit(requests)
+    found = evaluate(editor.model, tokenizer, requests)
+    apart = [n for n, r in enumerate(requests) if not any(o.subject in p for o in requests for p, _ in r.locality_prompts)]
+    assert apart and all(found.per_record[n]["locality"] == 1 for n in apart)
+    editor.retract([entry.request.request_id for entry in editor.ledger.live()])
+    assert prompt_rewriter(editor.model)(requests[0].text) == requests[0].text
 
 
 @pytest.mark.parametrize(

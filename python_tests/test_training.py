@@ -14,7 +14,7 @@ from test_editor import ids_of, small_model, some_requests
 from test_methods import make_method, requests_of
 from torch.nn import functional as F
 
-from comeba_ext import Editor, EditRequest, testbed
+from comeba_ext import Editor, EditRequest, load_edits, testbed
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
 from comeba_ext.experiments.table import cell
 from comeba_ext.layers.attachment import prompt_rewriter
@@ -306,6 +306,26 @@ def test_an_exact_match_always_routes_and_far_prompts_do_not(tiny_model, tokeniz
     editor.retract(editor.ledger.live()[0].request.request_id)
     assert rewrite(requests[0].text) != f"{MARK} {requests[0].text} {requests[0].target_new}\nPrompt: {requests[0].text}"
     assert rewrite(requests[1].text).startswith(MARK)
+
+
+def test_named_scope_asks_for_the_subject_too(tiny_model, tokenizer, tmp_path):
+    """Of the edits whose subject a prompt names the one nearest to it, if the probability suffices; else none."""
+    requests = long_targets(3)
+    one = requests[1]
+    reworded = f"Whoever speaks of {one.subject} says"
+    for threshold, routed in ((1e-30, True), (1.0, False)):
+        editor = trained_serac(tiny_model, tokenizer, tmp_path / "e", named=True, threshold=threshold)
+        editor.edit(requests)
+        rewrite = prompt_rewriter(editor.model)
+        assert rewrite(one.text) == f"{MARK} {one.text} {one.target_new}\nPrompt: {one.text}"
+        table = editor.method.attachments["comeba_facts"].table
+        far = lambda r: (encode(r.text, table) - encode(reworded, table)).square().sum().item()  # noqa: E731, B023
+        near = min((r for r in requests if r.subject == one.subject), key=far)
+        assert rewrite(reworded) == (f"{MARK} {near.text} {near.target_new}\nPrompt: {reworded}" if routed else reworded)
+        nameless = one.text.replace(one.subject, "Nobody")
+        assert rewrite(nameless) == nameless
+        editor.save_pretrained(tmp_path / f"{threshold}")
+        assert prompt_rewriter(load_edits(small_model(tiny_model), tmp_path / f"{threshold}"))(reworded) == rewrite(reworded)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])

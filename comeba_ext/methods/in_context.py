@@ -18,6 +18,7 @@ from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.snapshots import Snapshots
 from comeba_ext.text.encoding import input_device
+from comeba_ext.text.names import named_in
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.retrieval import BM25
 from comeba_ext.text.rows import answer_rows, check_length
@@ -31,18 +32,20 @@ class InContextConfig(EditConfig):
 
     Args:
         facts: how many edited facts, the most similar to the question, stand before it.
+        named: only facts whose subject the question names; where there is none, the question is left as it is.
         demonstrations: IKE: file of records to show how a fact is used, none of which is to be edited or asked.
         shown: IKE: how many demonstrations a fact has.
     """
 
     layers: tuple[int, ...] = (0,)
     facts: int = 1
+    named: bool = False
     demonstrations: str | None = None
     shown: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, counts=("facts", "shown"), texts_or_none=("demonstrations",))
+        check_fields(self, counts=("facts", "shown"), flags=("named",), texts_or_none=("demonstrations",))
 
 
 class Facts(PromptRewriter):
@@ -50,17 +53,20 @@ class Facts(PromptRewriter):
 
     Attributes:
         packed: what it holds, as JSON in bytes: a list of ``id``, ``fact`` and what stands before it, ``shown``; and ``count``, how
-            many of them a question is given.
+            many of them a question is given; named: only those whose ``subject``, which they then have too, it names.
     """
 
-    def __init__(self, count: int, device=None):
+    def __init__(self, count: int, device=None, named: bool = False):
         super().__init__()
         self.register_buffer("packed", torch.zeros(0, dtype=torch.uint8, device=device))
-        self.count, self._found = count, None
+        self.count, self.named, self._read, self._found = count, named, None, None
 
     @property
     def facts(self) -> list[dict]:
-        return _unpacked(self.packed)
+        packed, read = self.packed, self._read  # one look at each: another thread may be here, or edit
+        if read is None or read[0] is not packed:
+            read = self._read = packed, json.loads(packed.cpu().numpy().tobytes()) if len(packed) else []
+        return read[1]
 
     @facts.setter
     def facts(self, facts: list[dict]) -> None:
@@ -69,13 +75,26 @@ class Facts(PromptRewriter):
         self.packed = packed.to(self.packed.device)
 
     def rewrite(self, prompt: str) -> str:
-        facts, index = self._searchable()
-        chosen = [facts[n] for n in index.nearest(prompt, self.count)][::-1]  # the most similar one is next to the question
+        facts = self.facts
+        near = self._index(facts).nearest(prompt, self.count, self.candidates(prompt, facts))
+        chosen = [facts[n] for n in near][::-1]  # the most similar one is next to the question
         before = "".join(part for own in chosen for part in (*own["shown"], f"New Fact: {own['fact']}\n"))
         return f"{before}Prompt: {prompt}" if chosen else prompt
 
+    def candidates(self, prompt: str, facts: list[dict]) -> list[int]:
+        """Numbers of the facts that may be what a prompt is about."""
+        if not self.named:
+            return list(range(len(facts)))
+        found = named_in(prompt, {own["subject"] for own in facts})
+        return [n for n, own in enumerate(facts) if own["subject"] in found]
+
+    def entry(self, request: EditRequest, shown: list[str]) -> dict:
+        """What is kept of a request."""
+        own = {"id": request.request_id, "fact": f"{request.text} {request.target_new}", "shown": shown}
+        return {**own, "subject": request.subject} if self.named else own
+
     def join(self, other: Facts) -> None:
-        if type(other) is not type(self) or self.count != other.count:
+        if type(other) is not type(self) or (self.count, self.named) != (other.count, other.named):
             return super().join(other)
         self.facts = self.facts + other.facts
 
@@ -85,25 +104,21 @@ class Facts(PromptRewriter):
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         super().restore(tensors)
         for own in self.facts:
-            known = isinstance(own, dict) and set(own) == {"id", "fact", "shown"} and isinstance(own["shown"], list)
-            if not known or not all(isinstance(text, str) for text in (own["id"], own["fact"], *own["shown"])):
+            texts = {"id", "fact", "subject"} if self.named else {"id", "fact"}
+            known = isinstance(own, dict) and set(own) == {*texts, "shown"} and isinstance(own["shown"], list)
+            if not known or not all(isinstance(text, str) for text in (*(own[name] for name in texts), *own["shown"])):
                 raise ValueError("a fact is malformed")
 
-    def _searchable(self) -> tuple[list[dict], BM25]:
-        """The facts and their index, made once for what is packed now."""
-        packed, found = self.packed, self._found  # one look at each: another thread may be here, or edit
-        if found is None or found[0] is not packed:
-            facts = _unpacked(packed)
-            found = self._found = packed, facts, BM25([own["fact"] for own in facts])
-        return found[1:]
-
-
-def _unpacked(packed: torch.Tensor) -> list[dict]:
-    return json.loads(packed.cpu().numpy().tobytes()) if len(packed) else []
+    def _index(self, facts: list[dict]) -> BM25:
+        found = self._found
+        if found is None or found[0] is not facts:
+            found = self._found = facts, BM25([own["fact"] for own in facts])
+        return found[1]
 
 
 class ICE(Snapshots):
-    """The edited fact that is most similar to the question (BM25) stands before it: "New Fact: … Prompt: …".
+    """The edited fact that is most similar to the question (BM25) stands before it: "New Fact: … Prompt: …"; with ``named``, only where
+    the question names that fact's subject.
 
     Nothing in the model changes: whoever asks it must ask as :func:`~comeba_ext.layers.attachment.prompt_rewriter` says, as ``evaluate``
     and the command line do.
@@ -114,7 +129,7 @@ class ICE(Snapshots):
 
     @classmethod
     def build(cls, model, config: InContextConfig, architecture) -> dict[str, Facts]:
-        return {PLACE: Facts(config.facts, input_device(model))}
+        return {PLACE: Facts(config.facts, input_device(model), config.named)}
 
     @classmethod
     def targets(cls, config, architecture) -> list[str]:
@@ -128,8 +143,8 @@ class ICE(Snapshots):
 
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         with phases("update"):
-            new = [{"id": r.request_id, "fact": f"{r.text} {r.target_new}", "shown": self.shown(r)} for r in batch]
-            self.attachments[PLACE].facts = self.attachments[PLACE].facts + new
+            held = self.attachments[PLACE]
+            held.facts = held.facts + [held.entry(r, self.shown(r)) for r in batch]
         return [], []
 
     def shown(self, request: EditRequest) -> list[str]:

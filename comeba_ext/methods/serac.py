@@ -40,6 +40,7 @@ class SeracConfig(TrainedConfig):
         rank: of that model's LoRA, and ``lora_alpha``: its scale times the rank.
         buckets: of hashed words and parts of words, and ``width``: of the classifier's vectors.
         threshold: probability from which a prompt is in an edit's scope.
+        named: and it must name the edit's subject (ours).
     """
 
     rank: int = 8
@@ -47,10 +48,11 @@ class SeracConfig(TrainedConfig):
     buckets: int = 16384
     width: int = 64
     threshold: float = 0.5
+    named: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, positive=("lora_alpha", "threshold"), counts=("rank", "buckets", "width"))
+        check_fields(self, positive=("lora_alpha", "threshold"), counts=("rank", "buckets", "width"), flags=("named",))
 
 
 def features(text: str, buckets: int) -> list[int]:
@@ -82,8 +84,8 @@ class Scope(Facts):
 
     precise = ("keys", "table")
 
-    def __init__(self, threshold: float, width: int, device=None):
-        super().__init__(1, device)
+    def __init__(self, threshold: float, width: int, device=None, named: bool = False):
+        super().__init__(1, device, named)
         self.threshold = threshold
         for name in ("keys", "table"):
             self.register_buffer(name, torch.zeros(0, width, device=device))
@@ -95,8 +97,12 @@ class Scope(Facts):
     def rewrite(self, prompt: str) -> str:
         if not len(self.keys):
             return prompt
-        probability, number = self.probabilities(prompt).max(0)
-        return stated(self.facts[number]["fact"], prompt) if probability >= self.threshold else prompt
+        facts = self.facts
+        candidates = self.candidates(prompt, facts)
+        if not candidates:
+            return prompt
+        probability, number = self.probabilities(prompt)[candidates].max(0)
+        return stated(facts[candidates[number]]["fact"], prompt) if probability >= self.threshold else prompt
 
     def join(self, other: Attachment) -> None:
         Attachment.join(self, other)  # each set was made with a classifier of its own
@@ -246,7 +252,7 @@ class SERAC(Trained):
     def build(cls, model: nn.Module, config: SeracConfig, architecture) -> dict[str, Attachment]:
         names, device = cls.targets(config, architecture), input_device(model)
         layers = {name: Counterfactual(model.get_submodule(name), config.lora_alpha / config.rank) for name in names}
-        return {PLACE: Scope(config.threshold, config.width, device), **layers}
+        return {PLACE: Scope(config.threshold, config.width, device, config.named), **layers}
 
     @property
     def layers(self) -> dict[str, Counterfactual]:
@@ -266,7 +272,7 @@ class SERAC(Trained):
                 for layer, down, up in zip(self.layers.values(), learner.down, learner.up, strict=True):
                     layer.down, layer.up = down.detach().clone(), up.detach().clone()
                     layer.mark = learner.mark
-            scope.facts = scope.facts + [{"id": r.request_id, "fact": f"{r.text} {r.target_new}", "shown": []} for r in batch]
+            scope.facts = scope.facts + [scope.entry(r, []) for r in batch]
             scope.keys = torch.cat([scope.keys, *(encode(r.text, scope.table)[None] for r in batch)])
         return [], []
 

@@ -1,7 +1,9 @@
-"""What a subject is called, in tokens: at the beginning of a text, behind other words, as its own prompt writes it."""
+"""What a subject is called: in letters, and in tokens at the beginning of a text, behind other words, as its own prompt writes it."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from comeba_ext.text.encoding import encode_all
@@ -20,14 +22,32 @@ class Names(NamedTuple):
     ends: list[int]
 
 
+def forms_of(subject: str) -> list[str]:
+    """A subject in letters. One of several words in small letters too: a single word may be another one then ("turkey")."""
+    return list(dict.fromkeys((subject, subject.lower() if len(subject.split()) > 1 else subject)))
+
+
+def named_in(text: str, subjects: Iterable[str]) -> set[str]:
+    """The subjects that a text names, as whole words; not one whose every place is a part of a longer one's ("New York" in "New York
+    City", if both are subjects)."""
+    found = [
+        (place.start(), place.end(), subject)
+        for subject in subjects
+        for form in forms_of(subject)
+        if form in text  # at once, where most are not
+        for place in re.finditer(rf"(?<!\w){re.escape(form)}(?!\w)", text)
+    ]
+    inside = lambda start, end: any(a <= start and end <= b and end - start < b - a for a, b, _ in found)  # noqa: E731
+    return {subject for start, end, subject in found if not inside(start, end)}
+
+
 def names_of(tokenizer, requests: list[EditRequest]) -> list[Names]:
-    """Every request's names. One of several words counts in small letters too: a single word may be another one then ("turkey")."""
+    """Every request's names, in the forms of :func:`forms_of`."""
     if not requests:
         return []
     forms, owner = [], []
     for n, request in enumerate(requests):
-        subject = request.subject.strip()
-        for form in dict.fromkeys((subject, subject.lower() if len(subject.split()) > 1 else subject)):
+        for form in forms_of(request.subject.strip()):
             if request.fact_token == "subject_last":
                 forms += [form, f" {form}"]
                 owner += [n, n]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 K1, B = 1.5, 0.75  # saturation of a word's count, and how much a text's length is discounted
 
@@ -28,8 +29,12 @@ class BM25:
             for word in counts:
                 self.having.setdefault(word, []).append(number)
 
-    def nearest(self, text: str, k: int) -> list[int]:
-        """Numbers of the k best texts, the best first; of equals the earlier. Texts that share no word come last."""
+    def nearest(self, text: str, k: int, among: Iterable[int] | None = None) -> list[int]:
+        """Numbers of the k best texts, the best first; of equals the earlier. Texts that share no word come last.
+
+        Args:
+            among: numbers of those that are looked at, in ascending order; ``None``: all.
+        """
         scores = dict.fromkeys(range(len(self.counts)), 0.0)
         for word in set(words_of(text)):
             having = self.having.get(word, ())
@@ -37,4 +42,4 @@ class BM25:
             for number in having:
                 count, length = self.counts[number][word], self.lengths[number] / self.mean_length
                 scores[number] += weight * count * (K1 + 1) / (count + K1 * (1 - B + B * length))
-        return sorted(scores, key=lambda number: -scores[number])[:k]
+        return sorted(scores if among is None else among, key=lambda number: -scores[number])[:k]
