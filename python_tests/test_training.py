@@ -308,24 +308,23 @@ def test_an_exact_match_always_routes_and_far_prompts_do_not(tiny_model, tokeniz
     assert rewrite(requests[1].text).startswith(MARK)
 
 
-def test_named_scope_asks_for_the_subject_too(tiny_model, tokenizer, tmp_path):
-    """Of the edits whose subject a prompt names the one nearest to it, if the probability suffices; else none."""
+def test_named_scope_is_the_subjects_name(tiny_model, tokenizer, tmp_path):
+    """Whatever is asked; of several edits of a subject the nearest one, and nobody else's."""
     requests = long_targets(3)
     one = requests[1]
     reworded = f"Whoever speaks of {one.subject} says"
-    for threshold, routed in ((1e-30, True), (1.0, False)):
-        editor = trained_serac(tiny_model, tokenizer, tmp_path / "e", named=True, threshold=threshold)
-        editor.edit(requests)
-        rewrite = prompt_rewriter(editor.model)
-        assert rewrite(one.text) == f"{MARK} {one.text} {one.target_new}\nPrompt: {one.text}"
-        table = editor.method.attachments["comeba_facts"].table
-        far = lambda r: (encode(r.text, table) - encode(reworded, table)).square().sum().item()  # noqa: E731, B023
-        near = min((r for r in requests if r.subject == one.subject), key=far)
-        assert rewrite(reworded) == (f"{MARK} {near.text} {near.target_new}\nPrompt: {reworded}" if routed else reworded)
-        nameless = one.text.replace(one.subject, "Nobody")
-        assert rewrite(nameless) == nameless
-        editor.save_pretrained(tmp_path / f"{threshold}")
-        assert prompt_rewriter(load_edits(small_model(tiny_model), tmp_path / f"{threshold}"))(reworded) == rewrite(reworded)
+    editor = trained_serac(tiny_model, tokenizer, tmp_path / "e", named=True, threshold=1.0)
+    editor.edit(requests)
+    rewrite = prompt_rewriter(editor.model)
+    assert rewrite(one.text) == f"{MARK} {one.text} {one.target_new}\nPrompt: {one.text}"
+    table = editor.method.attachments["comeba_facts"].table
+    same = [r for r in requests if r.subject == one.subject]
+    near = min(same, key=lambda r: (encode(r.text, table) - encode(reworded, table)).square().sum().item())
+    assert len(same) == 2 and rewrite(reworded) == f"{MARK} {near.text} {near.target_new}\nPrompt: {reworded}"
+    nameless = one.text.replace(one.subject, "Nobody")
+    assert rewrite(nameless) == nameless
+    editor.save_pretrained(tmp_path / "edits")
+    assert prompt_rewriter(load_edits(small_model(tiny_model), tmp_path / "edits"))(reworded) == rewrite(reworded)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
@@ -390,6 +389,32 @@ def test_seracs_loss(tiny_model, tokenizer):
     assert learner.measure(away)["locality"] == 1.0
 
 
+def test_a_named_scope_learns_what_else_is_asked(tiny_model, tokenizer):
+    """The loss has the KL from the model to the counterfactual one, token by token, behind an edit of the same subject."""
+    learner = serac(tiny_model, tokenizer, named=True).method.new_learner()
+    beside = [("Norway speaks", "of Lima and"), None, ("Peru is in the city of", "Paris")]
+    episodes = [Episode(r, r.text, ("Water is", "wet"), own) for r, own in zip(long_targets(3), beside, strict=True)]
+    plain = small_model(tiny_model).double()
+
+    def said(prompt, answer):
+        ids, asked = (tokenizer(text)["input_ids"] for text in (f"{prompt} {answer}", prompt))
+        with torch.no_grad():
+            return plain(torch.tensor([ids])).logits[0, len(asked) - 1 : -1].softmax(-1)
+
+    total, tokens = 0.0, 0
+    for e in (episodes[0], episodes[2]):
+        behind = f"{MARK} {e.request.text} {e.request.target_new}\nPrompt: {e.beside[0]}"
+        for before, after in zip(said(*e.beside), said(behind, e.beside[1]), strict=True):
+            total, tokens = total + (before * (before / after).log()).sum().item(), tokens + 1
+    loss, parts = learner(episodes)
+    assert parts["beside"] == pytest.approx(total / tokens, rel=1e-3) and total > 1e-3
+    assert parts["loss"] == pytest.approx(parts["scope"] + parts["edit"] + parts["beside"], rel=1e-6)
+    loss.backward()
+    assert learner.up[0].grad.abs().max() > 0
+    assert "beside" not in learner([episodes[1]])[1]
+    assert "beside" not in serac(tiny_model, tokenizer).method.new_learner()(episodes)[1]  # as published
+
+
 def test_serac_learns_on_the_command_line(tmp_path):
     """Scope from letters, and answers behind the edit's text, on the embedded model in a few steps."""
     folder, edits = tmp_path / "serac", tmp_path / "edits"
@@ -420,6 +445,24 @@ def test_episodes():
     assert drawn[3] == episodes_of([own, bare], [0, 1], random.Random(3))
     with pytest.raises(RequestError, match="locality prompt"):
         episodes_of([bare], [0], random.Random(0))
+
+
+def test_what_else_is_asked_about_a_subject():
+    """Another request's prompt with this subject, never one that may ask for the same."""
+    apart = {"locality_prompts": (("Water is", "wet"),)}
+    requests = [
+        EditRequest("{} is in", "Oslo", "Peru", ground_truth="Norway", **apart),
+        EditRequest("{} lies in", "Lima", "Chad", ground_truth="Peru", **apart),  # the first one's object
+        EditRequest("{} is in", "Bonn", "Mali", **apart),  # its prompt
+        EditRequest("The mayor of {} is", "Rome", "Ann", **apart),
+        EditRequest("{} is known for its", "Kiev", "opera", **apart),
+    ]
+    wanted = {("The mayor of Oslo is", "Ann"), ("Oslo is known for its", "opera")}
+    drawn = [episodes_of(requests, [0], random.Random(n))[0] for n in range(20)]
+    assert drawn[0].beside in wanted and len({e.beside for e in drawn}) == 1  # by the record: nothing else's draw is moved
+    wordings = [dataclasses.replace(requests[0], rephrase_prompts=(f"Where is Oslo, {n}?",)) for n in range(20)]
+    assert {episodes_of([own, *requests[1:]], [0], random.Random(0))[0].beside for own in wordings} == wanted
+    assert episodes_of(requests[:1], [0], random.Random(0))[0].beside is None
 
 
 # -- training -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from comeba_ext.methods.trained import Learner, Trained, TrainedConfig
 from comeba_ext.ops.mentions import name_hash
 from comeba_ext.text.encoding import input_device
 from comeba_ext.text.episodes import Episode
+from comeba_ext.text.names import named_in
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import Row, answer_rows, check_length
 
@@ -40,7 +41,8 @@ class SeracConfig(TrainedConfig):
         rank: of that model's LoRA, and ``lora_alpha``: its scale times the rank.
         buckets: of hashed words and parts of words, and ``width``: of the classifier's vectors.
         threshold: probability from which a prompt is in an edit's scope.
-        named: and it must name the edit's subject (ours).
+        named: a prompt that names an edit's subject is in its scope instead, and the counterfactual model learns to tell whether it
+            asks for the fact: what else is asked about the subject it answers as the model does (ours).
     """
 
     rank: int = 8
@@ -77,6 +79,7 @@ def stated(fact: str, prompt: str) -> str:
 class Scope(Facts):
     """The edits, and which of them a prompt is about: the one whose own prompt's vector is nearest, if ``exp(−‖q − k‖²)`` reaches the
     threshold (equation 3; published: of DistilBERT. An encoder of a text's letters needs no tokenizer where saved edits are loaded).
+    Where edits are ``named``, the nearest of those whose subject the prompt names.
 
     Attributes:
         keys: ``(edits, width)``, of their prompts, in the order of the facts; table: ``(buckets, width)``, empty before any edit.
@@ -102,7 +105,8 @@ class Scope(Facts):
         if not candidates:
             return prompt
         probability, number = self.probabilities(prompt)[candidates].max(0)
-        return stated(facts[candidates[number]]["fact"], prompt) if probability >= self.threshold else prompt
+        inside = self.named or probability >= self.threshold
+        return stated(facts[candidates[number]]["fact"], prompt) if inside else prompt
 
     def join(self, other: Attachment) -> None:
         Attachment.join(self, other)  # each set was made with a classifier of its own
@@ -165,7 +169,11 @@ class Counterfactual(Attachment):
 
 
 class SeracLearner(Learner):
-    """The classifier's table, and the counterfactual model's LoRA, trained apart in one pass (section 3.2)."""
+    """The classifier's table, and the counterfactual model's LoRA, trained apart in one pass (section 3.2).
+
+    Where edits are ``named``, the second has a third part in its loss, ``beside``: the KL from the model's answer to something else about
+    the subject to its own, behind the edit.
+    """
 
     lr = 1e-3
 
@@ -189,15 +197,19 @@ class SeracLearner(Learner):
         far = [(key - other).square().sum() for n, key in enumerate(keys) for other in (*apart, *keys[:n], *keys[n + 1 :])]
         scope = sum(near) / len(near) - sum((1 - (-d).exp()).clamp(min=LEAST).log() for d in far) / len(far)
         edit = self._nll([row for e in episodes for row in self._rows(e)])
-        loss = scope + edit
-        return loss, {"loss": loss.item(), "scope": scope.item(), "edit": edit.item()}
+        parts = {"scope": scope, "edit": edit}
+        if self.session.config.named and any(e.beside for e in episodes):
+            parts["beside"] = self._moved([e for e in episodes if e.beside])
+        loss = sum(parts.values())
+        return loss, {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
 
     @torch.no_grad()
     def measure(self, episode: Episode) -> dict[str, float]:
-        request, (prompt, answer) = episode.request, episode.unrelated
+        request, config = episode.request, self.session.config
+        prompt, answer = (config.named and episode.beside) or episode.unrelated
         key, scores = encode(request.text, self.table), {}
-        threshold = self.session.config.threshold
-        routed = lambda text: (-(key - encode(text, self.table)).square().sum()).exp() >= threshold  # noqa: E731
+        near = lambda text: (-(key - encode(text, self.table)).square().sum()).exp() >= config.threshold  # noqa: E731
+        routed = (lambda text: named_in(text, [request.subject])) if config.named else near
         asked = lambda text: stated(self._fact(request), text) if routed(text) else text  # noqa: E731
         for name, text in (("reliability", request.text), ("generality", episode.wording)):
             (row,) = answer_rows(self.session.tokenizer, [(asked(text), request.target_new)])
@@ -219,6 +231,14 @@ class SeracLearner(Learner):
         request = episode.request
         asked = [stated(self._fact(request), text) for text in (request.text, episode.wording)]
         return answer_rows(self.session.tokenizer, [(text, request.target_new) for text in asked])
+
+    def _moved(self, episodes: list[Episode]) -> torch.Tensor:
+        """Mean KL of answers to what else is asked about the subjects, from the model's to those behind the edits."""
+        asked = [e.beside for e in episodes]
+        behind = [(stated(self._fact(e.request), prompt), answer) for e, (prompt, answer) in zip(episodes, asked, strict=True)]
+        logits = self._logits(answer_rows(self.session.tokenizer, asked + behind))
+        before, after = (torch.cat(part).log_softmax(-1) for part in (logits[: len(asked)], logits[len(asked) :]))
+        return F.kl_div(after, before.detach(), reduction="batchmean", log_target=True)
 
     def _nll(self, rows: list[Row]) -> torch.Tensor:
         targets = [torch.tensor(row.target, device=self.session.device) for row in rows]

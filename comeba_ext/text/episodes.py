@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass
 
@@ -16,11 +17,14 @@ class Episode:
     Attributes:
         wording: a rephrase of the request's prompt; its prompt where it has none.
         unrelated: ``(prompt, answer)``; the answer says how far the model is compared, not what is right.
+        beside: the same of something else about the request's subject: another request's prompt with this subject in it. ``None``:
+            there is no other prompt.
     """
 
     request: EditRequest
     wording: str
     unrelated: tuple[str, str]
+    beside: tuple[str, str] | None = None
 
 
 def episodes_of(requests: list[EditRequest], numbers: list[int], draw: random.Random) -> list[Episode]:
@@ -43,5 +47,16 @@ def episodes_of(requests: list[EditRequest], numbers: list[int], draw: random.Ra
             if source.locality_prompts and (source is request or source.subject != request.subject):
                 break
             source = requests[draw.choice(others)]
-        found.append(Episode(request, wording, draw.choice(source.locality_prompts)))
+        unrelated = draw.choice(source.locality_prompts)
+        found.append(Episode(request, wording, unrelated, _beside(request, requests, random.Random(f"{number}:{wording}"))))
     return found
+
+
+def _beside(request: EditRequest, requests: list[EditRequest], draw: random.Random) -> tuple[str, str] | None:
+    """Of a request that has none of this one's prompts and objects, which a wording of the same relation may have."""
+    own = {request.target_new, request.ground_truth}
+    for _ in range(100):
+        other = draw.choice(requests)
+        if other.prompt != request.prompt and not own & {other.target_new, other.ground_truth or other.target_new}:
+            return dataclasses.replace(request, prompt=other.prompt).text, other.target_new
+    return None
