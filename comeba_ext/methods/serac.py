@@ -98,8 +98,6 @@ class Scope(Facts):
         return (-(self.keys - encode(prompt, self.table)).square().sum(-1)).exp()
 
     def rewrite(self, prompt: str) -> str:
-        if not len(self.keys):
-            return prompt
         facts = self.facts
         candidates = self.candidates(prompt, facts)
         if not candidates:
