@@ -48,6 +48,11 @@ class InContextConfig(EditConfig):
         check_fields(self, counts=("facts", "shown"), flags=("named",), texts_or_none=("demonstrations",))
 
 
+def fact_of(request: EditRequest) -> str:
+    """What is told of an edit: its prompt with the new object behind it."""
+    return f"{request.text} {request.target_new}"
+
+
 class Facts(PromptRewriter):
     """Edited facts, and the prompt that goes before a question.
 
@@ -90,7 +95,7 @@ class Facts(PromptRewriter):
 
     def entry(self, request: EditRequest, shown: list[str]) -> dict:
         """What is kept of a request."""
-        own = {"id": request.request_id, "fact": f"{request.text} {request.target_new}", "shown": shown}
+        own = {"id": request.request_id, "fact": fact_of(request), "shown": shown}
         return {**own, "subject": request.subject} if self.named else own
 
     def join(self, other: Facts) -> None:
@@ -138,7 +143,7 @@ class ICE(Snapshots):
     def validate(self, batch: list[EditRequest]) -> None:
         super().validate(batch)
         for request in batch:
-            asked = f"{''.join(self.shown(request))}New Fact: {request.text} {request.target_new}\nPrompt: {request.text}"
+            asked = f"{''.join(self.shown(request))}New Fact: {fact_of(request)}\nPrompt: {request.text}"
             check_length(answer_rows(self.session.tokenizer, [(asked, request.target_new)]), [request], context_length(self.session.model))
 
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
@@ -170,15 +175,15 @@ class IKE(ICE):
 
     def __init__(self, session: Session):
         self.known = _demonstrations(session.config.demonstrations)  # before the model is touched
-        self.index = BM25([f"{r.text} {r.target_new}" for r in self.known])
+        self.index = BM25([fact_of(r) for r in self.known])
         super().__init__(session)
 
     def shown(self, request: EditRequest) -> list[str]:
-        chosen = self.index.nearest(f"{request.text} {request.target_new}", self.config.shown)
+        chosen = self.index.nearest(fact_of(request), self.config.shown)
         texts = []
         for place, number in enumerate(chosen):
             other, kind = self.known[number], self.kinds[place % len(self.kinds)]
-            fact = f"{other.text} {other.target_new}"
+            fact = fact_of(other)
             asked = fact
             if kind == "update" and other.rephrase_prompts:
                 asked = f"{other.rephrase_prompts[0]} {other.target_new}"

@@ -19,7 +19,7 @@ from comeba_ext.layers.attachment import Attachment
 from comeba_ext.layers.hooked_linear import shape_of
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
-from comeba_ext.methods.in_context import PLACE, Facts
+from comeba_ext.methods.in_context import PLACE, Facts, fact_of
 from comeba_ext.methods.trained import Learner, Trained, TrainedConfig
 from comeba_ext.ops.mentions import name_hash
 from comeba_ext.text.encoding import input_device
@@ -196,8 +196,8 @@ class SeracLearner(Learner):
         scope = sum(near) / len(near) - sum((1 - (-d).exp()).clamp(min=LEAST).log() for d in far) / len(far)
         edit = self._nll([row for e in episodes for row in self._rows(e)])
         parts = {"scope": scope, "edit": edit}
-        if self.session.config.named and any(e.beside for e in episodes):
-            parts["beside"] = self._moved([e for e in episodes if e.beside])
+        if self.session.config.named and (others := [e for e in episodes if e.beside]):
+            parts["beside"] = self._moved(others)
         loss = sum(parts.values())
         return loss, {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
 
@@ -208,7 +208,7 @@ class SeracLearner(Learner):
         key, scores = encode(request.text, self.table), {}
         near = lambda text: (-(key - encode(text, self.table)).square().sum()).exp() >= config.threshold  # noqa: E731
         routed = (lambda text: named_in(text, [request.subject])) if config.named else near
-        asked = lambda text: stated(self._fact(request), text) if routed(text) else text  # noqa: E731
+        asked = lambda text: stated(fact_of(request), text) if routed(text) else text  # noqa: E731
         for name, text in (("reliability", request.text), ("generality", episode.wording)):
             (row,) = answer_rows(self.session.tokenizer, [(asked(text), request.target_new)])
             scores[name] = (self._logits([row])[0].argmax(-1).tolist() == row.target) * 1.0
@@ -221,19 +221,15 @@ class SeracLearner(Learner):
         others = [own for name, own in self.named_parameters() if name != "table"]
         return [{"params": others}, {"params": [self.table], "lr": 20 * self.lr}]
 
-    @staticmethod
-    def _fact(request: EditRequest) -> str:
-        return f"{request.text} {request.target_new}"
-
     def _rows(self, episode: Episode) -> list[Row]:
         request = episode.request
-        asked = [stated(self._fact(request), text) for text in (request.text, episode.wording)]
+        asked = [stated(fact_of(request), text) for text in (request.text, episode.wording)]
         return answer_rows(self.session.tokenizer, [(text, request.target_new) for text in asked])
 
     def _moved(self, episodes: list[Episode]) -> torch.Tensor:
         """Mean KL of answers to what else is asked about the subjects, from the model's to those behind the edits."""
         asked = [e.beside for e in episodes]
-        behind = [(stated(self._fact(e.request), prompt), answer) for e, (prompt, answer) in zip(episodes, asked, strict=True)]
+        behind = [(stated(fact_of(e.request), prompt), answer) for e, (prompt, answer) in zip(episodes, asked, strict=True)]
         logits = self._logits(answer_rows(self.session.tokenizer, asked + behind))
         before, after = (torch.cat(part).log_softmax(-1) for part in (logits[: len(asked)], logits[len(asked) :]))
         return F.kl_div(after, before.detach(), reduction="batchmean", log_target=True)
@@ -279,7 +275,7 @@ class SERAC(Trained):
     def validate(self, batch: list[EditRequest]) -> None:
         super().validate(batch)
         for request in batch:
-            asked = stated(f"{request.text} {request.target_new}", request.text)
+            asked = stated(fact_of(request), request.text)
             check_length(answer_rows(self.session.tokenizer, [(asked, request.target_new)]), [request], context_length(self.session.model))
 
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from dataclasses import dataclass
 
 from comeba_ext.errors import RequestError
-from comeba_ext.text.request import EditRequest
+from comeba_ext.text.request import SLOT, EditRequest
 
 
 @dataclass(frozen=True)
@@ -58,5 +57,5 @@ def _beside(request: EditRequest, requests: list[EditRequest], draw: random.Rand
     for _ in range(100):
         other = draw.choice(requests)
         if other.prompt != request.prompt and not own & {other.target_new, other.ground_truth or other.target_new}:
-            return dataclasses.replace(request, prompt=other.prompt).text, other.target_new
+            return other.prompt.replace(SLOT, request.subject, 1), other.target_new
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from comeba_ext.text.encoding import encode_all
@@ -27,16 +27,16 @@ def forms_of(subject: str) -> list[str]:
     return list(dict.fromkeys((subject, subject.lower() if len(subject.split()) > 1 else subject)))
 
 
+def places_of(name: str, text: str) -> Iterator[re.Match]:
+    """Where a name stands in a text, as whole words."""
+    if name in text:  # at once, where most are not
+        yield from re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text)
+
+
 def named_in(text: str, subjects: Iterable[str]) -> set[str]:
     """The subjects that a text names, as whole words; not one whose every place is a part of a longer one's ("New York" in "New York
     City", if both are subjects)."""
-    found = [
-        (place.start(), place.end(), subject)
-        for subject in subjects
-        for form in forms_of(subject)
-        if form in text  # at once, where most are not
-        for place in re.finditer(rf"(?<!\w){re.escape(form)}(?!\w)", text)
-    ]
+    found = [(place.start(), place.end(), subject) for subject in subjects for form in forms_of(subject) for place in places_of(form, text)]
     inside = lambda start, end: any(a <= start and end <= b and end - start < b - a for a, b, _ in found)  # noqa: E731
     return {subject for start, end, subject in found if not inside(start, end)}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from comeba_ext import testbed
 from comeba_ext.testbed.templates import TEMPLATES
+from comeba_ext.text.names import places_of
 from comeba_ext.text.request import SLOT
 from comeba_ext.tuning import probes
 
@@ -92,7 +93,7 @@ def subject_of(text: str, known: Iterable[str] = ()) -> str | None:
     Args:
         known: subjects to look for first; the longest one in the text is taken.
     """
-    inside = [name for name in known if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+    inside = [name for name in known if any(places_of(name, text))]
     if inside:
         return max(inside, key=len)
     if quoted := _QUOTED.search(text):
