@@ -54,7 +54,7 @@ def card(model: nn.Module, method: type[Method], config: EditConfig, ledger: Led
         f"width {shape.hidden_size}) and no other model; the base weights are not in here, and are not changed.\n",
         "```python\nfrom comeba_ext import load_edits\nfrom transformers import AutoModelForCausalLM\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({_literal(base.get('id', 'path/to/the/base/model'))})\n"
-        'load_edits(model, "path/to/this/folder")  # or its name on the hub\n```\n',
+        f'load_edits(model, "path/to/this/folder"{", tokenizer=tokenizer" if method.in_prompt else ""})  # or its name on the hub\n```\n',
         f"The base model's licence ({licence}) holds for the edited model as well.\n"
         if licence
         else "The base model's licence, which is not known here, holds for the edited model as well.\n",

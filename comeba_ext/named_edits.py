@@ -31,6 +31,7 @@ from comeba_ext.editing.config import EditConfig
 from comeba_ext.errors import ArchitectureError, ComebaError
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.layers.attachment import Attachment, attach_all, attachments, between_passes, detach
+from comeba_ext.layers.prompts import give_tokenizer
 from comeba_ext.methods.base import Method, of_layer
 
 PLACE = "_comeba_edit_sets"  # attribute of the model that holds its sets
@@ -47,6 +48,7 @@ class EditSet:
         method, config, architecture: what its attachments are made with.
         adapter: their tensors, on the host; never written.
         facts: prompt and subject of every edit, where the folder says so (one that was saved for inference only does not).
+        tokenizer: where edits stand in the prompt, for the model's ``generate``.
     """
 
     name: str
@@ -57,6 +59,7 @@ class EditSet:
     architecture: Architecture
     adapter: dict[str, torch.Tensor] = field(repr=False)
     facts: frozenset[tuple[str, str]] = field(repr=False)
+    tokenizer: object = field(default=None, repr=False)
 
     @property
     def subjects(self) -> frozenset[str]:
@@ -66,6 +69,7 @@ class EditSet:
         """Its attachments for an unedited model, which is not changed."""
         self.method.check(self.config, model, self.architecture)
         found = self.method.build(model, self.config, self.architecture)
+        give_tokenizer(found, self.tokenizer)
         for name, attachment in found.items():
             attachment.restore(of_layer(self.adapter, name))
         return found

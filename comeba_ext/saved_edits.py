@@ -23,6 +23,7 @@ from comeba_ext.errors import ConfigError, StorageError
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.hub import local_folder
 from comeba_ext.layers.attachment import Attachment, detach, refuse_edited
+from comeba_ext.layers.prompts import give_tokenizer
 from comeba_ext.methods import Method, method_named
 from comeba_ext.methods.base import of_layer
 from comeba_ext.model_card import card, write_card
@@ -38,16 +39,19 @@ def load_edits(
     folder: str | Path,
     name: str | None = None,
     *,
+    tokenizer=None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> nn.Module:
-    """Put saved edits onto a model, to use it: no tokenizer, no key memory.
+    """Put saved edits onto a model, to use it: no key memory, and a tokenizer only where edits stand in the prompt.
 
     Args:
         model: the base model the edits were made on, in any floating dtype.
         folder: written by :meth:`Editor.save_pretrained`; or, where there is no such folder, its name on the hub (``"user/name"``).
         name: of these edits among others on the same model (:mod:`comeba_ext.named_edits`); they are on, and those loaded before wait
             until :func:`~comeba_ext.named_edits.set_edits` puts them on. ``None``: the only ones, to stay.
+        tokenizer: the model's, with which ``model.generate`` puts edits of in-context methods and SERAC into the prompts it is given;
+            no other method needs it.
         revision, token: of the hub (:func:`~comeba_ext.hub.local_folder`).
 
     Returns:
@@ -67,7 +71,7 @@ def load_edits(
         with loading(inner, name) as add:
             kind, config, architecture = _checked(inner, manifest, folder, adapter)
             with _complete(folder):
-                add(EditSet(name, str(folder), manifest["edits"], kind, config, architecture, adapter, _facts(manifest)))
+                add(EditSet(name, str(folder), manifest["edits"], kind, config, architecture, adapter, _facts(manifest), tokenizer))
         return model
     refuse_edited(inner)
     kind, config, architecture = _checked(inner, manifest, folder, adapter)
@@ -75,6 +79,7 @@ def load_edits(
         attachments = kind.attach(inner, config, architecture)
     with _complete(folder, inner):
         _restore(attachments, adapter)
+    give_tokenizer(attachments, tokenizer)
     return model
 
 

@@ -391,7 +391,7 @@ def test_a_compiled_model_reads_ids_too(tiny_model, tokenizer, eager_first):
 
 
 def test_subjects_that_a_text_names_in_letters():
-    subjects = {"New York", "New York City", "Ann", "C++", "Turkey", "St. John's"}
+    subjects = {"New York", "New York City", "Ann", "C++", "Turkey", "St. John's", "the Eiffel Tower", "iron"}
     wanted = {
         "He left New York City for Ann.": {"New York City", "Ann"},
         "New York City is in New York": {"New York City", "New York"},
@@ -399,6 +399,7 @@ def test_subjects_that_a_text_names_in_letters():
         "Annette ate a turkey": set(),
         "She writes C++, in St. John's": {"C++", "St. John's"},
         "C++11": set(),
+        "The Eiffel Tower is of it. Iron": {"the Eiffel Tower"},
         "": set(),
     }
     assert {text: named_in(text, subjects) for text in wanted} == wanted

@@ -13,7 +13,7 @@ from test_editor import TEXTS, ids_of, make_editor, random_values, relative, sma
 
 from comeba_ext import EditConfig, Editor, EditRequest, load_edits, methods, testbed
 from comeba_ext.errors import ArchitectureError, ConfigError, CovarianceError, RequestError
-from comeba_ext.layers.attachment import prompt_rewriter
+from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.methods.ft import FTConfig
 from comeba_ext.methods.settings import default_config, entry
 from comeba_ext.methods.trained import FILE, save_learner

@@ -8,7 +8,8 @@ import torch
 
 from comeba_ext import EditConfig, Editor, EditRequest, active_edits, edit_sets, load_edits, set_edits, testbed, unload_edits
 from comeba_ext.errors import ArchitectureError, ComebaError, StorageError
-from comeba_ext.layers.attachment import attachments, base_state, disabled, prompt_rewriter
+from comeba_ext.layers.attachment import attachments, base_state, disabled
+from comeba_ext.layers.prompts import prompt_rewriter
 
 FACTS = testbed.facts()
 # name: method, its settings, the facts it edits

@@ -14,7 +14,7 @@ from test_methods import NAMES, demonstrations, given, held, make_method, reques
 from comeba_ext import EditConfig, Editor, evaluate, load_edits, testbed
 from comeba_ext.evaluation import Protocol, Writing, predict_base, run_protocol
 from comeba_ext.experiments import measures
-from comeba_ext.layers.attachment import prompt_rewriter
+from comeba_ext.layers.prompts import prompt_rewriter
 
 DEVICE = os.environ.get("COMEBA_TEST_DEVICE", "cuda")
 pytestmark = [] if DEVICE == "cpu" else pytest.mark.cuda

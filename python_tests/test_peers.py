@@ -15,7 +15,7 @@ from test_methods import SETTINGS, demonstrations, held, make_method, requests_o
 from comeba_ext import Editor, EditRequest, evaluate, load_edits
 from comeba_ext.errors import RequestError, StorageError
 from comeba_ext.evaluation import predict_base
-from comeba_ext.layers.attachment import prompt_rewriter
+from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.methods.wise import ties
 from comeba_ext.text.retrieval import BM25
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from comeba_ext import Editor, EditRequest, load_edits, testbed
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
 from comeba_ext.experiments.table import cell
-from comeba_ext.layers.attachment import prompt_rewriter
+from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.methods import method_named
 from comeba_ext.methods.knowledge_editor import KnowledgeEditorConfig
 from comeba_ext.methods.mend import MendConfig, Transform
@@ -598,6 +598,21 @@ def test_what_cannot_be_trained(tiny_model, tokenizer, tmp_path):
         with pytest.raises(ConfigError):
             TrainConfig(**wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_files_to_learn_from_take_turns(tmp_path):
+    facts = [fact.to_record() for fact in testbed.facts()[1000:1006]]
+    files = {"a": facts[:3], "b": [facts[3], {"prompt": "nobody"}, facts[4]], "c": facts[5:]}
+    for name, records in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    (tmp_path / "all.json").write_text(json.dumps([facts[n] for n in (0, 3, 5, 1, 4, 2)]))
+    several = [argument for name in files for argument in ("--train", tmp_path / f"{name}.json")]
+    given = ("--steps", 1, "--validate-every", 1, "--accumulate", 1)
+    found = output("train", "MEND", "testbed", "--out", tmp_path / "several", *given, *several)
+    assert found["data"] == output("train", "MEND", "testbed", "--out", tmp_path / "one", *given, "--train", tmp_path / "all.json")["data"]
+    assert (found["records"]["read"], found["records"]["used"]) == (7, 6)
+    (skipped,) = found["records"]["skipped"]
+    assert skipped["file"] == str(tmp_path / "b.json") and skipped["index"] == 1
 
 
 def test_from_the_command_line(tmp_path):

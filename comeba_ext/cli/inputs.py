@@ -209,7 +209,7 @@ def continued(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str
     import torch
 
     from comeba_ext.forward.architectures import context_length
-    from comeba_ext.layers.attachment import prompt_rewriter
+    from comeba_ext.layers.prompts import plain_generate, prompt_rewriter
     from comeba_ext.text.encoding import input_device, pad, pad_id
 
     limit = context_length(model)
@@ -222,6 +222,8 @@ def continued(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str
             raise ComebaError(f"prompt {prompt[:40]!r}… and {new_tokens} new tokens exceed the context of {limit}")
     ids, mask = pad(rows, pad_id(tokenizer), "left", input_device(model))
     with torch.no_grad():
-        out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=pad_id(tokenizer))
+        out = plain_generate(model)(
+            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=pad_id(tokenizer)
+        )
     texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return [text.strip().split("\n")[0] for text in texts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -20,7 +21,9 @@ def train(
     method: Annotated[str, typer.Argument(help="MEND, KE or SERAC")],
     model: Model,
     out: Annotated[Path, typer.Option("--out", help="folder for the editor, its log and curve; an unfinished training goes on there")],
-    records: Annotated[Optional[Path], typer.Option("--train", help="records to learn from (default for testbed: its own facts)")] = None,
+    records: Annotated[
+        Optional[list[Path]], typer.Option("--train", help="records to learn from; may be repeated (default for testbed: its own facts)")
+    ] = None,
     val: Annotated[Optional[Path], typer.Option("--val", help="records to choose the best editor by (default: a tenth of --train)")] = None,
     config: Config = None,
     steps: Annotated[int, typer.Option(min=1, help="of the optimiser, at most")] = 2000,
@@ -58,17 +61,21 @@ def train(
             minutes=minutes,
         )
         kind, home = method_named(method), testbed.folder_of(model)
-        if records is not None:
-            read = read_requests(records, limit)
+        if records:
+            files = [read_requests(file, limit) for file in records]
         elif home:
             facts = testbed.facts(folder=home)[1000:][:limit]  # tables edit the first thousand
-            read = ReadResult(facts, len(facts), [])
+            files = [ReadResult(facts, len(facts), [])]
         else:
             raise ComebaError("no records to learn from: add --train FILE (with locality prompts, as ZsRE and CounterFact have)")
         net, tokenizer = loaded(model, device, dtype, trust=trust)
         editor = Editor(net, tokenizer, settings_of(net, config, kind), method=kind)
         check = lambda _, request: editor.check([request])  # noqa: E731
-        used, skipped = read.usable(check, progress=not as_json and report.first)
+        usable = [read.usable(check, progress=not as_json and report.first) for read in files]
+        used = [own for turn in zip_longest(*(found for found, _ in usable)) for own in turn if own is not None]
+        skipped = [
+            {**({"file": str(records[n])} if len(files) > 1 else {}), **skip} for n, (_, skips) in enumerate(usable) for skip in skips
+        ]
         if val is not None:
             apart, more = read_requests(val).usable(check)
             known = {request.fact for request in apart}
@@ -92,5 +99,5 @@ def train(
                 f"Best after {best['step']} steps; {result['seconds']:.0f} s, {result['parameters'] / 1e6:.1f}M parameters, "
                 f"{result['bytes'] / 1e6:.0f} MB. Written to {out}: editor.safetensors, train.json, log.jsonl, curve.png."
             )
-        counts = {"read": read.read, "used": len(learned) + len(apart), "skipped": skipped + more}
+        counts = {"read": sum(read.read for read in files), "used": len(learned) + len(apart), "skipped": skipped + more}
         report.result = {**result, "records": counts, "out": str(out)}

@@ -22,7 +22,7 @@ class WrittenAnswers:
     Args:
         requests: the records.
         writing: how the model is let write.
-        rewrite: how it is to be asked (:func:`~comeba_ext.layers.attachment.prompt_rewriter`).
+        rewrite: how it is to be asked (:func:`~comeba_ext.layers.prompts.prompt_rewriter`).
 
     Attributes:
         total: how many prompts are asked.

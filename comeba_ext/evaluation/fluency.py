@@ -16,7 +16,7 @@ from comeba_ext.evaluation.metrics import bootstrap_interval
 from comeba_ext.evaluation.scoring import greedy, micro_batches
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.partial import evaluating
-from comeba_ext.layers.attachment import prompt_rewriter
+from comeba_ext.layers.prompts import plain_generate, prompt_rewriter
 from comeba_ext.text.encoding import input_device, pad, pad_id
 
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # of bi- and trigram entropy, before their mean
@@ -53,7 +53,7 @@ def fluency(model: torch.nn.Module, tokenizer, prompts: list[str], *, new_tokens
     with evaluating(model), torch.no_grad(), greedy(model, pad_id(tokenizer)):
         for batch in micro_batches(list(rows), max_tokens, size=lambda p: len(rows[p]) + new_tokens):
             ids, mask = pad([rows[p] for p in batch], pad_id(tokenizer), "left", device)
-            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
+            out = plain_generate(model)(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
             texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             values |= {prompt: ngram_entropy(prompt + text) for prompt, text in zip(batch, texts, strict=True)}
     found = [values[prompt] for prompt in prompts]

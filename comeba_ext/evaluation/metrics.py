@@ -16,7 +16,7 @@ from comeba_ext.evaluation.queries import METRICS, check_context, question_queri
 from comeba_ext.evaluation.scoring import Prediction, predict
 from comeba_ext.evaluation.ways import FORCED, WAYS, WRITTEN
 from comeba_ext.evaluation.written import Writing
-from comeba_ext.layers.attachment import prompt_rewriter
+from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.text.encoding import pad_id
 from comeba_ext.text.request import as_requests
 

@@ -22,7 +22,7 @@ from comeba_ext.evaluation.queries import check_context
 from comeba_ext.evaluation.scoring import Query, micro_batches
 from comeba_ext.forward.logits import logits_at, room_for_logits
 from comeba_ext.forward.partial import evaluating
-from comeba_ext.layers.attachment import prompt_rewriter
+from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.text.encoding import input_device, pad, pad_id
 from comeba_ext.text.request import EditRequest, as_requests
 

@@ -43,7 +43,7 @@ def record_queries(tokenizer, request: EditRequest, index: int, rewrite: Callabl
     """:func:`record_prompts`, tokenised.
 
     Args:
-        rewrite: how the model is to be asked (:func:`~comeba_ext.layers.attachment.prompt_rewriter`).
+        rewrite: how the model is to be asked (:func:`~comeba_ext.layers.prompts.prompt_rewriter`).
 
     Raises:
         RequestError: a prompt or target has no token; the message names the record.

@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from comeba_ext.errors import RequestError
 from comeba_ext.forward.logits import logits_at, room_for_logits
 from comeba_ext.forward.partial import evaluating
+from comeba_ext.layers.prompts import plain_generate
 from comeba_ext.text.encoding import encode, input_device, pad
 
 
@@ -141,7 +142,7 @@ def _forced(model, batch: list[Query], pad_token: int) -> list[tuple[int, ...]]:
 def _generated(model, batch: list[Query], pad_token: int) -> list[tuple[int, ...]]:
     ids, mask = pad([list(query.prompt_ids) for query in batch], pad_token, "left", input_device(model))  # (batch, seq)
     length = batch[0].length
-    output = model.generate(
+    output = plain_generate(model)(
         input_ids=ids,
         attention_mask=mask,
         do_sample=False,

@@ -26,6 +26,7 @@ from comeba_ext.evaluation.scoring import Query, greedy, micro_batches
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.logits import room_for_logits
 from comeba_ext.forward.partial import evaluating
+from comeba_ext.layers.prompts import plain_generate
 from comeba_ext.text.chat import in_chat
 from comeba_ext.text.encoding import input_device, pad, pad_id
 
@@ -142,7 +143,7 @@ class Writing:
         with evaluating(model), torch.no_grad(), greedy(model, pad_token):
             for batch in batches:
                 ids, mask = pad([list(own) for own in batch], pad_token, "left", input_device(model))
-                output = model.generate(
+                output = plain_generate(model)(
                     input_ids=ids,
                     attention_mask=mask,
                     do_sample=False,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import ClassVar
@@ -196,6 +195,10 @@ class Attachment(nn.Module):
                 setattr(self, name, own.new_zeros(given.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def replaces(self) -> dict[str, type[Replaced]]:
+        """Methods of the model by name, and what takes their place while it is in."""
+        return {"save_pretrained": _SaveBase}
+
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> Attachment:
         """What PEFT asks for when it takes its adapters out (``merge_and_unload``): out of the base layer, the edits stay."""
         base = self.base_layer
@@ -206,32 +209,6 @@ class Attachment(nn.Module):
                 base.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             self.base_layer = base.get_base_layer()
         return self
-
-
-class PromptRewriter(Attachment):
-    """Stands beside a model's layers and changes none: says how the edited model is to be asked. (A tensor's worth of state must be in
-    buffers, so that it is taken over, saved and loaded like any other.)"""
-
-    def rewrite(self, prompt: str) -> str:
-        """The text to ask instead of ``prompt``."""
-        raise NotImplementedError
-
-    def weight_change(self):
-        raise ComebaError("these edits are put in front of every prompt; nothing of the model is changed that could be exported")
-
-
-def prompt_rewriter(model: nn.Module) -> Callable[[str], str] | None:
-    """How prompts for a model are to be rewritten; ``None``, as for most models: not at all."""
-    found = [own for own in attachments(model).values() if isinstance(own, PromptRewriter) and own.mode != "off"]
-    if not found:
-        return None
-
-    def rewrite(prompt: str) -> str:
-        for own in found:
-            prompt = own.rewrite(prompt)
-        return prompt
-
-    return rewrite
 
 
 def attach(model: nn.Module, found: dict[str, Attachment], decoder: str) -> dict[str, Attachment]:
@@ -276,8 +253,9 @@ def attach_all(model: nn.Module, sets: list[dict[str, Attachment]], decoder: str
             model.set_submodule(name, stack[-1])
         else:
             model.add_module(name, stack[-1])
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = _SaveBase(model)
+    for name, kind in {name: kind for own in every for name, kind in own.replaces().items()}.items():
+        if hasattr(model, name):
+            setattr(model, name, kind(model))
 
 
 def refuse_edited(model: nn.Module) -> None:
@@ -325,8 +303,8 @@ def detach(model: nn.Module) -> list[dict[str, Attachment]]:
             delattr(model.get_submodule(owner), last)
     for context in contexts - {None}:
         context.detach()
-    if isinstance(vars(model).get("save_pretrained"), _SaveBase):
-        del model.save_pretrained
+    for name in [name for name, own in vars(model).items() if isinstance(own, Replaced)]:
+        delattr(model, name)
     return sets
 
 
@@ -358,14 +336,18 @@ def between_passes(model: nn.Module):
         yield
 
 
-class _SaveBase:
+class Replaced:
+    """Takes the place of a method of an edited model, until :func:`detach`."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model  # a copy of the model has a copy of this, with the copy in it
+
+
+class _SaveBase(Replaced):
     """``model.save_pretrained`` of an edited model: the base model as it came.
 
     Under the attachments' names no other program would find the base weights, and would start those layers at random.
     """
-
-    def __init__(self, model: nn.Module):
-        self.model = model  # a copy of the model has a copy of this, with the copy in it
 
     def __call__(self, *args, state_dict: dict | None = None, **kwargs):
         log.warning("save_pretrained writes the base model without its edits; Editor.save_pretrained saves the edits")

@@ -11,6 +11,7 @@ import copy
 from torch import nn
 
 from comeba_ext.layers.attachment import attachments
+from comeba_ext.layers.prompts import PromptRewriter
 
 
 def twin_of(model: nn.Module) -> nn.Module:
@@ -34,4 +35,5 @@ def twin_of(model: nn.Module) -> nn.Module:
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's, of offloaded layers
         if weights is not None:
             memo[id(weights)] = weights
+    memo |= {id(own.tokenizer): own.tokenizer for own in attachments(model).values() if isinstance(own, PromptRewriter)}
     return copy.deepcopy(model, memo)

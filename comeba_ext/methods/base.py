@@ -24,7 +24,8 @@ from comeba_ext.editing.session import Session
 from comeba_ext.errors import ConfigError, RequestError
 from comeba_ext.forward.architectures import Architecture, context_length
 from comeba_ext.forward.partial import evaluating
-from comeba_ext.layers.attachment import Attachment, attach, prompt_rewriter
+from comeba_ext.layers.attachment import Attachment, attach
+from comeba_ext.layers.prompts import give_tokenizer, prompt_rewriter
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import answer_rows, check_length, target_rows
@@ -68,6 +69,7 @@ class Method:
         scored: whether a score decides which tokens are in scope (so ``scope`` is a setting of it).
         takes_values: whether target values can be given to it and asked of it.
         one_layer: whether it edits a single layer.
+        in_prompt: whether its edits stand in the prompt (:mod:`comeba_ext.layers.prompts`).
 
     Attributes:
         session: what it works on.
@@ -81,10 +83,12 @@ class Method:
     scored: ClassVar[bool] = False
     takes_values: ClassVar[bool] = False
     one_layer: ClassVar[bool] = False
+    in_prompt: ClassVar[bool] = False
 
     def __init__(self, session: Session):
         self.session = session
         self.attachments: dict[str, Attachment] = self.attach(session.model, session.config, session.architecture)
+        give_tokenizer(self.attachments, session.tokenizer)
 
     @property
     def config(self) -> EditConfig:

@@ -13,7 +13,7 @@ from comeba_ext.editing.report import Phases
 from comeba_ext.editing.session import Session
 from comeba_ext.errors import ComebaError, ConfigError
 from comeba_ext.forward.architectures import context_length
-from comeba_ext.layers.attachment import PromptRewriter
+from comeba_ext.layers.prompts import PromptRewriter
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.snapshots import Snapshots
@@ -125,12 +125,13 @@ class ICE(Snapshots):
     """The edited fact that is most similar to the question (BM25) stands before it: "New Fact: … Prompt: …"; with ``named``, only where
     the question names that fact's subject.
 
-    Nothing in the model changes: whoever asks it must ask as :func:`~comeba_ext.layers.attachment.prompt_rewriter` says, as ``evaluate``
-    and the command line do.
+    Nothing in the model changes: it must be asked as :func:`~comeba_ext.layers.prompts.prompt_rewriter` says, as its ``generate`` does
+    (:class:`~comeba_ext.layers.prompts.RewrittenGenerate`), ``evaluate`` and the command line; its ``forward`` cannot.
     """
 
     name = "ICE"
     config_class = InContextConfig
+    in_prompt = True
 
     @classmethod
     def build(cls, model, config: InContextConfig, architecture) -> dict[str, Facts]:

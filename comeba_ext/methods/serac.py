@@ -254,12 +254,12 @@ class SERAC(Trained):
     one by the model as it was, bit for bit.
 
     The counterfactual model is the model itself with a LoRA that is on behind a mark at the beginning of the text (published: a smaller
-    model). Whoever asks must ask as :func:`~comeba_ext.layers.attachment.prompt_rewriter` says, as ``evaluate`` and the command
-    line do. Any edit can be taken out.
+    model). It must be asked as :func:`~comeba_ext.layers.prompts.prompt_rewriter` says, as ICE. Any edit can be taken out.
     """
 
     name = "SERAC"
     config_class = SeracConfig
+    in_prompt = True
     learner = SeracLearner
 
     @classmethod

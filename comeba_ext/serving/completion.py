@@ -22,6 +22,7 @@ from transformers import (
 from comeba_ext.errors import RequestError
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.logits import logits_at
+from comeba_ext.layers.prompts import plain_generate
 from comeba_ext.text.encoding import input_device, pad, pad_id
 from comeba_ext.text.prefixes import Drawn
 
@@ -122,7 +123,7 @@ def complete(
     writing = _Writing(model, tokenizer, wanted, sampling, stream, cancel or threading.Event())
     if new:
         ids, mask = pad(wanted, pad_id(tokenizer), "left", device)
-        model.generate(
+        plain_generate(model)(
             input_ids=ids,
             attention_mask=mask,
             logits_processor=LogitsProcessorList([_Noted(writing), *_chosen(model, sampling, device)]),

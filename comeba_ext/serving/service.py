@@ -23,7 +23,8 @@ from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.report import EditReport
 from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError, CovarianceError, RequestError
-from comeba_ext.layers.attachment import disabled, prompt_rewriter
+from comeba_ext.layers.attachment import disabled
+from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.methods import Method, method_named
 from comeba_ext.saved_edits import load_edits
 from comeba_ext.serving.completion import Completion, Sampling, Stream, complete, decoded

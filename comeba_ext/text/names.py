@@ -23,8 +23,10 @@ class Names(NamedTuple):
 
 
 def forms_of(subject: str) -> list[str]:
-    """A subject in letters. One of several words in small letters too: a single word may be another one then ("turkey")."""
-    return list(dict.fromkeys((subject, subject.lower() if len(subject.split()) > 1 else subject)))
+    """A subject in letters. One of several words in small letters too, and as a sentence begins with it: a single word may be another
+    one then ("turkey")."""
+    several = len(subject.split()) > 1
+    return list(dict.fromkeys((subject, subject.lower(), subject[0].upper() + subject[1:]) if several else (subject,)))
 
 
 def places_of(name: str, text: str) -> Iterator[re.Match]:

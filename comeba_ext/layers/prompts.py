@@ -1,0 +1,159 @@
+"""How a model is asked whose edits stand in the prompt: the text that is asked instead, and a ``generate`` that asks it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from comeba_ext.errors import ComebaError
+from comeba_ext.layers.attachment import Attachment, Replaced, attachments
+from comeba_ext.text.chat import last_turn
+from comeba_ext.text.encoding import pad, pad_id
+
+log = logging.getLogger(__name__)
+
+
+class PromptRewriter(Attachment):
+    """Stands beside a model's layers and changes none: says how the edited model is to be asked. (A tensor's worth of state must be in
+    buffers, so that it is taken over, saved and loaded like any other.)
+
+    Attributes:
+        tokenizer: of the model, with which its ``generate`` asks so too; ``None``: not known.
+    """
+
+    tokenizer = None
+
+    def rewrite(self, prompt: str) -> str:
+        """The text to ask instead of ``prompt``."""
+        raise NotImplementedError
+
+    def replaces(self) -> dict[str, type[Replaced]]:
+        return {**super().replaces(), "generate": RewrittenGenerate}
+
+    def weight_change(self):
+        raise ComebaError("these edits are put in front of every prompt; nothing of the model is changed that could be exported")
+
+
+def prompt_rewriter(model: nn.Module) -> Callable[[str], str] | None:
+    """How prompts for a model are to be rewritten; ``None``, as for most models: not at all."""
+    found = [own for own in attachments(model).values() if isinstance(own, PromptRewriter) and own.mode != "off"]
+    if not found:
+        return None
+
+    def rewrite(prompt: str) -> str:
+        for own in found:
+            prompt = own.rewrite(prompt)
+        return prompt
+
+    return rewrite
+
+
+def give_tokenizer(found: dict[str, Attachment], tokenizer) -> None:
+    """Let ``generate`` of the model that these are in ask as they say."""
+    for own in found.values():
+        if isinstance(own, PromptRewriter):
+            own.tokenizer = tokenizer
+
+
+def plain_generate(model: nn.Module) -> Callable:
+    """``model.generate`` for prompts that are rewritten already."""
+    own = vars(model).get("generate")
+    return own.plain if isinstance(own, RewrittenGenerate) else model.generate
+
+
+class RewrittenGenerate(Replaced):
+    """``model.generate`` of a model whose edits stand in the prompt: it asks what :func:`prompt_rewriter` says, and returns the tokens
+    that it was given with those behind that the model wrote. In a chat, what the user said last is rewritten.
+
+    Raises:
+        ComebaError: the prompt is not given as token ids, or its beginning is in a cache.
+    """
+
+    warned = False
+
+    def plain(self, *args, **kwargs):
+        return type(self.model).generate(self.model, *args, **kwargs)
+
+    def __call__(self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
+        rewrite = prompt_rewriter(self.model)
+        tokenizer = next((own.tokenizer for own in self.model.modules() if isinstance(own, PromptRewriter)), None)
+        plain = functools.partial(self.plain, inputs, generation_config, **kwargs)
+        if rewrite is None:
+            return plain()
+        if tokenizer is None:
+            if not self.warned:
+                log.warning("these edits stand in the prompt, and generate does not put them there: give load_edits the tokenizer")
+                self.warned = True
+            return plain()
+        given = kwargs.pop("input_ids", None) if inputs is None else inputs
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))
+        if given is None or getattr(cache, "get_seq_length", int)():
+            raise ComebaError("these edits stand in the prompt: generate needs it whole, as token ids without a cache of its beginning")
+        mask = kwargs.pop("attention_mask", None)
+        mask = _real(given, getattr(tokenizer, "pad_token_id", None), tokenizer.eos_token_id) if mask is None else mask
+        rows = [own[real.bool()].tolist() for own, real in zip(given, mask.to(given.device), strict=True)]
+        asked = [_asked(tokenizer, row, rewrite) for row in rows]
+        if asked == rows:
+            return plain()
+        ids, mask = pad(asked, pad_id(tokenizer), "left", given.device)
+        for name in ("token_type_ids", "position_ids"):  # of the prompt as it was given
+            kwargs.pop(name, None)
+        kwargs |= _lengths(kwargs, generation_config or self.model.generation_config, given.shape[1])
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = _Streamer(kwargs["streamer"], given)
+        out = self.plain(ids, generation_config, attention_mask=mask, **kwargs)
+        written = out if isinstance(out, torch.Tensor) else out.sequences
+        first = given.repeat_interleave(len(written) // len(given), 0)
+        together = torch.cat((first, written[:, ids.shape[1] :]), 1)
+        if isinstance(out, torch.Tensor):
+            return together
+        out.sequences = together
+        return out
+
+
+class _Streamer:
+    """A streamer that hears of the prompt as it was given."""
+
+    def __init__(self, streamer, given: torch.Tensor):
+        self.streamer, self.given = streamer, given
+
+    def put(self, value: torch.Tensor) -> None:
+        value, self.given = (value, None) if self.given is None else (self.given.cpu(), None)
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+def _real(ids: torch.Tensor, pad_token: int | None, end: int | None) -> torch.Tensor:
+    """Which tokens are no padding, as Transformers finds it where it is not told."""
+    return torch.ones_like(ids) if pad_token is None or pad_token == end else (ids != pad_token).long()
+
+
+def _asked(tokenizer, ids: list[int], rewrite: Callable[[str], str]) -> list[int]:
+    """What is asked instead of a prompt's tokens: the same, where its text is not rewritten."""
+    begins = tokenizer("")["input_ids"]
+    first = len(begins) if ids[: len(begins)] == begins else 0
+    text = tokenizer.decode(ids[first:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    start, end = last_turn(tokenizer, text)
+    asked = text[start:end]
+    if (instead := rewrite(asked)) == asked:
+        return ids
+    return ids[:first] + tokenizer(text[:start] + instead + text[end:], add_special_tokens=False)["input_ids"]
+
+
+def _lengths(kwargs: dict, config: GenerationConfig, width: int) -> dict:
+    """Bounds on what is written, instead of those on it and the prompt of ``width`` tokens together, which are taken out of ``kwargs``."""
+    found, usual = {}, GenerationConfig()
+    for whole, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        bound = kwargs.pop(whole, None)
+        if bound is None and getattr(config, whole) != getattr(usual, whole):
+            bound = getattr(config, whole)
+        if bound is not None and kwargs.get(new) is None and getattr(config, new) is None:
+            found[new] = max(bound - width, new == "max_new_tokens")
+    return found
