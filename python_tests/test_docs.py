@@ -221,16 +221,21 @@ def test_the_readme_is_short_and_its_figures_are_results():
             assert cell == f"{value:.3f} [{low:.3f}, {high:.3f}]", (label, metric)
         if label.startswith("200 ZsRE"):
             assert f"portability is {row['portability_written']:.3f} after the 200 ZsRE edits" in text
+    said = lambda row: " / ".join(f"{row[f'{metric}_written']:.3f}" for metric in METRICS)  # noqa: E731
+    for name in ("counterfact", "zsre"):
+        assert f"{said(row_of(f'smollm2/named200_{name}', 200, 'SERAC (named, both)'))} after 200" in text
+        assert said(row_of(f"smollm2/written200_{name}", 200, "COMEBA-HK (nearest)")) in text
+    assert said(row_of("smollm2/named200_zsre", 200, "SERAC (named)")) in text
 
 
 def test_the_table_of_methods_is_of_results():
     for label, (counterfact, zsre) in table_of(PAGES["docs/methods.md"].read_text(encoding="utf-8"), "| | CounterFact | ZsRE |").items():
-        case = re.sub(r", .*", "", label.replace("z-score, the paper's", "z-score"))
+        case = re.sub(r"(?<!\(named), .*", "", label.replace("z-score, the paper's", "z-score"))
         first, second = "smollm2/written200_counterfact", "smollm2/written200_zsre"
-        if "(named)" in case:
+        if "(named" in case:
             first, second = "smollm2/named200_counterfact", "smollm2/named200_zsre"
-        elif case == "SERAC":
-            first = "smollm2/trained200"
+        elif case in ("SERAC", "LoRA"):
+            first = f"smollm2/trained200{'_lora' * (case == 'LoRA')}"
         for name, cell in ((first, counterfact), (second, zsre)):
             if cell != "not run":
                 assert cell == " / ".join(f"{row_of(name, 200, case)[f'{metric}_written']:.3f}" for metric in METRICS), label
