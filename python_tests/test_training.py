@@ -143,7 +143,7 @@ def test_mend_needs_an_editor_that_fits(tiny_model, tokenizer, tmp_path):
     assert bare.step == 0
     folder = make_method("MEND", small_model(tiny_model), tokenizer, **SETTINGS).config.editor
     assert default_config("MEND", small_model(tiny_model), editor=folder).rank == 6  # as it was trained
-    for changes, words in (({"rank": 5}, "shape"), ({"layers": (1, 3)}, "was trained for the layers")):
+    for changes, words in (({"rank": 5}, "shape"), ({"layers": (1, 3)}, "was trained for other layers")):
         with pytest.raises(StorageError, match=words):
             mend(tiny_model, tokenizer, editor=folder, **changes).edit(requests)
     with pytest.raises(StorageError, match="another model"):

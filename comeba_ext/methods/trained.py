@@ -260,7 +260,10 @@ def load_learner(learner: Learner, folder: str | Path, method: str) -> None:
     (tensors, about), path = _read(folder, method), _file(folder)
     check_identity(about["model"], learner.session.model, f"the trained editor {path}")
     if about["layers"] != list(learner.layers):
-        raise StorageError(f"{path} was trained for the layers {about['layers']}, and these are {list(learner.layers)}")
+        known, here = (f"{own[0]} and {len(own) - 1} more" for own in (about["layers"], list(learner.layers)))
+        raise StorageError(
+            f"{path} was trained for other layers ({known}) than these ({here}); default_config({method!r}, model, editor=…) has its settings"
+        )
     own = learner.state_dict()
     wrong = [name for name in {**own, **tensors} if name not in own or name not in tensors or own[name].shape != tensors[name].shape]
     if wrong:
