@@ -262,7 +262,7 @@ def load_learner(learner: Learner, folder: str | Path, method: str) -> None:
     if about["layers"] != list(learner.layers):
         known, here = (f"{own[0]} and {len(own) - 1} more" for own in (about["layers"], list(learner.layers)))
         raise StorageError(
-            f"{path} was trained for other layers ({known}) than these ({here}); default_config({method!r}, model, editor=…) has its settings"
+            f"{path} was trained for other layers ({known}), not {here}; default_config({method!r}, model, editor=…) has its settings"
         )
     own = learner.state_dict()
     wrong = [name for name in {**own, **tensors} if name not in own or name not in tensors or own[name].shape != tensors[name].shape]
