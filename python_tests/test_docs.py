@@ -236,6 +236,8 @@ def test_the_table_of_methods_is_of_results():
             first, second = "smollm2/named200_counterfact", "smollm2/named200_zsre"
         elif case in ("SERAC", "LoRA"):
             first = f"smollm2/trained200{'_lora' * (case == 'LoRA')}"
+        elif case == "MELO":
+            first = "smollm2/peers_written_counterfact"
         for name, cell in ((first, counterfact), (second, zsre)):
             if cell != "not run":
                 assert cell == " / ".join(f"{row_of(name, 200, case)[f'{metric}_written']:.3f}" for metric in METRICS), label
