@@ -39,9 +39,14 @@ class PromptRewriter(Attachment):
         raise ComebaError("these edits are put in front of every prompt; nothing of the model is changed that could be exported")
 
 
+def rewriters(model: nn.Module) -> list[PromptRewriter]:
+    """Those that stand in a model, whether they are on or off."""
+    return [own for own in attachments(model).values() if isinstance(own, PromptRewriter)]
+
+
 def prompt_rewriter(model: nn.Module) -> Callable[[str], str] | None:
     """How prompts for a model are to be rewritten; ``None``, as for most models: not at all."""
-    found = [own for own in attachments(model).values() if isinstance(own, PromptRewriter) and own.mode != "off"]
+    found = [own for own in rewriters(model) if own.mode != "off"]
     if not found:
         return None
 
@@ -81,10 +86,10 @@ class RewrittenGenerate(Replaced):
 
     def __call__(self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
         rewrite = prompt_rewriter(self.model)
-        tokenizer = next((own.tokenizer for own in self.model.modules() if isinstance(own, PromptRewriter)), None)
         plain = functools.partial(self.plain, inputs, generation_config, **kwargs)
         if rewrite is None:
             return plain()
+        tokenizer = rewriters(self.model)[0].tokenizer
         if tokenizer is None:
             if not self.warned:
                 log.warning("these edits stand in the prompt, and generate does not put them there: give load_edits the tokenizer")

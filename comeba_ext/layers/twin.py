@@ -11,7 +11,7 @@ import copy
 from torch import nn
 
 from comeba_ext.layers.attachment import attachments
-from comeba_ext.layers.prompts import PromptRewriter
+from comeba_ext.layers.prompts import rewriters
 
 
 def twin_of(model: nn.Module) -> nn.Module:
@@ -35,5 +35,5 @@ def twin_of(model: nn.Module) -> nn.Module:
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's, of offloaded layers
         if weights is not None:
             memo[id(weights)] = weights
-    memo |= {id(own.tokenizer): own.tokenizer for own in attachments(model).values() if isinstance(own, PromptRewriter)}
+    memo |= {id(own.tokenizer): own.tokenizer for own in rewriters(model)}
     return copy.deepcopy(model, memo)
