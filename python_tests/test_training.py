@@ -24,8 +24,10 @@ from comeba_ext.methods.mend import MendConfig, Transform
 from comeba_ext.methods.serac import MARK, SeracConfig, encode, features, stated
 from comeba_ext.methods.settings import default_config
 from comeba_ext.methods.trained import FILE, save_learner
+from comeba_ext.methods.training import LowerStates
 from comeba_ext.storage import read_tensors, write_tensors
 from comeba_ext.text.episodes import Episode, episodes_of
+from comeba_ext.text.rows import answer_rows
 from comeba_ext.training import TrainConfig, Trainer
 
 SETTINGS = {"layers": (1, 2), "edit_rate": 0.03, "rank": 6}
@@ -46,6 +48,27 @@ def nll(model, tokenizer, prompt, target):
 def long_targets(count):
     """Of several tokens."""
     return [EditRequest(r.prompt, r.subject, f"{r.target_new}, the capital of Angola") for r in some_requests(count)]
+
+
+# -- what is run again and again ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_states_below_the_first_block_that_differs(tiny_model, tokenizer, family, monkeypatch):
+    """As whole rows, padded beside others, also after blocks from it on have changed; no more is kept than there is room for."""
+    model = tiny_model(family).double()
+    session = make_method("MEND", model, tokenizer, layers=(1,)).session
+    rows = answer_rows(tokenizer, [(r.text, r.target_new) for r in long_targets(3)] + [("Water is", "wet")])
+    room = 8 * 32 * (len(rows[0].ids) + len(rows[1].ids))
+    monkeypatch.setattr("comeba_ext.methods.training.KEPT", room)
+    lower = LowerStates(session, 1)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in session.blocks[1].parameters():
+                parameter.mul_(1.1)
+            for found, expected in zip(lower.logits(rows), session.logits(rows), strict=True):
+                assert torch.allclose(found, expected, rtol=1e-10, atol=1e-10)
+    assert [tuple(row.ids) for row in rows[:2]] == list(lower.kept) and sum(state.nbytes for state in lower.kept.values()) == room
 
 
 # -- MEND -----------------------------------------------------------------------------------------------------------

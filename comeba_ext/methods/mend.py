@@ -54,15 +54,15 @@ class Transform(nn.Module):
             self.register_buffer(name, torch.zeros(layers, width))
         self.register_buffer("count", torch.zeros(layers))
 
-    def forward(self, layer: int, z: torch.Tensor) -> torch.Tensor:
-        """``(tokens, width)``, inputs and gradients side by side, of the layer of this number."""
-        if self.count[layer] > 1:  # normalised by what was seen in training
-            spread = (self.squares[layer] / (self.count[layer] - 1)).sqrt()
-            z = (z - self.mean[layer]) / (spread + CLOSE)
+    def forward(self, layers: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """``(tokens, width)``, inputs and gradients side by side; ``layers (tokens,)``: the number of each token's layer."""
+        seen = self.count > 1  # normalised by what was seen in training
+        spread = torch.where(seen[:, None], (self.squares / (self.count - 1).clamp(min=1)[:, None]).sqrt() + CLOSE, 1.0)
+        z = (z - (self.mean * seen[:, None])[layers]) / spread[layers]
         for n in range(2):
             inner = z @ self.down[n].mT @ self.up[n].mT
             inner = inner + self.bias if n == 0 else inner
-            z = z + F.relu(self.scale[n][layer] * inner + self.offset[n][layer])
+            z = z + F.relu(self.scale[n][layers] * inner + self.offset[n][layers])
         return z
 
     @torch.no_grad()
@@ -95,16 +95,21 @@ class MendLearner(FactorLearner):
 
     def rewrite(self, rows: list[Row], factors: Factors) -> Factors:
         """``x̃ (tokens, d_in)`` and ``−α g̃ (tokens, d_out)``; in training what was seen is taken into the running statistics first."""
-        found = {}
-        for (name, (x, g)), rate in zip(factors.items(), self.rates, strict=True):
-            z = torch.cat([x, g], 1)
-            z = z[(g != 0).any(1)]  # tokens that the loss does not depend on say nothing
-            kind, number = self.places[name]
+        rates, found = dict(zip(factors, self.rates, strict=True)), {}
+        for kind, network in enumerate(self.networks):  # once for all layers of a shape: of its weights there is one gradient
+            names = [name for name in factors if self.places[name][0] == kind]
+            each = [torch.cat(factors[name], 1)[(factors[name][1] != 0).any(1)] for name in names]  # tokens that the loss depends on
+            numbers = [self.places[name][1] for name in names]
             if self.training:
-                self.networks[kind].note(number, z)
-            x, g = self.networks[kind](number, z).split([x.shape[1], g.shape[1]], 1)
-            found[name] = x, -rate * g
-        return found
+                for number, z in zip(numbers, each, strict=True):
+                    network.note(number, z)
+            lengths = torch.tensor([len(z) for z in each])
+            layers = torch.tensor(numbers).repeat_interleave(lengths).to(each[0].device)
+            rewritten = network(layers, torch.cat(each)).split(lengths.tolist())
+            for name, z in zip(names, rewritten, strict=True):
+                x, g = z.split([own.shape[1] for own in factors[name]], 1)
+                found[name] = x, -rates[name] * g
+        return {name: found[name] for name in factors}
 
     def weigh(self, edit: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
         config = self.session.config

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.deltas import Deltas
 from comeba_ext.methods.snapshots import Snapshots
-from comeba_ext.methods.training import TrainingRows, factors_of
+from comeba_ext.methods.training import LowerStates, TrainingRows, factors_of
 from comeba_ext.storage import check_identity, identity, read_tensors, write_tensors
 from comeba_ext.text.episodes import Episode
 from comeba_ext.text.request import EditRequest
@@ -73,6 +74,15 @@ class Learner(nn.Module):
 class FactorLearner(Learner):
     """Learns to rewrite a weight's gradient, which is kept as factors: ``Σ g xᵀ`` over tokens."""
 
+    def __init__(self, session: Session, layers: dict[str, nn.Module]):
+        super().__init__(session, layers)
+        self.lower = LowerStates(session, session.config.layers[0])  # of the unedited model, which is trained on
+
+    def on(self, session: Session, layers: dict[str, nn.Module]) -> FactorLearner:
+        other = super().on(session, layers)
+        other.lower = LowerStates(session, self.lower.block)
+        return other
+
     @abstractmethod
     def rewrite(self, rows: list[Row], factors: Factors) -> Factors:
         """What weights change by, from their gradients.
@@ -90,10 +100,10 @@ class FactorLearner(Learner):
     def weigh(self, edit: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
         """The loss: of the edits' mean NLL and the unrelated prompts' mean KL."""
 
-    def changes(self, rows: list[Row]) -> Factors:
-        """What each layer's weight changes by for edits that are made together."""
+    def changes(self, rows: list[Row], logits: Callable | None = None) -> Factors:
+        """What each layer's weight changes by for edits that are made together; ``logits``: see :func:`factors_of`."""
         with evaluating(self.session.model), frozen(self.session.model), torch.enable_grad():
-            found, _ = factors_of(self.session, self.layers, rows, everywhere=True)
+            found, _ = factors_of(self.session, self.layers, rows, everywhere=True, logits=logits)
         return self.rewrite(rows, {name: (x.float(), g.float() * len(rows)) for name, (x, g) in found.items()})
 
     def forward(self, episodes: list[Episode]) -> tuple[torch.Tensor, dict[str, float]]:
@@ -114,10 +124,12 @@ class FactorLearner(Learner):
         reworded = tokenize([(e.wording, e.request.target_new) for e in episodes])
         apart = tokenize([(prompt, answer or ".") for prompt, answer in (e.unrelated for e in episodes)])
         with torch.no_grad(), evaluating(session.model):
-            before = session.logits(apart)
-        changes = self.changes(own)
+            before = self.lower.logits(apart)
+        changes = self.changes(own, self.lower.logits)
         with evaluating(session.model), frozen(session.model), added(self.layers, changes):
-            after, *asked = (session.logits(rows) for rows in (apart, own, reworded))
+            logits = self.lower.logits([*apart, *own, *reworded])
+        count = len(episodes)
+        after, *asked = (logits[n : n + count] for n in range(0, 3 * count, count))
         targets = [[torch.tensor(row.target, device=session.device) for row in rows] for rows in (own, reworded)]
         nll = [F.cross_entropy(logits, target) for each, theirs in zip(asked, targets) for logits, target in zip(each, theirs)]
         kl = [F.kl_div(a.log_softmax(-1), b.log_softmax(-1), reduction="batchmean", log_target=True) for a, b in zip(after, before)]

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from comeba_ext.editing.session import Session
 from comeba_ext.forward.logits import logits_at
-from comeba_ext.forward.partial import hidden_of, resumed, run_until
+from comeba_ext.forward.partial import evaluating, hidden_of, resumed, run_until, with_hidden
 from comeba_ext.text.encoding import micro_batches
 from comeba_ext.text.rows import Row, batch_inputs
 
@@ -63,8 +64,52 @@ class TrainingRows:
             return logits_at(model, inputs, places)
 
 
+KEPT = 2**30  # bytes of states that are kept, at most
+
+
+class LowerStates:
+    """Runs rows of which only blocks from one on differ from time to time: what the block below gives is computed once a row and kept.
+
+    A row is run by itself the first time, in full precision, so that its state does not depend on when and beside what that is.
+
+    Args:
+        block: number of the first block that may differ; nothing below it may.
+    """
+
+    def __init__(self, session: Session, block: int):
+        self.session, self.block = session, block
+        self.kept: dict[tuple[int, ...], torch.Tensor] = {}  # token ids to (tokens, d_model)
+        self.room = KEPT
+        self.output = None  # one of the block below, for its type
+
+    def logits(self, rows: list[Row]) -> list[torch.Tensor]:
+        """As :meth:`Session.logits`."""
+        session = self.session
+        if not self.block:
+            return session.logits(rows)
+        hidden = pad_sequence([self._of(row) for row in rows], batch_first=True)
+        with resumed(session.blocks, self.block - 1, lambda: hidden, self.output):
+            return session.logits(rows)
+
+    @torch.no_grad()
+    def _of(self, row: Row) -> torch.Tensor:
+        session, ids = self.session, tuple(row.ids)
+        if (state := self.kept.get(ids)) is not None:
+            return state
+        seen: list = []
+        inputs = batch_inputs([row], session.pad_token, session.device)
+        with evaluating(session.model), torch.autocast(session.device.type, enabled=False):
+            run_until(session.decoder, session.blocks[self.block - 1], inputs, {}, seen.append)
+        state = hidden_of(seen[0])[0]
+        self.output = with_hidden(seen[0], None)
+        if state.nbytes <= self.room:
+            self.kept[ids] = state
+            self.room -= state.nbytes
+        return state
+
+
 def factors_of(
-    session: Session, layers: dict[str, nn.Module], rows: list[Row], everywhere: bool = False
+    session: Session, layers: dict[str, nn.Module], rows: list[Row], everywhere: bool = False, logits: Callable | None = None
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[float]]:
     """The loss's gradients with respect to layers' weights, as factors: of one backward pass a micro-batch, never as matrices.
 
@@ -72,6 +117,7 @@ def factors_of(
         layers: by name, in the order in which they run.
         rows: with targets; a row's loss is the mean over its target's tokens, and the whole's the mean over rows.
         everywhere: at every token, so that ``Σ g xᵀ`` is the whole gradient; else at those that give the target.
+        logits: runs rows; ``None``: :meth:`Session.logits`.
 
     Returns:
         Layer name to inputs ``x (tokens, d_in)`` and gradients ``g (tokens, d_out)`` with respect to the layer's outputs, row after row;
@@ -85,7 +131,7 @@ def factors_of(
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         handles = [layer.register_forward_hook(_noting(name, seen)) for name, layer in layers.items()]
         try:
-            read = session.logits(chosen)
+            read = (logits or session.logits)(chosen)
         finally:
             for handle in handles:
                 handle.remove()
