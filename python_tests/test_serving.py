@@ -223,7 +223,17 @@ def test_facts_in_the_prompt(tmp_path):
     with pytest.raises(RequestError, match="no chat template"):
         service.generate([[{"role": "user", "content": text}]], max_new_tokens=8)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert service.generate([[{"role": "user", "content": text}]], max_new_tokens=8) == expected
+    chat = [{"role": "user", "content": text}]
+    assert service.generate([chat], max_new_tokens=8) == expected
+    # A chat that comes as tokens is asked as one that comes as turns: what the user said last is rewritten, not the whole of it.
+    tokenizer.chat_template = "{% for m in messages %}Turn: {{ m.content }}\nEnd. {% endfor %}"
+    chat = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes?"}, *chat]
+    tokens = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"]
+    assert f"Turn: {asked}\nEnd." in tokenizer.decode(service.complete([tokens], Sampling(1))[0].prompt)
+    assert service.generate([tokens], max_new_tokens=8) == service.generate([chat], max_new_tokens=8)
+    for unknown in (9999, -1):
+        with pytest.raises(RequestError, match=str(unknown)):
+            service.generate([[unknown]], max_new_tokens=2)
 
 
 def test_bad_prompts(shared):

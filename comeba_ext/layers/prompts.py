@@ -102,7 +102,7 @@ class RewrittenGenerate(Replaced):
         mask = kwargs.pop("attention_mask", None)
         mask = _real(given, getattr(tokenizer, "pad_token_id", None), tokenizer.eos_token_id) if mask is None else mask
         rows = [own[real.bool()].tolist() for own, real in zip(given, mask.to(given.device), strict=True)]
-        asked = [_asked(tokenizer, row, rewrite) for row in rows]
+        asked = [asked_tokens(tokenizer, row, rewrite) for row in rows]
         if asked == rows:
             return plain()
         ids, mask = pad(asked, pad_id(tokenizer), "left", given.device)
@@ -140,7 +140,7 @@ def _real(ids: torch.Tensor, pad_token: int | None, end: int | None) -> torch.Te
     return torch.ones_like(ids) if pad_token is None or pad_token == end else (ids != pad_token).long()
 
 
-def _asked(tokenizer, ids: list[int], rewrite: Callable[[str], str]) -> list[int]:
+def asked_tokens(tokenizer, ids: list[int], rewrite: Callable[[str], str]) -> list[int]:
     """What is asked instead of a prompt's tokens: the same, where its text is not rewritten."""
     begins = tokenizer("")["input_ids"]
     first = len(begins) if ids[: len(begins)] == begins else 0

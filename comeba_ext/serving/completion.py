@@ -107,12 +107,9 @@ def complete(
         Cancelled: it was set.
         RequestError: a row is empty, has tokens that the model does not know, or leaves no room in its context; or the model wrote NaN.
     """
-    limit, known = context_length(model), model.get_input_embeddings().num_embeddings
     for row in rows:
-        if not row:
-            raise RequestError("a prompt is empty: it has no token")
-        if not 0 <= min(row) <= max(row) < known:
-            raise RequestError(f"a prompt has token {max(row) if min(row) >= 0 else min(row)}; the model knows 0 to {known - 1}")
+        check_tokens(model, row)
+    limit = context_length(model)
     longest, new = max(map(len, rows), default=0), sampling.max_new_tokens
     if limit is not None:
         new = min(new, max(limit - longest, 1)) if sampling.fit else new
@@ -257,6 +254,18 @@ def _settled(text: str, stops: tuple[str, ...]) -> int:
                 end = min(end, len(text) - size)
                 break
     return end
+
+
+def check_tokens(model: nn.Module, row: list[int]) -> None:
+    """
+    Raises:
+        RequestError: a prompt is empty, or has tokens that the model does not know.
+    """
+    if not row:
+        raise RequestError("a prompt is empty: it has no token")
+    known = model.get_input_embeddings().num_embeddings
+    if not 0 <= min(row) <= max(row) < known:
+        raise RequestError(f"a prompt has token {max(row) if min(row) >= 0 else min(row)}; the model knows 0 to {known - 1}")
 
 
 def decoded(tokenizer, tokens: list[int]) -> str:

@@ -24,10 +24,10 @@ from comeba_ext.editing.report import EditReport
 from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError, CovarianceError, RequestError
 from comeba_ext.layers.attachment import disabled
-from comeba_ext.layers.prompts import prompt_rewriter
+from comeba_ext.layers.prompts import asked_tokens, prompt_rewriter
 from comeba_ext.methods import Method, method_named
 from comeba_ext.saved_edits import load_edits
-from comeba_ext.serving.completion import Completion, Sampling, Stream, complete, decoded
+from comeba_ext.serving.completion import Completion, Sampling, Stream, check_tokens, complete
 from comeba_ext.storage import MANIFEST, alone, read_manifest
 from comeba_ext.text.request import EditRequest
 
@@ -219,7 +219,11 @@ class EditingService:
             return self.tokens(rewrite(prompt) if rewrite else prompt)
         if not prompt or not isinstance(prompt[0], Mapping):
             tokens = list(prompt)
-            return self.tokens(rewrite(decoded(self.tokenizer, tokens))) if rewrite and tokens else tokens
+            if rewrite is None:
+                return tokens
+            check_tokens(self._state.model, tokens)
+            with self._one_text:
+                return asked_tokens(self.tokenizer, tokens, rewrite)
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise RequestError("this model's tokenizer has no chat template, so it takes no chats; ask for a completion of a text")
         messages = [dict(message) for message in prompt]
