@@ -12,7 +12,7 @@ from comeba_ext.editing.report import Phases
 from comeba_ext.errors import ConfigError
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.layers.attachment import Attachment
-from comeba_ext.layers.hooked_linear import shape_of
+from comeba_ext.layers.hooked_linear import device_of, shape_of
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.snapshots import Snapshots
@@ -62,7 +62,7 @@ class Router(Attachment):
 
     def __init__(self, base: nn.Module):
         super().__init__(base)
-        device, width = base.weight.device, shape_of(base)[1]
+        device, width = device_of(base), shape_of(base)[1]
         for name in ("points", "centres"):
             self.register_buffer(name, torch.zeros(0, width, device=device))
         self.register_buffer("radii", torch.zeros(0, device=device))
@@ -96,9 +96,9 @@ class LoraBlocks(Attachment):
 
     def __init__(self, base: nn.Module, rank: int, scale: float):
         super().__init__(base)
-        self.scale, (d_in, d_out) = scale, shape_of(base)
-        self.register_buffer("down", torch.zeros(0, rank, d_in, device=base.weight.device))
-        self.register_buffer("up", torch.zeros(0, d_out, rank, device=base.weight.device))
+        self.scale, (d_in, d_out), device = scale, shape_of(base), device_of(base)
+        self.register_buffer("down", torch.zeros(0, rank, d_in, device=device))
+        self.register_buffer("up", torch.zeros(0, d_out, rank, device=device))
         self.trained: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from comeba_ext.layers.attachment import Attachment
-from comeba_ext.layers.hooked_linear import shape_of
+from comeba_ext.layers.hooked_linear import device_of, shape_of
 
 
 class SideMemory(Attachment):
@@ -29,7 +29,7 @@ class SideMemory(Attachment):
     def __init__(self, base: nn.Module, memories: int = 0):
         super().__init__(base)
         self.in_features, self.out_features = shape_of(base)
-        self.register_buffer("delta", torch.zeros(memories, self.out_features, self.in_features, device=base.weight.device))
+        self.register_buffer("delta", torch.zeros(memories, self.out_features, self.in_features, device=device_of(base)))
         self.forced: int | torch.Tensor | None = None
         self.trained: torch.Tensor | None = None
 

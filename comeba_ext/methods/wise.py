@@ -70,7 +70,7 @@ class WiseMemory(SideMemory):
 
     def __init__(self, base: nn.Module):
         super().__init__(base, 0)
-        self.register_buffer("thresholds", torch.zeros(0, device=base.weight.device))
+        self.register_buffer("thresholds", torch.zeros(0, device=self.delta.device))
 
     def activations(self, x: torch.Tensor, mask: torch.Tensor | None, memory: int) -> torch.Tensor:
         """``(batch,)`` for rows ``(batch, seq, d_in)``."""
