@@ -417,6 +417,19 @@ def test_a_model_whose_blocks_are_on_disk(tiny_model, tokenizer, tmp_path, name)
         assert torch.equal(of(moved), of(loaded))
 
 
+@pytest.mark.parametrize("name", ["COMEBA-HK", "GRACE", "SERAC"])
+def test_a_model_whose_embeddings_are_offloaded(tiny_model, tokenizer, name):
+    """With all the rest: there is no weight that says where token ids go."""
+    accelerate = pytest.importorskip("accelerate")
+    whole = make_method(name, small_model(tiny_model), tokenizer)
+    placed = make_method(name, accelerate.cpu_offload(small_model(tiny_model), torch.device("cpu")), tokenizer)
+    requests = requests_of(2)
+    for editor in (whole, placed):
+        editor.edit(requests, **given(editor, 2))
+    ids = ids_of(whole.model, tokenizer, requests[0].text)
+    assert torch.allclose(answers(placed, ids), answers(whole, ids), atol=1e-5)
+
+
 class Packed(torch.nn.Module):
     """A linear layer as quantisers keep it: no weight by that name."""
 
