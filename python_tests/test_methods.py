@@ -390,6 +390,19 @@ def test_save_and_load(tiny_model, tokenizer, tmp_path, name):
         assert "Infinity" not in line.read_text() or name == "COMEBA-HK"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast(tiny_model, tokenizer, name):
+    """The same edits, as close as half precision comes."""
+    editor = make_method(name, small_model(tiny_model), tokenizer)
+    requests = requests_of(2)
+    editor.edit(requests, **given(editor, 2))
+    for request in requests:
+        ids = ids_of(editor.model, tokenizer, request.text)
+        live = answers(editor, ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (answers(editor, ids) - live).abs().max() < 0.05 * live.abs().max()
+
+
 def offloaded(model, folder):
     """Two blocks on disk, as accelerate does it: their weights are there for the time of their pass."""
     accelerate = pytest.importorskip("accelerate")

@@ -73,7 +73,8 @@ class Codebook(Attachment):
     def nearest(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Number of the nearest key and its distance, for inputs ``(tokens, d_in)``."""
         x = x.float()
-        index = (self.keys.square().sum(-1) - 2 * x @ self.keys.mT).argmin(-1)  # the same order as distances
+        with torch.autocast(x.device.type, enabled=False):  # neighbours differ by less than half precision keeps
+            index = (self.keys.square().sum(-1) - 2 * x @ self.keys.mT).argmin(-1)  # the same order as distances
         return index, (x - self.keys[index]).norm(dim=-1)  # exact: a radius may be as small as rounding
 
 

@@ -240,7 +240,7 @@ class SeracLearner(Learner):
 
     def _logits(self, rows: list[Row]) -> list[torch.Tensor]:
         for layer, *own in zip(self.layers.values(), self.down, self.up, strict=True):
-            layer.trained = (*own, self.mark)
+            layer.trained = tuple(part.to(layer.down.device) for part in (*own, self.mark))
         try:
             with evaluating(self.session.model), frozen(self.session.model):
                 return self.session.logits(rows)
@@ -284,8 +284,7 @@ class SERAC(Trained):
             if not len(scope.table):
                 scope.table = learner.table.detach().clone()
                 for layer, down, up in zip(self.layers.values(), learner.down, learner.up, strict=True):
-                    layer.down, layer.up = down.detach().clone(), up.detach().clone()
-                    layer.mark = learner.mark
+                    layer.down, layer.up, layer.mark = (own.detach().clone().to(layer.down.device) for own in (down, up, learner.mark))
             scope.facts = scope.facts + [scope.entry(r, []) for r in batch]
             scope.keys = torch.cat([scope.keys, *(encode(r.text, scope.table)[None] for r in batch)])
         return [], []

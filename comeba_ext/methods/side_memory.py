@@ -43,18 +43,19 @@ class SideMemory(Attachment):
             return output
         self.refuse_recomputing("where a side memory sends a sequence")
         rows, mask = self.as_sequences(x, None, True)
-        if self.forced is not None:
-            route = torch.as_tensor(self.forced, device=x.device).expand(len(rows))
-        else:
-            route = self.past()
-            if route is None:
-                route = self.route(rows.float(), mask)
-            self.leave(route)
-        changed = torch.zeros(*rows.shape[:-1], self.out_features, device=x.device)
-        for way in route.unique().tolist():
-            if way >= 0:
-                chosen = route == way
-                changed = changed.index_put((chosen.nonzero()[:, 0],), self.edit_output(rows[chosen].float(), way))
+        with torch.autocast(x.device.type, enabled=False):  # thresholds were found, and overlaps are counted, in full precision
+            if self.forced is not None:
+                route = torch.as_tensor(self.forced, device=x.device).expand(len(rows))
+            else:
+                route = self.past()
+                if route is None:
+                    route = self.route(rows.float(), mask)
+                self.leave(route)
+            changed = torch.zeros(*rows.shape[:-1], self.out_features, device=x.device)
+            for way in route.unique().tolist():
+                if way >= 0:
+                    chosen = route == way
+                    changed = changed.index_put((chosen.nonzero()[:, 0],), self.edit_output(rows[chosen].float(), way))
         return output + changed.reshape(output.shape).to(output.dtype)
 
     def weight_of(self, memory: int) -> torch.Tensor:
