@@ -73,7 +73,7 @@ class Editor:
         elif not isinstance(config, kind.config_class):
             raise ConfigError(f"{kind.name} takes settings of {kind.config_class.__name__}, got {type(config).__name__}")
         self.session = Session(model, tokenizer, config)
-        self.method = kind(self.session)
+        self.method = kind.made(self.session)
         self.log: list[dict] = []
         self._one_step = threading.RLock()
         self._next_id = 0

@@ -391,6 +391,109 @@ def test_save_and_load(tiny_model, tokenizer, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_autocast(tiny_model, tokenizer, name):
+    """The same edits, as close as half precision comes."""
+    editor = make_method(name, small_model(tiny_model), tokenizer)
+    requests = requests_of(2)
+    editor.edit(requests, **given(editor, 2))
+    for request in requests:
+        ids = ids_of(editor.model, tokenizer, request.text)
+        live = answers(editor, ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (answers(editor, ids) - live).abs().max() < 0.05 * live.abs().max()
+
+
+def offloaded(model, folder):
+    """Two blocks on disk, as accelerate does it: their weights are there for the time of their pass."""
+    accelerate = pytest.importorskip("accelerate")
+    places = {**dict.fromkeys(("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"), "cpu")}
+    places |= {f"transformer.h.{n}": "disk" if n in (1, 2) else "cpu" for n in range(4)}
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_whose_blocks_are_on_disk(tiny_model, tokenizer, tmp_path, name):
+    """Edited, and loaded with edits, as one that is in memory: the logits are its, bit for bit."""
+    whole = make_method(name, small_model(tiny_model), tokenizer)
+    placed = make_method(name, offloaded(small_model(tiny_model), tmp_path / "one"), tokenizer)
+    requests = requests_of(2)
+    for editor in (whole, placed):
+        editor.edit(requests, **given(editor, 2))
+    whole.save_pretrained(tmp_path / "edits")
+    loaded, moved = (
+        load_edits(model, tmp_path / "edits") for model in (small_model(tiny_model), offloaded(small_model(tiny_model), tmp_path / "two"))
+    )
+    for request in requests:
+        ids = ids_of(whole.model, tokenizer, request.text)
+        assert torch.allclose(answers(placed, ids), answers(whole, ids), atol=1e-5)
+        of = lambda model, ids=ids: answers(SimpleNamespace(model=model, tokenizer=tokenizer), ids)  # noqa: E731
+        assert torch.equal(of(moved), of(loaded))
+
+
+@pytest.mark.parametrize("name", ["COMEBA-HK", "GRACE", "SERAC"])
+def test_a_model_whose_embeddings_are_offloaded(tiny_model, tokenizer, name):
+    """With all the rest: there is no weight that says where token ids go."""
+    accelerate = pytest.importorskip("accelerate")
+    whole = make_method(name, small_model(tiny_model), tokenizer)
+    placed = make_method(name, accelerate.cpu_offload(small_model(tiny_model), torch.device("cpu")), tokenizer)
+    requests = requests_of(2)
+    for editor in (whole, placed):
+        editor.edit(requests, **given(editor, 2))
+    ids = ids_of(whole.model, tokenizer, requests[0].text)
+    assert torch.allclose(answers(placed, ids), answers(whole, ids), atol=1e-5)
+
+
+class Packed(torch.nn.Module):
+    """A linear layer as quantisers keep it: no weight by that name."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.scale = weight.abs().max().item() / 127
+        self.register_buffer("qweight", (weight / self.scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return x @ (self.qweight.to(x.dtype) * self.scale).T
+
+
+@pytest.mark.parametrize("name, settings", [*((name, {}) for name in NAMES), ("GRACE", {"warm": True})])
+def test_a_model_whose_layers_are_quantised(tiny_model, tokenizer, name, settings):
+    model = small_model(tiny_model, "llama")
+    for n in (1, 2):
+        block = model.model.layers[n].mlp
+        block.down_proj = Packed(block.down_proj.weight.detach())
+    editor = make_method(name, model, tokenizer, **settings)
+    requests = requests_of(2)
+    ids = ids_of(model, tokenizer, requests[0].text)
+    before = answers(editor, ids)
+    editor.edit(requests, **given(editor, 2))
+    assert name in ("SERAC", "KE", "KN") or not torch.equal(answers(editor, ids), before)  # untrained, or no neuron found
+
+
+@pytest.mark.parametrize("name", ["COMEBA-HK", "GRACE", "SERAC"])
+def test_a_method_that_fails_as_it_starts_leaves_nothing(tiny_model, tokenizer, name, monkeypatch):
+    model = small_model(tiny_model)
+    ids, kind = ids_of(model, tokenizer, some_requests(1)[0].text), methods.method_named(name)
+    start, modules, listeners = model(ids).logits, list(dict(model.named_modules())), len(model.transformer._forward_hooks)
+
+    def fail(self, session):
+        super(kind, self).__init__(session)
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "__init__", fail)
+        with pytest.raises(MemoryError):
+            make_method(name, model, tokenizer)
+        assert list(dict(model.named_modules())) == modules and len(model.transformer._forward_hooks) == listeners
+        assert torch.equal(model(ids).logits, start)
+    editor = make_method("GRACE", model, tokenizer)
+    with pytest.raises(ArchitectureError, match="already"):  # it was there before: it stays
+        make_method(name, model, tokenizer)
+    editor.edit(some_requests(1))
+    assert not torch.equal(model(ids).logits, start)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_error_changes_nothing(tiny_model, tokenizer, name, monkeypatch):
     editor = make_method(name, small_model(tiny_model), tokenizer)
     requests = requests_of(3)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import scipy.linalg
@@ -16,7 +17,10 @@ from comeba_ext import Editor, EditRequest, evaluate, load_edits
 from comeba_ext.errors import RequestError, StorageError
 from comeba_ext.evaluation import predict_base
 from comeba_ext.layers.prompts import prompt_rewriter
-from comeba_ext.methods.wise import ties
+from comeba_ext.methods.grace import Codebook
+from comeba_ext.methods.melo import WAY, LoraBlocks, Router
+from comeba_ext.methods.memoir import MemoirMemory
+from comeba_ext.methods.wise import WiseMemory, ties
 from comeba_ext.text.retrieval import BM25
 
 
@@ -335,6 +339,40 @@ def test_a_cached_generation_goes_the_way_of_its_prompt(tiny_model, tokenizer, n
         assert way.tolist() != [-1] and cached.past_key_values.comeba_statistics[side.name].tolist() == way.tolist()
 
 
+def test_autocast_does_not_change_the_way():
+    """Under autocast products are of half precision, in which neighbours are the same; where a token or a sequence goes is decided
+    without, as a double loop decides it."""
+    torch.manual_seed(0)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    book = Codebook(torch.nn.Linear(256, 8))
+    book.keys = 2 * torch.randn(256) + 0.15 * torch.randn(20, 256)
+    book.values, book.radii = torch.arange(20.0)[:, None].expand(20, 8), torch.full((20,), 0.1)
+    with autocast:
+        assert torch.equal(book(book.keys)[:, 0].float(), torch.arange(20.0))
+
+    wise = WiseMemory(torch.nn.Linear(64, 8))
+    wise.delta = torch.randn(1, 8, 64)
+    for x in torch.randn(20, 5, 64):
+        activation = sum((wise.delta[0].double() @ token).norm() for token in x.double()) / 5
+        for share, taken in ((0.9999, True), (1.0001, False)):
+            wise.thresholds = (share * activation).float()[None]
+            with autocast:
+                change = wise(x[None]) - wise.base_layer(x[None])
+            assert torch.allclose(change[0].float(), taken * (x @ wise.delta[0].mT), atol=0.3)
+
+    side = MemoirMemory(torch.nn.Linear(1024, 8), 0.5, 400.5 / 512, 0)
+    x = torch.randn(1, 3, 1024)
+    (own,) = side.mask_of(x.mean(1))
+    inside, outside = own.nonzero()[:, 0], (~own).nonzero()[:, 0]
+    side.masks = own[None].repeat(2, 1)
+    for mask, gone in zip(side.masks, (112, 111), strict=True):  # 400 and 401 of 512 in common
+        mask[inside[:gone]], mask[outside[:gone]] = False, True
+    side.delta = torch.randn(1, 8, 1024) / 32
+    with autocast:
+        change = side(x) - side.base_layer(x)
+    assert torch.allclose(change.float(), (x * side.masks[1]) @ side.delta[0].mT, atol=0.1)
+
+
 # -- MELO and KN ------------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +414,41 @@ def test_melo_adds_its_block_to_the_tokens_it_is_for(tiny_model, tokenizer):
         assert torch.allclose(changed[-1], out[-1] + 2.0 * lora.up[n] @ (lora.down[n] @ x[-1]), atol=1e-4)  # scale √4
         assert (changed[-1] - out[-1]).abs().max() > 1e-2
     assert router.way(layer_io(plain, tokenizer, requests[1].text, 1)[1])[-1] == 1
+
+
+def test_melos_way_is_a_tokens_own():
+    """The same beside any number of tokens, points and clusters, where a radius is smaller than a product's rounding; as a double loop."""
+    torch.manual_seed(0)
+    router = Router(torch.nn.Linear(64, 64))
+    start = torch.nn.functional.normalize(torch.randn(64), dim=0) * 300
+    router.centres = start + torch.nn.functional.normalize(torch.randn(40, 64), dim=1) * 0.05
+    router.points = torch.cat([router.centres, router.centres + 0.01 * torch.randn(40, 64)])
+    router.radii, router.cluster, router.block = torch.full((40,), 0.02), torch.arange(40).repeat(2), torch.arange(80)
+    tokens = torch.cat([router.points, torch.randn(20, 64)])
+    wanted = []
+    for token in tokens.double():
+        near = (router.centres.double() - token).norm(dim=1).argmin()
+        points = (router.points.double() - token).norm(dim=1).masked_fill(router.cluster != near, torch.inf)
+        wanted.append(points.argmin().item() if (router.centres[near].double() - token).norm() <= router.radii[near] else -1)
+    assert wanted[:40] == list(range(40)) and wanted[80:] == [-1] * 20
+    assert router.way(tokens).tolist() == wanted
+    assert [router.way(token[None]).item() for token in tokens] == wanted
+
+
+def test_melos_layers_may_be_on_another_device_than_its_router():
+    class Elsewhere:  # all that can be done with it is to bring it here
+        def reshape(self, *shape):
+            return self
+
+        def to(self, device):
+            return torch.tensor([-1, 0])
+
+    layer = LoraBlocks(torch.nn.Linear(4, 3), 2, 1.0)
+    layer.down, layer.up = torch.randn(1, 2, 4), torch.randn(1, 3, 2)
+    layer.context = SimpleNamespace(here=SimpleNamespace(told={WAY: Elsewhere()}, shape=(1, 2), off=0))
+    x = torch.randn(1, 2, 4)
+    change = layer(x) - layer.base_layer(x)
+    assert not change[0, 0].any() and torch.allclose(change[0, 1], layer.up[0] @ layer.down[0] @ x[0, 1], atol=1e-5)
 
 
 def test_kn_attributions_add_up(tiny_model, tokenizer):

@@ -75,10 +75,7 @@ class HookedLinear(Attachment):
         if dtype is None:
             dtype = weight.dtype if weight is not None and weight.is_floating_point() else torch.float32
             dtype = dtype if dtype.itemsize > 1 else torch.float32  # 8-bit floats store, they do not compute
-        if device is None:
-            device = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
-        if device is None:
-            device = weight.device if weight is not None and weight.device.type != "meta" else "cpu"
+        device = device_of(base) if device is None else device
         alpha = kind.start if alpha is None else float(alpha)
         self.register_buffer("delta", torch.zeros(self.out_features, self.in_features, dtype=dtype, device=device))
         self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64, device=device))
@@ -246,6 +243,16 @@ def install(
         if name not in known:
             raise ArchitectureError(f"the model has no module {name!r}; see model.named_modules()")
     return attach(model, {name: HookedLinear(known[name], scope, alpha, gate=gate) for name in names}, decoder)
+
+
+def device_of(base: nn.Module) -> torch.device:
+    """Where a layer computes, and so where what stands beside it belongs: where accelerate brings its inputs (its weights are elsewhere, or
+    on disk, between two passes), else with its first tensor, under whatever name a quantiser keeps that; the CPU where neither says."""
+    for module in base.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next((own.device for own in (*base.parameters(), *base.buffers()) if not own.is_meta), torch.device("cpu"))
 
 
 def turned(base: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from comeba_ext.editing.session import Session
 from comeba_ext.errors import ConfigError, RequestError
 from comeba_ext.forward.architectures import Architecture, context_length
 from comeba_ext.forward.partial import evaluating
-from comeba_ext.layers.attachment import Attachment, attach
+from comeba_ext.layers.attachment import Attachment, attach, attachments, detach
 from comeba_ext.layers.prompts import give_tokenizer, prompt_rewriter
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.text.request import EditRequest
@@ -89,6 +89,17 @@ class Method:
         self.session = session
         self.attachments: dict[str, Attachment] = self.attach(session.model, session.config, session.architecture)
         give_tokenizer(self.attachments, session.tokenizer)
+
+    @classmethod
+    def made(cls, session: Session) -> Method:
+        """One at work on a session; if that fails, however late, the model is as it was."""
+        edited = bool(attachments(session.model))
+        try:
+            return cls(session)
+        except BaseException:
+            if not edited:
+                detach(session.model)
+            raise
 
     @property
     def config(self) -> EditConfig:

@@ -25,7 +25,7 @@ from comeba_ext.editing.config import is_int, is_number
 from comeba_ext.errors import ArchitectureError, StorageError
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.layers.attachment import Attachment, attach, refuse_edited
-from comeba_ext.layers.hooked_linear import shape_of, turned
+from comeba_ext.layers.hooked_linear import device_of, shape_of, turned
 from comeba_ext.methods.side_memory import mean_over_tokens
 
 LONG = 100  # tokens: of a longer sequence the greatest distance counts, not the mean
@@ -64,10 +64,11 @@ class EasyEditWise(Attachment):
     ):
         super().__init__(base)
         self.transposed, self.limits, self.activation = turned(base), limits, activation
-        self.register_buffer("side", side.to(base.weight))
+        kind = {"device": device_of(base), "dtype": base.weight.dtype}
+        self.register_buffer("side", side.to(**kind))
         stacked = torch.stack(memories) if memories else side.new_zeros(0, *side.shape)
-        self.register_buffer("memories", stacked.to(base.weight))
-        self.register_buffer("merged", None if merged is None else merged.to(base.weight))
+        self.register_buffer("memories", stacked.to(**kind))
+        self.register_buffer("merged", None if merged is None else merged.to(**kind))
 
     @property
     def reads_sequence(self) -> bool:

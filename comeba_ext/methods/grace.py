@@ -11,7 +11,7 @@ from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.layers.attachment import Attachment
-from comeba_ext.layers.hooked_linear import shape_of
+from comeba_ext.layers.hooked_linear import device_of, shape_of
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.snapshots import Snapshots
@@ -54,9 +54,9 @@ class Codebook(Attachment):
 
     def __init__(self, base: nn.Module):
         super().__init__(base)
-        self.in_features, self.out_features = shape_of(base)
+        (self.in_features, self.out_features), device = shape_of(base), device_of(base)
         for name, width in (("keys", (self.in_features,)), ("values", (self.out_features,)), ("radii", ())):
-            self.register_buffer(name, torch.zeros(0, *width, device=base.weight.device))
+            self.register_buffer(name, torch.zeros(0, *width, device=device))
         self.trained: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -73,7 +73,8 @@ class Codebook(Attachment):
     def nearest(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Number of the nearest key and its distance, for inputs ``(tokens, d_in)``."""
         x = x.float()
-        index = (self.keys.square().sum(-1) - 2 * x @ self.keys.mT).argmin(-1)  # the same order as distances
+        with torch.autocast(x.device.type, enabled=False):  # neighbours differ by less than half precision keeps
+            index = (self.keys.square().sum(-1) - 2 * x @ self.keys.mT).argmin(-1)  # the same order as distances
         return index, (x - self.keys[index]).norm(dim=-1)  # exact: a radius may be as small as rounding
 
 
@@ -112,7 +113,7 @@ class GRACE(Snapshots):
         self.batch_ids = [request.request_id for request in batch]
         with phases("update"), torch.no_grad():
             for request, query in zip(batch, queries, strict=True):
-                self._place(request, query.float())
+                self._place(request, query)
         with phases("values"), evaluating(session.model), frozen(session.model):
             return self._train(rows, on_progress)
 
@@ -136,8 +137,9 @@ class GRACE(Snapshots):
                 codebook.radii[index] = (radius - SPLIT).clamp(min=0)
         value = torch.rand(codebook.out_features, generator=torch.Generator().manual_seed(self.config.seed + len(codebook.keys)))
         if self.config.warm:
-            value = codebook.base_layer(query[None].to(codebook.base_layer.weight.dtype))[0].float()
-        for name, new in (("keys", query), ("values", value.to(query)), ("radii", query.new_tensor(float(radius)))):
+            value = codebook.base_layer(query[None])[0]  # as it came: a quantised weight's type is not that of inputs
+        key = query.float()
+        for name, new in (("keys", key), ("values", value.to(key)), ("radii", key.new_tensor(float(radius)))):
             setattr(codebook, name, torch.cat([getattr(codebook, name), new[None]]))
         notes["labels"].append(request.target_new)
         notes["owners"].append([request.request_id])

@@ -11,7 +11,7 @@ from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.layers.attachment import Attachment
-from comeba_ext.layers.hooked_linear import shape_of
+from comeba_ext.layers.hooked_linear import device_of, shape_of
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.snapshots import Snapshots
 from comeba_ext.methods.training import TrainingRows
@@ -55,8 +55,8 @@ class Adapter(Attachment):
         super().__init__(base)
         (d_in, d_out), self.scale = shape_of(base), scale
         down = (2 * torch.rand(rank, d_in, generator=torch.Generator().manual_seed(seed)) - 1) * d_in**-0.5
-        self.register_buffer("down", down.to(base.weight.device))
-        self.register_buffer("up", torch.zeros(d_out, rank, device=base.weight.device))
+        self.register_buffer("down", down.to(device_of(base)))
+        self.register_buffer("up", torch.zeros(d_out, rank, device=self.down.device))
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         output = self.base_layer(x, *args, **kwargs)

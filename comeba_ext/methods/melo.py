@@ -12,7 +12,7 @@ from comeba_ext.editing.report import Phases
 from comeba_ext.errors import ConfigError
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.layers.attachment import Attachment
-from comeba_ext.layers.hooked_linear import shape_of
+from comeba_ext.layers.hooked_linear import device_of, shape_of
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.snapshots import Snapshots
@@ -62,7 +62,7 @@ class Router(Attachment):
 
     def __init__(self, base: nn.Module):
         super().__init__(base)
-        device, width = base.weight.device, shape_of(base)[1]
+        device, width = device_of(base), shape_of(base)[1]
         for name in ("points", "centres"):
             self.register_buffer(name, torch.zeros(0, width, device=device))
         self.register_buffer("radii", torch.zeros(0, device=device))
@@ -78,10 +78,17 @@ class Router(Attachment):
     def way(self, output: torch.Tensor) -> torch.Tensor:
         """Block of every token, −1 for none, for outputs ``(…, d_out)``."""
         flat = output.reshape(-1, output.shape[-1])
-        near = torch.cdist(flat, self.centres).min(1)
-        points = torch.cdist(flat, self.points).masked_fill(self.cluster[None] != near.indices[:, None], torch.inf).argmin(1)
-        found = torch.where(near.values <= self.radii[near.indices], self.block[points], -1)
+        near = _distances(flat, self.centres).argmin(1)
+        points = _distances(flat, self.points).masked_fill(self.cluster[None] != near[:, None], torch.inf).argmin(1)
+        inside = (flat - self.centres[near]).norm(dim=-1) <= self.radii[near]  # as radii are measured
+        found = torch.where(inside, self.block[points], -1)
         return found.reshape(output.shape[:-1])
+
+
+def _distances(these: torch.Tensor, those: torch.Tensor) -> torch.Tensor:
+    """Pair by pair: as a product, which torch takes beyond a few rows, they would be off by more than a small radius, and a token's way
+    would depend on how many stand beside it."""
+    return torch.cdist(these, those, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class LoraBlocks(Attachment):
@@ -96,9 +103,9 @@ class LoraBlocks(Attachment):
 
     def __init__(self, base: nn.Module, rank: int, scale: float):
         super().__init__(base)
-        self.scale, (d_in, d_out) = scale, shape_of(base)
-        self.register_buffer("down", torch.zeros(0, rank, d_in, device=base.weight.device))
-        self.register_buffer("up", torch.zeros(0, d_out, rank, device=base.weight.device))
+        self.scale, (d_in, d_out), device = scale, shape_of(base), device_of(base)
+        self.register_buffer("down", torch.zeros(0, rank, d_in, device=device))
+        self.register_buffer("up", torch.zeros(0, d_out, rank, device=device))
         self.trained: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -107,16 +114,17 @@ class LoraBlocks(Attachment):
         way = self.context.here.told.get(WAY) if self.context is not None else None
         if self.mode == "off" or way is None:
             return output
-        flat, way = x.reshape(-1, x.shape[-1]).float(), way.reshape(-1)
+        flat, way = x.reshape(-1, x.shape[-1]).float(), way.reshape(-1).to(x.device)  # the router may be on another device
         changed = torch.zeros(len(flat), output.shape[-1], device=x.device)
         if self.trained is not None:  # a gradient, if only zero, where no token goes to the block that is trained
             changed = changed + 0 * self.trained[1].sum()
-        for block in way.unique().tolist():
-            if block >= 0:
-                last = self.trained is not None and block == len(self.down) - 1
-                down, up = self.trained if last else (self.down[block], self.up[block])
-                tokens = (way == block).nonzero()[:, 0]
-                changed = changed.index_put((tokens,), self.scale * (flat[tokens] @ down.mT @ up.mT))
+        with torch.autocast(x.device.type, enabled=False):
+            for block in way.unique().tolist():
+                if block >= 0:
+                    last = self.trained is not None and block == len(self.down) - 1
+                    down, up = self.trained if last else (self.down[block], self.up[block])
+                    tokens = (way == block).nonzero()[:, 0]
+                    changed = changed.index_put((tokens,), self.scale * (flat[tokens] @ down.mT @ up.mT))
         return output + changed.reshape(output.shape).to(output.dtype)
 
 

@@ -16,7 +16,7 @@ from comeba_ext.editing.session import Session
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.layers.attachment import Attachment
-from comeba_ext.layers.hooked_linear import shape_of
+from comeba_ext.layers.hooked_linear import device_of, shape_of
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.in_context import PLACE, Facts, fact_of
@@ -132,7 +132,7 @@ class Counterfactual(Attachment):
 
     def __init__(self, base: nn.Module, scale: float):
         super().__init__(base)
-        self.scale, (d_in, d_out), device = scale, shape_of(base), base.weight.device
+        self.scale, (d_in, d_out), device = scale, shape_of(base), device_of(base)
         self.register_buffer("down", torch.zeros(0, d_in, device=device))
         self.register_buffer("up", torch.zeros(0, d_out, device=device))
         self.register_buffer("mark", torch.zeros(0, 2, dtype=torch.long, device=device))
@@ -240,7 +240,7 @@ class SeracLearner(Learner):
 
     def _logits(self, rows: list[Row]) -> list[torch.Tensor]:
         for layer, *own in zip(self.layers.values(), self.down, self.up, strict=True):
-            layer.trained = (*own, self.mark)
+            layer.trained = tuple(part.to(layer.down.device) for part in (*own, self.mark))
         try:
             with evaluating(self.session.model), frozen(self.session.model):
                 return self.session.logits(rows)
@@ -284,8 +284,7 @@ class SERAC(Trained):
             if not len(scope.table):
                 scope.table = learner.table.detach().clone()
                 for layer, down, up in zip(self.layers.values(), learner.down, learner.up, strict=True):
-                    layer.down, layer.up = down.detach().clone(), up.detach().clone()
-                    layer.mark = learner.mark
+                    layer.down, layer.up, layer.mark = (own.detach().clone().to(layer.down.device) for own in (down, up, learner.mark))
             scope.facts = scope.facts + [scope.entry(r, []) for r in batch]
             scope.keys = torch.cat([scope.keys, *(encode(r.text, scope.table)[None] for r in batch)])
         return [], []

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from comeba_ext.layers.attachment import Attachment
-from comeba_ext.layers.hooked_linear import shape_of
+from comeba_ext.layers.hooked_linear import device_of, shape_of
 
 
 class SideMemory(Attachment):
@@ -29,7 +29,7 @@ class SideMemory(Attachment):
     def __init__(self, base: nn.Module, memories: int = 0):
         super().__init__(base)
         self.in_features, self.out_features = shape_of(base)
-        self.register_buffer("delta", torch.zeros(memories, self.out_features, self.in_features, device=base.weight.device))
+        self.register_buffer("delta", torch.zeros(memories, self.out_features, self.in_features, device=device_of(base)))
         self.forced: int | torch.Tensor | None = None
         self.trained: torch.Tensor | None = None
 
@@ -43,18 +43,19 @@ class SideMemory(Attachment):
             return output
         self.refuse_recomputing("where a side memory sends a sequence")
         rows, mask = self.as_sequences(x, None, True)
-        if self.forced is not None:
-            route = torch.as_tensor(self.forced, device=x.device).expand(len(rows))
-        else:
-            route = self.past()
-            if route is None:
-                route = self.route(rows.float(), mask)
-            self.leave(route)
-        changed = torch.zeros(*rows.shape[:-1], self.out_features, device=x.device)
-        for way in route.unique().tolist():
-            if way >= 0:
-                chosen = route == way
-                changed = changed.index_put((chosen.nonzero()[:, 0],), self.edit_output(rows[chosen].float(), way))
+        with torch.autocast(x.device.type, enabled=False):  # thresholds were found, and overlaps are counted, in full precision
+            if self.forced is not None:
+                route = torch.as_tensor(self.forced, device=x.device).expand(len(rows))
+            else:
+                route = self.past()
+                if route is None:
+                    route = self.route(rows.float(), mask)
+                self.leave(route)
+            changed = torch.zeros(*rows.shape[:-1], self.out_features, device=x.device)
+            for way in route.unique().tolist():
+                if way >= 0:
+                    chosen = route == way
+                    changed = changed.index_put((chosen.nonzero()[:, 0],), self.edit_output(rows[chosen].float(), way))
         return output + changed.reshape(output.shape).to(output.dtype)
 
     def weight_of(self, memory: int) -> torch.Tensor:

@@ -70,7 +70,7 @@ class WiseMemory(SideMemory):
 
     def __init__(self, base: nn.Module):
         super().__init__(base, 0)
-        self.register_buffer("thresholds", torch.zeros(0, device=base.weight.device))
+        self.register_buffer("thresholds", torch.zeros(0, device=self.delta.device))
 
     def activations(self, x: torch.Tensor, mask: torch.Tensor | None, memory: int) -> torch.Tensor:
         """``(batch,)`` for rows ``(batch, seq, d_in)``."""
@@ -173,7 +173,8 @@ class WISE(Snapshots):
     def _activation(self, x: torch.Tensor) -> torch.Tensor:
         """``‖(W′ − W) x‖`` of the last shard, mean over the tokens ``(tokens, d_in)``."""
         weight = self.attachment.weight_of(len(self.attachment.delta) - 1)
-        return ((x @ weight.mT).square().sum(-1) + 1e-12).sqrt().mean()  # at zero the norm has no gradient
+        with torch.autocast(x.device.type, enabled=False):  # as a sequence is routed
+            return ((x @ weight.mT).square().sum(-1) + 1e-12).sqrt().mean()  # at zero the norm has no gradient
 
     def _routing_loss(self, rows: list[Row], inputs: list[torch.Tensor], others: list[torch.Tensor]) -> torch.Tensor:
         """Equation 6: means of the positive entries of ``d̄ − d + γ``, ``d̄ − α``, ``β − d``."""

@@ -123,7 +123,10 @@ def pad_id(tokenizer) -> int:
 def input_device(model: torch.nn.Module) -> torch.device:
     """Where a model takes its token ids: with its embeddings, or its first weight where it names none; a model over several devices
     moves them on itself."""
-    weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if (hook := getattr(embeddings, "_hf_hook", None)) is not None and getattr(hook, "execution_device", None) is not None:
+        return torch.device(hook.execution_device)  # accelerate's: the weights themselves may be elsewhere
+    weight = getattr(embeddings, "weight", None)
     weight = next(model.parameters(), None) if weight is None else weight
     return torch.device("cpu") if weight is None else weight.device
 
