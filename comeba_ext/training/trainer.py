@@ -131,30 +131,39 @@ class Trainer:
         optimiser = torch.optim.Adam([{"lr": config.lr or self.learner.lr, **group} for group in self.learner.groups()])
         step, lines = self._resume(optimiser)
         learner, optimiser = accelerator.prepare(self.learner, optimiser)
-        validations = [line for line in lines if line["event"] == "validation"]
         start, before = time.monotonic(), lines[-1]["seconds"] if lines else 0.0
-        ends = False
+        seconds = lambda: before + time.monotonic() - start  # noqa: E731
+
+        def validate() -> None:
+            lines.append({"event": "validation", "step": step, **self._validate(), "seconds": seconds()})
+
+        def save() -> None:
+            if accelerator.is_main_process:
+                self._save(step, optimiser, lines)
+                self._save_best(lines)
+            if on_validation is not None and lines[-1]["event"] == "validation":
+                on_validation(lines[-1])
+
+        if accelerator.is_main_process:  # where it was killed before it could
+            self._save_best(lines)
         reset_peak_memory(device)
         with tqdm(total=config.steps, initial=step, disable=not progress, unit="step", desc=self.editor.method.name) as bar:
-            while step < config.steps and not ends and not self._enough(validations):
+            ends = step >= config.steps or self._late(before)
+            if ends and lines[-1]["event"] != "validation":  # it has had more steps, or time, than are asked for now
+                validate()
+                save()
+            while not ends and not self._enough(lines):
                 parts = self._step(accelerator, learner, optimiser, step)
                 step += 1
-                seconds = before + time.monotonic() - start
-                lines.append({"event": "step", "step": step, **parts, "seconds": seconds})
+                lines.append({"event": "step", "step": step, **parts, "seconds": seconds()})
                 bar.set_postfix(loss=f"{parts['loss']:.3g}", refresh=False)
                 bar.update()
-                ends = step == config.steps or self._late(seconds)
+                ends = step == config.steps or self._late(lines[-1]["seconds"])
                 if ends or step % config.validate_every == 0:
-                    found = {"event": "validation", "step": step, **self._validate(), "seconds": before + time.monotonic() - start}
-                    validations.append(found)
-                    if accelerator.is_main_process and _best(validations) is found:
-                        self._save_best(found)
-                    lines.append(found)
-                    if on_validation is not None:
-                        on_validation(found)
-                if accelerator.is_main_process and (ends or step % config.save_every == 0 or lines[-1]["event"] == "validation"):
-                    self._save(step, optimiser, lines)
-        return self._finish(device, lines, validations) if accelerator.is_main_process else {}
+                    validate()
+                if lines[-1]["event"] == "validation" or step % config.save_every == 0:
+                    save()
+        return self._finish(device, lines) if accelerator.is_main_process else {}
 
     def _step(self, accelerator, learner, optimiser, step: int) -> dict[str, float]:
         """One of the optimiser; returns the loss's parts, means over its passes."""
@@ -200,8 +209,9 @@ class Trainer:
 
         return broadcast_object_list([seconds > 60 * self.config.minutes])[0]
 
-    def _enough(self, validations: list[dict]) -> bool:
-        since = len(validations) - validations.index(_best(validations)) if validations else 0
+    def _enough(self, lines: list[dict]) -> bool:
+        validations = _validations(lines)
+        since = len(validations) - validations.index(_best(lines)) if validations else 0
         return since > self.config.patience
 
     # -- what is kept -------------------------------------------------------------------------------------------
@@ -213,8 +223,11 @@ class Trainer:
         settings = {name: value for name, value in asdict(self.config).items() if name not in ("steps", "minutes")}  # more may be asked for
         return {"kind": "training", "method": self.editor.method.name, "data": digest, "training": settings}
 
-    def _save_best(self, found: dict) -> None:
-        save_learner(self.learner, self.out / FILE, {**self._header(), "kind": "editor", "validation": found})
+    def _save_best(self, lines: list[dict]) -> None:
+        """The learner as it is, where the last line says that none was better. Behind the checkpoint that says so: a run that is killed
+        between the two goes on from there, and writes it."""
+        if lines and lines[-1] is _best(lines):
+            save_learner(self.learner, self.out / FILE, {**self._header(), "kind": "editor", "validation": lines[-1]})
 
     def _save(self, step: int, optimiser, lines: list[dict]) -> None:
         state = optimiser.state_dict()["state"]
@@ -245,40 +258,48 @@ class Trainer:
                     state.setdefault(int(number), {})[key] = tensor
             optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
             text = (self.out / "log.jsonl").read_text(encoding="utf-8")
-            return about["step"], [json.loads(line) for line in text.splitlines()[: about["lines"]]]
+            step, lines = about["step"], [json.loads(line) for line in text.splitlines()[: about["lines"]]]
         except (KeyError, ValueError, RuntimeError, OSError) as error:
             raise StorageError(f"{self.out / LAST} does not fit this training ({error}); remove the folder to start anew") from None
+        best = _best(lines)
+        if best is not None and best is not lines[-1] and not (self.out / FILE).exists():
+            raise StorageError(f"{self.out} no longer holds the best editor, of step {best['step']}; remove the folder to start anew")
+        return step, lines
 
-    def _finish(self, device: torch.device, lines: list[dict], validations: list[dict]) -> dict:
+    def _finish(self, device: torch.device, lines: list[dict]) -> dict:
         result = {
             **self._header(),
             "steps": lines[-1]["step"],
             "seconds": lines[-1]["seconds"],
-            "best": _best(validations),
-            "validations": validations,
+            "best": _best(lines),
+            "validations": _validations(lines),
             "parameters": sum(own.numel() for own in self.learner.parameters()),
             "bytes": (self.out / FILE).stat().st_size,
             "peak_memory": peak_memory(device),
             "machine": machine(),
         }
         write_text(self.out / ABOUT, json.dumps(result, indent=1) + "\n")
-        _plot(lines, validations, self.out / "curve.png")
+        _plot(lines, self.out / "curve.png")
         return result
 
 
-def _best(validations: list[dict]) -> dict:
-    """The first with the lowest loss."""
-    return min(validations, key=lambda own: own["loss"])
+def _validations(lines: list[dict]) -> list[dict]:
+    return [line for line in lines if line["event"] == "validation"]
 
 
-def _plot(lines: list[dict], validations: list[dict], path: Path) -> None:
+def _best(lines: list[dict]) -> dict | None:
+    """The first validation with the lowest loss."""
+    return min(_validations(lines), key=lambda own: own["loss"], default=None)
+
+
+def _plot(lines: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3))
-    steps = [line for line in lines if line["event"] == "step"]
+    steps, validations = [line for line in lines if line["event"] == "step"], _validations(lines)
     window = max(1, len(steps) // 100)
     parts = [steps[n : n + window] for n in range(0, len(steps), window)]
     means = [sum(line["loss"] for line in part) / len(part) for part in parts]
