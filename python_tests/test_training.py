@@ -6,6 +6,7 @@ import json
 import random
 import zlib
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -695,6 +696,58 @@ def test_what_cannot_be_trained(tiny_model, tokenizer, tmp_path):
         with pytest.raises(ConfigError):
             TrainConfig(**wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_each_training_chooses_its_precision(tiny_model, tokenizer, tmp_path):
+    """In one process, beside an Accelerator of somebody else's, which keeps what was chosen for it."""
+    theirs = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=3)
+    with theirs.accumulate():  # whose accumulation is not done yet
+        assert not theirs.sync_gradients
+        losses = []
+        for number, precision in enumerate(("no", "bf16", "no")):
+            trainer(tiny_model, tokenizer, tmp_path / f"{number}", steps=2, mixed_precision=precision).run(progress=False)
+            losses.append([json.loads(line)["loss"] for line in (tmp_path / f"{number}" / "log.jsonl").read_text().splitlines()])
+        assert losses[0] == losses[2] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.05)
+        assert losses[0][0] != losses[0][1]  # it has learned
+        assert theirs.gradient_accumulation_steps == 3 and theirs.mixed_precision == "no" and not theirs.sync_gradients
+
+
+def test_the_learner_stays_on_the_models_device(tiny_model, tokenizer, tmp_path, monkeypatch):
+    """Whatever accelerate takes for this process's."""
+    monkeypatch.setattr(accelerate.Accelerator, "device", torch.device("meta"))
+    run_ = trainer(tiny_model, tokenizer, tmp_path, steps=1)
+    assert run_.run(progress=False)["steps"] == 1
+    assert {own.device.type for own in run_.learner.parameters()} == {"cpu"}
+
+
+def test_a_killed_training_in_half_precision_scales_its_losses_on(tiny_model, tokenizer, tmp_path, monkeypatch):
+    """On a scaler that torch has for the CPU: the first scales are too large, and their steps are left out."""
+
+    class Scaling(accelerate.Accelerator):
+        def __init__(self, **given):
+            super().__init__(**given)
+            self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-11, growth_interval=2)
+
+    monkeypatch.setattr(accelerate, "Accelerator", Scaling)
+    with pytest.raises(ConfigError, match="fp16 is for GPUs"):
+        trainer(tiny_model, tokenizer, tmp_path / "cpu", mixed_precision="fp16")
+
+    def made(folder):
+        made = trainer(tiny_model, tokenizer, folder, steps=8, lr=1e-2)
+        object.__setattr__(made.config, "mixed_precision", "fp16")
+        return made
+
+    made(tmp_path / "whole").run(progress=False)
+    killed = made(tmp_path / "killed")
+    step = killed._step
+    killed._step = lambda *args: step(*args) if args[-1] < 5 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        killed.run(progress=False)
+    tensors, about = read_tensors(tmp_path / "killed" / "last.safetensors")
+    taken = {int(own) for name, own in tensors.items() if name.endswith(".step")}
+    assert about["step"] == 4 and about["scaler"]["scale"] < 2.0**40 and max(taken) < 4
+    made(tmp_path / "killed").run(progress=False)
+    assert_same_files(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_files_to_learn_from_take_turns(tmp_path):

@@ -13,6 +13,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class TrainConfig:
         patience: validations without a lower loss after which it ends.
         save_every: steps between checkpoints, which a killed run goes on from.
         seed: of the order and the wordings.
-        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (accelerate's).
+        mixed_precision: ``"no"``, ``"bf16"`` or, on a GPU, ``"fp16"`` (accelerate's).
         minutes: after which it ends, with a last validation; the same command with more of them goes on.
 
     Raises:
@@ -84,7 +85,7 @@ class Trainer:
             there), ``log.jsonl`` and, at the end, ``train.json`` and ``curve.png``.
 
     Raises:
-        ConfigError: the method cannot be trained.
+        ConfigError: the method cannot be trained, or not in this precision here.
         RequestError: a record cannot be edited, there is none, or the model is edited already.
     """
 
@@ -101,6 +102,8 @@ class Trainer:
             editor.check([request])
         self.editor, self.train, self.val, self.out = editor, train, val, Path(out)
         self.config = config or TrainConfig()
+        if self.config.mixed_precision == "fp16" and input_device(editor.model).type == "cpu":
+            raise ConfigError("mixed_precision fp16 is for GPUs; on the CPU use bf16 or no")
         self.learner: Learner = editor.method.new_learner()
         self._shuffled: tuple[int | None, list[int]] = None, []  # an epoch and its order
         self.shown = [own for n in range(len(val[: self.config.validations])) for own in episodes_of(val, [n], random.Random(n))]
@@ -116,20 +119,14 @@ class Trainer:
             StorageError: ``out`` holds the training of something else.
             ComebaError: the loss became NaN or infinite; the best editor so far is kept.
         """
-        with alone(self.out):
-            return self._run(progress, on_validation)
-
-    def _run(self, progress: bool, on_validation: Callable[[dict], None] | None) -> dict:
-        try:
-            from accelerate import Accelerator
-        except ImportError:
-            raise ComebaError("training needs the package accelerate: pip install 'comeba_ext[train]'") from None
-
-        config = self.config
         device = input_device(self.editor.model)
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=device.type == "cpu")
+        with _accelerator(self.config.mixed_precision, device) as accelerator, alone(self.out):
+            return self._run(accelerator, device, progress, on_validation)
+
+    def _run(self, accelerator, device: torch.device, progress: bool, on_validation: Callable[[dict], None] | None) -> dict:
+        config, scaler = self.config, accelerator.scaler
         optimiser = torch.optim.Adam([{"lr": config.lr or self.learner.lr, **group} for group in self.learner.groups()])
-        step, lines = self._resume(optimiser)
+        step, lines = self._resume(optimiser, scaler)
         learner, optimiser = accelerator.prepare(self.learner, optimiser)
         start, before = time.monotonic(), lines[-1]["seconds"] if lines else 0.0
         seconds = lambda: before + time.monotonic() - start  # noqa: E731
@@ -139,7 +136,7 @@ class Trainer:
 
         def save() -> None:
             if accelerator.is_main_process:
-                self._save(step, optimiser, lines)
+                self._save(step, optimiser, scaler, lines)
                 self._save_best(lines)
             if on_validation is not None and lines[-1]["event"] == "validation":
                 on_validation(lines[-1])
@@ -229,16 +226,18 @@ class Trainer:
         if lines and lines[-1] is _best(lines):
             save_learner(self.learner, self.out / FILE, {**self._header(), "kind": "editor", "validation": lines[-1]})
 
-    def _save(self, step: int, optimiser, lines: list[dict]) -> None:
+    def _save(self, step: int, optimiser, scaler, lines: list[dict]) -> None:
         state = optimiser.state_dict()["state"]
         tensors = {f"learner.{name}": own for name, own in self.learner.state_dict().items()}
         tensors |= {f"optimiser.{n}.{key}": torch.as_tensor(own) for n, kept in state.items() for key, own in kept.items()}
         about = {**self._header(), "settings": self.editor.config.to_dict(), "step": step, "lines": len(lines)}
+        if scaler is not None:  # of fp16: by how much the next loss is scaled decides whether its step is left out
+            about["scaler"] = scaler.state_dict()
         write_text(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         write_tensors(self.out / LAST, tensors, about)
 
-    def _resume(self, optimiser) -> tuple[int, list[dict]]:
-        """Step and log of the checkpoint, whose weights and optimiser's state are taken; 0 and nothing where there is none."""
+    def _resume(self, optimiser, scaler) -> tuple[int, list[dict]]:
+        """Step and log of the checkpoint, whose weights and states are taken; 0 and nothing where there is none."""
         if not (self.out / LAST).exists():
             if (self.out / FILE).exists():
                 raise StorageError(f"{self.out} holds an editor that this run has not made; choose another folder")
@@ -257,6 +256,8 @@ class Trainer:
                     _, number, key = name.split(".")
                     state.setdefault(int(number), {})[key] = tensor
             optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+            if scaler is not None and "scaler" in about:
+                scaler.load_state_dict(about["scaler"])
             text = (self.out / "log.jsonl").read_text(encoding="utf-8")
             step, lines = about["step"], [json.loads(line) for line in text.splitlines()[: about["lines"]]]
         except (KeyError, ValueError, RuntimeError, OSError) as error:
@@ -281,6 +282,33 @@ class Trainer:
         write_text(self.out / ABOUT, json.dumps(result, indent=1) + "\n")
         _plot(lines, self.out / "curve.png")
         return result
+
+
+@contextmanager
+def _accelerator(mixed_precision: str, device: torch.device):
+    """An ``Accelerator`` for a learner that is on its device already.
+
+    accelerate keeps precision, device and accumulation once for a whole process. Inside they are this training's, afterwards as they were:
+    the next training may choose others, and whoever has an ``Accelerator`` of their own keeps what they chose.
+
+    Raises:
+        ComebaError: it is not installed.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+    except ImportError:
+        raise ComebaError("training needs the package accelerate: pip install 'comeba_ext[train]'") from None
+    shared = [kind._shared_state for kind in (AcceleratorState, GradientState, PartialState)]
+    before = [dict(state) for state in shared]
+    try:
+        for state in shared:
+            state.clear()
+        yield Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu", device_placement=False)
+    finally:
+        for state, own in zip(shared, before, strict=True):
+            state.clear()
+            state.update(own)
 
 
 def _validations(lines: list[dict]) -> list[dict]:
