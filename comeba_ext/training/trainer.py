@@ -13,13 +13,14 @@ import json
 import random
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+from comeba_ext.distributed import require_replicated, require_same, together, world_size
 from comeba_ext.editing.config import check_fields
 from comeba_ext.editing.report import peak_memory, reset_peak_memory
 from comeba_ext.editor import Editor
@@ -41,7 +42,8 @@ class TrainConfig:
 
     Args:
         steps: of the optimiser, at most.
-        edits: requests that are edited together in a forward pass, and ``accumulate``: passes a step.
+        edits: requests that are edited together in a forward pass, or, with several processes, shared by them in one; and
+            ``accumulate``: passes a step.
         lr: Adam's rate; ``None``: the learner's.
         clip: bound on the gradient's norm.
         validate_every: steps between validations; ``validations``: records each, the first ones.
@@ -113,36 +115,56 @@ class Trainer:
 
         Returns:
             ``steps``, ``seconds``, ``best`` (a validation: ``step``, ``loss``, ``reliability``, ``generality``, ``locality``),
-            ``validations``, ``parameters``, ``bytes`` of the editor, ``peak_memory`` in bytes (of the process that ended it), ``machine``.
+            ``validations``, ``parameters``, ``bytes`` of the editor, ``peak_memory`` in bytes (of the process that ended it), ``machine``;
+            of several processes the first has it, the others nothing.
 
         Raises:
-            StorageError: ``out`` holds the training of something else.
+            StorageError: ``out`` holds the training of something else, or another process writes there.
+            ConfigError: more processes than ``edits``, which they share.
             ComebaError: the loss became NaN or infinite; the best editor so far is kept.
         """
         device = input_device(self.editor.model)
-        with _accelerator(self.config.mixed_precision, device) as accelerator, alone(self.out):
+        with _accelerator(self.config.mixed_precision, device) as accelerator, ExitStack() as held:
+            self._check_processes(accelerator, device)
+            together(lambda: held.enter_context(alone(self.out)) if accelerator.is_main_process else None)  # the one that writes
             return self._run(accelerator, device, progress, on_validation)
+
+    def _check_processes(self, accelerator, device: torch.device) -> None:
+        """Raises, in all processes alike, where they cannot share a training."""
+        count = accelerator.num_processes
+        if count != world_size():
+            raise ComebaError(f"of {world_size()} processes accelerate knows {count}; start them with torchrun or accelerate launch")
+        if self.config.edits < count:  # each pass's are shared
+            raise ConfigError(f"{count} processes share the edits of a pass, which are {self.config.edits}; give edits={count} or more")
+        if count > 1:
+            require_replicated(self.editor.model)
+            require_same((self._header(), self.config), "records or settings")
+
+            def placed() -> None:
+                if device.type != "cpu" and device != accelerator.device:
+                    raise ComebaError(f"the model is on {device}; put it on {accelerator.device}, which is this process's")
+
+            together(placed)
 
     def _run(self, accelerator, device: torch.device, progress: bool, on_validation: Callable[[dict], None] | None) -> dict:
         config, scaler = self.config, accelerator.scaler
         optimiser = torch.optim.Adam([{"lr": config.lr or self.learner.lr, **group} for group in self.learner.groups()])
-        step, lines = self._resume(optimiser, scaler)
+        alone_does = lambda work: together(lambda: work() if accelerator.is_main_process else None)[0]  # noqa: E731
+        step, lines = together(lambda: self._resume(optimiser, scaler))[accelerator.process_index]
+        alone_does(lambda: self._save_best(lines))  # where it was killed before it could
         learner, optimiser = accelerator.prepare(self.learner, optimiser)
         start, before = time.monotonic(), lines[-1]["seconds"] if lines else 0.0
         seconds = lambda: before + time.monotonic() - start  # noqa: E731
 
         def validate() -> None:
-            lines.append({"event": "validation", "step": step, **self._validate(), "seconds": seconds()})
+            found = alone_does(self._validate)  # the same in all, so that they end alike
+            lines.append({"event": "validation", "step": step, **found, "seconds": seconds()})
 
         def save() -> None:
-            if accelerator.is_main_process:
-                self._save(step, optimiser, scaler, lines)
-                self._save_best(lines)
+            alone_does(lambda: self._save(step, optimiser, scaler, lines))
             if on_validation is not None and lines[-1]["event"] == "validation":
                 on_validation(lines[-1])
 
-        if accelerator.is_main_process:  # where it was killed before it could
-            self._save_best(lines)
         reset_peak_memory(device)
         with tqdm(total=config.steps, initial=step, disable=not progress, unit="step", desc=self.editor.method.name) as bar:
             ends = step >= config.steps or self._late(before)
@@ -160,7 +182,8 @@ class Trainer:
                     validate()
                 if lines[-1]["event"] == "validation" or step % config.save_every == 0:
                     save()
-        return self._finish(device, lines) if accelerator.is_main_process else {}
+        result = alone_does(lambda: self._finish(device, lines))
+        return result if accelerator.is_main_process else {}
 
     def _step(self, accelerator, learner, optimiser, step: int) -> dict[str, float]:
         """One of the optimiser; returns the loss's parts, means over its passes."""
@@ -168,9 +191,7 @@ class Trainer:
         learner.train()
         for number in range(config.accumulate):
             episodes = self._episodes(step, number)[accelerator.process_index :: accelerator.num_processes]
-            loss, parts = learner(episodes)
-            if not torch.isfinite(loss):
-                raise ComebaError(f"the loss became {loss.item()} at step {step + 1}; the best editor so far is kept, lower lr")
+            loss, parts = self._loss(learner, episodes, step)
             accelerator.backward(loss / config.accumulate)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value / config.accumulate
@@ -178,6 +199,18 @@ class Trainer:
         optimiser.step()
         optimiser.zero_grad()
         return sums
+
+    def _loss(self, learner, episodes: list, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """Of a process's share; where it fails in one, none waits for the gradient of the others."""
+        found = []
+
+        def forward() -> None:
+            found.extend(learner(episodes))
+            if not torch.isfinite(found[0]):
+                raise ComebaError(f"the loss became {found[0].item()} at step {step + 1}; the best editor so far is kept, lower lr")
+
+        together(forward)
+        return found[0], found[1]
 
     def _episodes(self, step: int, number: int) -> list:
         """Those of a pass: the next records of a permutation that every epoch has one of."""
@@ -202,9 +235,7 @@ class Trainer:
         """Whether the time is up, in all processes alike."""
         if self.config.minutes is None:
             return False
-        from accelerate.utils import broadcast_object_list
-
-        return broadcast_object_list([seconds > 60 * self.config.minutes])[0]
+        return together(lambda: seconds > 60 * self.config.minutes)[0]
 
     def _enough(self, lines: list[dict]) -> bool:
         validations = _validations(lines)
@@ -221,8 +252,8 @@ class Trainer:
         return {"kind": "training", "method": self.editor.method.name, "data": digest, "training": settings}
 
     def _save_best(self, lines: list[dict]) -> None:
-        """The learner as it is, where the last line says that none was better. Behind the checkpoint that says so: a run that is killed
-        between the two goes on from there, and writes it."""
+        """The learner as it is, where the last line says that none was better; behind the checkpoint that says so, from which a run that
+        is killed between the two can write it."""
         if lines and lines[-1] is _best(lines):
             save_learner(self.learner, self.out / FILE, {**self._header(), "kind": "editor", "validation": lines[-1]})
 
@@ -235,6 +266,7 @@ class Trainer:
             about["scaler"] = scaler.state_dict()
         write_text(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         write_tensors(self.out / LAST, tensors, about)
+        self._save_best(lines)
 
     def _resume(self, optimiser, scaler) -> tuple[int, list[dict]]:
         """Step and log of the checkpoint, whose weights and states are taken; 0 and nothing where there is none."""
