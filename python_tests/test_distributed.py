@@ -11,11 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_worker
 from distributed_worker import LAYERS, TOKENS, build, summed
+from filelock import FileLock
+from test_editor import small_model
+from test_methods import requests_of
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from comeba_ext import distributed, testbed
 from comeba_ext.covariance import Covariance
+from comeba_ext.methods.trained import FILE
+from comeba_ext.storage import LOCK, read_tensors
+from comeba_ext.training.trainer import LAST, MEASURED
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "the mother tongue of Danielle Darrieux is French capital Norway Oslo Peru Lima Angola located in Africa".split()
@@ -240,6 +247,49 @@ def test_command_line_in_two_processes(tmp_path):
     result = json.loads(done.stdout)  # of one process only
     assert result["edits"] == 3 and len(result["steps"][0]["losses"]) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["edits", "records.json", "texts.txt"]
+
+
+def test_training_in_two_processes(tiny_model, tokenizer, tmp_path, one_thread):
+    """Against one process that takes what each of them took one after the other; and what cannot be shared, all refuse."""
+    model = small_model(tiny_model)
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    (tmp_path / "records.json").write_text(json.dumps([request.to_record() for request in requests_of(8)]))
+    (tmp_path / "held").mkdir()
+    with FileLock(tmp_path / "held" / LOCK):
+        done = launch(TORCHRUN, ROOT / "python_tests" / "training_worker.py", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    for method in training_worker.SETTINGS:
+        assert first[method]["steps"] == 4 and second[method] == {}
+    one, both = training_worker.made(tmp_path, "one", edits=1, accumulate=4), training_worker.made(tmp_path, "both")
+    one._episodes = lambda step, number: both._episodes(step, number // 2)[number % 2 :: 2]
+    result = one.run(progress=False)
+    for validation, wanted in zip(first["KE"]["validations"], result["validations"], strict=True):
+        assert [validation[name] for name in MEASURED] == pytest.approx([wanted[name] for name in MEASURED], rel=1e-4)
+    tensors, wanted = (read_tensors(tmp_path / own / LAST)[0] for own in ("KE", "one"))
+    start = training_worker.made(tmp_path, "start").learner.state_dict()
+    for name, own in start.items():
+        moved = wanted[f"learner.{name}"] - own
+        assert (tensors[f"learner.{name}"] - own - moved).norm() <= 0.01 * moved.norm(), name
+    assert first["too many"] == second["too many"] and "ConfigError: 2 processes share the edits" in first["too many"]
+    assert first["other settings"] == second["other settings"] and "records or settings of process 1 differ" in first["other settings"]
+    assert not (tmp_path / "many").exists() and not (tmp_path / "settings").exists()
+    assert second["stopped"].startswith("ComebaError: the loss became nan at step 4")
+    assert first["stopped"] == "ComebaError: process 1 of 2 failed: " + second["stopped"].removeprefix("ComebaError: ")
+    for name in (FILE, LAST):
+        resumed, whole = (read_tensors(tmp_path / own / name)[0] for own in ("stopped", "KE"))
+        assert all(torch.equal(resumed[key], own) for key, own in whole.items())
+    assert first["held"].startswith("StorageError") and "another process is writing there" in first["held"]
+    assert second["held"].startswith("StorageError: process 0 of 2 failed") and "another process is writing there" in second["held"]
+
+
+def test_training_on_the_command_line_in_two_processes(tmp_path):
+    given = ("--steps", 1, "--accumulate", 1, "--limit", 20, "--out", tmp_path / "mend", "--json")
+    done = launch(TORCHRUN, "-m", "comeba_ext.cli", "train", "MEND", "testbed", "--edits", 2, *given)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout)
+    assert result["steps"] == 1 and result["records"]["used"] == 20 and (tmp_path / "mend" / FILE).exists()
 
 
 def test_command_line_under_accelerate(tmp_path):

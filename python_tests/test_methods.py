@@ -646,8 +646,12 @@ def test_a_method_whose_needs_are_not_met(tiny_model, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="give 'demonstrations'"):
         Editor(model, tokenizer, method="IKE")
     (tmp_path / "none.json").write_text("[{}]")
-    with pytest.raises(ConfigError, match="no usable record"):
-        Editor(model, tokenizer, methods.default_config("IKE", model, demonstrations=str(tmp_path / "none.json")), method="IKE")
+    editor = Editor(model, tokenizer, methods.default_config("IKE", model, demonstrations=str(tmp_path / "none.json")), method="IKE")
+    for needing in (editor.method.ready, lambda: editor.edit(some_requests(1))):
+        with pytest.raises(ConfigError, match="no usable record"):
+            needing()
+    assert editor.step == 0
+    editor.close()
     with pytest.raises(ConfigError, match="takes settings of GraceConfig"):
         Editor(model, tokenizer, EditConfig(layers=(1,)), method="GRACE")
     with pytest.raises(ConfigError, match="has no 'transformer.h.1.mlp.gate'"):
@@ -666,6 +670,22 @@ def test_a_method_whose_needs_are_not_met(tiny_model, tokenizer, tmp_path):
     editor.close()
     with pytest.raises(CovarianceError, match="give null_share instead"):
         make_method("AlphaEdit", model, tokenizer, null_threshold=1e-9, null_share=None)
+
+
+def test_edits_are_taken_back_without_demonstrations(tiny_model, tokenizer, tmp_path):
+    shown = tmp_path / "shown.json"
+    shown.write_bytes(Path(SETTINGS["IKE"]["demonstrations"]).read_bytes())
+    editor = make_method("IKE", small_model(tiny_model), tokenizer, demonstrations=str(shown))
+    editor.edit(some_requests(2))
+    editor.save_pretrained(tmp_path / "edits")
+    shown.unlink()
+    for taking_back in (lambda own: own.rollback(0), lambda own: own.retract([e.request.request_id for e in own.ledger.live()])):
+        again = Editor.from_pretrained(small_model(tiny_model), tokenizer, tmp_path / "edits")
+        with pytest.raises(ConfigError, match="shown.json"):
+            again.edit(some_requests(3)[2:])
+        assert prompt_rewriter(again.model)("The capital of Norway is") != "The capital of Norway is"
+        taking_back(again)
+        assert prompt_rewriter(again.model)("The capital of Norway is") == "The capital of Norway is"
 
 
 def test_names():

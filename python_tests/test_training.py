@@ -6,6 +6,7 @@ import json
 import random
 import zlib
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -29,6 +30,7 @@ from comeba_ext.storage import read_tensors, write_tensors
 from comeba_ext.text.episodes import Episode, episodes_of
 from comeba_ext.text.rows import answer_rows
 from comeba_ext.training import TrainConfig, Trainer
+from comeba_ext.training import trainer as training
 
 SETTINGS = {"layers": (1, 2), "edit_rate": 0.03, "rank": 6}
 
@@ -504,6 +506,18 @@ def tensors_of(folder, name):
     return read_tensors(folder / name)[0]
 
 
+def without_cost(value):
+    return json.loads(json.dumps(value), object_hook=lambda d: {k: v for k, v in d.items() if k not in COST})
+
+
+def assert_same_files(folder, other):
+    """The editor and the checkpoint, to the bit, and what is said of them."""
+    for name in (FILE, "last.safetensors"):
+        (one, about), (two, told) = (read_tensors(own / name) for own in (folder, other))
+        assert set(one) == set(two) and all(torch.equal(one[key], two[key]) for key in one)
+        assert without_cost(about) == without_cost(told)
+
+
 def test_records_that_contradict_each_other_can_both_be_learned_from(tiny_model, tokenizer, tmp_path):
     """Files of thousands of real records hold some facts twice."""
     records = requests_of(4)
@@ -521,6 +535,26 @@ def test_time_ends_a_training_which_more_time_goes_on_with(tiny_model, tokenizer
     assert trainer(tiny_model, tokenizer, tmp_path, minutes=60).run(progress=False)["steps"] == 6
     with pytest.raises(ConfigError, match="minutes"):
         TrainConfig(minutes=0)
+
+
+def test_a_training_whose_time_is_up_is_only_read(tiny_model, tokenizer, tmp_path):
+    results = [trainer(tiny_model, tokenizer, tmp_path, steps=50, minutes=1e-6).run(progress=False) for _ in range(3)]
+    assert all(without_cost(own) == without_cost(results[0]) for own in results)
+    assert results[0]["seconds"] == results[2]["seconds"] and results[0]["steps"] == len(results[0]["validations"]) == 1
+
+
+def test_fewer_steps_or_less_time_than_it_has_had(tiny_model, tokenizer, tmp_path):
+    """It ends where it is, with a validation."""
+    for fewer in ({"steps": 2}, {"minutes": 1e-6}):
+        folder = tmp_path / str(*fewer)
+        killed = trainer(tiny_model, tokenizer, folder, validate_every=20, steps=10)
+        step = killed._step
+        killed._step = lambda *args, step=step: step(*args) if args[-1] < 4 else 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            killed.run(progress=False)
+        result = trainer(tiny_model, tokenizer, folder, **({"validate_every": 20, "steps": 10} | fewer)).run(progress=False)
+        assert result["steps"] == 4 and [own["step"] for own in result["validations"]] == [4] and (folder / FILE).exists()
+        assert trainer(tiny_model, tokenizer, folder, validate_every=20, steps=10).run(progress=False)["steps"] == 10
 
 
 def test_what_a_training_took_stands_in_the_table(tiny_model, tokenizer, tmp_path):
@@ -551,17 +585,58 @@ def test_a_killed_training_ends_with_the_same_bits(tiny_model, tokenizer, tmp_pa
         killed.run(progress=False)
     assert not (tmp_path / "killed" / "train.json").exists()
     result = trainer(tiny_model, tokenizer, tmp_path / "killed").run(progress=False)
-    strip = lambda value: json.loads(json.dumps(value), object_hook=lambda d: {k: v for k, v in d.items() if k not in COST})  # noqa: E731
-    assert strip(result) == strip(whole)
-    for name in (FILE, "last.safetensors"):
-        one, other = tensors_of(tmp_path / "whole", name), tensors_of(tmp_path / "killed", name)
-        assert set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
+    assert without_cost(result) == without_cost(whole)
+    assert_same_files(tmp_path / "whole", tmp_path / "killed")
     assert (tmp_path / "killed" / "curve.png").stat().st_size > 5000
     assert len((tmp_path / "killed" / "log.jsonl").read_text().splitlines()) == 8
     again = trainer(tiny_model, tokenizer, tmp_path / "whole").run(progress=False)  # complete: only read
-    assert strip(again) == strip(whole)
+    assert without_cost(again) == without_cost(whole)
     longer = trainer(tiny_model, tokenizer, tmp_path / "whole", steps=9).run(progress=False)
     assert longer["steps"] == 9 and len(longer["validations"]) == 3
+
+
+@pytest.mark.parametrize("save_every", [50, 2])
+def test_a_training_killed_at_any_write_ends_with_the_same_bits(tiny_model, tokenizer, tmp_path, monkeypatch, save_every):
+    """Validated before it is first saved, or saved first."""
+    changes = {"save_every": save_every, "steps": 4, "validate_every": 2 if save_every > 2 else 3, "accumulate": 1}
+    whole = trainer(tiny_model, tokenizer, tmp_path / "whole", **changes).run(progress=False)
+    writers = {name: getattr(training, name) for name in ("write_text", "write_tensors", "save_learner")}
+    left = iter(())
+
+    def killed_at(writer):
+        def write(*args):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            writer(*args)
+
+        return write
+
+    for name, writer in writers.items():
+        monkeypatch.setattr(training, name, killed_at(writer))
+    for number in range(100):
+        left = iter(range(number))
+        try:
+            trainer(tiny_model, tokenizer, tmp_path / f"{number}", **changes).run(progress=False)
+            break
+        except KeyboardInterrupt:
+            left = iter(range(100))
+            result = trainer(tiny_model, tokenizer, tmp_path / f"{number}", **changes).run(progress=False)
+        assert without_cost(result) == without_cost(whole)
+        assert_same_files(tmp_path / "whole", tmp_path / f"{number}")
+    assert number >= 6  # log, checkpoint and editor, then log and checkpoint, then what it gave
+
+
+def test_a_training_whose_best_editor_is_gone(tiny_model, tokenizer, tmp_path):
+    """Where a later step's checkpoint is there, it cannot be made again."""
+    changes = {"steps": 6, "validate_every": 4, "save_every": 5}
+    killed = trainer(tiny_model, tokenizer, tmp_path, **changes)
+    step = killed._step
+    killed._step = lambda *args: step(*args) if args[-1] < 5 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        killed.run(progress=False)
+    (tmp_path / FILE).unlink()
+    with pytest.raises(StorageError, match="no longer holds the best editor, of step 4"):
+        trainer(tiny_model, tokenizer, tmp_path, **changes).run(progress=False)
 
 
 def test_it_learns_and_the_best_is_kept(tiny_model, tokenizer, tmp_path):
@@ -621,6 +696,58 @@ def test_what_cannot_be_trained(tiny_model, tokenizer, tmp_path):
         with pytest.raises(ConfigError):
             TrainConfig(**wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_each_training_chooses_its_precision(tiny_model, tokenizer, tmp_path):
+    """In one process, beside an Accelerator of somebody else's, which keeps what was chosen for it."""
+    theirs = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=3)
+    with theirs.accumulate():  # whose accumulation is not done yet
+        assert not theirs.sync_gradients
+        losses = []
+        for number, precision in enumerate(("no", "bf16", "no")):
+            trainer(tiny_model, tokenizer, tmp_path / f"{number}", steps=2, mixed_precision=precision).run(progress=False)
+            losses.append([json.loads(line)["loss"] for line in (tmp_path / f"{number}" / "log.jsonl").read_text().splitlines()])
+        assert losses[0] == losses[2] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.05)
+        assert losses[0][0] != losses[0][1]  # it has learned
+        assert theirs.gradient_accumulation_steps == 3 and theirs.mixed_precision == "no" and not theirs.sync_gradients
+
+
+def test_the_learner_stays_on_the_models_device(tiny_model, tokenizer, tmp_path, monkeypatch):
+    """Whatever accelerate takes for this process's."""
+    monkeypatch.setattr(accelerate.Accelerator, "device", torch.device("meta"))
+    run_ = trainer(tiny_model, tokenizer, tmp_path, steps=1)
+    assert run_.run(progress=False)["steps"] == 1
+    assert {own.device.type for own in run_.learner.parameters()} == {"cpu"}
+
+
+def test_a_killed_training_in_half_precision_scales_its_losses_on(tiny_model, tokenizer, tmp_path, monkeypatch):
+    """On a scaler that torch has for the CPU: the first scales are too large, and their steps are left out."""
+
+    class Scaling(accelerate.Accelerator):
+        def __init__(self, **given):
+            super().__init__(**given)
+            self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-11, growth_interval=2)
+
+    monkeypatch.setattr(accelerate, "Accelerator", Scaling)
+    with pytest.raises(ConfigError, match="fp16 is for GPUs"):
+        trainer(tiny_model, tokenizer, tmp_path / "cpu", mixed_precision="fp16")
+
+    def made(folder):
+        made = trainer(tiny_model, tokenizer, folder, steps=8, lr=1e-2)
+        object.__setattr__(made.config, "mixed_precision", "fp16")
+        return made
+
+    made(tmp_path / "whole").run(progress=False)
+    killed = made(tmp_path / "killed")
+    step = killed._step
+    killed._step = lambda *args: step(*args) if args[-1] < 5 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        killed.run(progress=False)
+    tensors, about = read_tensors(tmp_path / "killed" / "last.safetensors")
+    taken = {int(own) for name, own in tensors.items() if name.endswith(".step")}
+    assert about["step"] == 4 and about["scaler"]["scale"] < 2.0**40 and max(taken) < 4
+    made(tmp_path / "killed").run(progress=False)
+    assert_same_files(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_files_to_learn_from_take_turns(tmp_path):

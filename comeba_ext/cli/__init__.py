@@ -4,7 +4,7 @@ report | doctor``.
 Every command takes ``--json`` and then prints exactly one JSON object on stdout. Exit codes: 0 done; 1 the input was
 unusable (one clear message, or ``{"error": ...}``); 2 wrong usage; 3 ``doctor`` found something missing; 130 interrupted.
 
-``covariance`` and ``edit`` share their work when ``torchrun`` or ``accelerate launch`` starts several processes; the first
+``covariance``, ``edit`` and ``train`` share their work when ``torchrun`` or ``accelerate launch`` starts several processes; the first
 one prints and saves.
 """
 

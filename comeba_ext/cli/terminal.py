@@ -74,7 +74,7 @@ def reporting(as_json: bool, parallel: bool = False):
         quiet_libraries()
         try:
             if world > 1 and not parallel:
-                raise ComebaError("only 'covariance' and 'edit' share their work; start this command as a single process")
+                raise ComebaError("only 'covariance', 'edit' and 'train' share their work; start this command as a single process")
             yield report
         except ComebaError as error:
             fail(as_json and not report.announced, str(error), 1, who)

@@ -27,7 +27,7 @@ def train(
     val: Annotated[Optional[Path], typer.Option("--val", help="records to choose the best editor by (default: a tenth of --train)")] = None,
     config: Config = None,
     steps: Annotated[int, typer.Option(min=1, help="of the optimiser, at most")] = 2000,
-    edits: Annotated[int, typer.Option(min=1, help="edits that are made together")] = 1,
+    edits: Annotated[int, typer.Option(min=1, help="edits that are made together, or shared by several processes")] = 1,
     accumulate: Annotated[int, typer.Option(min=1, help="passes a step of the optimiser")] = 4,
     lr: Annotated[Optional[float], typer.Option(help="Adam's rate (default: the method's)")] = None,
     validate_every: Annotated[int, typer.Option(min=1, help="steps between validations")] = 100,

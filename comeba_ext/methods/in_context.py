@@ -167,23 +167,41 @@ class IKE(ICE):
     """ICE behind demonstrations of how a fact is used (IKE, section 3.2): the records most similar to it (BM25; published: cosine of
     sentence embeddings), in turn copying it, applying it to another wording, and keeping an unrelated answer as it was (1 : 3 : 4).
 
+    The file is read when something is edited: what was edited can be taken back without it.
+
     Raises:
-        ConfigError: no demonstrations are named, or there is no usable one.
+        ConfigError: no demonstrations are named; when something is edited, there is no usable one.
     """
 
     name = "IKE"
     kinds = ("copy", "update", "update", "update", "retain", "retain", "retain", "retain")
 
     def __init__(self, session: Session):
-        self.known = _demonstrations(session.config.demonstrations)  # before the model is touched
-        self.index = BM25([fact_of(r) for r in self.known])
+        if session.config.demonstrations is None:  # before the model is touched
+            raise ConfigError("IKE shows demonstrations: give 'demonstrations', a file of records, or use ICE, which shows none")
+        self.read: tuple[list[EditRequest], BM25] | None = None
         super().__init__(session)
 
+    def needed(self) -> tuple[list[EditRequest], BM25]:
+        """The demonstrations, and what finds them.
+
+        Raises:
+            ConfigError: there is no usable one.
+        """
+        if self.read is None:
+            known = _demonstrations(self.config.demonstrations)
+            self.read = known, BM25([fact_of(r) for r in known])
+        return self.read
+
+    def ready(self) -> None:
+        self.needed()
+
     def shown(self, request: EditRequest) -> list[str]:
-        chosen = self.index.nearest(fact_of(request), self.config.shown)
+        known, index = self.needed()
+        chosen = index.nearest(fact_of(request), self.config.shown)
         texts = []
         for place, number in enumerate(chosen):
-            other, kind = self.known[number], self.kinds[place % len(self.kinds)]
+            other, kind = known[number], self.kinds[place % len(self.kinds)]
             fact = fact_of(other)
             asked = fact
             if kind == "update" and other.rephrase_prompts:
@@ -194,9 +212,7 @@ class IKE(ICE):
         return texts[::-1]  # the most similar one next to the fact
 
 
-def _demonstrations(file: str | None) -> list[EditRequest]:
-    if file is None:
-        raise ConfigError("IKE shows demonstrations: give 'demonstrations', a file of records, or use ICE, which shows none")
+def _demonstrations(file: str) -> list[EditRequest]:
     try:
         found = read_requests(file).requests
     except ComebaError as error:
