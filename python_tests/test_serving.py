@@ -1,6 +1,7 @@
 """A model that is asked while it is edited: the service against ``generate`` itself."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from test_editor import edits_of, make_editor, small_model, some_requests
 
 from comeba_ext import Editor, load_edits, testbed
 from comeba_ext.errors import ComebaError, CovarianceError, RequestError, StorageError
+from comeba_ext.layers.attachment import attachments
 from comeba_ext.serving.completion import Cancelled, Sampling
 from comeba_ext.serving.service import EditingService
 
@@ -203,6 +205,27 @@ def test_one_process_has_the_folder(folder, tmp_path):
         pytest.raises(StorageError, match="another process"),
     ):
         EditingService(*testbed.load(), edits=tmp_path / "new")
+
+
+def test_edits_from_the_hub_are_used_and_no_folder_is_made_for_them(shared, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(folder))
+    monkeypatch.chdir(tmp_path)
+    own = EditingService(*testbed.load(), edits="me/facts", editable=False)
+    assert (own.live, own.step) == (2, 1)
+    assert own.generate([FACTS[0].text], max_new_tokens=8) == shared.generate([FACTS[0].text], max_new_tokens=8)
+    for name in ("me/facts", Path("me/facts")):
+        with pytest.raises(StorageError, match="no folder me/facts to keep edits in"):
+            EditingService(*testbed.load(), edits=name)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "me").mkdir()
+    with EditingService(*testbed.load(), edits="me/facts") as own:  # a new folder, in one that is there
+        assert own.live == 0 and own.folder.is_dir()
+    # What cannot be read leaves the model as it was.
+    model, tokenizer = testbed.load()
+    monkeypatch.setattr("comeba_ext.serving.service.read_manifest", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        EditingService(model, tokenizer, edits=folder, editable=False)
+    assert not attachments(model)
 
 
 def test_facts_in_the_prompt(tmp_path):
