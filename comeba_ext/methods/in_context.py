@@ -102,6 +102,7 @@ class Facts(PromptRewriter):
         if type(other) is not type(self) or (self.count, self.named) != (other.count, other.named):
             return super().join(other)
         self.facts = self.facts + other.facts
+        self.tokenizer = other.tokenizer if self.tokenizer is None else self.tokenizer
 
     def take_over(self, other: Facts) -> None:
         self.packed = other.packed.clone()  # never in place: whoever asks meanwhile has the old facts whole, or the new ones
