@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import random
+import threading
 import zlib
 
 import numpy as np
@@ -21,7 +22,7 @@ from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.methods import method_named
 from comeba_ext.methods.knowledge_editor import KnowledgeEditorConfig
 from comeba_ext.methods.mend import MendConfig, Transform
-from comeba_ext.methods.serac import MARK, SeracConfig, encode, features, stated
+from comeba_ext.methods.serac import MARK, Scope, SeracConfig, encode, features, stated
 from comeba_ext.methods.settings import default_config
 from comeba_ext.methods.trained import FILE, save_learner
 from comeba_ext.methods.training import LowerStates
@@ -329,6 +330,39 @@ def test_an_exact_match_always_routes_and_far_prompts_do_not(tiny_model, tokeniz
     editor.retract(editor.ledger.live()[0].request.request_id)
     assert rewrite(requests[0].text) != f"{MARK} {requests[0].text} {requests[0].target_new}\nPrompt: {requests[0].text}"
     assert rewrite(requests[1].text).startswith(MARK)
+
+
+def test_a_question_meets_one_state_of_the_edits(tiny_model, tokenizer, tmp_path, monkeypatch):
+    """Whatever another thread does to the edits once it was begun."""
+    editor = trained_serac(tiny_model, tokenizer, tmp_path / "e")
+    requests = long_targets(3)
+    told = [f"{MARK} {r.text} {r.target_new}\nPrompt: {r.text}" for r in requests]
+    rewrite, candidates = prompt_rewriter(editor.model), Scope.candidates
+
+    def asked(prompt, meanwhile):
+        def disturbed(self, text, facts):
+            if threading.current_thread() is threading.main_thread():
+                other = threading.Thread(target=meanwhile)
+                other.start()
+                other.join()
+            return candidates(self, text, facts)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Scope, "candidates", disturbed)
+            return rewrite(prompt)
+
+    assert asked(requests[0].text, lambda: editor.edit(requests)) == requests[0].text and editor.step == 1
+    ids = [entry.request.request_id for entry in editor.ledger.live()]
+    assert asked(requests[2].text, lambda: editor.retract(ids[0])) == told[2] and len(editor.ledger) == 2
+    assert rewrite(requests[0].text) != told[0] and rewrite(requests[2].text) == told[2]
+    assert asked(requests[1].text, lambda: editor.rollback(0)) == told[1] and rewrite(requests[1].text) == requests[1].text
+    # As any buffers: they are copied, moved and loaded.
+    editor.edit(requests)
+    (scope,) = [own for own in copy.deepcopy(editor.model).to(torch.float64).modules() if isinstance(own, Scope)]
+    assert scope.rewrite(requests[1].text) == told[1] and scope.keys.dtype == torch.float32
+    fresh = Scope(0.5, scope.table.shape[1])
+    fresh.load_state_dict(scope.state_dict())
+    assert fresh.rewrite(requests[1].text) == told[1]
 
 
 def test_named_scope_is_the_subjects_name(tiny_model, tokenizer, tmp_path):

@@ -68,19 +68,28 @@ class Facts(PromptRewriter):
 
     @property
     def facts(self) -> list[dict]:
-        packed, read = self.packed, self._read  # one look at each: another thread may be here, or edit
+        return self.unpacked(self.packed)
+
+    @facts.setter
+    def facts(self, facts: list[dict]) -> None:
+        self.packed = self.as_packed(facts)
+
+    def unpacked(self, packed: torch.Tensor) -> list[dict]:
+        read = self._read  # one look: another thread may be here, or edit
         if read is None or read[0] is not packed:
             read = self._read = packed, json.loads(packed.cpu().numpy().tobytes()) if len(packed) else []
         return read[1]
 
-    @facts.setter
-    def facts(self, facts: list[dict]) -> None:
+    def as_packed(self, facts: list[dict]) -> torch.Tensor:
         text = bytearray(json.dumps(facts).encode()) if facts else bytearray()
         packed = torch.frombuffer(text, dtype=torch.uint8) if text else torch.zeros(0, dtype=torch.uint8)
-        self.packed = packed.to(self.packed.device)
+        return packed.to(self.packed.device)
 
     def rewrite(self, prompt: str) -> str:
-        facts = self.facts
+        return self.asked(prompt, self.facts)
+
+    def asked(self, prompt: str, facts: list[dict]) -> str:
+        """What is asked where these are the facts."""
         near = self._index(facts).nearest(prompt, self.count, self.candidates(prompt, facts))
         chosen = [facts[n] for n in near][::-1]  # the most similar one is next to the question
         before = "".join(part for own in chosen for part in (*own["shown"], f"New Fact: {own['fact']}\n"))

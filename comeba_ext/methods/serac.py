@@ -93,16 +93,21 @@ class Scope(Facts):
         for name in ("keys", "table"):
             self.register_buffer(name, torch.zeros(0, width, device=device))
 
+    def hold(self, **buffers: torch.Tensor) -> None:
+        """Put these in the place of what it held, all at once: whoever asks meanwhile has the old ones, or the new ones."""
+        self._buffers = {**self._buffers, **buffers}
+
     def probabilities(self, prompt: str) -> torch.Tensor:
         """Of being in each edit's scope."""
-        return (-(self.keys - encode(prompt, self.table)).square().sum(-1)).exp()
+        return _probabilities(prompt, self.keys, self.table)
 
     def rewrite(self, prompt: str) -> str:
-        facts = self.facts
+        held = self._buffers  # one look: what is in it belongs together
+        facts = self.unpacked(held["packed"])
         candidates = self.candidates(prompt, facts)
         if not candidates:
             return prompt
-        probability, number = self.probabilities(prompt)[candidates].max(0)
+        probability, number = _probabilities(prompt, held["keys"], held["table"])[candidates].max(0)
         inside = self.named or probability >= self.threshold
         return stated(facts[candidates[number]]["fact"], prompt) if inside else prompt
 
@@ -110,13 +115,16 @@ class Scope(Facts):
         Attachment.join(self, other)  # each set was made with a classifier of its own
 
     def take_over(self, other: Scope) -> None:
-        super().take_over(other)
-        self.keys, self.table = other.keys.clone(), other.table
+        self.hold(packed=other.packed.clone(), keys=other.keys.clone(), table=other.table)
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         super().restore(tensors)
         if len(self.facts) != len(self.keys):
             raise ValueError("facts and keys are not equally many")
+
+
+def _probabilities(prompt: str, keys: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return (-(keys - encode(prompt, table)).square().sum(-1)).exp()
 
 
 class Counterfactual(Attachment):
@@ -281,16 +289,17 @@ class SERAC(Trained):
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         learner, scope = self.needed(), self.attachments[PLACE]
         with phases("update"), torch.no_grad():
-            if not len(scope.table):
-                scope.table = learner.table.detach().clone()
+            table = scope.table
+            if not len(table):
+                table = learner.table.detach().clone()
                 for layer, down, up in zip(self.layers.values(), learner.down, learner.up, strict=True):
                     layer.down, layer.up = down.detach().clone(), up.detach().clone()
                     layer.mark = learner.mark
-            scope.facts = scope.facts + [scope.entry(r, []) for r in batch]
-            scope.keys = torch.cat([scope.keys, *(encode(r.text, scope.table)[None] for r in batch)])
+            packed = scope.as_packed(scope.facts + [scope.entry(r, []) for r in batch])
+            scope.hold(packed=packed, keys=torch.cat([scope.keys, *(encode(r.text, table)[None] for r in batch)]), table=table)
         return [], []
 
     def take_out(self, entries: list[Entry]) -> None:
         gone, scope = {entry.request.request_id for entry in entries}, self.attachments[PLACE]
         kept = [n for n, own in enumerate(scope.facts) if own["id"] not in gone]
-        scope.facts, scope.keys = [scope.facts[n] for n in kept], scope.keys[kept]
+        scope.hold(packed=scope.as_packed([scope.facts[n] for n in kept]), keys=scope.keys[kept])
