@@ -86,12 +86,12 @@ class Facts(PromptRewriter):
         return packed.to(self.packed.device)
 
     def rewrite(self, prompt: str) -> str:
-        return self.asked(prompt, self.facts)
-
-    def asked(self, prompt: str, facts: list[dict]) -> str:
-        """What is asked where these are the facts."""
+        facts = self.facts
         near = self._index(facts).nearest(prompt, self.count, self.candidates(prompt, facts))
-        chosen = [facts[n] for n in near][::-1]  # the most similar one is next to the question
+        return self.composed(prompt, [facts[n] for n in near][::-1])  # the most similar one is next to the question
+
+    def composed(self, prompt: str, chosen: list[dict]) -> str:
+        """A prompt behind these facts."""
         before = "".join(part for own in chosen for part in (*own["shown"], f"New Fact: {own['fact']}\n"))
         return f"{before}Prompt: {prompt}" if chosen else prompt
 
@@ -153,15 +153,20 @@ class ICE(Snapshots):
 
     def validate(self, batch: list[EditRequest]) -> None:
         super().validate(batch)
-        for request in batch:
-            asked = f"{''.join(self.shown(request))}New Fact: {fact_of(request)}\nPrompt: {request.text}"
-            check_length(answer_rows(self.session.tokenizer, [(asked, request.target_new)]), [request], context_length(self.session.model))
+        held = self.attachments[PLACE]
+        self._check([held.composed(request.text, [held.entry(request, self.shown(request))]) for request in batch], batch)
 
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         with phases("update"):
             held = self.attachments[PLACE]
             held.facts = held.facts + [held.entry(r, self.shown(r)) for r in batch]
+            self._check([held.rewrite(request.text) for request in batch], batch)  # behind other facts too
         return [], []
+
+    def _check(self, asked: list[str], batch: list[EditRequest]) -> None:
+        """Raises :class:`RequestError` where what is asked instead of a request's prompt, with its target, exceeds the context."""
+        rows = answer_rows(self.session.tokenizer, [(text, r.target_new) for text, r in zip(asked, batch, strict=True)])
+        check_length(rows, batch, context_length(self.session.model))
 
     def shown(self, request: EditRequest) -> list[str]:
         """What stands before a request's fact."""
