@@ -13,7 +13,9 @@ import torch
 from test_cli import output, run
 from test_editor import ids_of, small_model, some_requests
 from test_methods import make_method, requests_of
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
 
 from comeba_ext import Editor, EditRequest, load_edits, testbed
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
@@ -421,6 +423,70 @@ def test_behind_the_mark_the_model_has_its_lora(tiny_model, tokenizer, tmp_path,
         with editor.disabled():
             unedited = model(torch.tensor([other])).logits
         assert torch.equal(alone, unedited) and torch.allclose(together[1:, : len(other)], alone, atol=1e-4)
+
+
+def sentencepiece(texts):
+    """As Mistral's: only a text's first word has a space of its own, and a new line is a byte."""
+    texts = [part for text in texts for part in text.split("\n")]
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))]
+    letters = sorted({*"".join(texts), "▁"})
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=letters, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def byte_level(texts):
+    """As GPT-2's: a word and the space before it are one token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=500, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>")
+
+
+TURNS = ("{}", "[INST] {} [/INST]", "<|im|>user\n{}<|end|>", "<|user|>\n\n{}", "USER: {}")
+
+
+@pytest.mark.parametrize("made", [sentencepiece, byte_level])
+def test_the_mark_is_known_wherever_a_chat_has_it(tiny_model, tmp_path, made):
+    """By the first token that the counterfactual layer changes, against the characters that the tokens stand for."""
+    own = made([turn.format(f"{MARK} Ann is in Rome") for turn in TURNS] * 20)
+    editor = trained_serac(tiny_model, own, tmp_path / "e")
+    editor.edit([EditRequest("{} is in", "Ann", "Rome")])
+    layer, seen = next(iter(editor.method.layers.values())), {}
+    layer.register_forward_hook(lambda module, args, output: seen.update(change=output - module.base_layer(args[0])))
+    ways = set()
+    for turn in TURNS:
+        text = turn.format(f"{MARK} Ann is in Rome")
+        encoded = own(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, places = encoded["input_ids"], encoded["offset_mapping"]
+        end = text.index(MARK) + len(MARK)
+        (last,) = [n for n, (a, b) in enumerate(places) if a < end <= b]
+        start = next(n for n, (a, b) in enumerate(places) if b > text.index(MARK))
+        ways.add(tuple(ids[start : last + 1]))
+        with torch.no_grad():
+            editor.model(torch.tensor([ids]))
+            changed = seen["change"][0].ne(0).any(-1).tolist()
+            assert changed == [n >= last for n in range(len(ids))]
+            editor.model(torch.tensor([own(text.replace(MARK, "<edit>"), add_special_tokens=False)["input_ids"]]))
+        assert not seen["change"].any()
+    assert len(ways) == 2  # or one hash would do
+    # Edits of before, which know one form, are used, and gone on with.
+    for layer in editor.method.layers.values():
+        layer.mark = layer.mark[:1].clone()
+    editor.save_pretrained(tmp_path / "edits")
+    model = load_edits(small_model(tiny_model), tmp_path / "edits")
+    ids = torch.tensor([own(f"{MARK} Ann is in Rome", add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, editor.model(ids).logits, atol=1e-5)
+    again = Editor.from_pretrained(small_model(tiny_model), own, tmp_path / "edits")
+    again.edit([EditRequest("{} is in", "Bob", "Oslo")])
+    assert all(len(own.mark) > 1 for own in again.method.layers.values())
 
 
 def test_seracs_loss(tiny_model, tokenizer):

@@ -21,7 +21,7 @@ from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.in_context import PLACE, Facts, fact_of
 from comeba_ext.methods.trained import Learner, Trained, TrainedConfig
-from comeba_ext.ops.mentions import name_hash
+from comeba_ext.ops.mentions import LONGEST, name_hash
 from comeba_ext.text.encoding import input_device
 from comeba_ext.text.episodes import Episode
 from comeba_ext.text.names import named_in
@@ -74,6 +74,18 @@ def encode(text: str, table: torch.Tensor) -> torch.Tensor:
 def stated(fact: str, prompt: str) -> str:
     """What is asked instead of a prompt that is in the scope of a fact."""
     return f"{MARK} {fact}\nPrompt: {prompt}"
+
+
+def mark_forms(tokenizer) -> list[list[int]]:
+    """The mark's token ids as they stand at a text's beginning, behind a space and behind a new line: in a chat's template it may be
+    anywhere, and a tokenizer may write a first word otherwise than a later one, or join it with the space."""
+    found: list[list[int]] = []
+    for before in ("", " ", "\n"):
+        ids, first = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before + MARK, before))
+        own = ids[len(first) :] if ids[: len(first)] == first else ids
+        if own not in found:
+            found.append(own)
+    return found
 
 
 class Scope(Facts):
@@ -131,8 +143,8 @@ class Counterfactual(Attachment):
     """``base_layer(x) + scale · up down x`` for the tokens behind :data:`MARK`; every other token is the base layer's, bit for bit.
 
     Attributes:
-        down: ``(rank, d_in)``, up: ``(rank, d_out)``, float32; mark: ``(1, 2)``, the mark's hash and its number of tokens; all empty
-            before any edit.
+        down: ``(rank, d_in)``, up: ``(rank, d_out)``, float32; mark: ``(forms, 2)``, the hashes of the mark's forms and their numbers
+            of tokens; all empty before any edit.
         trained: in training, ``down``, ``up`` and ``mark`` that take their place.
     """
 
@@ -164,9 +176,8 @@ class Counterfactual(Attachment):
         hashes = self.hashes(rows)
         if hashes is None:
             return output
-        last = (mark[:, 1:] - 1).expand(*hashes.shape[:2], 1)  # which of the hashes is of so many tokens, never read on the host
-        behind = hashes.gather(-1, last)[..., 0] == mark[0, 0]
-        behind = behind.cumsum(1) > 0
+        ends = hashes.index_select(-1, mark[:, 1] - 1) == mark[:, 0]  # which of the hashes is of so many tokens, never read on the host
+        behind = ends.any(-1).cumsum(1) > 0
         if (past := self.past()) is not None:
             behind = behind | past.to(behind.device)
         self.leave(behind[:, -1:])
@@ -192,8 +203,8 @@ class SeracLearner(Learner):
         shapes = [shape_of(layer.base_layer) for layer in layers.values()]
         self.down = nn.ParameterList([drawn(config.rank, d_in) * d_in**-0.5 for d_in, _ in shapes])
         self.up = nn.ParameterList([torch.zeros(config.rank, d_out) for _, d_out in shapes])
-        ids = session.tokenizer(MARK, add_special_tokens=False)["input_ids"]
-        self.mark = torch.tensor([[name_hash(ids), len(ids)]], device=session.device)  # what the tokenizer says, not what is learned
+        forms = [[name_hash(ids), min(len(ids), LONGEST)] for ids in mark_forms(session.tokenizer)]
+        self.mark = torch.tensor(forms, device=session.device)  # what the tokenizer says, not what is learned
         self.to(session.device)
 
     def forward(self, episodes: list[Episode]) -> tuple[torch.Tensor, dict[str, float]]:
@@ -294,7 +305,8 @@ class SERAC(Trained):
                 table = learner.table.detach().clone()
                 for layer, down, up in zip(self.layers.values(), learner.down, learner.up, strict=True):
                     layer.down, layer.up = down.detach().clone(), up.detach().clone()
-                    layer.mark = learner.mark
+            for layer in self.layers.values():
+                layer.mark = learner.mark  # edits of earlier versions know one form of it
             packed = scope.as_packed(scope.facts + [scope.entry(r, []) for r in batch])
             scope.hold(packed=packed, keys=torch.cat([scope.keys, *(encode(r.text, table)[None] for r in batch)]), table=table)
         return [], []
