@@ -10,7 +10,7 @@ from test_editor import edits_of, make_editor, small_model, some_requests
 from comeba_ext import Editor, load_edits, testbed
 from comeba_ext.errors import ComebaError, CovarianceError, RequestError, StorageError
 from comeba_ext.layers.attachment import attachments
-from comeba_ext.serving.completion import Cancelled, Sampling
+from comeba_ext.serving.completion import Cancelled, Sampling, _settled
 from comeba_ext.serving.service import EditingService
 
 FACTS = testbed.facts()[:6]
@@ -103,6 +103,21 @@ def test_streams_are_the_text_in_parts(shared, tiny_model, tokenizer):
             # Where no row had come to its end, the draws of the others are the same: then a stop is a cut.
             if whole[0] == unstopped[0]:
                 assert whole[0] == cut[0]
+
+
+@pytest.mark.parametrize(
+    "text, stops, settled",
+    [
+        ("ab\ufffd", ("bé",), 1),  # its bytes may be é's
+        ("ab\ufffd", (), 2),
+        ("ab\ufffd\ufffd", ("abc", "x"), 0),
+        ("ab\ufffdb", ("bé",), 3),
+        ("abc", ("bc!", "c?"), 1),
+        ("\ufffd", ("é",), 0),
+    ],
+)
+def test_what_may_become_a_stop_is_not_sent(text, stops, settled):
+    assert _settled(text, stops) == settled
 
 
 def test_log_probabilities_are_the_models(shared):
