@@ -1,9 +1,11 @@
 """A judge behind an endpoint: a stub server in this process says what a real one might."""
 
 import json
+import socket
+import struct
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -110,6 +112,74 @@ def test_troubles_that_do_not():
         Judge("http://127.0.0.1:9/v1", "m").verdicts([WARSAW])
     with pytest.raises(ComebaError, match="http"):
         Judge("localhost", "m")
+
+
+@contextmanager
+def hanging_up(before):
+    """A server that hangs up on its first ``before`` clients in turn without an answer, in the middle of one, and with a reset."""
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            seen.append(self.path)
+            said = json.dumps({"choices": [{"message": {"content": "CORRECT"}}]}).encode()
+            if len(seen) > before or len(seen) % 3 == 2:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(said)))
+                self.end_headers()
+                self.wfile.write(said[: None if len(seen) > before else 9])
+            elif len(seen) % 3 == 0:
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+
+        def log_message(self, *args):
+            pass
+
+        def finish(self):
+            with suppress(OSError, ValueError):
+                super().finish()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_connection_that_is_dropped(pair, tokenizer):  # noqa: F811
+    """It is asked again, and at last the judge alone has failed."""
+    with hanging_up(3) as (url, seen):
+        assert Judge(url, "m", tries=4).verdicts([WARSAW]) == {WARSAW: True} and len(seen) == 4
+    with hanging_up(99) as (url, seen):
+        for tries in (1, 2, 3):
+            with pytest.raises(ComebaError, match="drops the connection"):
+                Judge(url, "m", tries=tries).verdicts([WARSAW])
+        assert len(seen) == 6
+        judge = Judge(url, "m", parallel=1)
+        found = evaluate(pair("gpt2")[0], tokenizer, RECORDS, generate=False, writing=Writing(4), judge=judge)
+    assert "drops the connection" in found["judge_error"] and found["reliability_written"] is not None
+
+
+def test_a_torn_last_line_is_dropped(tmp_path):
+    path, others = tmp_path / "verdicts.jsonl", [WARSAW._replace(written=f"answer {n}") for n in range(3)]
+    with endpoint(lambda number, body: "INCORRECT") as (url, seen):
+        Judge(url, "m", kept=path).verdicts(others[:2])
+        whole = path.read_text()
+        for cut in (1, 5, 60, 120):  # the last is cut off in what it was about
+            path.write_text(whole[: whole.index("\n") + 1 + cut])
+            count = len(seen)
+            assert set(Judge(url, "m", kept=path).verdicts(others).values()) == {False} and len(seen) == count + 2
+            assert [json.loads(line)["written"] for line in path.read_text().splitlines()] == [own.written for own in others]
+        path.write_text(whole.removesuffix("\n"))  # whole, but for its end
+        Judge(url, "m", kept=path).verdicts(others)
+        assert len(path.read_text().splitlines()) == 3 and all(map(json.loads, path.read_text().splitlines()))
+    path.write_text(text := whole + "somebody's notes")
+    with pytest.raises(ComebaError, match="not a file of verdicts"):
+        Judge("http://x", "m", kept=path)
+    assert path.read_text() == text
 
 
 def test_verdicts_are_kept(tmp_path):

@@ -179,6 +179,18 @@ def test_facts_in_the_context_are_one_list(model, folder_of):
     assert len(attachments(model)["comeba_facts"].facts) == 3
 
 
+@pytest.mark.parametrize("names", [["ice", "ice2"], ["ice2", "ice"]])
+def test_one_tokenizer_will_do_for_facts_of_several_sets(base, model, folder_of, names):
+    load_edits(model, folder_of("ice"), name="ice")
+    load_edits(model, folder_of("ice2"), name="ice2", tokenizer=base[1])
+    set_edits(model, names)
+    for fact in (SETS["ice"][2][0], SETS["ice2"][2][0]):
+        ids, asked = (torch.tensor([base[1](text)["input_ids"]]) for text in (fact.text, prompt_rewriter(model)(fact.text)))
+        new = {"max_new_tokens": 4, "do_sample": False}
+        expected = copy.deepcopy(base[0]).generate(asked, **new)[:, asked.shape[1] :]
+        assert torch.equal(model.generate(ids, **new)[:, ids.shape[1] :], expected)
+
+
 REFUSED = [
     (["one", "again"], f"both edit '{FACTS[0].subject}'; edit them in one set"),
     (["memit", "one", "again"], f"'one' .* and 'again' .* both edit '{FACTS[0].subject}'"),

@@ -15,12 +15,15 @@ from test_methods import SETTINGS, demonstrations, held, make_method, requests_o
 
 from comeba_ext import Editor, EditRequest, evaluate, load_edits
 from comeba_ext.errors import RequestError, StorageError
-from comeba_ext.evaluation import predict_base
+from comeba_ext.evaluation import Writing, predict_base
+from comeba_ext.forward.architectures import context_length
+from comeba_ext.layers.attachment import disabled
 from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.methods.grace import Codebook
 from comeba_ext.methods.melo import WAY, LoraBlocks, Router
 from comeba_ext.methods.memoir import MemoirMemory
 from comeba_ext.methods.wise import WiseMemory, ties
+from comeba_ext.text.questions import Probe, Question
 from comeba_ext.text.retrieval import BM25
 
 
@@ -608,6 +611,39 @@ def test_a_question_meets_the_facts_that_there_are(tiny_model, tokenizer):
     assert asked() == "New Fact: Ann lives in Rome\nPrompt: Ann lives in"
     editor.retract("edit-0")
     assert asked() == "Ann lives in"
+
+
+def test_all_the_facts_before_a_question_must_fit_the_context(tiny_model, tokenizer):
+    """Each fits alone; what was checked before others came is looked at again when it is edited."""
+    editor = make_method("ICE", small_model(tiny_model), tokenizer, facts=3)
+    requests = [EditRequest("The capital of {} is", s, " ".join(["Angola"] * 6)) for s in ("Norway", "Peru", "Angola")]
+    editor.check(requests)
+    for n in range(2):
+        editor.edit(requests[n : n + 1])
+    before = [prompt_rewriter(editor.model)(r.text) for r in requests]
+    limit = context_length(editor.model)
+    with pytest.raises(RequestError, match=f"exceed the model's context of {limit}"):
+        editor.edit(requests[2:])
+    assert [prompt_rewriter(editor.model)(r.text) for r in requests] == before and len(editor.ledger) == editor.step == 2
+
+
+def test_questions_are_checked_as_they_are_asked(tiny_model, tokenizer):
+    """Behind the facts; those to the unedited model as they are."""
+    limit = context_length(small_model(tiny_model))
+    words = limit - len(tokenizer("The capital of Norway is")["input_ids"]) - 4
+    long = "The capital of Norway is" + " a" * (words // 2)
+    asked = Question("x", (Probe(long, ("a",)),))
+    unedited = Question("x", (Probe("The", ("a",)),), conditions=(Probe(long, ("a",)),))
+    assert limit - 8 < len(tokenizer(long)["input_ids"]) <= limit
+    editor = make_method("ICE", small_model(tiny_model), tokenizer)
+    request = EditRequest("The capital of {} is", "Norway", "Angola", questions=(unedited,))
+    editor.edit([request])
+    writing = Writing(answer_tokens=1)
+    assert evaluate(editor.model, tokenizer, [request], writing=writing)["questions"]["x"]["questions"] == 1
+    with pytest.raises(RequestError, match="record 0.*the model's context"):
+        evaluate(editor.model, tokenizer, [dataclasses.replace(request, questions=(asked,))], writing=writing)
+    with disabled(editor.model):
+        evaluate(editor.model, tokenizer, [dataclasses.replace(request, questions=(asked,))], writing=writing)
 
 
 def test_evaluation_asks_what_an_in_context_method_says(tiny_model, tokenizer):

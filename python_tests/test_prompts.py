@@ -2,12 +2,20 @@
 
 import copy
 import logging
+import threading
 
 import pytest
 import torch
 from test_editor import small_model
 from test_methods import make_method
-from transformers import DynamicCache, pipeline
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    pipeline,
+)
 
 from comeba_ext import EditRequest, load_edits, set_edits, unload_edits
 from comeba_ext.errors import ComebaError
@@ -84,8 +92,56 @@ def test_all_that_generate_is_asked_for(tiny_model, tokenizer):
     with pytest.raises(ComebaError, match="without a cache"):
         model.generate(**given, past_key_values=cache, **NEW)
     assert torch.equal(model.generate(**given, past_key_values=DynamicCache(), **NEW), written)
+    placed = model.generate(given["input_ids"], GenerationConfig(**NEW), LogitsProcessorList(), StoppingCriteriaList())
+    assert torch.equal(placed, written)
+    with pytest.raises(TypeError):
+        model.generate(given["input_ids"], inputs=given["input_ids"], **NEW)
     assert torch.equal(plain_generate(model)(**given, **NEW), small_model(tiny_model).generate(**given, **NEW))
     assert plain_generate(plain := small_model(tiny_model)) == plain.generate
+
+
+@pytest.mark.parametrize("wrap", ["peft", "edited in peft", "compiled"])
+def test_what_is_rewritten_already_is_not_again_in_a_wrapped_model(tiny_model, tokenizer, tmp_path, wrap):
+    edited(tiny_model, tokenizer).save_pretrained(tmp_path)
+    inner = model = small_model(tiny_model)
+    if wrap != "edited in peft":
+        load_edits(inner, tmp_path, tokenizer=tokenizer)
+    if wrap == "compiled":
+        model = torch.compile(inner, backend="eager")
+    else:
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)  # adds nothing before it is trained
+        model = peft.get_peft_model(inner, lora)
+    if wrap == "edited in peft":
+        load_edits(model, tmp_path, tokenizer=tokenizer)
+    seen = []
+    inner.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0][0].tolist()))
+    asked, other = one(tokenizer, ASKED["Ann lives in"]), one(tokenizer, "Ann lives in")
+    out = plain_generate(model)(**asked, **NEW)
+    assert seen[0] == asked["input_ids"][0].tolist()
+    assert torch.equal(out[:, asked["input_ids"].shape[1] :], by_hand(tiny_model, tokenizer, "Ann lives in"))
+    seen.clear()
+    model.generate(**other, **NEW)  # and otherwise it is
+    assert seen[0] == asked["input_ids"][0].tolist()
+    # Only in the thread that says so, and no longer once an error has ended it.
+    with pytest.raises(ValueError):
+        plain_generate(model)(**asked, **NEW, no_such_option=1)
+    seen.clear()
+    going, done = threading.Event(), threading.Event()
+
+    class Waits(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            going.set()
+            return torch.full((len(input_ids),), done.wait(60))
+
+    waiting = threading.Thread(target=plain_generate(model), kwargs={**asked, **NEW, "stopping_criteria": StoppingCriteriaList([Waits()])})
+    waiting.start()
+    assert going.wait(60)
+    seen.clear()
+    model.generate(**other, **NEW)
+    done.set()
+    waiting.join()
+    assert seen[0] == asked["input_ids"][0].tolist()
 
 
 def test_a_pipeline_asks_too(tiny_model, tokenizer):

@@ -243,6 +243,41 @@ def test_who_goes_away_is_not_written_for(service):
         assert 0 < len(steps) < 100
 
 
+def test_who_goes_away_before_the_first_token_leaves_the_line(service):
+    """The one who waited for the thread is not written for when it is free."""
+    held, free, begun = threading.Event(), threading.Event(), []
+
+    class Slow:
+        def __getattr__(self, name):
+            return getattr(service, name)
+
+        def complete(self, prompts, sampling, stream=None, *, cancel, **options):
+            begun.append(cancel)
+            held.set()
+            until(lambda: free.is_set() or cancel.is_set())
+            return service.complete(prompts, sampling, stream, cancel=cancel, **options)
+
+    with served(Slow()) as url:
+        line = lambda: httpx.get(f"{url}/health").json()["requests"]  # noqa: E731
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(client(url).completions.create, **TEXT, max_tokens=2)
+            assert held.wait(60)
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/completions", json={**TEXT, "stream": True}, timeout=0.3)
+            assert line() == 2
+            time.sleep(1.5)  # as long as it takes to look
+            free.set()
+            assert first.result().choices
+            until(lambda: line() == 0)
+            assert len(begun) == 1
+            # Nor is one who is at the thread, and has nothing yet.
+            free.clear()
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/completions", json={**TEXT, "stream": True}, timeout=0.3)
+            until(lambda: line() == 0)
+            assert len(begun) == 2 and begun[1].is_set()
+
+
 def test_edits_while_it_runs(covariance, tmp_path):  # noqa: F811
     with EditingService(*testbed.load(), edits=tmp_path / "edits", covariance=covariance, autosave=True) as own:
         with served(own, edit_token=TOKEN, limits=Limits(edits=3)) as url:

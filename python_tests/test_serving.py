@@ -1,6 +1,7 @@
 """A model that is asked while it is edited: the service against ``generate`` itself."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from test_editor import edits_of, make_editor, small_model, some_requests
 
 from comeba_ext import Editor, load_edits, testbed
 from comeba_ext.errors import ComebaError, CovarianceError, RequestError, StorageError
-from comeba_ext.serving.completion import Cancelled, Sampling
+from comeba_ext.layers.attachment import attachments
+from comeba_ext.serving.completion import Cancelled, Sampling, _settled
 from comeba_ext.serving.service import EditingService
 
 FACTS = testbed.facts()[:6]
@@ -101,6 +103,21 @@ def test_streams_are_the_text_in_parts(shared, tiny_model, tokenizer):
             # Where no row had come to its end, the draws of the others are the same: then a stop is a cut.
             if whole[0] == unstopped[0]:
                 assert whole[0] == cut[0]
+
+
+@pytest.mark.parametrize(
+    "text, stops, settled",
+    [
+        ("ab\ufffd", ("bé",), 1),  # its bytes may be é's
+        ("ab\ufffd", (), 2),
+        ("ab\ufffd\ufffd", ("abc", "x"), 0),
+        ("ab\ufffdb", ("bé",), 3),
+        ("abc", ("bc!", "c?"), 1),
+        ("\ufffd", ("é",), 0),
+    ],
+)
+def test_what_may_become_a_stop_is_not_sent(text, stops, settled):
+    assert _settled(text, stops) == settled
 
 
 def test_log_probabilities_are_the_models(shared):
@@ -203,6 +220,27 @@ def test_one_process_has_the_folder(folder, tmp_path):
         pytest.raises(StorageError, match="another process"),
     ):
         EditingService(*testbed.load(), edits=tmp_path / "new")
+
+
+def test_edits_from_the_hub_are_used_and_no_folder_is_made_for_them(shared, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(folder))
+    monkeypatch.chdir(tmp_path)
+    own = EditingService(*testbed.load(), edits="me/facts", editable=False)
+    assert (own.live, own.step) == (2, 1)
+    assert own.generate([FACTS[0].text], max_new_tokens=8) == shared.generate([FACTS[0].text], max_new_tokens=8)
+    for name in ("me/facts", Path("me/facts")):
+        with pytest.raises(StorageError, match="no folder me/facts to keep edits in"):
+            EditingService(*testbed.load(), edits=name)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "me").mkdir()
+    with EditingService(*testbed.load(), edits="me/facts") as own:  # a new folder, in one that is there
+        assert own.live == 0 and own.folder.is_dir()
+    # What cannot be read leaves the model as it was.
+    model, tokenizer = testbed.load()
+    monkeypatch.setattr("comeba_ext.serving.service.read_manifest", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        EditingService(model, tokenizer, edits=folder, editable=False)
+    assert not attachments(model)
 
 
 def test_facts_in_the_prompt(tmp_path):

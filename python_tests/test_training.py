@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import random
+import threading
 import zlib
 
 import accelerate
@@ -13,7 +14,9 @@ import torch
 from test_cli import output, run
 from test_editor import ids_of, small_model, some_requests
 from test_methods import make_method, requests_of
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
 
 from comeba_ext import Editor, EditRequest, load_edits, testbed
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
@@ -22,7 +25,7 @@ from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.methods import method_named
 from comeba_ext.methods.knowledge_editor import KnowledgeEditorConfig
 from comeba_ext.methods.mend import MendConfig, Transform
-from comeba_ext.methods.serac import MARK, SeracConfig, encode, features, stated
+from comeba_ext.methods.serac import MARK, Scope, SeracConfig, encode, features, stated
 from comeba_ext.methods.settings import default_config
 from comeba_ext.methods.trained import FILE, save_learner
 from comeba_ext.methods.training import LowerStates
@@ -333,6 +336,39 @@ def test_an_exact_match_always_routes_and_far_prompts_do_not(tiny_model, tokeniz
     assert rewrite(requests[1].text).startswith(MARK)
 
 
+def test_a_question_meets_one_state_of_the_edits(tiny_model, tokenizer, tmp_path, monkeypatch):
+    """Whatever another thread does to the edits once it was begun."""
+    editor = trained_serac(tiny_model, tokenizer, tmp_path / "e")
+    requests = long_targets(3)
+    told = [f"{MARK} {r.text} {r.target_new}\nPrompt: {r.text}" for r in requests]
+    rewrite, candidates = prompt_rewriter(editor.model), Scope.candidates
+
+    def asked(prompt, meanwhile):
+        def disturbed(self, text, facts):
+            if threading.current_thread() is threading.main_thread():
+                other = threading.Thread(target=meanwhile)
+                other.start()
+                other.join()
+            return candidates(self, text, facts)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Scope, "candidates", disturbed)
+            return rewrite(prompt)
+
+    assert asked(requests[0].text, lambda: editor.edit(requests)) == requests[0].text and editor.step == 1
+    ids = [entry.request.request_id for entry in editor.ledger.live()]
+    assert asked(requests[2].text, lambda: editor.retract(ids[0])) == told[2] and len(editor.ledger) == 2
+    assert rewrite(requests[0].text) != told[0] and rewrite(requests[2].text) == told[2]
+    assert asked(requests[1].text, lambda: editor.rollback(0)) == told[1] and rewrite(requests[1].text) == requests[1].text
+    # As any buffers: they are copied, moved and loaded.
+    editor.edit(requests)
+    (scope,) = [own for own in copy.deepcopy(editor.model).to(torch.float64).modules() if isinstance(own, Scope)]
+    assert scope.rewrite(requests[1].text) == told[1] and scope.keys.dtype == torch.float32
+    fresh = Scope(0.5, scope.table.shape[1])
+    fresh.load_state_dict(scope.state_dict())
+    assert fresh.rewrite(requests[1].text) == told[1]
+
+
 def test_named_scope_is_the_subjects_name(tiny_model, tokenizer, tmp_path):
     """Whatever is asked; of several edits of a subject the nearest one, and nobody else's."""
     requests = long_targets(3)
@@ -389,6 +425,70 @@ def test_behind_the_mark_the_model_has_its_lora(tiny_model, tokenizer, tmp_path,
         with editor.disabled():
             unedited = model(torch.tensor([other])).logits
         assert torch.equal(alone, unedited) and torch.allclose(together[1:, : len(other)], alone, atol=1e-4)
+
+
+def sentencepiece(texts):
+    """As Mistral's: only a text's first word has a space of its own, and a new line is a byte."""
+    texts = [part for text in texts for part in text.split("\n")]
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))]
+    letters = sorted({*"".join(texts), "▁"})
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=letters, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def byte_level(texts):
+    """As GPT-2's: a word and the space before it are one token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=500, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>")
+
+
+TURNS = ("{}", "[INST] {} [/INST]", "<|im|>user\n{}<|end|>", "<|user|>\n\n{}", "USER: {}")
+
+
+@pytest.mark.parametrize("made", [sentencepiece, byte_level])
+def test_the_mark_is_known_wherever_a_chat_has_it(tiny_model, tmp_path, made):
+    """By the first token that the counterfactual layer changes, against the characters that the tokens stand for."""
+    own = made([turn.format(f"{MARK} Ann is in Rome") for turn in TURNS] * 20)
+    editor = trained_serac(tiny_model, own, tmp_path / "e")
+    editor.edit([EditRequest("{} is in", "Ann", "Rome")])
+    layer, seen = next(iter(editor.method.layers.values())), {}
+    layer.register_forward_hook(lambda module, args, output: seen.update(change=output - module.base_layer(args[0])))
+    ways = set()
+    for turn in TURNS:
+        text = turn.format(f"{MARK} Ann is in Rome")
+        encoded = own(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, places = encoded["input_ids"], encoded["offset_mapping"]
+        end = text.index(MARK) + len(MARK)
+        (last,) = [n for n, (a, b) in enumerate(places) if a < end <= b]
+        start = next(n for n, (a, b) in enumerate(places) if b > text.index(MARK))
+        ways.add(tuple(ids[start : last + 1]))
+        with torch.no_grad():
+            editor.model(torch.tensor([ids]))
+            changed = seen["change"][0].ne(0).any(-1).tolist()
+            assert changed == [n >= last for n in range(len(ids))]
+            editor.model(torch.tensor([own(text.replace(MARK, "<edit>"), add_special_tokens=False)["input_ids"]]))
+        assert not seen["change"].any()
+    assert len(ways) == 2  # or one hash would do
+    # Edits of before, which know one form, are used, and gone on with.
+    for layer in editor.method.layers.values():
+        layer.mark = layer.mark[:1].clone()
+    editor.save_pretrained(tmp_path / "edits")
+    model = load_edits(small_model(tiny_model), tmp_path / "edits")
+    ids = torch.tensor([own(f"{MARK} Ann is in Rome", add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, editor.model(ids).logits, atol=1e-5)
+    again = Editor.from_pretrained(small_model(tiny_model), own, tmp_path / "edits")
+    again.edit([EditRequest("{} is in", "Bob", "Oslo")])
+    assert all(len(own.mark) > 1 for own in again.method.layers.values())
 
 
 def test_seracs_loss(tiny_model, tokenizer):

@@ -8,6 +8,7 @@ and asked for one word, as Yang et al. do (arXiv 2502.11177, section 3). Verdict
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import logging
 import re
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation.written import normalised
+from comeba_ext.storage import write_text
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ INSTRUCTION = (
     "CORRECT if it says what one of the correct answers says, in whatever words, and does not contradict it. It is INCORRECT otherwise, "
     "also if it does not commit itself. The correct answers count as true even where you know otherwise. Reply with one word."
 )
+_BEGINS = '{"of": "'  # a line of kept verdicts
 _VERDICT = re.compile(r"\b(in)?correct\b", re.IGNORECASE)
 
 
@@ -57,7 +60,7 @@ class Judge:
         asked: how many verdicts the endpoint gave; nothing: how many it failed to give.
 
     Raises:
-        ComebaError: the file of verdicts holds something else.
+        ComebaError: the file of verdicts holds something else (but for a last line that is torn, which is dropped).
     """
 
     url: str
@@ -76,8 +79,12 @@ class Judge:
         self._known: dict[str, bool] = {}
         if self.kept is not None and self.kept.exists():
             try:
-                lines = [json.loads(line) for line in self.kept.read_text(encoding="utf-8").splitlines()]
-                self._known = {line["of"]: bool(line["verdict"]) for line in lines}
+                lines = self.kept.read_text(encoding="utf-8").splitlines(keepends=True)
+                if lines and not lines[-1].endswith("\n"):
+                    lines[-1:] = _whole(lines[-1])
+                    write_text(self.kept, "".join(lines))  # the next one begins a line
+                known = map(json.loads, lines)
+                self._known = {line["of"]: bool(line["verdict"]) for line in known}
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ComebaError(f"{self.kept}: not a file of verdicts ({error})") from None
 
@@ -86,7 +93,7 @@ class Judge:
         about.
 
         Raises:
-            ComebaError: the endpoint cannot be reached or refuses; what it had said by then is kept.
+            ComebaError: the endpoint cannot be reached, drops every connection or refuses; what it had said by then is kept.
         """
         found: dict[Answer, bool | None] = {**self.known(answers)}
         todo = [answer for answer in dict.fromkeys(answers) if answer not in found]
@@ -134,6 +141,7 @@ class Judge:
         text = f"Question or statement: {answer.prompt}\nCorrect answers: {right}\nAnswer: {answer.written or '(nothing)'}"
         messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 8}
+        dropped = 0
         for _ in range(self.tries):
             try:
                 reply = self._post(body)["choices"][0]["message"]["content"]
@@ -142,9 +150,15 @@ class Judge:
             except (TimeoutError, KeyError, IndexError, TypeError, ValueError) as error:
                 log.info("judge: no verdict (%s: %s)", type(error).__name__, error)
                 continue
+            except (http.client.HTTPException, OSError) as error:  # it was reached, and hung up
+                log.info("judge: no verdict (%s: %s)", type(error).__name__, error)
+                dropped, last = dropped + 1, error
+                continue
             said = {bool(match[1]) for match in _VERDICT.finditer(reply or "")}
             if len(said) == 1:  # one word, or the same again
                 return not said.pop()
+        if dropped == self.tries:
+            raise ComebaError(f"the judge at {self.url} drops the connection: {type(last).__name__}: {last}")
         return None
 
     def _post(self, body: dict) -> dict:
@@ -160,4 +174,17 @@ class Judge:
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
                 raise TimeoutError("timed out") from None
+            if isinstance(error.reason, ConnectionError) and not isinstance(error.reason, ConnectionRefusedError):
+                raise error.reason from None  # while the question was sent
             raise ComebaError(f"the judge at {self.url} cannot be reached: {error.reason}") from None
+
+
+def _whole(line: str) -> list[str]:
+    """A file's last line, which has no end: none where it was torn while it was written."""
+    try:
+        json.loads(line)
+    except ValueError:
+        if line.startswith(_BEGINS[: len(line)]):
+            return []
+        raise  # not ours, and no line of it is to be lost
+    return [line + "\n"]

@@ -106,7 +106,7 @@ def evaluate(
     rewrite = prompt_rewriter(model)  # of in-context methods; base predictions are of the prompts as they are
     asked = queries if rewrite is None else [record_queries(tokenizer, r, n, rewrite) for n, r in enumerate(requests)]
     for index, (request, own) in enumerate(zip(requests, asked)):
-        further = question_queries(tokenizer, request) if writing is not None else []
+        further = question_queries(tokenizer, request, rewrite) if writing is not None else []
         check_context(model, [query for name in METRICS for query in own[name]] + further, index, request)
     if isinstance(base, BasePredictions):
         base.check([own["locality"] for own in queries], requests, generate, writing)

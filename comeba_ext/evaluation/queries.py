@@ -66,10 +66,12 @@ def check_context(model: torch.nn.Module, queries: list[Query], index: int, requ
         raise RequestError(f"{where(index, request)}: a prompt with its target has {longest} tokens, the model's context is {limit}")
 
 
-def question_queries(tokenizer, request: EditRequest) -> list[Query]:
-    """What a request's questions ask, tokenised."""
-    probes = (probe for question in request.questions for probe in (*question.probes, *question.conditions))
-    return [Query.of(tokenizer, probe.prompt, None) for probe in probes]
+def question_queries(tokenizer, request: EditRequest, rewrite: Callable[[str], str] | None = None) -> list[Query]:
+    """What a request's questions ask, tokenised; ``rewrite`` as of :func:`record_queries`, but not of what the unedited model is asked."""
+    asked = rewrite or (lambda prompt: prompt)
+    prompts = [asked(probe.prompt) for question in request.questions for probe in question.probes]
+    prompts += [probe.prompt for question in request.questions for probe in question.conditions]
+    return [Query.of(tokenizer, prompt, None) for prompt in prompts]
 
 
 def check_record(model: torch.nn.Module, tokenizer, index: int, request: EditRequest) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from comeba_ext.errors import ComebaError
 from comeba_ext.layers.attachment import Attachment, Replaced, attachments
@@ -66,9 +67,21 @@ def give_tokenizer(found: dict[str, Attachment], tokenizer) -> None:
 
 
 def plain_generate(model: nn.Module) -> Callable:
-    """``model.generate`` for prompts that are rewritten already."""
-    own = vars(model).get("generate")
-    return own.plain if isinstance(own, RewrittenGenerate) else model.generate
+    """``model.generate`` for prompts that are rewritten already; the edited model may stand anywhere inside of what wraps it."""
+    contexts = {own.context for own in rewriters(model)} - {None}
+    if not contexts:
+        return model.generate
+
+    def generate(*args, **kwargs):
+        try:
+            for context in contexts:
+                context.here.asked += 1
+            return model.generate(*args, **kwargs)
+        finally:
+            for context in contexts:
+                context.here.asked -= 1
+
+    return generate
 
 
 class RewrittenGenerate(Replaced):
@@ -81,20 +94,19 @@ class RewrittenGenerate(Replaced):
 
     warned = False
 
-    def plain(self, *args, **kwargs):
-        return type(self.model).generate(self.model, *args, **kwargs)
-
-    def __call__(self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
-        rewrite = prompt_rewriter(self.model)
-        plain = functools.partial(self.plain, inputs, generation_config, **kwargs)
-        if rewrite is None:
+    def __call__(self, *args, **kwargs):
+        rewrite, found = prompt_rewriter(self.model), rewriters(self.model)
+        plain = functools.partial(type(self.model).generate, self.model, *args, **kwargs)
+        if rewrite is None or any(own.context is not None and own.context.here.asked for own in found):
             return plain()
-        tokenizer = rewriters(self.model)[0].tokenizer
+        tokenizer = next((own.tokenizer for own in found if own.tokenizer is not None), None)
         if tokenizer is None:
             if not self.warned:
                 log.warning("these edits stand in the prompt, and generate does not put them there: give load_edits the tokenizer")
                 self.warned = True
             return plain()
+        kwargs = _by_name(self.model, args, kwargs)
+        inputs, config = kwargs.pop("inputs", None), kwargs.get("generation_config") or self.model.generation_config
         given = kwargs.pop("input_ids", None) if inputs is None else inputs
         cache = kwargs.get("past_key_values", kwargs.get("cache"))
         if given is None or getattr(cache, "get_seq_length", int)():
@@ -108,10 +120,10 @@ class RewrittenGenerate(Replaced):
         ids, mask = pad(asked, pad_id(tokenizer), "left", given.device)
         for name in ("token_type_ids", "position_ids"):  # of the prompt as it was given
             kwargs.pop(name, None)
-        kwargs |= _lengths(kwargs, generation_config or self.model.generation_config, given.shape[1])
+        kwargs |= _lengths(kwargs, config, given.shape[1])
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = _Streamer(kwargs["streamer"], given)
-        out = self.plain(ids, generation_config, attention_mask=mask, **kwargs)
+        out = type(self.model).generate(self.model, ids, attention_mask=mask, **kwargs)
         written = out if isinstance(out, torch.Tensor) else out.sequences
         first = given.repeat_interleave(len(written) // len(given), 0)
         together = torch.cat((first, written[:, ids.shape[1] :]), 1)
@@ -119,6 +131,12 @@ class RewrittenGenerate(Replaced):
             return together
         out.sequences = together
         return out
+
+
+def _by_name(model: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """What ``generate`` is given, by the names of its parameters."""
+    found = inspect.signature(GenerationMixin.generate).bind(model, *args, **kwargs).arguments
+    return {name: value for name, value in {**found, **found.get("kwargs", {})}.items() if name not in ("self", "kwargs")}
 
 
 class _Streamer:

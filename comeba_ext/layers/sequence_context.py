@@ -43,6 +43,7 @@ class _Here(threading.local):
         updated: the same after this pass, filled in by the layers.
         told: what attachments tell those behind them in the same pass.
         off: whether this thread wants the unedited model (:func:`attachment.disabled`), so many times over.
+        asked: whether its prompts are rewritten already (:func:`prompts.plain_generate`), likewise.
     """
 
     shape: tuple[int, int] | None = None
@@ -50,6 +51,7 @@ class _Here(threading.local):
     hashes: torch.Tensor | None = None
     embedded: torch.Tensor | None = None
     off = 0
+    asked = 0
 
     def __init__(self) -> None:
         self.clear()

@@ -68,21 +68,30 @@ class Facts(PromptRewriter):
 
     @property
     def facts(self) -> list[dict]:
-        packed, read = self.packed, self._read  # one look at each: another thread may be here, or edit
+        return self.unpacked(self.packed)
+
+    @facts.setter
+    def facts(self, facts: list[dict]) -> None:
+        self.packed = self.as_packed(facts)
+
+    def unpacked(self, packed: torch.Tensor) -> list[dict]:
+        read = self._read  # one look: another thread may be here, or edit
         if read is None or read[0] is not packed:
             read = self._read = packed, json.loads(packed.cpu().numpy().tobytes()) if len(packed) else []
         return read[1]
 
-    @facts.setter
-    def facts(self, facts: list[dict]) -> None:
+    def as_packed(self, facts: list[dict]) -> torch.Tensor:
         text = bytearray(json.dumps(facts).encode()) if facts else bytearray()
         packed = torch.frombuffer(text, dtype=torch.uint8) if text else torch.zeros(0, dtype=torch.uint8)
-        self.packed = packed.to(self.packed.device)
+        return packed.to(self.packed.device)
 
     def rewrite(self, prompt: str) -> str:
         facts = self.facts
         near = self._index(facts).nearest(prompt, self.count, self.candidates(prompt, facts))
-        chosen = [facts[n] for n in near][::-1]  # the most similar one is next to the question
+        return self.composed(prompt, [facts[n] for n in near][::-1])  # the most similar one is next to the question
+
+    def composed(self, prompt: str, chosen: list[dict]) -> str:
+        """A prompt behind these facts."""
         before = "".join(part for own in chosen for part in (*own["shown"], f"New Fact: {own['fact']}\n"))
         return f"{before}Prompt: {prompt}" if chosen else prompt
 
@@ -102,6 +111,7 @@ class Facts(PromptRewriter):
         if type(other) is not type(self) or (self.count, self.named) != (other.count, other.named):
             return super().join(other)
         self.facts = self.facts + other.facts
+        self.tokenizer = other.tokenizer if self.tokenizer is None else self.tokenizer
 
     def take_over(self, other: Facts) -> None:
         self.packed = other.packed.clone()  # never in place: whoever asks meanwhile has the old facts whole, or the new ones
@@ -143,15 +153,20 @@ class ICE(Snapshots):
 
     def validate(self, batch: list[EditRequest]) -> None:
         super().validate(batch)
-        for request in batch:
-            asked = f"{''.join(self.shown(request))}New Fact: {fact_of(request)}\nPrompt: {request.text}"
-            check_length(answer_rows(self.session.tokenizer, [(asked, request.target_new)]), [request], context_length(self.session.model))
+        held = self.attachments[PLACE]
+        self._check([held.composed(request.text, [held.entry(request, self.shown(request))]) for request in batch], batch)
 
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         with phases("update"):
             held = self.attachments[PLACE]
             held.facts = held.facts + [held.entry(r, self.shown(r)) for r in batch]
+            self._check([held.rewrite(request.text) for request in batch], batch)  # behind other facts too
         return [], []
+
+    def _check(self, asked: list[str], batch: list[EditRequest]) -> None:
+        """Raises :class:`RequestError` where what is asked instead of a request's prompt, with its target, exceeds the context."""
+        rows = answer_rows(self.session.tokenizer, [(text, r.target_new) for text, r in zip(asked, batch, strict=True)])
+        check_length(rows, batch, context_length(self.session.model))
 
     def shown(self, request: EditRequest) -> list[str]:
         """What stands before a request's fact."""

@@ -21,7 +21,7 @@ from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.in_context import PLACE, Facts, fact_of
 from comeba_ext.methods.trained import Learner, Trained, TrainedConfig
-from comeba_ext.ops.mentions import name_hash
+from comeba_ext.ops.mentions import LONGEST, name_hash
 from comeba_ext.text.encoding import input_device
 from comeba_ext.text.episodes import Episode
 from comeba_ext.text.names import named_in
@@ -76,6 +76,18 @@ def stated(fact: str, prompt: str) -> str:
     return f"{MARK} {fact}\nPrompt: {prompt}"
 
 
+def mark_forms(tokenizer) -> list[list[int]]:
+    """The mark's token ids as they stand at a text's beginning, behind a space and behind a new line: in a chat's template it may be
+    anywhere, and a tokenizer may write a first word otherwise than a later one, or join it with the space."""
+    found: list[list[int]] = []
+    for before in ("", " ", "\n"):
+        ids, first = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before + MARK, before))
+        own = ids[len(first) :] if ids[: len(first)] == first else ids
+        if own not in found:
+            found.append(own)
+    return found
+
+
 class Scope(Facts):
     """The edits, and which of them a prompt is about: the one whose own prompt's vector is nearest, if ``exp(−‖q − k‖²)`` reaches the
     threshold (equation 3; published: of DistilBERT. An encoder of a text's letters needs no tokenizer where saved edits are loaded).
@@ -93,16 +105,21 @@ class Scope(Facts):
         for name in ("keys", "table"):
             self.register_buffer(name, torch.zeros(0, width, device=device))
 
+    def hold(self, **buffers: torch.Tensor) -> None:
+        """Put these in the place of what it held, all at once: whoever asks meanwhile has the old ones, or the new ones."""
+        self._buffers = {**self._buffers, **buffers}
+
     def probabilities(self, prompt: str) -> torch.Tensor:
         """Of being in each edit's scope."""
-        return (-(self.keys - encode(prompt, self.table)).square().sum(-1)).exp()
+        return _probabilities(prompt, self.keys, self.table)
 
     def rewrite(self, prompt: str) -> str:
-        facts = self.facts
+        held = self._buffers  # one look: what is in it belongs together
+        facts = self.unpacked(held["packed"])
         candidates = self.candidates(prompt, facts)
         if not candidates:
             return prompt
-        probability, number = self.probabilities(prompt)[candidates].max(0)
+        probability, number = _probabilities(prompt, held["keys"], held["table"])[candidates].max(0)
         inside = self.named or probability >= self.threshold
         return stated(facts[candidates[number]]["fact"], prompt) if inside else prompt
 
@@ -110,8 +127,7 @@ class Scope(Facts):
         Attachment.join(self, other)  # each set was made with a classifier of its own
 
     def take_over(self, other: Scope) -> None:
-        super().take_over(other)
-        self.keys, self.table = other.keys.clone(), other.table
+        self.hold(packed=other.packed.clone(), keys=other.keys.clone(), table=other.table)
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         super().restore(tensors)
@@ -119,12 +135,16 @@ class Scope(Facts):
             raise ValueError("facts and keys are not equally many")
 
 
+def _probabilities(prompt: str, keys: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return (-(keys - encode(prompt, table)).square().sum(-1)).exp()
+
+
 class Counterfactual(Attachment):
     """``base_layer(x) + scale · up down x`` for the tokens behind :data:`MARK`; every other token is the base layer's, bit for bit.
 
     Attributes:
-        down: ``(rank, d_in)``, up: ``(rank, d_out)``, float32; mark: ``(1, 2)``, the mark's hash and its number of tokens; all empty
-            before any edit.
+        down: ``(rank, d_in)``, up: ``(rank, d_out)``, float32; mark: ``(forms, 2)``, the hashes of the mark's forms and their numbers
+            of tokens; all empty before any edit.
         trained: in training, ``down``, ``up`` and ``mark`` that take their place.
     """
 
@@ -156,9 +176,8 @@ class Counterfactual(Attachment):
         hashes = self.hashes(rows)
         if hashes is None:
             return output
-        last = (mark[:, 1:] - 1).expand(*hashes.shape[:2], 1)  # which of the hashes is of so many tokens, never read on the host
-        behind = hashes.gather(-1, last)[..., 0] == mark[0, 0]
-        behind = behind.cumsum(1) > 0
+        ends = hashes.index_select(-1, mark[:, 1] - 1) == mark[:, 0]  # which of the hashes is of so many tokens, never read on the host
+        behind = ends.any(-1).cumsum(1) > 0
         if (past := self.past()) is not None:
             behind = behind | past.to(behind.device)
         self.leave(behind[:, -1:])
@@ -184,8 +203,8 @@ class SeracLearner(Learner):
         shapes = [shape_of(layer.base_layer) for layer in layers.values()]
         self.down = nn.ParameterList([drawn(config.rank, d_in) * d_in**-0.5 for d_in, _ in shapes])
         self.up = nn.ParameterList([torch.zeros(config.rank, d_out) for _, d_out in shapes])
-        ids = session.tokenizer(MARK, add_special_tokens=False)["input_ids"]
-        self.mark = torch.tensor([[name_hash(ids), len(ids)]], device=session.device)  # what the tokenizer says, not what is learned
+        forms = [[name_hash(ids), min(len(ids), LONGEST)] for ids in mark_forms(session.tokenizer)]
+        self.mark = torch.tensor(forms, device=session.device)  # what the tokenizer says, not what is learned
         self.to(session.device)
 
     def forward(self, episodes: list[Episode]) -> tuple[torch.Tensor, dict[str, float]]:
@@ -281,15 +300,18 @@ class SERAC(Trained):
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         learner, scope = self.needed(), self.attachments[PLACE]
         with phases("update"), torch.no_grad():
-            if not len(scope.table):
-                scope.table = learner.table.detach().clone()
+            table = scope.table
+            if not len(table):
+                table = learner.table.detach().clone()
                 for layer, down, up in zip(self.layers.values(), learner.down, learner.up, strict=True):
-                    layer.down, layer.up, layer.mark = (own.detach().clone().to(layer.down.device) for own in (down, up, learner.mark))
-            scope.facts = scope.facts + [scope.entry(r, []) for r in batch]
-            scope.keys = torch.cat([scope.keys, *(encode(r.text, scope.table)[None] for r in batch)])
+                    layer.down, layer.up = (own.detach().clone().to(layer.down.device) for own in (down, up))
+            for layer in self.layers.values():
+                layer.mark = learner.mark.clone().to(layer.down.device)  # edits of earlier versions know one form of it
+            packed = scope.as_packed(scope.facts + [scope.entry(r, []) for r in batch])
+            scope.hold(packed=packed, keys=torch.cat([scope.keys, *(encode(r.text, table)[None] for r in batch)]), table=table)
         return [], []
 
     def take_out(self, entries: list[Entry]) -> None:
         gone, scope = {entry.request.request_id for entry in entries}, self.attachments[PLACE]
         kept = [n for n, own in enumerate(scope.facts) if own["id"] not in gone]
-        scope.facts, scope.keys = [scope.facts[n] for n in kept], scope.keys[kept]
+        scope.hold(packed=scope.as_packed([scope.facts[n] for n in kept]), keys=scope.keys[kept])

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,12 +23,13 @@ from starlette.exceptions import HTTPException
 
 from comeba_ext.errors import ComebaError, StorageError
 from comeba_ext.serving.answers import ChatAnswer, Refused, TextAnswer, problem, shown_prompts
-from comeba_ext.serving.completion import Cancelled, Completion, Sampling
+from comeba_ext.serving.completion import Cancelled, Sampling
 from comeba_ext.serving.requests import FORMS, ChatRequest, CompletionRequest, Limits
 from comeba_ext.serving.routes import edits_router, tokenizer_router
 from comeba_ext.serving.service import EditingService
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 UNEDITED = "-unedited"  # behind the model's name: the model without its edits
 
 
@@ -123,7 +125,9 @@ def create_app(
 
         future = line.enter(partial(work, stream=stream), cancel)
         future.add_done_callback(lambda _: arrived.put_nowait(None))
-        first = await arrived.get()  # before anything is sent, an error is one with a status
+        first = await _waited(
+            request, asyncio.ensure_future(arrived.get()), cancel
+        )  # before anything is sent, an error is one with a status
         if first is None:
             future.result()
         count = bool((body.stream_options or {}).get("include_usage"))
@@ -161,8 +165,8 @@ def _malformed(error: RequestValidationError) -> dict:
     return problem(f"{where}: {FORMS.get(where, first['msg'])}", where)
 
 
-async def _waited(request: Request, future: asyncio.Future, cancel: threading.Event) -> list[Completion]:
-    """What a thread found; if the client goes away, it is told to stop."""
+async def _waited(request: Request, future: asyncio.Future[Result], cancel: threading.Event) -> Result:
+    """What a thread found, or the first of it; if the client goes away, it is told to stop."""
     try:
         while not future.done():
             await asyncio.wait([future], timeout=1)

@@ -247,7 +247,8 @@ class _Writing(StoppingCriteria):
 def _settled(text: str, stops: tuple[str, ...]) -> int:
     """How much of a text can no longer be changed by what follows: not a character of which some bytes are missing, nor what may be the
     beginning of a stop."""
-    end = len(text.rstrip("�"))
+    text = text.rstrip("�")
+    end = len(text)
     for stop in stops:
         for size in range(min(len(stop) - 1, len(text)), 0, -1):
             if text.endswith(stop[:size]):

@@ -22,7 +22,8 @@ from comeba_ext.covariance import Covariance
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editing.report import EditReport
 from comeba_ext.editor import Editor
-from comeba_ext.errors import ComebaError, CovarianceError, RequestError
+from comeba_ext.errors import ComebaError, CovarianceError, RequestError, StorageError
+from comeba_ext.hub import is_hub_name, local_folder
 from comeba_ext.layers.attachment import disabled
 from comeba_ext.layers.prompts import asked_tokens, prompt_rewriter
 from comeba_ext.methods import Method, method_named
@@ -84,7 +85,7 @@ class EditingService:
         model: in eval mode; it is put into the service's hands.
         tokenizer: its tokenizer; the editor gets a copy.
         edits: folder of saved edits to begin with, and the one to :meth:`save` to; it may be missing yet. No other process writes there
-            until :meth:`close`.
+            until :meth:`close`. Or their name on the hub (``"user/name"``), of edits that are only used.
         covariance: where the method needs one: it, its file, or what is called with the editor to collect one (``lambda editor:
             editor.collect_covariance(texts)``) once there is something to edit. Of no effect where ``edits`` brings its own.
         config, method: as of :class:`Editor`; where there are edits already they must be what those were made with, or ``None``.
@@ -93,7 +94,8 @@ class EditingService:
         autosave: every change is saved before it is seen.
 
     Raises:
-        StorageError: the edits are damaged or of another base model, were saved for inference only, or another process writes there.
+        StorageError: the edits are damaged or of another base model, were saved for inference only, or another process writes there; or
+            ``edits`` may be a name on the hub, where no change could be kept.
         ComebaError: as :class:`Editor` raises.
     """
 
@@ -109,6 +111,12 @@ class EditingService:
         editable: bool = True,
         autosave: bool = False,
     ):
+        if edits is not None and editable and is_hub_name(edits) and not Path(edits).parent.is_dir():
+            raise StorageError(
+                f"there is no folder {edits} to keep edits in: make it; or if that is a name on the hub, those edits can only be used"
+            )
+        if edits is not None and not editable:
+            edits = local_folder(edits, "adapter")
         self.tokenizer, self.folder, self.autosave = tokenizer, Path(edits) if edits is not None else None, autosave
         self._covariance = covariance
         self._one_text = threading.Lock()
@@ -116,11 +124,10 @@ class EditingService:
         # One thread makes all changes, in the order they were asked for, and holds the folder.
         self._queue, self._held = ThreadPoolExecutor(1, "edits"), ExitStack()
         if not editable:
-            self._state = _State(model)
+            manifest = {"step": 0, "edits": 0} if self.folder is None else read_manifest(self.folder)
             if self.folder is not None:
                 load_edits(model, self.folder)
-                manifest = read_manifest(self.folder)
-                self._state = _State(model, step=manifest["step"], live=manifest["edits"], rewrite=prompt_rewriter(model))
+            self._state = _State(model, step=manifest["step"], live=manifest["edits"], rewrite=prompt_rewriter(model))
             return
         try:
             if self.folder is not None:
