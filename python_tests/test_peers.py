@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,7 @@ from test_editor import ids_of, small_model, some_requests
 from test_methods import SETTINGS, demonstrations, held, make_method, requests_of  # noqa: F401  (a fixture)
 
 from comeba_ext import Editor, EditRequest, evaluate, load_edits
-from comeba_ext.errors import RequestError, StorageError
+from comeba_ext.errors import ComebaError, RequestError, StorageError
 from comeba_ext.evaluation import Writing, predict_base
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.layers.attachment import disabled
@@ -374,6 +375,21 @@ def test_autocast_does_not_change_the_way():
     with autocast:
         change = side(x) - side.base_layer(x)
     assert torch.allclose(change.float(), (x * side.masks[1]) @ side.delta[0].mT, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["WISE", "MEMOIR", "GRACE", "MELO", "SERAC", "ICE"])
+def test_assisted_decoding(tiny_model, tokenizer, name):
+    """The same answer; refused where a draft may have had a part in what cannot be taken back."""
+    editor = make_method(name, small_model(tiny_model), tokenizer)
+    requests = requests_of(2)
+    editor.edit(requests)
+    ids = ids_of(editor.model, tokenizer, f"{requests[0].text} French. {requests[0].text}")
+    generate = functools.partial(editor.model.generate, ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    if name in ("WISE", "MEMOIR"):
+        with pytest.raises(ComebaError, match="where a side memory .* sends a sequence.*assisted decoding"):
+            generate(prompt_lookup_num_tokens=3)
+    else:
+        assert torch.equal(generate(prompt_lookup_num_tokens=3), generate())
 
 
 # -- MELO and KN ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from test_editor import ids_of, small_model, some_requests
 from test_methods import make_method, requests_of
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
 
 from comeba_ext import Editor, EditRequest, load_edits, testbed
 from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
@@ -489,6 +489,34 @@ def test_the_mark_is_known_wherever_a_chat_has_it(tiny_model, tmp_path, made):
     again = Editor.from_pretrained(small_model(tiny_model), own, tmp_path / "edits")
     again.edit([EditRequest("{} is in", "Bob", "Oslo")])
     assert all(len(own.mark) > 1 for own in again.method.layers.values())
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_mark_that_is_taken_back_is_forgotten(tiny_model, tokenizer, tmp_path, static):
+    """A cache that is cropped knows of a mark before its new end, and of none behind it; as the kept tokens in one pass."""
+    editor = trained_serac(tiny_model, tokenizer, tmp_path / "e", "llama")
+    editor.edit(long_targets(1))
+    model, mark = editor.model, tokenizer(MARK)["input_ids"]
+    words, more = (tokenizer(text)["input_ids"] for text in ("Danielle Darrieux speaks French", " the capital of Norway is Oslo"))
+    for before, draft, gone, after in (
+        (words, mark + more[:2], len(mark) + 2, more),  # all of the draft
+        (words, mark + more[:2], 3, more),  # the last token of the mark, too
+        (words, mark + more[:2], 3, mark[-1:] + more),  # which comes again
+        (words, mark + more[:2], 2, more),  # the draft but the mark
+        (mark + words, more[:3], 2, more),
+    ):
+        cache = StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache()
+        with torch.no_grad():
+            model(torch.tensor([before]), past_key_values=cache)
+            model(torch.tensor([draft]), past_key_values=cache)
+            cache.crop(-gone)
+            parts = [model(torch.tensor([own]), past_key_values=cache).logits for own in (after[:2], after[2:])]
+            whole = model(torch.tensor([before + draft[:-gone] + after]), use_cache=False).logits
+            assert torch.allclose(torch.cat(parts, 1), whole[:, -len(after) :], atol=1e-4)
+            with editor.disabled():
+                unedited = model(torch.tensor([before + draft[:-gone] + after]), use_cache=False).logits
+        marked = any((before + draft[:-gone] + after)[n:][: len(mark)] == mark for n in range(40))
+        assert marked == ((whole - unedited).abs().max() > 1e-2)
 
 
 def test_seracs_loss(tiny_model, tokenizer):

@@ -31,6 +31,7 @@ class Attachment(nn.Module):
         precise: names of buffers that keep their dtype when the model's changes.
         grows: whether its own buffers are the longer the more is edited.
         alone: whether a model has room for one of its kind.
+        keeps: what it leaves for later tokens (:meth:`leave`), as an error calls it.
 
     Attributes:
         base_layer: the layer it wraps, which may be another attachment (:func:`attach_all`); absent where it stands beside the
@@ -45,6 +46,7 @@ class Attachment(nn.Module):
     precise: ClassVar[tuple[str, ...]] = ()
     grows: ClassVar[bool] = True
     alone: ClassVar[bool] = False
+    keeps: ClassVar[str] = "what a layer's edits remember of earlier tokens"
 
     def __init__(self, base: nn.Module | None = None, mode: str = "on"):
         super().__init__()
@@ -95,10 +97,23 @@ class Attachment(nn.Module):
         """What the sequence's earlier tokens left behind, in cached decoding."""
         return self.context.here.statistics.get(self.name) if self.context is not None else None
 
-    def leave(self, left: torch.Tensor | None) -> None:
-        """What later tokens of the sequences will find in :meth:`past`: ``(batch, …)``, carried with the cache."""
+    def leave(self, left: torch.Tensor | None, counts: bool = False) -> None:
+        """What later tokens of the sequences will find in :meth:`past`: ``(batch, …)``, carried with the cache.
+
+        Args:
+            counts: of tokens (:meth:`counts`) up to where something was seen, ``NEVER`` where it was not: a cache that is cropped
+                (assisted decoding) forgets what lies beyond its new end. With anything else in it, it refuses.
+        """
         if self.context is not None and left is not None:
             self.context.here.updated[self.name] = left
+            if not counts:
+                self.context.here.fixed[self.name] = self.keeps
+
+    def counts(self, x: torch.Tensor) -> torch.Tensor:
+        """How many tokens a sequence has up to every one of this pass, cached ones among them: ``(seq,)`` for ``x (batch, seq, …)``."""
+        before = self.context.here.before if self.context is not None else 0
+        before = before.to(x.device) if isinstance(before, torch.Tensor) else before
+        return before + torch.arange(1, x.shape[1] + 1, device=x.device)
 
     def refuse_recomputing(self, what: str, instead: str = "") -> None:
         """Gradient checkpointing runs blocks again in the backward pass, when nobody knows the mask and the token ids.

@@ -93,6 +93,10 @@ class HookedLinear(Attachment):
         return self.score.gate
 
     @property
+    def keeps(self) -> str:
+        return f"the running statistics of the score {self.scope!r} (scores 'nearest' and 'reference' have none)"
+
+    @property
     def reads_sequence(self) -> bool:
         """Whether a token's output depends on other tokens, beyond what the base layer does."""
         return self.score.whole_sequence and self.mode == "validated"

@@ -27,6 +27,7 @@ from comeba_ext.ops.mentions import LONGEST, UNKNOWN, suffix_hashes
 log = logging.getLogger(__name__)
 
 IDS = "token ids"  # among a cache's statistics, where no layer has that name
+NEVER = torch.iinfo(torch.int64).max  # among counts of tokens: there was nothing yet
 KEPT = 4 * LONGEST  # tokens: a cache that is cropped by as many as a draft is long still knows the last ones
 
 
@@ -36,11 +37,13 @@ class _Here(threading.local):
     Attributes:
         shape: ``(batch, seq)`` of the pass, or ``None`` when no pass is in progress.
         mask: ``(batch, seq)`` bool of real tokens, or ``None`` when every token is real or no pass is in progress.
+        before: how many tokens the cache holds that this pass goes on from.
         hashes: ``(batch, seq, LONGEST)`` of the last tokens up to every one (:func:`ops.mentions.suffix_hashes`), or ``None`` when
             no attachment asks for them, the ids are not known, or no pass is in progress.
         embedded: ids that were embedded since the last pass.
         statistics: layer name to ``(batch, 3)`` statistics of the tokens before this pass (:func:`ops.zscore`).
         updated: the same after this pass, filled in by the layers.
+        fixed: of those that a cropped cache would make wrong, what they are.
         told: what attachments tell those behind them in the same pass.
         off: whether this thread wants the unedited model (:func:`attachment.disabled`), so many times over.
         asked: whether its prompts are rewritten already (:func:`prompts.plain_generate`), likewise.
@@ -50,6 +53,7 @@ class _Here(threading.local):
     mask: torch.Tensor | None = None
     hashes: torch.Tensor | None = None
     embedded: torch.Tensor | None = None
+    before: int | torch.Tensor = 0
     off = 0
     asked = 0
 
@@ -59,8 +63,10 @@ class _Here(threading.local):
     def clear(self) -> None:
         """No pass is in progress."""
         self.shape = self.mask = self.hashes = self.embedded = None
+        self.before = 0
         self.statistics: dict[str, torch.Tensor] = {}
         self.updated: dict[str, torch.Tensor] = {}
+        self.fixed: dict[str, str] = {}
         self.told: dict[str, torch.Tensor | None] = {}
 
 
@@ -114,7 +120,8 @@ class SequenceContext:
         here.shape = (tokens.shape[0], tokens.shape[1])
         here.mask = _real_tokens(given.get("attention_mask"), past, tokens.shape[1])
         here.statistics = getattr(cache, "comeba_statistics", {})
-        here.updated = {}
+        here.updated, here.fixed = {}, {}
+        here.before = past.clone() if isinstance(past, torch.Tensor) else past  # a static cache counts on in place
         here.hashes = None
         if self.names:
             ids = given.get("input_ids")
@@ -170,6 +177,7 @@ class SequenceContext:
             if not hasattr(cache, "comeba_statistics") and not torch.compiler.is_compiling():
                 cache.__class__ = _with_statistics(type(cache))
             cache.comeba_statistics = {**getattr(cache, "comeba_statistics", {}), **here.updated}
+            cache.comeba_fixed = {**getattr(cache, "comeba_fixed", {}), **here.fixed}
         here.clear()
         if not torch.compiler.is_compiling():
             self.passes.end()
@@ -220,19 +228,21 @@ def _with_statistics(cache_class: type) -> type:
             self._carry(lambda s: s[indices.to(s.device)])
 
         def crop(self, *args, **kwargs):
-            if set(self.comeba_statistics) - {IDS}:
-                raise ComebaError(
-                    "the z-score's running statistics cannot go back with a cache that is cropped (assisted decoding); "
-                    "score 'nearest' or 'reference' can"
-                )
-            before = self.get_seq_length()
+            for name in self.comeba_statistics:
+                if name in self.comeba_fixed:
+                    raise ComebaError(f"{self.comeba_fixed[name]} cannot go back with a cache that is cropped (assisted decoding)")
+            before = int(self.get_seq_length())  # a static cache's is a tensor that changes in place
             super().crop(*args, **kwargs)
-            gone = min(before - self.get_seq_length(), KEPT)
-            self._carry(lambda ids: F.pad(ids[:, : KEPT - gone], (gone, 0), value=UNKNOWN))
+            now = int(self.get_seq_length())
+            gone = min(before - now, KEPT)
+            self.comeba_statistics = {
+                name: F.pad(s[:, : KEPT - gone], (gone, 0), value=UNKNOWN) if name == IDS else s.masked_fill(s > now, NEVER)
+                for name, s in self.comeba_statistics.items()
+            }
 
         def reset(self):
             super().reset()
-            self.comeba_statistics = {}
+            self.comeba_statistics, self.comeba_fixed = {}, {}
 
         def __reduce__(self):
             return _restore_cache, (cache_class, self.__dict__)

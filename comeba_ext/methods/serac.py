@@ -17,6 +17,7 @@ from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.layers.attachment import Attachment
 from comeba_ext.layers.hooked_linear import device_of, shape_of
+from comeba_ext.layers.sequence_context import NEVER
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.in_context import PLACE, Facts, fact_of
@@ -177,10 +178,12 @@ class Counterfactual(Attachment):
         if hashes is None:
             return output
         ends = hashes.index_select(-1, mark[:, 1] - 1) == mark[:, 0]  # which of the hashes is of so many tokens, never read on the host
-        behind = ends.any(-1).cumsum(1) > 0
+        counts, ends = self.counts(rows), ends.any(-1)
+        first = torch.where(ends, counts, NEVER).amin(1, keepdim=True)  # how many tokens there are when the mark is there
         if (past := self.past()) is not None:
-            behind = behind | past.to(behind.device)
-        self.leave(behind[:, -1:])
+            first = torch.minimum(first, past.to(first.device))
+        self.leave(first, counts=True)
+        behind = counts >= first
         change = (self.scale * (x.to(down.dtype) @ down.mT @ up)).to(output.dtype)
         return torch.where(behind.reshape(*output.shape[:-1], 1), output + change, output)
 

@@ -25,6 +25,8 @@ class SideMemory(Attachment):
     """
 
     precise = ("delta",)
+    # Assisted decoding reads its first draft together with the prompt, and nobody says where that ends.
+    keeps = "where a side memory (WISE, MEMOIR) sends a sequence, which all tokens of its first pass decide,"
 
     def __init__(self, base: nn.Module, memories: int = 0):
         super().__init__(base)
