@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from comeba_ext import EditConfig, Editor, testbed
+from comeba_ext.errors import ComebaError
+from comeba_ext.evaluation import perplexity
 from comeba_ext.experiments import measures
+from comeba_ext.experiments.table import markdown
+from comeba_ext.methods import default_config
 
 TEXTS = [fact["subject"] + " is mentioned here, and so is the weather." for fact in testbed.raw_facts()[:3]] + [
     "The town lies on a river and has a market.",
@@ -96,3 +100,28 @@ def literal(editor, texts):
         count += len(ids) - 1
         said += log_p.argmax(-1).tolist()
     return total / count, said
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_edits_in_the_prompt_are_not_measured_without_it(named):
+    """Where a text would be asked otherwise, there is no number; one that is asked as it is has the unedited model's, rightly."""
+    model, tokenizer = testbed.load()
+    editor = Editor(model, tokenizer, default_config("ICE", model, named=named), method="ICE")
+    requests = testbed.facts()[:2]
+    editor.edit(requests)
+    plain = [text for text in TEXTS if not any(r.subject in text for r in requests)]
+    with editor.disabled():
+        expected = perplexity(model, tokenizer, plain)
+    found = measures.make(("text", "abilities"), TEXTS, tasks=measures.Tasks(("any",)))(editor, requests)
+    if named:
+        assert perplexity(model, tokenizer, plain) == found["perplexity"] == found["perplexity_before"] == expected
+        assert found["text_changed"] == 0
+    else:
+        assert "stand in the prompt" in found["text_error"] and "perplexity" not in found
+    with pytest.raises(ComebaError, match="stand in the prompt"):
+        perplexity(model, tokenizer, [requests[0].text])
+    assert "stand in the prompt" in found["abilities_error"]
+    rows = [{"dataset": "d", "case": "ICE", "edits": n, "reliability": 1.0, "text_error": "why"} for n in (1, 2)]
+    result = {"title": "t", "protocol": "single", "samples": 2, "paper": None, "note": None, "expected": []}
+    table = markdown({**result, "records": {"d": {"used": 2, "skipped": []}}, "rows": rows})
+    assert "d, ICE: no text in 2 rows: why" in table

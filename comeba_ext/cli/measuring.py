@@ -126,6 +126,7 @@ def ability(
     """What a model can do beside its edits, without and with them: perplexity, lm-evaluation-harness."""
     from comeba_ext.data import read_texts
     from comeba_ext.evaluation import harness, perplexity
+    from comeba_ext.evaluation.ability import check_harness
     from comeba_ext.layers.attachment import disabled
 
     with reporting(as_json) as report:
@@ -134,6 +135,8 @@ def ability(
             raise ComebaError("nothing to measure: give --texts, --tasks, or both")
         chosen = None if texts is None else list(itertools.islice(read_texts(texts), limit))
         net, tokenizer = loaded(model, device, dtype, edits, trust=trust)
+        if names:
+            check_harness(net)  # before the unedited model is measured, which takes long
 
         def measured() -> dict:
             found = {} if chosen is None else {"perplexity": perplexity(net, tokenizer, chosen)}

@@ -16,8 +16,12 @@ from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.logits import room_for_logits
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.attachment import attachments
+from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.text.encoding import input_device, micro_batches, pad, pad_id
 
+IN_PROMPT = (
+    "these edits stand in the prompt, where a likelihood of plain text never meets them: measured so, it would be the unedited model's"
+)
 MAX_NLL = 700.0  # whose exponential is still a float64
 
 
@@ -54,8 +58,11 @@ def read_text(
         progress: show a progress bar.
 
     Raises:
-        ComebaError: no text has two tokens.
+        ComebaError: no text has two tokens; or the model's edits stand in the prompt, and would before one of these texts.
     """
+    texts = list(texts)
+    if (rewrite := prompt_rewriter(model)) is not None and any(rewrite(text) != text for text in texts):
+        raise ComebaError(IN_PROMPT)
     limit = context_length(model) or 512
     rows, left = [], math.inf if tokens is None else tokens
     for text in texts:
@@ -87,6 +94,12 @@ def perplexity(model: torch.nn.Module, tokenizer, texts: Iterable[str], **option
     return read_text(model, tokenizer, texts, **options).perplexity
 
 
+def check_harness(model: torch.nn.Module) -> None:
+    """Raises a ComebaError where the harness would measure a model without its edits."""
+    if prompt_rewriter(model) is not None:
+        raise ComebaError(IN_PROMPT)
+
+
 def harness(model: torch.nn.Module, tokenizer, tasks: list[str], folder: str | Path | None = None, **options) -> dict:
     """Results of EleutherAI's lm-evaluation-harness on the model as it stands, edits included.
 
@@ -100,8 +113,9 @@ def harness(model: torch.nn.Module, tokenizer, tasks: list[str], folder: str | P
         task to its metrics, e.g. ``{"hellaswag": {"acc,none": 0.4, "acc_stderr,none": 0.005, …}}``.
 
     Raises:
-        ComebaError: the harness is not installed, or knows no such task.
+        ComebaError: the harness is not installed, or knows no such task; or the model's edits stand in the prompt.
     """
+    check_harness(model)
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM

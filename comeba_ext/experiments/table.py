@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from comeba_ext.evaluation.queries import METRICS
 from comeba_ext.evaluation.ways import HALLUCINATION, WAYS
 
@@ -61,9 +63,18 @@ def markdown(result: dict) -> str:
     for row in result["rows"]:
         if "error" in row:
             lines += [f"{row['dataset']}, {row['case']}: {row['error']}", ""]
+    lines += [line for own in _missing(result["rows"]) for line in (own, "")]
     if not result["expected"]:
         lines += ["The paper's own numbers are not printed: none is entered under `expected` in this experiment's file.", ""]
     return "\n".join(lines)
+
+
+def _missing(rows: list[dict]) -> list[str]:
+    """Why measures have no number, a line each, and in how many rows of a case."""
+    found = Counter(
+        (row["dataset"], row["case"], key.removesuffix("_error"), why) for row in rows for key, why in row.items() if key.endswith("_error")
+    )
+    return [f"{dataset}, {case}: no {name} in {n} row{'s'[: n > 1]}: {why}" for (dataset, case, name, why), n in found.items()]
 
 
 def _meanings(rows: list[dict]) -> list[str]:

@@ -125,9 +125,8 @@ def create_app(
 
         future = line.enter(partial(work, stream=stream), cancel)
         future.add_done_callback(lambda _: arrived.put_nowait(None))
-        first = await _waited(
-            request, asyncio.ensure_future(arrived.get()), cancel
-        )  # before anything is sent, an error is one with a status
+        # Before anything is sent, an error is one with a status.
+        first = await _waited(request, asyncio.ensure_future(arrived.get()), cancel)
         if first is None:
             future.result()
         count = bool((body.stream_options or {}).get("include_usage"))
