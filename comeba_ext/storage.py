@@ -9,6 +9,7 @@ are kept apart by a lock.
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -162,6 +163,22 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise StorageError(f"{path} does not exist") from None
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise StorageError(f"{path} is truncated or not a safetensors file ({error})") from None
+
+
+def digest_of(file: str | Path) -> str:
+    """Sixteen digits that tell what a file holds from whatever else it may come to hold.
+
+    Raises:
+        StorageError: it is not there, or cannot be read.
+    """
+    found = hashlib.sha256()
+    try:
+        with open(file, "rb") as opened:
+            while part := opened.read(1 << 20):
+                found.update(part)
+    except OSError as error:
+        raise StorageError(f"{file}: {str(error.strerror).lower()}") from None
+    return found.hexdigest()[:16]
 
 
 MANIFEST = "comeba_edits.json"

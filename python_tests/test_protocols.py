@@ -13,10 +13,13 @@ from test_editor import TEXTS, small_model, some_requests
 
 from comeba_ext import EditConfig, Editor, EditRequest, evaluate, methods
 from comeba_ext.editing.report import peak_memory, reset_peak_memory
-from comeba_ext.errors import ConfigError, RequestError, StorageError
+from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
 from comeba_ext.evaluation import Protocol, Writing, predict_base, protocols, run_protocol
-from comeba_ext.evaluation.protocols import latest
+from comeba_ext.evaluation.protocols import complete_result, latest
 from comeba_ext.evaluation.run_log import RunLog
+from comeba_ext.methods import method_named
+from comeba_ext.methods.mend import MendConfig
+from comeba_ext.methods.trained import save_learner
 from comeba_ext.text.request import consecutive_batches
 
 CONFIG = EditConfig(layers=(1, 2), lam=20.0, prefixes=1, prefix_length=4, steps=4, lr=0.1, clamp=2.0)
@@ -199,6 +202,58 @@ def test_a_folder_of_another_run_is_refused(setting, tmp_path):
     (tmp_path / "log.jsonl").write_text("nonsense\n")
     with pytest.raises(StorageError, match="not a log"):
         run(setting, tmp_path, requests, Protocol(batch_size=2, generate=False))
+
+
+@pytest.mark.parametrize("name", ["MEND", "IKE"])
+def test_a_run_knows_what_was_in_the_files_that_its_settings_name(setting, tmp_path, monkeypatch, name):
+    """Killed or complete, it is not gone on with, or given for, another one of the same name."""
+    model, tokenizer, covariance = setting
+    kind, file = method_named(name), tmp_path / ("editor.safetensors" if name == "MEND" else "shown.json")
+    shown = [{"prompt": "The capital of {} is", "subject": subject, "target_new": "Rome"} for subject in ("Peru", "Chad")]
+
+    def write(other):
+        if name == "IKE":
+            file.write_text(json.dumps(shown[:1] if other else shown))
+        else:
+            editor = Editor(model, tokenizer, kind.config_class(layers=(1, 2), rank=6, seed=other), method=name)
+            save_learner(editor.method.new_learner(), file, {"kind": "editor", "method": name})
+            editor.close()
+
+    own = {"editor": str(tmp_path), "rank": 6} if name == "MEND" else {"demonstrations": str(file), "shown": 1}
+    config = kind.config_class(layers=(1, 2), **own)
+    given = {"requests": requests_with_prompts(3), "method": name, "config": config}
+    given["protocol"] = Protocol(batch_size=1, save_every=1, generate=False)
+    write(0)
+    whole = run(setting, tmp_path / "whole", **given)
+    real = Editor.edit
+    monkeypatch.setattr(Editor, "edit", lambda self, batch: real(self, batch) if self.step < 2 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(setting, tmp_path / "killed", **given)
+    monkeypatch.undo()
+    asked = {**given, "method": kind, "covariance": covariance}
+    write(1)
+    for folder in ("whole", "killed"):
+        with pytest.raises(StorageError, match="another run .files differ"):
+            run(setting, tmp_path / folder, **given)
+        with pytest.raises(StorageError, match="another run .files differ"):
+            complete_result(model, folder=tmp_path / folder, **asked)
+    file.unlink()
+    with pytest.raises(StorageError, match="no such file"):
+        run(setting, tmp_path / "killed", **given)
+    assert complete_result(model, folder=tmp_path / "whole", **asked) is None  # nobody knows
+    write(0)
+    assert table(run(setting, tmp_path / "killed", **given)) == table(whole)
+    assert table(complete_result(model, folder=tmp_path / "whole", **asked)) == table(whole)
+
+
+def test_a_method_that_is_not_ready_has_no_result(setting, tmp_path):
+    """A run without a trained editor, or with a broken one, does not end as one that failed."""
+    (tmp_path / "editor.safetensors").write_bytes(b"nothing")
+    for folder, words in ((None, "comeba train MEND"), (str(tmp_path), "truncated")):
+        config = MendConfig(layers=(1, 2), editor=folder)
+        for _ in range(2):
+            with pytest.raises(ComebaError, match=words):
+                run(setting, tmp_path / f"run {words}", requests_with_prompts(2), Protocol(generate=False), "MEND", config)
 
 
 def test_edits_whose_log_is_gone_are_not_gone_on_from(setting, tmp_path, monkeypatch):

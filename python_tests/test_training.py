@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_cli import output, run
 from test_editor import ids_of, small_model, some_requests
-from test_methods import make_method, requests_of
+from test_methods import assert_held, held, make_method, requests_of
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
@@ -208,6 +208,49 @@ def test_edits_are_taken_back_without_the_trained_editor(tiny_model, tokenizer, 
     again.rollback(0)
     with torch.no_grad():
         assert torch.equal(again.model(ids).logits, before)
+
+
+@pytest.mark.parametrize("name", ["MEND", "SERAC"])
+def test_edits_go_on_with_the_editor_that_they_were_made_with(tiny_model, tokenizer, tmp_path, name):
+    folder = tmp_path / "editor"
+    folder.mkdir()
+
+    def write(seed):
+        learner = make_method(name, small_model(tiny_model), tokenizer, seed=seed).method.new_learner()
+        save_learner(learner, folder / FILE, {"kind": "editor", "method": name})
+
+    write(0)
+    first = (folder / FILE).read_bytes()
+    editor = make_method(name, small_model(tiny_model), tokenizer, editor=str(folder))
+    editor.edit(requests_of(2))
+    write(1)
+    editor.edit(requests_of(3)[2:])  # with what it has read
+    editor.save_pretrained(tmp_path / "edits")
+    again = Editor.from_pretrained(small_model(tiny_model), tokenizer, tmp_path / "edits")
+    for needing in (again.method.ready, lambda: again.edit(requests_of(4)[3:])):
+        with pytest.raises(StorageError, match="another editor than these edits were made with"):
+            needing()
+    assert again.step == 2
+    again.rollback(0)
+    again.save_pretrained(tmp_path / "edits")
+    (folder / FILE).write_bytes(first)
+    again = Editor.from_pretrained(small_model(tiny_model), tokenizer, tmp_path / "edits")
+    again.edit(requests_of(2))
+    assert_held(held(again), held_after(tiny_model, tokenizer, name, folder))
+    manifest = json.loads((tmp_path / "edits" / "comeba_edits.json").read_text())
+    (tmp_path / "edits" / "comeba_edits.json").write_text(json.dumps({**manifest, "editor_digest": 3}))
+    with pytest.raises(StorageError, match="damaged"):
+        Editor.from_pretrained(small_model(tiny_model), tokenizer, tmp_path / "edits")
+    del manifest["editor_digest"]  # as it was saved before it was kept
+    (tmp_path / "edits" / "comeba_edits.json").write_text(json.dumps(manifest))
+    Editor.from_pretrained(small_model(tiny_model), tokenizer, tmp_path / "edits").edit(requests_of(2))
+
+
+def held_after(tiny_model, tokenizer, name, folder):
+    """What two edits come to."""
+    editor = make_method(name, small_model(tiny_model), tokenizer, editor=str(folder))
+    editor.edit(requests_of(2))
+    return held(editor)
 
 
 def test_parts_of_an_mlp(tiny_model, tokenizer):
@@ -920,3 +963,11 @@ def test_from_the_command_line(tmp_path):
     assert {file: file.read_bytes() for file in edits.rglob("*") if file.is_file()} == before
     again = output("edit", "testbed", *given, "--resume", "--editor", folder / ".." / "mend", "--out", edits)
     assert again["edits"] == 0 and again["earlier_edits"] == 1
+    tensors, about = read_tensors(folder / FILE)
+    write_tensors(folder / FILE, {**tensors, "rates": 2 * tensors["rates"]}, about)
+    before = {file: file.read_bytes() for file in edits.rglob("*") if file.is_file()}
+    other = testbed.facts()[1]
+    more = ("--prompt", other.prompt, "--subject", other.subject, "--target", other.target_new)
+    wrong = run("edit", "testbed", *more, "--resume", "--out", edits, "--json")
+    assert wrong.exit_code == 1 and "another editor than these edits were made with" in json.loads(wrong.stdout)["error"]
+    assert {file: file.read_bytes() for file in edits.rglob("*") if file.is_file()} == before

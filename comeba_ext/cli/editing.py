@@ -163,6 +163,7 @@ def edit(
                 todo.append(request)
         steps = []
         if todo:
+            editor.method.ready()
             try:
                 for step in editor.edit_all(todo, batch_size, progress=not as_json and report.first):
                     steps.append(step.to_dict())

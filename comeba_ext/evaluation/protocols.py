@@ -40,7 +40,7 @@ from comeba_ext.evaluation.run_log import RunLog
 from comeba_ext.evaluation.written import Writing
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.methods import Method, default_config, method_named
-from comeba_ext.storage import MANIFEST, alone
+from comeba_ext.storage import MANIFEST, alone, digest_of
 from comeba_ext.storage import identity as identity_of
 from comeba_ext.text.request import EditRequest, Ids, as_requests, consecutive_batches
 
@@ -187,13 +187,14 @@ def complete_result(
     covariance: Covariance | None = None,
     identity: dict | None = None,
 ) -> Result | None:
-    """The result of a run that is complete in ``folder``, from its log; ``None`` where it is not, or nothing is there.
+    """The result of a run that is complete in ``folder``, from its log; ``None`` where it is not, nothing is there, or a
+    file that its settings name is gone.
 
     Raises:
         StorageError: the folder holds another run.
     """
     path = Path(folder) / "log.jsonl"
-    if not path.exists():
+    if not path.exists() or not all(file.exists() for file in method.files(config).values()):
         return None
     log = RunLog(path, _header(model, requests, protocol, method, config, covariance, identity))
     return read_result(log.records, protocol) if _finished(log.records, len(requests)) else None
@@ -212,6 +213,7 @@ def _header(model, requests, protocol, method, config, covariance, identity) -> 
         "records": len(requests),
         "requests": digest([r.to_record() for r in requests]),
         "config": config.to_dict(),
+        "files": {name: digest_of(file) for name, file in method.files(config).items()} or None,  # may come to hold something else
         "version": __version__,
         "model": _model(model, config),
         "covariance": _covariance(covariance),
@@ -314,7 +316,8 @@ def _consecutive(model, tokenizer, requests, protocol, folder, log, method, conf
 
 
 def _checked(editor: Editor, requests: list[EditRequest], protocol: Protocol) -> list[list[EditRequest]]:
-    """The batches, after every request was found usable: what fails later is the method."""
+    """The batches, after the method and every request were found usable: what fails later is the method."""
+    editor.method.ready()
     plan = consecutive_batches(requests, protocol.batch_size)
     for batch in plan:
         editor.check([dataclasses.replace(request, request_id=None) for request in batch])

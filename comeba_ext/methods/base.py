@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -138,6 +139,11 @@ class Method:
     @classmethod
     def preparation(cls, config: EditConfig) -> dict:
         """What was done before the first edit and belongs beside its cost, such as ``training_seconds``; JSON-serialisable."""
+        return {}
+
+    @classmethod
+    def files(cls, config: EditConfig) -> dict[str, Path]:
+        """Files that its settings name, by setting, where what they hold decides what an edit does."""
         return {}
 
     @classmethod

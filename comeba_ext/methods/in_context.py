@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -190,6 +191,10 @@ class IKE(ICE):
 
     name = "IKE"
     kinds = ("copy", "update", "update", "update", "retain", "retain", "retain", "retain")
+
+    @classmethod
+    def files(cls, config: InContextConfig) -> dict[str, Path]:
+        return {"demonstrations": Path(config.demonstrations)} if config.demonstrations else {}
 
     def __init__(self, session: Session):
         if session.config.demonstrations is None:  # before the model is touched

@@ -27,7 +27,7 @@ from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.deltas import Deltas
 from comeba_ext.methods.snapshots import Snapshots
 from comeba_ext.methods.training import LowerStates, TrainingRows, factors_of
-from comeba_ext.storage import check_identity, identity, read_tensors, write_tensors
+from comeba_ext.storage import check_identity, digest_of, identity, read_tensors, write_tensors
 from comeba_ext.text.episodes import Episode
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import Row, answer_rows
@@ -171,6 +171,7 @@ class Trained(Snapshots):
 
     def __init__(self, session: Session):
         self.trained: Learner | None = None  # read when it is first needed: what was edited can be taken back without it
+        self.editor_digest: str | None = None  # of the file, as it was read first: saved with the edits
         super().__init__(session)
 
     @classmethod
@@ -187,6 +188,10 @@ class Trained(Snapshots):
     def implied(cls, changes: dict) -> dict:
         """The settings that the editor was trained with."""
         return _read(changes["editor"], cls.name)[1]["config"] if changes.get("editor") else {}
+
+    @classmethod
+    def files(cls, config: TrainedConfig) -> dict[str, Path]:
+        return {"editor": _file(config.editor)} if config.editor else {}
 
     @classmethod
     def preparation(cls, config: TrainedConfig) -> dict:
@@ -208,18 +213,33 @@ class Trained(Snapshots):
 
         Raises:
             ConfigError: none was given.
-            StorageError: it cannot be read, or was trained for something else.
+            StorageError: it cannot be read, was trained for something else, or is not the one that edits were made with before.
         """
         if self.trained is None:
             if self.config.editor is None:
                 raise ConfigError(f"{self.name} has to be trained first ('comeba train {self.name} MODEL …'), then give --editor DIR")
+            path = _file(self.config.editor)
+            digest = digest_of(path)
+            if self.editor_digest not in (None, digest):
+                raise StorageError(f"{path} is another editor than these edits were made with; bring that one back, or begin other edits")
             learner = self.new_learner()
-            load_learner(learner, self.config.editor, self.name)
-            self.trained = learner.eval()
+            load_learner(learner, path, self.name)
+            self.trained, self.editor_digest = learner.eval(), digest
         return self.trained
 
     def ready(self) -> None:
         self.needed()
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        tensors, own = super().state()
+        return tensors, {**own, **({"editor_digest": self.editor_digest} if self.editor_digest else {})}
+
+    def load_state(self, tensors: dict[str, torch.Tensor], manifest: dict) -> None:
+        digest = manifest.get("editor_digest")
+        if digest is not None and not isinstance(digest, str):
+            raise ValueError("editor_digest is malformed")
+        super().load_state(tensors, manifest)
+        self.editor_digest = digest
 
     def on(self, session: Session) -> Trained:
         other = super().on(session)
