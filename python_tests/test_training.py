@@ -95,6 +95,13 @@ def test_mend_that_has_learned_nothing_is_a_gradient_step(tiny_model, tokenizer)
             assert torch.allclose(layer.delta.mT, written, rtol=1e-4, atol=1e-6 * written.abs().max().item())
 
 
+@pytest.mark.parametrize("name", ["MEND", "KE"])
+def test_losses_are_those_of_the_model_that_answers(tiny_model, tokenizer, name):
+    """Not of its training mode, in which some activations are dropped."""
+    losses = [make_method(name, small_model(tiny_model).train(mode), tokenizer).edit(long_targets(2)).losses for mode in (True, False)]
+    assert losses[0] == losses[1]
+
+
 def test_the_network_is_its_equation():
     """Equation 3, a token at a time, in numpy; normalised by the mean and spread of what was noted."""
     torch.manual_seed(0)

@@ -73,10 +73,10 @@ class KN(Deltas):
     def _write(self, request_id: str, sign: int) -> None:
         edit, words = self.notes["edits"][request_id], self.session.model.get_input_embeddings().weight
         change = sign * self.config.strength * (words[edit["new"]] - words[edit["old"]]).detach()
-        for name, neuron in edit["neurons"]:
-            delta = self.masters[name].clone()
-            delta[:, neuron] += change.to(delta)
-            self.write(name, delta)
+        for layer in dict.fromkeys(name for name, _ in edit["neurons"]):
+            delta = self.masters[layer].clone()
+            delta[:, [neuron for name, neuron in edit["neurons"] if name == layer]] += change.to(delta)[:, None]
+            self.write(layer, delta)
 
     def _find(self, request: EditRequest) -> tuple[list[tuple[str, int]], int, int]:
         """The neurons of a request, and the first tokens of its old and its new object."""

@@ -261,7 +261,7 @@ class TrainedOnGradients(Trained, Deltas):
         rows = answer_rows(self.session.tokenizer, [(request.text, request.target_new) for request in batch])
         with phases("keys"), torch.no_grad():
             changes = learner.changes(rows)
-        with phases("update"), torch.no_grad():
+        with phases("update"), torch.no_grad(), evaluating(self.session.model):
             for name, (x, g) in changes.items():
                 master = self.masters[name]
                 self.write(name, master + (g.mT @ x).to(master))
