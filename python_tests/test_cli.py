@@ -190,6 +190,13 @@ def test_one_clear_error(args, words, tmp_path, monkeypatch):
     assert plain.exit_code == 1 and words in plain.stderr and "Traceback" not in plain.output
 
 
+def test_version():
+    from comeba_ext import __version__
+
+    said = run("--version")
+    assert said.exit_code == 0 and said.stdout == f"comeba_ext {__version__}\n"
+
+
 def test_wrong_usage_is_code_2():
     assert run("edit").exit_code == 2
     assert run("nonsense").exit_code == 2
