@@ -1,11 +1,12 @@
 """The command line as a user meets it: one JSON object, true counts, exit codes, clear errors."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
 
-from comeba_ext import testbed
+from comeba_ext import Editor, testbed
 from comeba_ext.cli import app
 
 
@@ -94,6 +95,83 @@ def test_interrupted_edit_resumes_to_the_same_state(edited, records, tmp_path, m
     for name in whole:
         scale = whole[name].delta.abs().max()
         assert (whole[name].delta - resumed[name].delta).abs().max() <= 1e-4 * scale
+
+
+def test_edits_are_listed_without_a_model(edited, monkeypatch):
+    out, result = edited
+    monkeypatch.setattr(testbed, "load", None)
+    listed = output("edits", "list", out)
+    rows, facts = {row["id"]: row for row in listed["edits"]}, testbed.facts()[:5]
+    ids = [name for step in result["steps"] for name in step["request_ids"]]
+    answered = [own for step in result["steps"] for own in step["answered"]]
+    assert list(rows) == ids and [row["answered"] for row in rows.values()] == answered
+    overtaken, again = rows[ids[0]], rows["again"]
+    assert (overtaken["state"], again["state"]) == ("superseded", "live") and overtaken["prompt"] == again["prompt"] == facts[0].text
+    assert again["target_new"] == facts[0].ground_truth and overtaken["target_new"] == facts[0].target_new
+    assert listed["live"] == 5 and [rows[name]["step"] for name in (ids[0], "again")] == [1, len(result["steps"])]
+    said = run("edits", "list", out).stdout
+    assert "again" in said and "superseded" in said and "5 live, 1 superseded" in said
+    assert listed["records"] == {"read": 6, "used": 6, "skipped": []}
+    assert "holds no edits" in run("edits", "list", out / "nowhere").stderr and not (out / "nowhere").exists()
+
+
+def test_edits_are_taken_back_by_id_or_subject_and_can_be_made_again(edited, tmp_path):
+    out, facts = tmp_path / "o", testbed.facts()
+    shutil.copytree(edited[0], out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for names, words in (
+        (["again", "edit-99"], "no live edit"),
+        (["again", facts[1].subject.upper()[:-1]], f"near are '{facts[1].subject}'"),
+        ([edit_of(out, facts[0].target_new)], "superseded"),
+    ):
+        refused = run("edits", "retract", "testbed", out, *names, "--json")
+        assert refused.exit_code == 1 and words in json.loads(refused.stdout)["error"]
+        assert "nothing was taken back" in json.loads(refused.stdout)["error"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    done = output("edits", "retract", "testbed", out, facts[1].subject, "again")
+    assert {row["subject"] for row in done["retracted"]} == {facts[0].subject, facts[1].subject} and done["live"] == 3
+    assert done["step"] == edited[1]["steps"][-1]["step"] + 1
+    says = output("generate", "testbed", "--edits", out, facts[1].text, facts[2].text)["generations"]
+    assert says[0]["text"].startswith(facts[1].ground_truth) and says[1]["text"].startswith(facts[2].target_new)
+    states = {row["id"]: row["state"] for row in output("edits", "list", out)["edits"]}
+    assert list(states.values()).count("taken back") == 2 and states["again"] == "taken back"
+    assert "is taken back" in run("edits", "retract", "testbed", out, "again").stderr
+
+
+def edit_of(folder, target):
+    return next(row["id"] for row in output("edits", "list", folder)["edits"] if row["target_new"] == target)
+
+
+def test_what_cannot_be_taken_back_alone_says_so(tmp_path):
+    fact, out = testbed.facts()[1], tmp_path / "o"
+    one = ("--prompt", fact.prompt, "--subject", fact.subject, "--target", fact.target_new)
+    run("edit", "testbed", "--out", out, *one, "--method", "FT-L")
+    refused = run("edits", "retract", "testbed", out, fact.subject)
+    assert refused.exit_code == 1 and "FT-L" in refused.stderr and "are as they were" in refused.stderr
+
+
+def test_a_log_with_retractions_and_rollbacks_is_read_as_the_ledger_is(tmp_path):
+    editor, facts = Editor(*testbed.load(), method="ICE"), testbed.facts()
+    again = {"prompt": facts[0].prompt, "subject": facts[0].subject}
+    steps = (
+        lambda: editor.edit(facts[:2]),
+        lambda: editor.edit([{**again, "target_new": "x"}]),
+        lambda: editor.retract(editor.ledger.live()[0].request.request_id),
+        lambda: editor.rollback(1),
+        lambda: editor.edit([{**again, "target_new": "y"}]),
+        lambda: editor.rollback(2),
+        lambda: editor.rollback(1),
+        lambda: editor.edit([{**again, "target_new": "z"}, facts[2]]),
+        lambda: editor.rollback(0),
+        lambda: editor.edit(facts[:1]),
+    )
+    for step in steps:
+        step()
+        editor.save_pretrained(tmp_path)
+        listed = [row["id"] for row in output("edits", "list", tmp_path)["edits"] if row["state"] == "live"]
+        assert listed == [entry.request.request_id for entry in editor.ledger.live()]
+    editor.save_pretrained(tmp_path, inference_only=True)
+    assert "for inference only" in run("edits", "list", tmp_path).stderr
 
 
 def test_eval_with_and_without_edits(edited, records, tmp_path):

@@ -130,6 +130,13 @@ def edits_folder(out: Path | None, resume: bool = False, first: bool = True):
         yield
 
 
+def size_of_edits(folder: Path) -> int:
+    """Bytes of the files that are a folder's edits."""
+    from comeba_ext.storage import MANIFEST, files_of, read_manifest
+
+    return sum((folder / name).stat().st_size for name in {MANIFEST, *files_of(read_manifest(folder))})
+
+
 def check_same(
     editor,
     out: Path,
