@@ -62,6 +62,9 @@ def test_edit_counts_every_record(edited):
     assert set(reasons) == {6, 7}
     assert "not in the prompt" in reasons[6] and "context" in reasons[7]
     assert result["edits"] == 6
+    first, again = testbed.facts()[0], {"overtaken": 1}
+    assert result["contradicting"] == [{"prompt": first.text, "records": [0, 5], "targets": [first.target_new, first.ground_truth]}]
+    assert result["duplicates"] == [] and result["repeated"] == 0 and result["records"].items() >= again.items()
 
 
 def test_edit_refuses_to_overwrite_and_resumes(edited, records):

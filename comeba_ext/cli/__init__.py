@@ -1,5 +1,5 @@
-"""The command line: ``comeba demo | edit | edits | eval | ability | covariance | tune | train | generate | ui | serve | export | experiment |
-report | doctor``.
+"""The command line: ``comeba demo | edit | edits | eval | ability | covariance | tune | train | generate | ui | serve | export |
+experiment | report | doctor``.
 
 Every command takes ``--json`` and then prints exactly one JSON object on stdout. Exit codes: 0 done; 1 the input was
 unusable (one clear message, or ``{"error": ...}``); 2 wrong usage; 3 ``doctor`` found something missing; 130 interrupted.

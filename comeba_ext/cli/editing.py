@@ -18,6 +18,7 @@ from comeba_ext.cli.inputs import (
     requests_of,
     settings_of,
 )
+from comeba_ext.cli.records import clashes, say_clashes, say_left_out, to_make
 from comeba_ext.cli.terminal import METRICS, counted, metric_table, reporting, say_counts, say_settings, size_of
 from comeba_ext.errors import ComebaError
 
@@ -125,7 +126,12 @@ def edit(
     covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance'")] = None,
     texts: Annotated[Optional[Path], typer.Option(help="corpus to collect the covariance from instead")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the edits in --out: what was edited or declined there is left out")
+        bool,
+        typer.Option(
+            "--resume",
+            help="go on with the edits in --out: of the records about a fact those up to the last one that is live there are left out, "
+            "and what was declined; what was retracted, rolled back or superseded since is made again",
+        ),
     ] = False,
     save_every: Annotated[int, typer.Option(min=1, help="batches between saves of --out")] = 10,
     limit: Limit = None,
@@ -155,13 +161,11 @@ def edit(
         if not used:
             what = records or "the edit"
             raise ComebaError(f"{what}: none of {counted(read.read, 'record')} can be used; first reason: {skipped[0]['reason']}")
-        earlier, todo = editor.handled(), []
-        for request in used:
-            if earlier[request.asked]:
-                earlier[request.asked] -= 1
-            else:
-                todo.append(request)
-        steps = []
+        chosen = set(map(id, used))
+        clashing = clashes((place, request) for place, request in read.placed() if id(request) in chosen)
+        say_clashes(report, clashing)
+        plan = to_make(used, editor, again=prompt is not None)
+        todo, steps = plan.requests, []
         if todo:
             try:
                 for step in editor.edit_all(todo, batch_size, progress=not as_json and report.first):
@@ -171,13 +175,12 @@ def edit(
             finally:  # an interruption keeps the last complete batch
                 if report.first:
                     editor.save_pretrained(out)
-        counts = read.counts(used, skipped)
+        counts = read.counts(used, skipped) | clashing.counts
         seconds = sum(sum(s["seconds"].values()) for s in steps)
         answered, declined = sum(sum(s["answered"]) for s in steps), [d for s in steps for d in s["declined"]]
         moved, rewritten = (list(dict.fromkeys(name for s in steps for name in s[what])) for what in ("moved", "rewritten"))
         report.say(f"{counted(len(todo), 'edit')} in {counted(len(steps), 'batch', 'batches')}, {seconds:.1f} s; saved to {out}.")
-        if len(todo) < len(used):
-            report.say(f"{counted(len(used) - len(todo), 'edit')} had been edited or declined there before.")
+        say_left_out(report, plan)
         if todo:
             verb, whose = ("is", "its prompt") if len(todo) == 1 else ("are", "their prompts")
             report.say(f"{answered} of {len(todo)} {verb} answered behind {whose} right after the batch.")
@@ -203,7 +206,10 @@ def edit(
             "declined": declined,
             "moved": moved,
             "rewritten": rewritten,
-            "earlier_edits": len(used) - len(todo),
+            "earlier_edits": plan.live + plan.declined,
+            "repeated": plan.repeated,
+            "contradicting": clashing.contradicting,
+            "duplicates": clashing.duplicates,
             "steps": steps,
             "seconds": seconds,
             "out": str(out),

@@ -70,9 +70,8 @@ def retract(
             editor.save_pretrained(folder)
         size = size_of_edits(folder)
         report.table(("id", "prompt", "no longer"), [(row["id"], row["prompt"], row["target_new"]) for row in chosen])
-        report.say(
-            f"{counted(len(chosen), 'edit')} taken back, {len(editor.ledger)} live; step {editor.step} saved to {folder}, {bytes_as_text(size)}."
-        )
+        done = f"{counted(len(chosen), 'edit')} taken back, {len(editor.ledger)} live"
+        report.say(f"{done}; step {editor.step} saved to {folder}, {bytes_as_text(size)}.")
         report.result = {
             "folder": str(folder),
             "retracted": chosen,
