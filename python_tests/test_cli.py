@@ -8,6 +8,10 @@ from typer.testing import CliRunner
 
 from comeba_ext import Editor, testbed
 from comeba_ext.cli import app
+from comeba_ext.cli.inputs import size_of_edits
+from comeba_ext.cli.runs import Saves, unsuited
+from comeba_ext.cli.terminal import Report
+from comeba_ext.errors import ComebaError
 
 
 def run(*args: str):
@@ -91,7 +95,8 @@ def test_interrupted_edit_resumes_to_the_same_state(edited, records, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(Editor, "_edit", interrupted)
         stopped = run("edit", "testbed", records, "--out", tmp_path / "o", "--batch-size", 3, "--json")
-    assert stopped.exit_code == 130 and "interrupted" in json.loads(stopped.stdout)["error"]
+    assert stopped.exit_code == 130
+    assert json.loads(stopped.stdout)["error"] == f"interrupted; 3 edits of this run are saved in {tmp_path / 'o'}; go on with --resume"
     rest = output("edit", "testbed", records, "--out", tmp_path / "o", "--batch-size", 3, "--resume")
     assert (rest["earlier_edits"], rest["edits"]) == (3, 3)
     whole, resumed = (attachments(load_edits(testbed.load()[0], f)) for f in (edited[0], tmp_path / "o"))
@@ -245,7 +250,151 @@ def test_edits_that_did_not_take_do_not_look_done(tmp_path, records):
     result = run("edit", "testbed", records, "--limit", 3, "--out", tmp_path / "o", "--config", tmp_path / "weak.yaml")
     assert result.exit_code == 1 and "None of the edits took" in result.stdout and "comeba tune" in result.stdout
     as_json = run("edit", "testbed", records, "--limit", 3, "--out", tmp_path / "p", "--config", tmp_path / "weak.yaml", "--json")
-    assert as_json.exit_code == 1 and json.loads(as_json.stdout)["answered"] == 0
+    found, facts = json.loads(as_json.stdout), testbed.facts()
+    assert as_json.exit_code == 1 and found["answered"] == 0
+    assert [(row["prompt"], row["wanted"]) for row in found["unanswered"]] == [(fact.text, fact.target_new) for fact in facts[:3]]
+    assert all(row["says"].startswith(fact.ground_truth) for row, fact in zip(found["unanswered"], facts, strict=False))
+    said = result.stdout.split("Not answered:")[1]
+    assert all(word in said for fact in facts[:3] for word in (fact.target_new, fact.ground_truth))
+    one = ("--prompt", facts[3].prompt, "--subject", facts[3].subject, "--target", facts[3].target_new)
+    single = run("edit", "testbed", *one, "--out", tmp_path / "q", "--config", tmp_path / "weak.yaml")
+    assert single.exit_code == 1 and "Not answered:" in single.stdout and "do not suit" not in single.stdout
+
+
+def test_a_run_shows_that_settings_do_not_suit_where_most_of_the_folder_failed():
+    class Edited:
+        log = [{"event": "edit", "answered": took, "declined": [{}] * declined} for took, declined in (([True] * 5, 0), ([False], 2))]
+
+    assert not unsuited(Edited, 3)
+    Edited.log = Edited.log[1:]
+    assert unsuited(Edited, 3) and not unsuited(Edited, 1)
+
+
+def test_saves_come_every_so_many_batches_and_every_minute_but_cost_little(monkeypatch, tmp_path):
+    class Slow:
+        saved, cost = 0, 1.0
+
+        def save_pretrained(self, folder, inference_only):
+            self.saved += 1
+            clock[0] += self.cost
+
+    clock, editor, report = [0.0], Slow(), Report(True)
+    monkeypatch.setattr("comeba_ext.cli.runs.time.monotonic", lambda: clock[0])
+    saves, steps, when = Saves(editor, tmp_path, 10, report, False), [], []
+    assert report.kept == "nothing was saved"
+    for _ in range(25):
+        clock[0] += 25.0
+        steps.append({"request_ids": ["a", "b"]})
+        before = editor.saved
+        saves.after_batch(steps)
+        when += [len(steps)] * (editor.saved > before)
+    assert when == [3, 6, 9, 10, 13, 16, 19, 20, 23]
+    assert report.kept == f"46 edits of this run are saved in {tmp_path}; go on with --resume"
+    editor.cost, saves.every = 10.0, 10**6
+    saves.save(steps)
+    start, count = clock[0], editor.saved
+    for _ in range(100):
+        clock[0] += 25.0
+        saves.after_batch(steps)
+    assert (editor.saved - count) * editor.cost <= 0.04 * (clock[0] - start) and editor.saved - count >= 7
+
+
+def test_a_folder_to_use_the_edits_only(edited, records, tmp_path):
+    out, whole = tmp_path / "o", size_of_edits(edited[0])
+    shutil.copytree(edited[0], out)
+    fact = testbed.facts()[1]
+    result = output("edit", "testbed", records, "--out", out, "--resume", "--inference-only")
+    assert result["edits"] == 0 and result["bytes"] == size_of_edits(out) < whole / 10 and result["inference_only"]
+    (row,) = output("generate", "testbed", "--edits", out, fact.text)["generations"]
+    assert row["text"].startswith(fact.target_new)
+    refused = run("edit", "testbed", records, "--out", out, "--resume")
+    assert refused.exit_code == 1 and "inference only" in refused.stderr
+
+
+def test_an_interrupted_run_can_be_gone_on_with_though_its_folder_was_to_be_small(records, tmp_path, monkeypatch):
+    original, calls = Editor._edit, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Editor, "_edit", interrupted)
+    given = ("edit", "testbed", records, "--limit", 3, "--batch-size", 2, "--method", "GRACE", "--out", tmp_path, "--inference-only")
+    stopped = run(*given)
+    assert stopped.exit_code == 130 and "2 edits of this run are saved" in stopped.stderr.replace("\n", " ")
+    said = run(*given, "--resume").stdout
+    assert "1 edit in 1 batch" in said and "for inference only" in said
+    assert f"{size_of_edits(tmp_path) / 1e3:.0f} kB" in said
+
+
+def test_what_needs_no_model_is_said_before_it_is_loaded(tmp_path, records, monkeypatch):
+    def loaded(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("comeba_ext.loading.load_model", loaded)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "no subject here", "subject": "Nobody", "target_new": "x"}\n' * 2)
+    (tmp_path / "typo.yaml").write_text("stps: 7\n")
+    (tmp_path / "broken.safetensors").write_bytes(b"no covariance")
+    kept = tmp_path / "kept"
+    editor = Editor(*testbed.load(), method="GRACE")
+    editor.save_pretrained(kept, inference_only=True)
+    for options, words in (
+        ((bad,), "none of 2 records can be used"),
+        ((records, "--config", tmp_path / "typo.yaml"), "'steps'"),
+        ((records, "--scope", "nonsense"), "zscore"),
+        ((records, "--covariance", tmp_path / "broken.safetensors"), "broken.safetensors"),
+        ((records, "--texts", tmp_path / "none.txt"), "no such file"),
+        ((records, "--method", "GRACE", "--chat"), "does not"),
+        ((records, "--method", "MEND", "--editor", tmp_path / "none"), "none"),
+    ):
+        refused = run("edit", "testbed", *options, "--out", tmp_path / "o")
+        assert refused.exit_code == 1 and words in refused.stderr and "was loaded" not in refused.stderr, (options, refused.stderr)
+        assert not (tmp_path / "o").exists()
+    assert "no covariance" in run("edit", tmp_path, records, "--out", tmp_path / "o").stderr
+    assert "holds edits already" in run("edit", "testbed", records, "--out", kept).stderr
+    assert "inference only" in run("edit", "testbed", records, "--out", kept, "--resume").stderr
+    editor.save_pretrained(kept)
+    for options, words in (
+        (("--method", "MEMIT"), "choose a new --out"),
+        (("--texts", tmp_path / "none.txt"), "no such file"),
+        (("--chat",), "does not"),
+    ):
+        assert words in run("edit", "testbed", records, "--out", kept, "--resume", *options).stderr
+
+
+def test_a_collected_covariance_is_kept_whatever_comes(tmp_path, records, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ComebaError("the first batch failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Editor, "edit_all", broken)
+        failed = run("edit", "testbed", records, "--out", tmp_path / "o", "--resume")
+    assert failed.exit_code == 1 and "failed" in failed.stderr and "beginning anew" in failed.stdout
+    editor = Editor.from_pretrained(*testbed.load(), tmp_path / "o")
+    assert editor.step == 0 and editor.covariance is not None
+    monkeypatch.setattr(Editor, "collect_covariance", None)
+    assert output("edit", "testbed", records, "--out", tmp_path / "o", "--resume", "--limit", 1)["edits"] == 1
+
+
+def test_a_chat_template_is_spoken_of_before_anything_is_edited(tmp_path, records, monkeypatch):
+    from comeba_ext import loading
+
+    def with_template(*args, **kwargs):
+        model, tokenizer = testbed.load()
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+        return model, tokenizer
+
+    def stopped(*args, **kwargs):
+        raise ComebaError("stopped")
+
+    monkeypatch.setattr(loading, "load_model", with_template)
+    monkeypatch.setattr(Editor, "collect_covariance", stopped)
+    for options, said in (((), True), (("--chat",), False)):
+        result = run("edit", "testbed", records, "--out", tmp_path / "o", *options)
+        assert "stopped" in result.stderr and ("with --chat" in result.stdout) == said
 
 
 def test_doctor():
