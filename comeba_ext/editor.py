@@ -194,7 +194,7 @@ class Editor:
         *,
         progress: bool | Callable[[int, float], None] = False,
     ) -> EditReport:
-        """One consecutive batch (algorithm 1; DESIGN §3). Either all of it happens or nothing.
+        """One consecutive batch (algorithm 1 of arXiv 2403.05330). Either all of it happens or nothing.
 
         Args:
             requests: any number; see :meth:`EditRequest.from_record` for the forms. One about a fact edited before (same prompt and
@@ -319,8 +319,8 @@ class Editor:
         Raises:
             RequestError: there was no such step, or the method does not keep it any more; nothing was changed.
         """
-        if not 0 <= step <= self.step:
-            raise RequestError(f"cannot roll back to step {step}; steps 0 to {self.step} exist")
+        if not is_int(step) or not 0 <= step <= self.step:
+            raise RequestError(f"cannot roll back to step {step!r}; steps 0 to {self.step} exist")
         self.method.revert(step, *self.ledger.changes_since(step))
         self.ledger.rewind(step)
         self.log.append({"event": "rollback", "step": step, "from_step": self.step})

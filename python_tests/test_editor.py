@@ -795,6 +795,26 @@ def test_retract(tiny_model, tokenizer, scope):
     assert_least_squares(editor)
 
 
+@pytest.mark.parametrize("step", ["1", None, 1.0, True, -1, 2])
+def test_rollback_to_what_is_no_step(tiny_model, tokenizer, step):
+    editor = make_editor(small_model(tiny_model), tokenizer)
+    editor.edit(some_requests(1))
+    with pytest.raises(RequestError, match="cannot roll back to step"):
+        editor.rollback(step)
+    assert editor.step == 1
+
+
+def test_a_printed_ledger_names_its_live_edits(tiny_model, tokenizer):
+    editor = make_editor(small_model(tiny_model), tokenizer)
+    assert repr(editor.ledger) == "<Ledger of 0 edits, 0 live>"
+    requests = some_requests(8)
+    editor.edit(requests, random_values(8).float())
+    editor.retract("edit-0")
+    said = repr(editor.ledger)
+    assert said.startswith("<Ledger of 8 edits, 7 live; edit-1: ") and said.endswith(", … 2 more>") and "edit-0" not in said
+    assert f"{requests[5].text!r} -> {requests[5].target_new!r}" in said and "edit-6" not in said
+
+
 @pytest.mark.parametrize("scope", ["zscore", "reference", "nearest"])
 def test_rollback(tiny_model, tokenizer, scope):
     """Five steps: two edits, one that supersedes, a retraction, another edit; back to each of them."""

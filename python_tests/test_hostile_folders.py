@@ -3,6 +3,7 @@
 Whatever is wrong: one sentence that says so, the model and the files as they were.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -276,6 +277,26 @@ def test_resuming_goes_by_what_was_edited(tmp_path):
     editor.rollback(1)
     editor.save_pretrained(out)
     assert output("edit", "testbed", theirs, "--out", out, "--resume")["edits"] == 2  # what was taken back is edited again
+
+
+def test_resuming_makes_what_is_not_live(tmp_path):
+    """With a method that needs no covariance; which edits are made is the same with all."""
+    fact, out = testbed.facts()[0], tmp_path / "o"
+    other = dataclasses.replace(fact, target_new=fact.ground_truth)
+    forth, back, both = (
+        written(tmp_path / name, own) for name, own in (("a.jsonl", [fact]), ("b.jsonl", [other]), ("c.jsonl", [fact, other, other]))
+    )
+    edit = lambda path: output("edit", "testbed", path, "--out", out, "--method", "GRACE", "--resume")  # noqa: E731
+    assert [edit(path)["edits"] for path in (forth, back, forth, forth, back)] == [1, 1, 1, 0, 1]
+    assert (edit(both)["edits"], edit(both)["earlier_edits"]) == (0, 3)
+    said = run("edit", "testbed", both, "--out", out, "--method", "GRACE", "--resume").stdout.replace("\n", " ")
+    assert "Records 0, 1 and 2 contradict each other" in said and "Records 1 and 2 say the same" in said and "live there already" in said
+    assert output("edits", "retract", "testbed", out, fact.subject)["live"] == 0
+    again = edit(both)
+    assert (again["edits"], again["repeated"], again["records"]["repeated"]) == (2, 1, 1)
+    one = ("--prompt", fact.prompt, "--subject", fact.subject, "--target")
+    for target, edits in ((other.target_new, 0), (fact.target_new, 1)):
+        assert output("edit", "testbed", "--out", out, "--resume", *one, target)["edits"] == edits
 
 
 def test_resuming_refuses_other_settings(tmp_path):

@@ -7,6 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from comeba_ext import __version__
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -25,3 +27,16 @@ Device = Annotated[Optional[str], typer.Option("--device", help="cpu, cuda, …;
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that the model's folder or hub page brings")]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Dtype = Annotated[str, typer.Option("--dtype", help=", ".join(DTYPES))]
+
+
+def say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"comeba_ext {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=say_version, is_eager=True, help="print the version, and no more")] = False,
+) -> None:
+    pass

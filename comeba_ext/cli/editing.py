@@ -10,15 +10,21 @@ import typer
 
 from comeba_ext.cli.app import Config, Device, Dtype, Edits, Json, Limit, Model, Scope, Trust, app
 from comeba_ext.cli.inputs import (
+    check_folder,
     check_same,
+    check_settings,
     continued,
+    covariance_source,
     edits_folder,
     loaded,
-    provide_covariance,
     requests_of,
     settings_of,
+    size_of_edits,
+    some_usable,
 )
-from comeba_ext.cli.terminal import METRICS, counted, metric_table, reporting, say_counts, say_settings, size_of
+from comeba_ext.cli.records import clashes, say_clashes, say_left_out, to_make
+from comeba_ext.cli.runs import Saves, say_unanswered, unanswered, unsuited
+from comeba_ext.cli.terminal import METRICS, bytes_as_text, counted, metric_table, reporting, say_counts, say_settings, size_of
 from comeba_ext.errors import ComebaError
 
 
@@ -125,9 +131,17 @@ def edit(
     covariance: Annotated[Optional[Path], typer.Option(help="file made by 'comeba covariance'")] = None,
     texts: Annotated[Optional[Path], typer.Option(help="corpus to collect the covariance from instead")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the edits in --out: what was edited or declined there is left out")
+        bool,
+        typer.Option(
+            "--resume",
+            help="go on with the edits in --out: of the records about a fact those up to the last one that is live there are left out, "
+            "and what was declined; what was retracted, rolled back or superseded since is made again",
+        ),
     ] = False,
-    save_every: Annotated[int, typer.Option(min=1, help="batches between saves of --out")] = 10,
+    save_every: Annotated[int, typer.Option(min=1, help="batches between saves of --out, which is saved every minute too")] = 10,
+    inference_only: Annotated[
+        bool, typer.Option("--inference-only", help="save in the end only what using the edits needs: a small folder, final")
+    ] = False,
     limit: Limit = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -140,51 +154,67 @@ def edit(
     from comeba_ext.storage import MANIFEST
 
     with reporting(as_json, parallel=True) as report, edits_folder(out, resume, report.first):
-        read = requests_of(records, limit, prompt, subject, target)
+        # What needs no model comes before the model, and what needs no covariance before the covariance: both may take long.
+        read, what = requests_of(records, limit, prompt, subject, target), records or "the edit"
+        some_usable(what, read.read, read.requests, read.skipped)
         kind = method_named(method or "COMEBA-HK")
+        begun = resume and (out / MANIFEST).exists()
+        if begun:
+            kind = check_folder(out, kind if method else None, covariance, texts)
+        check_settings(config, kind, scope, editor_folder, chat)
+        if not begun and editor_folder is not None:
+            kind.implied({"editor": str(editor_folder)})  # reads it
+        if resume and not begun:
+            report.say(f"{out} holds no edits yet; beginning anew.")
+        source = covariance_source(model, covariance, texts, not as_json) if kind.needs_covariance and not begun else None
         net, tokenizer = loaded(model, device, dtype, trust=trust)
-        if resume and (out / MANIFEST).exists():
+        if begun:
             editor = Editor.from_pretrained(net, tokenizer, out)
-            check_same(editor, out, kind if method else None, config, scope, editor_folder, chat, covariance, texts)
+            check_same(editor, out, kind, config, scope, editor_folder, chat, covariance, texts)
         else:
             editor = Editor(net, tokenizer, settings_of(net, config, kind, scope, editor_folder, chat), method=kind)
             editor.method.ready()
-            if kind.needs_covariance:
-                provide_covariance(editor, model, covariance, texts, not as_json)
         used, skipped = read.usable(lambda _, request: editor.check([request]), progress=not as_json and report.first)
-        if not used:
-            what = records or "the edit"
-            raise ComebaError(f"{what}: none of {counted(read.read, 'record')} can be used; first reason: {skipped[0]['reason']}")
-        earlier, todo = editor.handled(), []
-        for request in used:
-            if earlier[request.asked]:
-                earlier[request.asked] -= 1
-            else:
-                todo.append(request)
-        steps = []
+        some_usable(what, read.read, used, skipped)
+        if not begun and editor.method.takes_values and not editor.config.chat and getattr(tokenizer, "chat_template", None):
+            report.say("This model has a chat template; with --chat the edits hold there as well.")
+        chosen = set(map(id, used))
+        clashing = clashes((place, request) for place, request in read.placed() if id(request) in chosen)
+        say_clashes(report, clashing)
+        plan = to_make(used, editor, again=prompt is not None)
+        todo, steps = plan.requests, []
         if todo:
             editor.method.ready()
-            try:
-                for step in editor.edit_all(todo, batch_size, progress=not as_json and report.first):
-                    steps.append(step.to_dict())
-                    if len(steps) % save_every == 0 and report.first:
-                        editor.save_pretrained(out)
-            finally:  # an interruption keeps the last complete batch
-                if report.first:
-                    editor.save_pretrained(out)
-        counts = read.counts(used, skipped)
+        saves = Saves(editor, out, save_every, report, begun)
+        if source:
+            source(editor)
+            if covariance is None:  # what was collected is kept, whatever comes
+                saves.save(steps)
+        complete = False
+        try:
+            for step in editor.edit_all(todo, batch_size, progress=not as_json and report.first) if todo else ():
+                steps.append(step.to_dict())
+                saves.after_batch(steps)
+            complete = True
+        finally:  # an interruption keeps the last complete batch, and what is needed to go on
+            if todo or inference_only:
+                saves.save(steps, inference_only and complete)
+        size = size_of_edits(out) if report.first else None
+        counts = read.counts(used, skipped) | clashing.counts
         seconds = sum(sum(s["seconds"].values()) for s in steps)
         answered, declined = sum(sum(s["answered"]) for s in steps), [d for s in steps for d in s["declined"]]
+        missed = unanswered(editor, steps) if report.first else []
         moved, rewritten = (list(dict.fromkeys(name for s in steps for name in s[what])) for what in ("moved", "rewritten"))
-        report.say(f"{counted(len(todo), 'edit')} in {counted(len(steps), 'batch', 'batches')}, {seconds:.1f} s; saved to {out}.")
-        if len(todo) < len(used):
-            report.say(f"{counted(len(used) - len(todo), 'edit')} had been edited or declined there before.")
+        done = f"{counted(len(todo), 'edit')} in {counted(len(steps), 'batch', 'batches')}, {seconds:.1f} s"
+        report.say(f"{done}; saved to {out}, {bytes_as_text(size or 0)}.")
+        if inference_only:
+            report.say("Saved for inference only: these edits can be used, not gone on with, listed or taken back.")
+        say_left_out(report, plan)
         if todo:
             verb, whose = ("is", "its prompt") if len(todo) == 1 else ("are", "their prompts")
             report.say(f"{answered} of {len(todo)} {verb} answered behind {whose} right after the batch.")
+            say_unanswered(report, missed)
             say_settings(report, editor, steps)
-            if editor.method.takes_values and not editor.config.chat and getattr(tokenizer, "chat_template", None):
-                report.say("This model has a chat template; with --chat the edits hold there as well.")
         if rewritten:
             report.say(f"{counted(len(rewritten), 'earlier edit')} of the same subjects found anew together with them.")
         if moved:
@@ -192,22 +222,28 @@ def edit(
         for entry in declined:
             report.say(f"! declined {entry['request_id']} ({entry['prompt']!r}): {entry['reason']}")
         say_counts(report, counts)
-        if todo and 2 * answered < len(todo):
+        if 2 * answered < len(todo) and unsuited(editor, len(todo)):
             few = "None" if not answered else "Fewer than half"
             tuned = " (layers, λ, score). 'comeba tune' finds some that do." if editor.method.scored else "; see --config."
             report.say(f"! {few} of the edits took: these settings of {editor.method.name} do not suit this model{tuned}")
-            report.code = 0 if answered else 1
+        report.code = 1 if todo and not answered else 0
         report.result = {
             "records": counts,
             "edits": len(todo),
             "answered": answered,
+            "unanswered": missed,
             "declined": declined,
             "moved": moved,
             "rewritten": rewritten,
-            "earlier_edits": len(used) - len(todo),
+            "earlier_edits": plan.live + plan.declined,
+            "repeated": plan.repeated,
+            "contradicting": clashing.contradicting,
+            "duplicates": clashing.duplicates,
             "steps": steps,
             "seconds": seconds,
             "out": str(out),
+            "bytes": size,
+            "inference_only": inference_only,
             "config": editor.config.to_dict(),
         }
 

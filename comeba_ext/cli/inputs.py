@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from comeba_ext.cli.app import DTYPES
-from comeba_ext.errors import ComebaError, ConfigError
+from comeba_ext.cli.terminal import counted
+from comeba_ext.errors import ComebaError, ConfigError, StorageError
 
 
 def loaded(name: str, device: str | None, dtype: str, edits: Path | None = None, *, trust: bool = False):
@@ -85,15 +87,69 @@ def settings_of(model, path: Path | None, method=None, scope: str | None = None,
     from comeba_ext.methods import default_config
 
     changes = read_settings(path) if path else {}
-    if editor is not None and not hasattr(method, "learner"):
-        raise ConfigError(f"--editor is for methods that are trained (comeba train); {getattr(method, 'name', 'COMEBA-HK')} edits as it is")
-    if chat and method is not None and not method.takes_values:
-        raise ConfigError(f"--chat is for methods that look for target values; {method.name} does not")
     changes |= {name: value for name, value in {"scope": scope, "editor": editor and str(editor), "chat": chat}.items() if value}
     try:
         return default_config(method or "COMEBA-HK", model, **changes)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}" if path else str(error)) from None
+
+
+def check_settings(path: Path | None, method, scope: str | None, editor: Path | None, chat: bool) -> None:
+    """Of the settings that are asked for, what can be told without the model."""
+    from comeba_ext.editing.settings_files import read_settings
+    from comeba_ext.scores import score_named
+
+    changes = read_settings(path) if path else {}
+    if not changes.keys() <= {field.name for field in dataclasses.fields(method.config_class)}:
+        method.config_class.from_dict(changes, str(path))  # which says what is near
+    if scope is not None and method.scored:
+        score_named(scope)
+    if editor is not None and not hasattr(method, "learner"):
+        raise ConfigError(f"--editor is for methods that are trained (comeba train); {method.name} edits as it is")
+    if chat and not method.takes_values:
+        raise ConfigError(f"--chat is for methods that look for target values; {method.name} does not")
+
+
+def check_folder(out: Path, kind, covariance: Path | None, texts: Path | None):
+    """Of the edits in a folder that are to be gone on with, what can be told without the model.
+
+    Args:
+        kind: the method asked for, if any.
+
+    Returns:
+        the folder's own method.
+    """
+    from comeba_ext.data import read_texts
+    from comeba_ext.methods import method_named
+    from comeba_ext.storage import read_manifest
+
+    manifest = read_manifest(out)
+    if "state" not in manifest["files"]:
+        raise StorageError(f"{out} was saved for inference only, so its edits cannot be gone on with; {ANEW}")
+    made = manifest.get("method", "COMEBA-HK")
+    _check_method(out, made, kind)
+    if covariance is not None and not covariance.exists():
+        raise StorageError(f"{covariance} does not exist")
+    if texts is not None:
+        read_texts(texts)
+    try:
+        return method_named(made)
+    except ConfigError as error:
+        raise StorageError(f"the edits in {out} were made by a method that is not here: {error}") from None
+
+
+def _check_method(out: Path, made: str, kind) -> None:
+    if kind is not None and made != kind.name:
+        raise ComebaError(f"{out} holds edits made by {made}; --method {kind.name} cannot go on with them; {ANEW}")
+
+
+ANEW = "choose a new --out for that"
+
+
+def some_usable(what: object, count: int, used: list, skipped: list[dict]) -> None:
+    """Raises :class:`ComebaError` where no record can be used."""
+    if not used:
+        raise ComebaError(f"{what}: none of {counted(count, 'record')} can be used; first reason: {skipped[0]['reason']}")
 
 
 def requests_of(records: Path | None, limit: int | None, prompt: str | None, subject: str | None, target: str | None):
@@ -130,6 +186,13 @@ def edits_folder(out: Path | None, resume: bool = False, first: bool = True):
         yield
 
 
+def size_of_edits(folder: Path) -> int:
+    """Bytes of the files that are a folder's edits."""
+    from comeba_ext.storage import MANIFEST, files_of, read_manifest
+
+    return sum((folder / name).stat().st_size for name in {MANIFEST, *files_of(read_manifest(folder))})
+
+
 def check_same(
     editor,
     out: Path,
@@ -147,24 +210,23 @@ def check_same(
     from comeba_ext.data import read_texts
     from comeba_ext.editing.settings_files import read_settings
 
-    if kind is not None and kind is not type(editor.method):
-        raise ComebaError(f"{out} holds edits made by {editor.method.name}; --method {kind.name} cannot go on with them")
+    _check_method(out, editor.method.name, kind)
     used = getattr(editor.config, "editor", None)
     if trained is not None and (used is None or Path(used).resolve() != trained.resolve()):
-        raise ComebaError(f"the edits in {out} were made with {f'--editor {used}' if used else 'no --editor'}, not {trained}")
+        raise ComebaError(f"the edits in {out} were made with {f'--editor {used}' if used else 'no --editor'}, not {trained}; {ANEW}")
     given = {**(read_settings(config) if config else {}), **({"scope": scope} if scope else {}), **({"chat": chat} if chat else {})}
     wanted = settings_of(editor.model, config, type(editor.method), scope, chat=chat) if given else editor.config
     for key in given:
         here, there = getattr(wanted, key), getattr(editor.config, key)
         if here != there:
-            raise ComebaError(f"the edits in {out} were made with {key} {there}, not {here}; their settings cannot change")
+            raise ComebaError(f"the edits in {out} were made with {key} {there}, not {here}; settings cannot change in a folder: {ANEW}")
     known = editor.covariance
     if covariance is not None and known is not None:
         other = Covariance.load(covariance)
         if any(name not in other.moments or not other.moments[name].equal(known.moments[name]) for name in known.moments):
-            raise ComebaError(f"the edits in {out} were made with another covariance than {covariance}")
+            raise ComebaError(f"the edits in {out} were made with another covariance than {covariance}; {ANEW}")
     if texts is not None and known is not None and known.corpus and digest_of(read_texts(texts), known.texts) != known.corpus:
-        raise ComebaError(f"the covariance of the edits in {out} is of other texts than {texts}")
+        raise ComebaError(f"the covariance of the edits in {out} is of other texts than {texts}; {ANEW}")
 
 
 def provide_covariance(editor, model: str, file: Path | None, texts: Path | None, progress: bool) -> None:
@@ -174,10 +236,12 @@ def provide_covariance(editor, model: str, file: Path | None, texts: Path | None
 def covariance_source(model: str, file: Path | None, texts: Path | None, progress: bool) -> Callable:
     """What gives an editor its covariance: the file, or texts to collect it from; a :class:`ComebaError` where there is neither."""
     from comeba_ext import testbed
+    from comeba_ext.covariance import Covariance
     from comeba_ext.data import read_texts
 
     if file is not None:
-        return lambda editor: editor.load_covariance(file)
+        found = Covariance.load(file)
+        return lambda editor: editor.set_covariance(found)
     if texts is not None:
         read_texts(texts)  # a file that is not there is said now, not when it is read
         return lambda editor: editor.collect_covariance(read_texts(texts), progress=progress)

@@ -25,6 +25,7 @@ class Report:
         self.as_json, self.result, self.code = as_json, {}, 0
         self.first = first  # of several processes the one that prints and saves
         self.announced = False
+        self.kept = "what was complete is kept"  # said of an interruption
         self.console = Console(quiet=as_json or not first, highlight=False, soft_wrap=False)
         self._widths: list[int] = []
 
@@ -79,7 +80,7 @@ def reporting(as_json: bool, parallel: bool = False):
         except ComebaError as error:
             fail(as_json and not report.announced, str(error), 1, who)
         except KeyboardInterrupt:
-            fail(as_json and not report.announced, "interrupted; what was complete is kept", 130, who)
+            fail(as_json and not report.announced, f"interrupted; {report.kept}", 130, who)
         except (typer.Exit, typer.Abort):
             raise
         except OSError as error:
@@ -123,8 +124,14 @@ def counted(number: int, one: str, more: str | None = None) -> str:
     return f"{number} {one if number == 1 else more or one + 's'}"
 
 
+def bytes_as_text(count: int) -> str:
+    return f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
 def say_counts(report: Report, counts: dict) -> None:
-    report.say(f"Records: {counts['read']} read, {counts['used']} used, {len(counts['skipped'])} skipped.")
+    among = [f"{counts[name]} {name}" for name in ("overtaken", "repeated") if counts.get(name)]
+    more = f" ({', '.join(among)} by others of them)" if among else ""
+    report.say(f"Records: {counts['read']} read, {counts['used']} used{more}, {len(counts['skipped'])} skipped.")
     for skip in counts["skipped"][:5]:
         report.say(f"  record {skip['index']}: {skip['reason']}")
     if len(counts["skipped"]) > 5:

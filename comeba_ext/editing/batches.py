@@ -67,7 +67,7 @@ def live_entries(request_ids: str | Iterable[str], ledger: Ledger) -> list[Entry
     unknown = [request_id for request_id, entry in zip(ids, entries, strict=True) if entry is None]
     if unknown or not ids or len(set(ids)) != len(ids):
         what = f"no live edit has the id {', '.join(map(repr, unknown))}" if unknown else "no or repeated ids given"
-        raise RequestError(f"{what}; ids are in every report's request_ids")
+        raise RequestError(f"{what}; ids are in every report's request_ids, and in editor.ledger")
     return [entry for entry in entries if entry is not None]
 
 

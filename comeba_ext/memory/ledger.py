@@ -18,6 +18,8 @@ import torch
 
 from comeba_ext.text.request import EditRequest
 
+SHOWN = 5  # live edits that a printed ledger names
+
 
 @dataclass
 class Entry:
@@ -51,6 +53,12 @@ class Ledger:
     def __len__(self) -> int:
         """Number of live requests."""
         return len(self._by_id)
+
+    def __repr__(self) -> str:
+        live = self.live()
+        shown = [f"{e.request.request_id}: {e.request.text!r} -> {e.request.target_new!r}" for e in live[:SHOWN]]
+        more = [f"… {len(live) - SHOWN} more"] * (len(live) > SHOWN)
+        return f"<Ledger of {len(self.entries)} edits, {len(live)} live{'; ' * bool(live)}{', '.join(shown + more)}>"
 
     def live(self) -> list[Entry]:
         return [entry for entry in self.entries if entry.removed is None]
