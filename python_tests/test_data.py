@@ -329,6 +329,43 @@ def test_wordings_name_their_subject():
         EditRequest("The capital of {} is", "Peru", "Oslo", wordings=[3])
 
 
+def test_the_subject_stands_for_the_slot_in_all_that_is_asked():
+    record = {
+        "prompt": "The mother tongue of {} is",
+        "subject": "Danielle Darrieux",
+        "target_new": "English",
+        "rephrase_prompts": ["Which language did {} grow up with?"],
+        "locality_prompts": ["{} was born in", ["{} is a", "actress"]],
+        "portability_prompts": [["Where the mother tongue of {} is spoken: in", "London"]],
+        "questions": [{"criterion": "multi-hop", "probes": [["Where is {} read?", ["London"]]], "conditions": [["{} is a", ["woman"]]]}],
+        "wordings": ["{} thinks in {}"],
+    }
+    (request,) = EditRequest.all_from_record(record)
+    name = "Danielle Darrieux"
+    assert request.rephrase_prompts == (f"Which language did {name} grow up with?",)
+    assert request.locality_prompts == ((f"{name} was born in", None), (f"{name} is a", "actress"))
+    assert request.portability_prompts == ((f"Where the mother tongue of {name} is spoken: in", "London"),)
+    assert [(own.prompt, *own.answers) for own in request.questions[0].probes] == [(f"Where is {name} read?", "London")]
+    assert [(own.prompt, *own.answers) for own in request.questions[0].conditions] == [(f"{name} is a", "woman")]
+    slots = {**record, "locality_prompts": ["{} in {}"], "portability_prompts": [["{} and {}", "x"]], "questions": []}
+    for own in (record, slots, slots | {"questions": [{"criterion": "c", "probes": [["{} to {}", ["a"]]]}]}):  # a second one is text
+        request = EditRequest.from_record(own)
+        assert EditRequest.from_record(json.loads(json.dumps(request.to_record()))) == request
+
+
+def test_no_slot_is_edited_as_it_is_written():
+    asked = {"question": "{} became known as a", "answer": "chemist", "para_question": "{} worked as a", "sub_question": ["{} is a"]}
+    asked["sub_answer"] = ["man"]
+    request = EditRequest.from_record(asked | {"subject": "Werner Heisenberg"})
+    assert request.text == "Werner Heisenberg became known as a" and request.place == len(request.text)
+    assert request.rephrase_prompts == ("Werner Heisenberg worked as a",)
+    assert request.portability_prompts == (("Werner Heisenberg is a", "man"),)
+    with pytest.raises(RequestError, match="holds {}, which stands for the subject"):
+        EditRequest.from_record(asked)
+    with pytest.raises(RequestError, match="holds {}"):
+        EditRequest("Who is {}", "{}", "x")
+
+
 def test_qaedit_records(shared_data):
     read = read_requests(shared_data / "qaedit" / "qaedit_500.json")
     assert read.read == 500 and len(read.requests) > 450

@@ -221,14 +221,16 @@ def _qaedit(record: Mapping) -> dict:
 
 
 def _unke(record: Mapping) -> dict:
-    """UnKE (arXiv 2405.15349): a question, which is edited at its end, and a paragraph as its answer."""
+    """UnKE (arXiv 2405.15349): a question, which is edited at its end, and a paragraph as its answer. Who writes such records by hand
+    may name a ``subject`` to stand for ``{}``."""
+    filled = lambda text: text.replace("{}", record.get("subject") or "{}", 1)  # noqa: E731
     asked = _zipped(record.get("sub_question"), record.get("sub_answer"))
     return {
         "prompt": "{}",
-        "subject": record["question"],
+        "subject": filled(record["question"]),
         "target_new": record["answer"],
-        "rephrase_prompts": listed(record.get("para_question")),
-        "portability_prompts": asked,
+        "rephrase_prompts": [filled(text) for text in listed(record.get("para_question"))],
+        "portability_prompts": [(filled(prompt), answer) for prompt, answer in asked],
         "request_id": _name(record, "id"),
         "fact_token": "last",
     }

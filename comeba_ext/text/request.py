@@ -25,7 +25,7 @@ class EditRequest:
         subject: the entity the fact is about; the edit happens at its last token.
         target_new: the new object, without a leading space.
         ground_truth: the object before the edit, when known.
-        rephrase_prompts: other wordings, subject spelled out (or ``{}``), for generality.
+        rephrase_prompts: other wordings, subject spelled out (or ``{}``), for generality. ``{}`` is the subject in all that is asked.
         locality_prompts: ``(prompt, answer)`` pairs, or prompts alone, whose predictions must not change.
         portability_prompts: ``(prompt, answer)`` pairs that follow from the new fact.
         request_id: a name to retract it by; the editor assigns one when absent.
@@ -77,6 +77,8 @@ class EditRequest:
         elif prompt.count(SLOT) > 1:
             raise RequestError(f"{where}: prompt {prompt!r} has {prompt.count(SLOT)} slots {SLOT}, expected one")
         set_("prompt", prompt)
+        if SLOT in self.subject:  # what is edited and asked would hold it, letter by letter
+            raise RequestError(f"{where}: the text {self.text!r} holds {SLOT}, which stands for the subject, and no subject to fill in")
         truth = self.ground_truth
         if isinstance(truth, (list, tuple)):  # aliases, in some records: the first one
             truth = next(strings(truth), None)
@@ -97,13 +99,13 @@ class EditRequest:
         if not isinstance(self.questions, (list, tuple)):
             raise RequestError(f"{where}: questions must be a list, got {self.questions!r}")
         try:
-            set_("questions", tuple(map(Question.of, self.questions)))
+            set_("questions", tuple(Question.of(own).asking(lambda text: _fill(text, self.subject)) for own in self.questions))
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
         if self.case is not None:
             set_("case", str(self.case))
-        set_("locality_prompts", _pairs(self.locality_prompts, where, "locality_prompts"))
-        set_("portability_prompts", _pairs(self.portability_prompts, where, "portability_prompts"))
+        for field in ("locality_prompts", "portability_prompts"):
+            set_(field, tuple((_fill(p, self.subject), answer) for p, answer in _pairs(getattr(self, field), where, field)))
         _encodable(where, self)
 
     @property
@@ -175,10 +177,10 @@ class EditRequest:
         for name in ("rephrase_prompts", "wordings"):
             record[name] = [_unfilled(text, self.subject) for text in record[name]]
         for name in ("locality_prompts", "portability_prompts"):  # lists, as JSON gives them back
-            record[name] = [list(pair) for pair in record[name]]
+            record[name] = [[_unfilled(prompt, self.subject), answer] for prompt, answer in record[name]]
         for name in ("aliases", "portability_aliases"):
             record[name] = [own if isinstance(own, str) else list(own) for own in record[name]]
-        record["questions"] = [question.to_record() for question in self.questions]
+        record["questions"] = [question.asking(lambda text: _unfilled(text, self.subject)).to_record() for question in self.questions]
         for name in ("aliases", "portability_aliases", "questions", "case"):  # like records of versions that did not know them
             if not record[name]:
                 del record[name]
