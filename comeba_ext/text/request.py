@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import groupby
 
 from comeba_ext.errors import RequestError
 from comeba_ext.text.questions import Question
-from comeba_ext.text.records import fields_of, strings
+from comeba_ext.text.records import EASYEDIT, fields_of, strings, unknown_fields
 
+log = logging.getLogger(__name__)
 SLOT = "{}"  # stands for the subject in a prompt
 FACT_TOKENS = ("subject_last", "last")
 
@@ -160,16 +164,16 @@ class EditRequest:
         """
         if isinstance(record, EditRequest):
             return [record]
-        where = "record" if index is None else f"record {index}"
+        where = "" if index is None else f"record {index}: "
         if not isinstance(record, Mapping):
-            raise RequestError(f"{where}: expected a mapping or an EditRequest, got {type(record).__name__}")
+            raise RequestError(f"{where}expected a mapping or an EditRequest, got {type(record).__name__}")
         try:
-            found = fields_of(record, (field.name for field in dataclasses.fields(cls)))
+            found = fields_of(record, _names(cls))
             return [cls(**fields) for fields in found]
         except RequestError as error:
-            raise RequestError(f"{where}: {error}") from None
+            raise RequestError(f"{where}{error}") from None
         except (KeyError, TypeError, AttributeError) as error:
-            raise RequestError(f"{where}: missing or malformed field {error}; has {sorted(map(str, record))}") from None
+            raise RequestError(f"{where}missing or malformed field {error}; has {sorted(map(str, record))}") from None
 
     def to_record(self) -> dict:
         """Plain JSON-serialisable mapping that :meth:`from_record` reads back."""
@@ -193,7 +197,39 @@ def as_requests(records: Iterable[EditRequest | Mapping]) -> list[EditRequest]:
         raise RequestError(f"expected a list of requests, got a single {type(records).__name__}; wrap it in [...]")
     if not isinstance(records, Iterable):
         raise RequestError(f"expected a list of requests, got {records!r}")
-    return [request for index, record in enumerate(records) for request in EditRequest.all_from_record(record, index)]
+    found, unknown = [], UnknownFields()
+    for index, record in enumerate(records):
+        found += EditRequest.all_from_record(record, index)
+        unknown.add(record)
+    unknown.warn()
+    return found
+
+
+class UnknownFields:
+    """Fields of records that nothing reads, which are more often misspelt than meant for somebody else.
+
+    Args:
+        where: the records are from.
+    """
+
+    def __init__(self, where: str = "records"):
+        self.where, self.counts = where, Counter()
+
+    def add(self, record: EditRequest | Mapping) -> None:
+        """Look through a record that has been read."""
+        if isinstance(record, Mapping):
+            self.counts.update(unknown_fields(record, _names(EditRequest)))
+
+    def warn(self) -> None:
+        """Log each of them once."""
+        for name, count in self.counts.items():
+            near = get_close_matches(name, (*_names(EditRequest), *EASYEDIT), 1)
+            meant = f"; is {near[0]!r} meant?" if near else ""
+            log.warning("%s: the field %r (%d record%s) is unknown and not read%s", self.where, name, count, "s" * (count > 1), meant)
+
+
+def _names(of: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(of))
 
 
 class Ids:
