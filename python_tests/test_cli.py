@@ -144,6 +144,16 @@ def test_one_edit_from_the_command_line(tmp_path):
         assert refused.exit_code == 1 and words in refused.stderr and not (tmp_path / "p").exists()
 
 
+def test_a_table_of_facts_is_edited_and_measured(tmp_path):
+    (tmp_path / "facts.csv").write_text(
+        "prompt,subject,target_new,rephrase_prompts\n{} became known as a,Werner Heisenberg,chemist,{} worked as a\n{} is,Nobody\n"
+    )
+    done = output("edit", "testbed", tmp_path / "facts.csv", "--out", tmp_path / "out")
+    assert done["edits"] == 1 == done["answered"] and done["records"]["skipped"][0]["line"] == 3
+    found = output("eval", "testbed", tmp_path / "facts.csv", "--edits", tmp_path / "out", "--answer-tokens", 4)
+    assert found["reliability"] == 1 and found["records"] == done["records"]
+
+
 def test_scope_and_method_and_a_part_of_a_config(tmp_path, records):
     (tmp_path / "c.yaml").write_text("steps: 7\nscope: nearest\n")
     result = output("edit", "testbed", records, "--limit", 2, "--out", tmp_path / "a", "--scope", "zscore", "--config", tmp_path / "c.yaml")

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from comeba_ext.cli.app import Device, Dtype, Json, Limit, Model, Trust, app
-from comeba_ext.cli.inputs import fitting, loaded
+from comeba_ext.cli.inputs import fitting, loaded, none_usable
 from comeba_ext.cli.terminal import METRICS, counted, reporting, say_counts
 from comeba_ext.errors import ComebaError
 
@@ -52,7 +52,7 @@ def export(
         net, tokenizer = loaded(model, device, dtype, trust=trust)
         used, skipped = fitting(net, tokenizer, read) if read else ([], [])
         if read and not used:
-            raise ComebaError(f"{records}: none of {read.read} records can be used; first reason: {skipped[0]['reason']}")
+            raise none_usable(records, read, skipped)
         done = FORMATS[to](net, tokenizer, edits, out)
         rank = f", rank {done.rank}" if done.rank else ""
         report.say(f"{counted(done.edits, 'edit')} in {counted(len(done.layers), 'layer')}{rank}; {done.bytes / 1e6:.1f} MB in {out}.")

@@ -197,11 +197,18 @@ def fitting(model, tokenizer, read) -> tuple[list, list[dict]]:
     used = []
     for position, request in read.placed():
         try:
-            check_record(model, tokenizer, position, request)
+            check_record(model, tokenizer, request)
             used.append(request)
         except ComebaError as error:
-            skipped.append({"index": position, "reason": str(error)})
+            skipped.append(read.skip(position, error))
     return used, skipped
+
+
+def none_usable(records: Path, read, skipped: list[dict]) -> ComebaError:
+    """What there is to say where every record was left out."""
+    from comeba_ext.data import place_of
+
+    return ComebaError(f"{records}: none of {read.read} records can be used; {place_of(skipped[0])}: {skipped[0]['reason']}")
 
 
 def continued(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str]:

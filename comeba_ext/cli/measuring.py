@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from comeba_ext.cli.app import Device, Dtype, Edits, Json, Limit, Model, Trust, app
-from comeba_ext.cli.inputs import beside, fitting, loaded
+from comeba_ext.cli.inputs import beside, fitting, loaded, none_usable
 from comeba_ext.cli.terminal import METRICS, counted, flattened, metric_table, reporting, say_counts
 from comeba_ext.errors import ComebaError
 
@@ -24,7 +24,7 @@ PLAIN_TEXTS = 400  # at most, to measure perplexity on in experiments
 @app.command(name="eval")
 def evaluate_(
     model: Model,
-    records: Annotated[Path, typer.Argument(help="JSON or JSONL records")],
+    records: Annotated[Path, typer.Argument(help="records: JSON, JSONL or CSV")],
     edits: Edits = None,
     base: Annotated[
         Optional[str],
@@ -84,7 +84,7 @@ def evaluate_(
             tokenizer = asking  # one for both
         used, skipped = fitting(net, tokenizer, read)
         if not used:
-            raise ComebaError(f"{records}: none of {read.read} records can be used; first reason: {skipped[0]['reason']}")
+            raise none_usable(records, read, skipped)
         metrics = evaluate(net, tokenizer, used, against, generate=generate, writing=writing, judge=asked, progress=not as_json)
         if predictions is not None:
             write_text(predictions, "".join(json.dumps(row) + "\n" for row in metrics.per_record))

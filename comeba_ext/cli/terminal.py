@@ -124,9 +124,11 @@ def counted(number: int, one: str, more: str | None = None) -> str:
 
 
 def say_counts(report: Report, counts: dict) -> None:
+    from comeba_ext.data import place_of
+
     report.say(f"Records: {counts['read']} read, {counts['used']} used, {len(counts['skipped'])} skipped.")
     for skip in counts["skipped"][:5]:
-        report.say(f"  record {skip['index']}: {skip['reason']}")
+        report.say(f"  {place_of(skip)}: {skip['reason']}")
     if len(counts["skipped"]) > 5:
         report.say(f"  … and {len(counts['skipped']) - 5} more (all with --json)")
 
