@@ -77,6 +77,7 @@ def commands(text: str):
         while words:
             end = words.index("&&") if "&&" in words else len(words)
             command, words = words[:end], words[end + 1 :]
+            command = command[: command.index(">")] if ">" in command else command
             yield [word for n, word in enumerate(command) if not re.fullmatch(r"[A-Z_]+=.*", word) or any(command[:n])]
 
 

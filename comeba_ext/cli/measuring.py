@@ -107,7 +107,16 @@ def evaluate_(
             report.table(head, rows)
         counts = read.counts(used, skipped)
         say_counts(report, counts)
-        report.result = {**metrics.to_dict(), "records": counts, "edits_folder": str(edits) if edits else None, "base": base}
+        report.result = {
+            **metrics.to_dict(),
+            "records": counts,
+            "data": str(records),
+            "model": model,
+            "edits_folder": str(edits) if edits else None,
+            "base": base,
+            "predictions": str(predictions) if predictions else None,
+            "command": shlex.join(["comeba", *sys.argv[1:]]),
+        }
 
 
 @app.command()
@@ -155,12 +164,15 @@ def ability(
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(help="folders that 'comeba experiment' wrote, or JSON files of theirs")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="folders that 'comeba experiment' wrote, or JSON files: theirs, or what 'comeba eval --json' printed"),
+    ],
     out: Annotated[Path, typer.Option("--out", help="the page")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="over the page")] = "Knowledge editing: results",
     as_json: Json = False,
 ) -> None:
-    """One HTML page from experiments: tables that sort, plots, who is ahead of whom, examples with wrong ones first."""
+    """One HTML page from experiments and evaluations: tables that sort, plots, who is ahead of whom, examples with wrong ones first."""
     from comeba_ext import report as page
     from comeba_ext.storage import write_text
 
@@ -170,7 +182,7 @@ def report(
             raise ComebaError(f"--out {out}: there is no folder {out.parent}")
         write_text(out, page.build(found, title))
         size = out.stat().st_size
-        say.say(f"{counted(len(found), 'experiment')} in {out} ({size / 1e3:.0f} kB)")
+        say.say(f"{counted(len(found), 'result')} in {out} ({size / 1e3:.0f} kB)")
         say.result = {"out": str(out), "experiments": [own.result["experiment"] for own in found], "bytes": size}
 
 
