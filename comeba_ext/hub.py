@@ -17,6 +17,27 @@ def is_hub_name(name: str | Path) -> bool:
     return re.fullmatch(_NAME, Path(name).as_posix()) is not None and not Path(name).exists()
 
 
+def where_to_load(name: str) -> str:
+    """A model's name on the hub; or, where the hub cannot be reached, the folder of the copy that an earlier call left in the cache.
+    The hub is asked once; Transformers asks it six times for each file.
+
+    Raises:
+        StorageError: it cannot be reached, and there is no copy.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
+    except (HfHubHTTPError, HFValidationError):  # an answer: of the hub, or that it cannot be a name there
+        return name
+    except Exception as error:  # of the network, of whatever library is used for it
+        if isinstance(kept := try_to_load_from_cache(name, "config.json"), str):
+            return str(Path(kept).parent)
+        raise StorageError(f"there is no such folder, no copy of a model of that name, and no way to the hub ({_first(error)})") from None
+    return name
+
+
 def local_folder(folder: str | Path, *kinds: str, revision: str | None = None, token: str | bool | None = None) -> str | Path:
     """The folder itself; or, where there is none and the name is that of a repository (``"user/name"``), its copy in the hub's cache.
 

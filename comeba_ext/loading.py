@@ -7,12 +7,15 @@ taken off, so that the result is a model like any other.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
 
 from comeba_ext import testbed
-from comeba_ext.errors import ComebaError
+from comeba_ext.errors import ComebaError, StorageError
+from comeba_ext.hub import is_hub_name, where_to_load
+from comeba_ext.storage import MANIFEST, read_manifest
 
 GGUF = ".gguf"
 
@@ -47,6 +50,8 @@ def load_model(name: str | Path, dtype: str | torch.dtype = "auto", device_map: 
         _check_gguf(path)
         name, where = path.parent, {"gguf_file": path.name}
         dtype = torch.float32 if dtype == "auto" else dtype
+    else:
+        name = _checked(path, str(name))
     try:
         where |= {"trust_remote_code": trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
@@ -62,6 +67,34 @@ def load_model(name: str | Path, dtype: str | torch.dtype = "auto", device_map: 
     if tokenizer.vocab_size > rows:
         raise ComebaError(f"{str(path)!r}: its tokenizer has {tokenizer.vocab_size} tokens and its model {rows}: not of one model")
     return model.eval(), tokenizer
+
+
+def _checked(path: Path, name: str) -> str:
+    """What ``from_pretrained`` is to be given for a folder or a name on the hub.
+
+    Raises:
+        ComebaError: it is no folder of a model, or a name that cannot be asked for now.
+    """
+    try:
+        if path.is_dir():
+            _check_folder(path)
+            return name
+        if is_hub_name(name) or "/" not in name.strip("."):
+            return where_to_load(name)
+        raise ComebaError("no such folder")
+    except ComebaError as error:
+        raise ComebaError(f"cannot load a model from {name!r}: {error}") from None
+
+
+def _check_folder(path: Path) -> None:
+    if (path / MANIFEST).is_file():
+        found = {}
+        with contextlib.suppress(StorageError):
+            found = read_manifest(path).get("model", {})
+        whose = f" of a {found['model_type']} model of {found['num_blocks']} blocks" if {"model_type", "num_blocks"} <= found.keys() else ""
+        raise ComebaError(f"it holds edits{whose}; give the base model, and this folder with --edits (load_edits)")
+    if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise ComebaError("it holds no config.json, so it is no folder of a model")
 
 
 def _check_gguf(path: Path) -> None:

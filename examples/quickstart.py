@@ -50,7 +50,7 @@ def main(model_name: str | None = None, texts: str | None = None) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         editor.save_pretrained(folder)
-        used = load_edits(load()[0], folder)  # to use it: no tokenizer, no covariance
+        used = load_edits(load()[0], folder)  # to use it: no covariance, a tokenizer only for ICE, IKE and SERAC
         loaded = said(used, tokenizer, prompt)
         again = Editor.from_pretrained(load()[0], tokenizer, folder)  # to go on editing
         again.retract(report.request_ids[0])  # take a single edit back

@@ -200,6 +200,31 @@ def test_generate_shows_both(edited):
     assert row["unedited"].startswith(request.ground_truth) and row["text"].startswith(request.target_new)
 
 
+def test_generate_in_a_chat(tmp_path):
+    """As the tokenizer's own template has it, token by token; an answer of nothing is said to be one."""
+    model, tokenizer = testbed.load()
+    tokenizer.chat_template = (
+        "{% for m in messages %}Question: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
+    )
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    turn = [{"role": "user", "content": "Werner Heisenberg became known as a"}]
+    asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    text = tokenizer.decode(model.generate(asked, max_new_tokens=6, do_sample=False)[0, asked.shape[1] :], skip_special_tokens=True)
+    found = output("generate", tmp_path / "model", turn[0]["content"], "--chat", "--max-new-tokens", 6)
+    assert found["generations"][0]["text"] == text.strip().split("\n")[0] and found["prompts"] == 1 and "records" not in found
+    plain = output("generate", "testbed", turn[0]["content"], "--max-new-tokens", 6)
+    assert plain["generations"][0]["text"].startswith("physicist") and plain["generations"] != found["generations"]
+    refused = run("generate", "testbed", "Who?", "--chat")
+    assert refused.exit_code == 1 and "no chat template" in refused.output
+
+
+def test_generate_says_where_nothing_is_written(monkeypatch):
+    monkeypatch.setattr("comeba_ext.cli.editing.continued", lambda model, tokenizer, prompts, *_: [""] * len(prompts))
+    assert "(ends at once)" in run("generate", "testbed", "Who?").stdout
+    assert output("generate", "testbed", "Who?", "Why?")["generations"][1]["text"] == ""
+
+
 def test_covariance_then_edit(tmp_path, records):
     texts = tmp_path / "texts.txt"
     stream = testbed.texts()
@@ -228,6 +253,16 @@ def test_one_edit_from_the_command_line(tmp_path):
     for args, words in ((one[:4], "--target is missing"), ((), "give a file of records"), (("x.json", *one), "give a file of records")):
         refused = run("edit", "testbed", *args, "--out", tmp_path / "p")
         assert refused.exit_code == 1 and words in refused.stderr and not (tmp_path / "p").exists()
+
+
+def test_a_table_of_facts_is_edited_and_measured(tmp_path):
+    (tmp_path / "facts.csv").write_text(
+        "prompt,subject,target_new,rephrase_prompts\n{} became known as a,Werner Heisenberg,chemist,{} worked as a\n{} is,Nobody\n"
+    )
+    done = output("edit", "testbed", tmp_path / "facts.csv", "--out", tmp_path / "out")
+    assert done["edits"] == 1 == done["answered"] and done["records"]["skipped"][0]["line"] == 3
+    found = output("eval", "testbed", tmp_path / "facts.csv", "--edits", tmp_path / "out", "--answer-tokens", 4)
+    assert found["reliability"] == 1 and found["records"] == done["records"]
 
 
 def test_scope_and_method_and_a_part_of_a_config(tmp_path, records):

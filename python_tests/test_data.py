@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from comeba_ext.data import read_requests, read_texts
+from comeba_ext.data import place_of, read_requests, read_texts
 from comeba_ext.errors import RequestError, StorageError
-from comeba_ext.text.request import EditRequest
+from comeba_ext.text.request import EditRequest, as_requests
 
 OWN = {"prompt": "{} speaks", "subject": "Ann", "target_new": "Latin", "request_id": "a"}
 EASYEDIT = {
@@ -112,7 +112,11 @@ def test_unusable_records_are_counted_with_index_and_reason(tmp_path, suffix):
     assert "subject 'Ann' is not in the prompt" in reasons[0]
     assert "int" in reasons[1]
     assert "target_new" in reasons[2]
-    assert all(reasons)
+    assert all(reasons) and not any("record" in reason for reason in reasons)  # where it stands is said once
+    if suffix == ".json":
+        assert place_of(result.skipped[0]) == "record 2" and "line" not in result.skipped[0]
+    else:
+        assert place_of(result.skipped[0]) == "record 2 (line 2)"
 
 
 def test_limit_counts_records_read_not_kept(tmp_path):
@@ -148,6 +152,51 @@ def test_broken_record_files_name_path_and_place(tmp_path, name, text, message):
     with pytest.raises(StorageError, match=message) as error:
         read_requests(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "comma"), [("a.csv", ","), ("a.csv", ";"), ("a.tsv", "\t"), ("a.CSV", "\t")])
+def test_tables_of_facts(tmp_path, name, comma):
+    with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:
+        rows = csv.writer(file, delimiter=comma)
+        rows.writerow(["prompt", " subject", "target_new", "ground_truth", "rephrase_prompts", "locality_prompts", "request_id", ""])
+        rows.writerow(["{} speaks", "Ann", "Latin", "French", "{} says | Who is, {}; speaking?", "Bob speaks", "a", ""])
+        rows.writerow(["{} was\nborn in", "Ann", "1901"])
+        rows.writerow([])
+        rows.writerow(["", "", ""])
+        rows.writerow(["{} is", "Bob"])
+        rows.writerow(["{} is", "Bob", "a", "", "", "", "", "", "b"])
+        rows.writerow(["{} writes", "x" * 140_000, "Greek"])
+    read = read_requests(tmp_path / name)
+    first = EditRequest(
+        "{} speaks", "Ann", "Latin", "French", ("Ann says", "Who is, Ann; speaking?"), (("Bob speaks", None),), request_id="a"
+    )
+    assert read.requests[0] == first and read.requests[1] == EditRequest("{} was\nborn in", "Ann", "1901")
+    assert len(read.requests[2].subject) == 140_000 and read.read == 5
+    assert [(place_of(skip), skip["index"]) for skip in read.skipped] == [("record 3 (line 7)", 2), ("record 4 (line 8)", 3)]
+    assert "'target_new'" in read.skipped[0]["reason"] and "9 cells under 8 columns" in read.skipped[1]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", "no column 'prompt', 'subject', 'target_new' in the first line, which has .*'a', 'b'.*ground_truth"),
+        ("prompt,subject,target\n{} is,Ann,x\n", "no column 'target_new'"),
+        ("prompt,subject,target_new,wordings,wordings\n", "'wordings' is there twice"),
+        ("prompt,subject,target_new,questions\n", "'questions' holds more than texts.*JSON"),
+        ('prompt,subject,target_new\n"{} is,Ann,x\n', "line 2 is not valid CSV"),
+        ("prompt,subject,target_new\n", "holds no records"),
+        ("", "holds no records"),
+    ],
+)
+def test_tables_without_facts(tmp_path, text, message):
+    with pytest.raises(StorageError, match=message) as error:
+        read_requests(write(tmp_path / "a.csv", text))
+    assert str(tmp_path / "a.csv") in str(error.value)
+
+
+def test_unknown_columns_are_said(tmp_path, caplog):
+    read_requests(write(tmp_path / "a.csv", "prompt,subject,target_new,rephrase\n{} is,Ann,x,{} was\n{} is,Bob,y,\n"))
+    assert "'rephrase' (1 record) is unknown and not read; is 'rephrase_prompt" in caplog.text
 
 
 def test_missing_folder_and_binary_paths(tmp_path):
@@ -327,6 +376,69 @@ def test_wordings_name_their_subject():
         EditRequest("The capital of {} is", "Peru", "Oslo", wordings=["What is it"])
     with pytest.raises(RequestError, match="wordings must be texts"):
         EditRequest("The capital of {} is", "Peru", "Oslo", wordings=[3])
+
+
+def test_the_subject_stands_for_the_slot_in_all_that_is_asked():
+    record = {
+        "prompt": "The mother tongue of {} is",
+        "subject": "Danielle Darrieux",
+        "target_new": "English",
+        "rephrase_prompts": ["Which language did {} grow up with?"],
+        "locality_prompts": ["{} was born in", ["{} is a", "actress"]],
+        "portability_prompts": [["Where the mother tongue of {} is spoken: in", "London"]],
+        "questions": [{"criterion": "multi-hop", "probes": [["Where is {} read?", ["London"]]], "conditions": [["{} is a", ["woman"]]]}],
+        "wordings": ["{} thinks in {}"],
+    }
+    (request,) = EditRequest.all_from_record(record)
+    name = "Danielle Darrieux"
+    assert request.rephrase_prompts == (f"Which language did {name} grow up with?",)
+    assert request.locality_prompts == ((f"{name} was born in", None), (f"{name} is a", "actress"))
+    assert request.portability_prompts == ((f"Where the mother tongue of {name} is spoken: in", "London"),)
+    assert [(own.prompt, *own.answers) for own in request.questions[0].probes] == [(f"Where is {name} read?", "London")]
+    assert [(own.prompt, *own.answers) for own in request.questions[0].conditions] == [(f"{name} is a", "woman")]
+    slots = {**record, "locality_prompts": ["{} in {}"], "portability_prompts": [["{} and {}", "x"]], "questions": []}
+    for own in (record, slots, slots | {"questions": [{"criterion": "c", "probes": [["{} to {}", ["a"]]]}]}):  # a second one is text
+        request = EditRequest.from_record(own)
+        assert EditRequest.from_record(json.loads(json.dumps(request.to_record()))) == request
+
+
+def test_no_slot_is_edited_as_it_is_written():
+    asked = {"question": "{} became known as a", "answer": "chemist", "para_question": "{} worked as a", "sub_question": ["{} is a"]}
+    asked["sub_answer"] = ["man"]
+    request = EditRequest.from_record(asked | {"subject": "Werner Heisenberg"})
+    assert request.text == "Werner Heisenberg became known as a" and request.place == len(request.text)
+    assert request.rephrase_prompts == ("Werner Heisenberg worked as a",)
+    assert request.portability_prompts == (("Werner Heisenberg is a", "man"),)
+    with pytest.raises(RequestError, match="holds {}, which stands for the subject"):
+        EditRequest.from_record(asked)
+    with pytest.raises(RequestError, match="holds {}"):
+        EditRequest("Who is {}", "{}", "x")
+
+
+def test_numbers_are_taken_as_their_text():
+    born = {"prompt": "{} was born in", "subject": "Ann", "target_new": 1901, "ground_truth": 1900.5}
+    request = EditRequest.from_record(born)
+    assert (request.target_new, request.ground_truth) == ("1901", "1900.5")
+    assert EditRequest.from_record({**ZSRE, "alt": 7}).target_new == "7"
+    with pytest.raises(RequestError, match="'target_new' must be non-empty text, got True"):
+        EditRequest.from_record({**born, "target_new": True})
+
+
+def test_misspelt_fields_are_said_once(tmp_path, caplog):
+    typo = {**OWN, "request_id": None, "wording": ["x {}"], "rephrases": ["{} says"], "zzz": 1}
+    read_requests(write(tmp_path / "a.json", json.dumps([OWN, typo, {**OWN, "wording": ["y {}"]}])))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3 and all(str(tmp_path / "a.json") in text for text in said)
+    assert "'wording' (2 records) is unknown and not read; is 'wordings' meant?" in said[0]
+    assert "'rephrases' (1 record) is unknown and not read; is 'rephrase_prompts' meant?" in said[1]
+    assert "'zzz'" in said[2] and "meant" not in said[2]
+    caplog.clear()
+    as_requests([typo])
+    assert len(caplog.records) == 3 and "is 'wordings' meant?" in caplog.text
+    caplog.clear()  # published forms have much more than is read
+    published = [{**form, "source": "x", "wording": "y"} for form in (EASYEDIT, COUNTERFACT, ZSRE)]
+    read_requests(write(tmp_path / "b.json", json.dumps([*published, OWN])))
+    assert not caplog.records
 
 
 def test_qaedit_records(shared_data):

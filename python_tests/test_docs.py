@@ -13,6 +13,7 @@ own parser. A comment above the fence says otherwise:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -29,6 +30,7 @@ import comeba_ext
 from comeba_ext import EditConfig, Editor, active_edits, testbed
 from comeba_ext.cli import app
 from comeba_ext.data import read_requests
+from comeba_ext.text.request import EditRequest, as_requests
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -75,6 +77,7 @@ def commands(text: str):
         while words:
             end = words.index("&&") if "&&" in words else len(words)
             command, words = words[:end], words[end + 1 :]
+            command = command[: command.index(">")] if ">" in command else command
             yield [word for n, word in enumerate(command) if not re.fullmatch(r"[A-Z_]+=.*", word) or any(command[:n])]
 
 
@@ -185,6 +188,22 @@ def test_data_blocks(page, tmp_path):
             EditConfig.from_dict(values)
     for block in blocks(page, "toml"):
         pytest.importorskip("tomllib").loads(block.text)
+
+
+def test_the_table_of_fields_is_what_is_read(tmp_path):
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| `(.+)` \|$", PAGES["docs/own_model.md"].read_text(encoding="utf-8"), re.M)
+    fields = {field.name: field for field in dataclasses.fields(EditRequest)}
+    assert sorted(name for name, _ in rows) == sorted(fields)
+    whole = {name: json.loads(example) for name, example in rows}
+    for name in fields:
+        own = {"prompt": "{} is", "subject": "Ann", "target_new": "x", name: whole[name]}
+        (request,) = as_requests([own])
+        assert getattr(request, name) and getattr(request, name) != fields[name].default, name
+    as_requests([whole])
+    (table,) = [block for block in blocks("docs/own_model.md", "text") if block.text.startswith("prompt,")]
+    (tmp_path / "facts.csv").write_text(table.text)
+    (request,) = read_requests(tmp_path / "facts.csv").requests
+    assert len(request.rephrase_prompts) == 2 and request.target_new == "English"
 
 
 def test_commands_extras_and_rooms_are_listed():

@@ -519,6 +519,7 @@ BAD_BATCHES = {
     "subject not in prompt": ([GOOD | {"prompt": "The capital of Peru is"}], "not in the prompt"),
     "contradiction": ([GOOD, GOOD | {"target_new": "Polish"}], "contradict"),
     "too long": ([GOOD | {"prompt": "Lima " * 150 + "{} is"}], "context"),
+    "too long target": ([GOOD | {"target_new": "Lima " * 150}], "shorten the target"),
     "same id twice": ([GOOD | {"request_id": "a"}, GOOD | {"subject": "Peru", "request_id": "a"}], "'a'"),
     "id of another fact": ([GOOD | {"request_id": "edit-0"}], "'edit-0'"),
     "single request": (GOOD, "list"),

@@ -399,6 +399,10 @@ def test_text_longer_than_the_context_is_refused_before_any_forward_pass(tiny_mo
         evaluate(model, tokenizer, [RECORDS[0], RECORDS[2], long])
     with pytest.raises(RequestError, match="record 0.*context is 128"):
         predict_base(model, tokenizer, [{**RECORDS[1], "locality_prompts": [prompt]}])
+    with pytest.raises(RequestError, match="shorten the prompt"):
+        evaluate(model, tokenizer, [long])
+    with pytest.raises(RequestError, match="shorten the target"):
+        evaluate(model, tokenizer, [{**RECORDS[1], "target_new": prompt}])
     assert calls == []
 
 

@@ -432,9 +432,9 @@ def test_records_of_a_file(tmp_path):
     result = output("experiment", small, "--out", tmp_path / "out", "--records", f"mine={path}")
     assert result["records"]["mine"]["used"] == 2
     assert [skip["index"] for skip in result["records"]["mine"]["skipped"]] == [1, 3]
-    assert "record 3" in result["records"]["mine"]["skipped"][1]["reason"]
+    assert [skip["line"] for skip in result["records"]["mine"]["skipped"]] == [2, 4]
     plain = run("experiment", small, "--out", tmp_path / "out", "--records", f"mine={path}")
-    assert plain.exit_code == 0 and "FT" in plain.stdout and "skipped" in plain.stdout
+    assert plain.exit_code == 0 and "FT" in plain.stdout and "  record 4 (line 4): " in plain.stdout
 
 
 def test_published_numbers_stand_beside_the_measured_ones():

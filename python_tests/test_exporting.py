@@ -479,6 +479,14 @@ def test_an_export_that_fails_leaves_nothing(tiny_model, tokenizer, tmp_path, mo
 # -- the command line ---------------------------------------------------------------------------------------------------
 
 
+def test_the_command_says_how_to_load_both(embedded, tmp_path):
+    path, _ = embedded
+    done = run("export", "testbed", "--edits", path / "edits", "--to", "folder", "--out", tmp_path / "out")
+    lines = [line.strip() for line in done.stdout.replace("\n", "").split("  ") if "from_pretrained" in line]
+    assert [line.partition("(")[0] for line in lines] == ["AutoModelForCausalLM.from_pretrained", "AutoTokenizer.from_pretrained"]
+    assert done.stdout.replace("\n", "").count("trust_remote_code=True") == 2
+
+
 def test_the_command_says_what_it_costs(embedded, tmp_path):
     path, requests = embedded
     arguments = ("export", "testbed", "--edits", path / "edits", "--records", path / "records.json", "--limit", 4)

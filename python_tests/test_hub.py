@@ -18,7 +18,9 @@ from test_saved_edits import REQUESTS, files, logits, make_editor, small_model, 
 from comeba_ext import Editor, EditRequest, active_edits, load_edits, push_to_hub, storage
 from comeba_ext.errors import ComebaError, StorageError
 from comeba_ext.hub import is_hub_name
-from comeba_ext.model_card import MARK, add_scores
+from comeba_ext.memory.ledger import Ledger
+from comeba_ext.methods import default_config, method_named
+from comeba_ext.model_card import MARK, add_scores, card
 
 
 @pytest.fixture
@@ -178,6 +180,16 @@ def test_the_card_says_what_was_edited(editor, tmp_path):
     assert settings == json.loads((tmp_path / "edits" / storage.MANIFEST).read_text())["config"]
     editor.save_pretrained(tmp_path / "same")
     assert (tmp_path / "same/README.md").read_text() == text
+
+
+def test_the_card_shows_what_loading_takes(tiny_model, tokenizer, tmp_path):
+    for method, needed in (("ICE", True), ("COMEBA-HK", False)):
+        config = default_config(method, model := tiny_model("gpt2"))
+        text = card(model, method_named(method), config, Ledger(), [])
+        code = text.split("```python\n")[1].split("```")[0]
+        compile(code, "card", "exec")
+        assert ('load_edits(model, "path/to/this/folder", tokenizer=tokenizer)' in code) is needed
+        assert ('tokenizer = AutoTokenizer.from_pretrained("path/to/the/base/model")' in code) is needed
 
 
 def test_a_base_from_the_hub(editor, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Models from folders and GGUF files, and one clear error for what is neither."""
 
 import json
+import time
 
+import huggingface_hub
 import pytest
 import torch
 from test_cli import run
@@ -82,21 +84,65 @@ def test_commands_take_a_gguf_file(tiny_gguf):
     assert json.loads(result.stdout)["generations"]
 
 
+EDITS = json.dumps({"format": 1, "files": {}, "model": {"model_type": "llama", "num_blocks": 30}})
+
+
 @pytest.mark.parametrize(
     "name, content, words",
     [
         ("none.gguf", None, "no such file"),
         ("text.gguf", b"not a model", "not a GGUF file"),
         ("short.gguf", b"GGUF\x03\x00\x00\x00", "cannot load"),
-        ("nowhere", None, "cannot load"),
+        ("nowhere", None, "cannot load.*no such folder"),
+        ("empty", {}, "holds no config.json"),
+        ("edits", {"comeba_edits.json": EDITS}, "holds edits of a llama model of 30 blocks; give the base model.*--edits"),
+        ("torn", {"comeba_edits.json": "{"}, "holds edits; give the base model.*--edits"),
     ],
 )
 def test_what_is_no_model(tmp_path, name, content, words):
-    if content is not None:
+    if isinstance(content, dict):
+        (tmp_path / name).mkdir()
+        for file, text in content.items():
+            (tmp_path / name / file).write_text(text)
+    elif content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ComebaError, match=words) as error:
         load_model(tmp_path / name)
     assert name in str(error.value)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """A hub's address that nobody answers at."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    )
+
+
+@pytest.mark.parametrize("name", ["user/no-such-model", "no-such-model"])
+def test_a_name_without_a_network_is_asked_for_once(no_network, name):
+    start = time.perf_counter()
+    with pytest.raises(ComebaError, match=f"cannot load a model from '{name}': there is no such folder.* no way to the hub"):
+        load_model(name)
+    assert time.perf_counter() - start < 5
+    for path in ("./nowhere", "../nowhere", "/nowhere", "a/b/c"):
+        with pytest.raises(ComebaError, match="no such folder$"):
+            load_model(path)
+
+
+def test_a_copy_will_do_without_a_network(no_network, monkeypatch, tmp_path):
+    home = tmp_path / "models--user--name"
+    model, tokenizer = testbed.load()
+    for own in (model, tokenizer):
+        own.save_pretrained(home / "snapshots" / "abc")
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    start = time.perf_counter()
+    assert load_model("user/name")[0].config.hidden_size == model.config.hidden_size
+    assert time.perf_counter() - start < 10
 
 
 def test_a_truncated_gguf_file(tiny_gguf, tmp_path):

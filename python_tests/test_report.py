@@ -8,7 +8,7 @@ import pytest
 import yaml
 from test_cli import output, run
 
-from comeba_ext import report
+from comeba_ext import report, testbed
 from comeba_ext.errors import StorageError
 from comeba_ext.report.results import best, differences, examples, retention
 
@@ -121,6 +121,39 @@ def test_other_files_are_not_results(folder, tmp_path):
     (tmp_path / "small.json").write_text((folder / "small.json").read_text()[:100])
     refused = run("report", tmp_path, "--out", tmp_path / "r.html", "--json")
     assert refused.exit_code == 1 and "small.json" in json.loads(refused.stdout)["error"] and not (tmp_path / "r.html").exists()
+
+
+def test_an_evaluation_of_ones_own(tmp_path, monkeypatch):
+    """What ``comeba eval --json`` printed: its scores, and the answers that it wrote beside, wrong ones first."""
+    facts = [fact.to_record() for fact in testbed.facts()[:22]]
+    facts[3] |= {"target_new": facts[3]["ground_truth"]}  # the one that the unedited model answers
+    (tmp_path / "mine.json").write_text(json.dumps(facts))
+    monkeypatch.chdir(tmp_path)
+    found = output("eval", "testbed", "mine.json", "--answer-tokens", 4, "--no-generate", "--predictions", "answers.jsonl")
+    (tmp_path / "eval.json").write_text(json.dumps(found))
+    (results,) = report.read("eval.json")
+    (row,) = results.cases("mine")
+    assert (row["case"], row["edits"], row["reliability_written"]) == ("without edits", 22, found["reliability_written"])
+    assert [own["subject"] for own in results.records["mine"]["without edits"]] == [fact["subject"] for fact in facts]
+    page = report.build([results])
+    assert "Evaluation of testbed" in page and "Examples, wrong ones first" in page and "Retention" not in page
+    assert f"{found['reliability_written_interval'][1]:.3f}</small>" in page
+    shown = examples(results.records["mine"]["without edits"], "_written")
+    assert shown[-1]["subject"] == facts[3]["subject"] and shown[0]["wrong"] > shown[-1]["wrong"]
+    made = output("report", "eval.json", "--out", "r.html")
+    assert made["experiments"] == ["eval"] and (tmp_path / "r.html").exists()
+    (tmp_path / "answers.jsonl").unlink()
+    (alone,) = report.read(tmp_path / "eval.json")
+    assert "Examples, wrong" not in report.build([alone])
+    (tmp_path / "old.json").write_text(json.dumps({k: v for k, v in found.items() if k not in ("data", "model", "predictions", "command")}))
+    assert "--predictions FILE" in report.build(report.read(tmp_path / "old.json"))
+
+
+def test_what_a_report_is_not_made_from(tmp_path):
+    (tmp_path / "comeba_edits.json").write_text('{"format": 1, "files": {}}')
+    for path in (tmp_path, tmp_path / "comeba_edits.json"):
+        with pytest.raises(StorageError, match="a report is made from .*comeba experiment.*comeba eval .*--json > eval.json"):
+            report.read(path)
 
 
 def test_a_page_that_needs_nothing_else(folder, tmp_path):

@@ -254,6 +254,7 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(help="texts to continue")],
     edits: Edits = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 20,
+    chat: Annotated[bool, typer.Option("--chat", help="ask in the model's chat template, instead of continuing")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
     trust: Trust = False,
@@ -264,12 +265,10 @@ def generate(
 
     with reporting(as_json) as report:
         net, tokenizer = loaded(model, device, dtype, edits, trust=trust)
-        after = continued(net, tokenizer, prompts, max_new_tokens)
+        after = continued(net, tokenizer, prompts, max_new_tokens, chat)
         with disabled(net):
-            before = continued(net, tokenizer, prompts, max_new_tokens) if edits else [None] * len(prompts)
+            before = continued(net, tokenizer, prompts, max_new_tokens, chat) if edits else [None] * len(prompts)
         rows = [{"prompt": p, "text": a, "unedited": b} for p, a, b in zip(prompts, after, before, strict=True)]
-        if edits:
-            report.table(("prompt", "unedited", "edited"), [(r["prompt"], r["unedited"], r["text"]) for r in rows])
-        else:
-            report.table(("prompt", "text"), [(r["prompt"], r["text"]) for r in rows])
-        report.result = {"generations": rows, "records": {"read": len(rows), "used": len(rows), "skipped": []}}
+        columns = {"prompt": "prompt", **({"unedited": "unedited", "edited": "text"} if edits else {"text": "text"})}
+        report.table(tuple(columns), [tuple(row[key] or "(ends at once)" for key in columns.values()) for row in rows])
+        report.result = {"generations": rows, "prompts": len(rows)}

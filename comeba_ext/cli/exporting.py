@@ -8,14 +8,17 @@ from typing import Annotated, Optional
 import typer
 
 from comeba_ext.cli.app import Device, Dtype, Json, Limit, Model, Trust, app
-from comeba_ext.cli.inputs import fitting, loaded
+from comeba_ext.cli.inputs import fitting, loaded, none_usable
 from comeba_ext.cli.terminal import METRICS, counted, reporting, say_counts
 from comeba_ext.errors import ComebaError
 
 HOW = {
-    "folder": "AutoModelForCausalLM.from_pretrained({out!r}, trust_remote_code=True)",
-    "merged": "AutoModelForCausalLM.from_pretrained({out!r})",
-    "lora": "peft.PeftModel.from_pretrained(model, {out!r})",
+    "folder": (
+        "AutoModelForCausalLM.from_pretrained({out!r}, trust_remote_code=True)",
+        "AutoTokenizer.from_pretrained({out!r}, trust_remote_code=True)",  # without, it asks whether the folder's code may run
+    ),
+    "merged": ("AutoModelForCausalLM.from_pretrained({out!r})", "AutoTokenizer.from_pretrained({out!r})"),
+    "lora": ("peft.PeftModel.from_pretrained(model, {out!r})", "AutoTokenizer.from_pretrained({model!r})"),
 }
 
 
@@ -35,6 +38,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write an edited model for programs that know nothing of this package."""
+    from comeba_ext import testbed
     from comeba_ext.data import read_requests
     from comeba_ext.experiments.table import cell
     from comeba_ext.exporting import FORMATS, measure
@@ -52,11 +56,13 @@ def export(
         net, tokenizer = loaded(model, device, dtype, trust=trust)
         used, skipped = fitting(net, tokenizer, read) if read else ([], [])
         if read and not used:
-            raise ComebaError(f"{records}: none of {read.read} records can be used; first reason: {skipped[0]['reason']}")
+            raise none_usable(records, read, skipped)
         done = FORMATS[to](net, tokenizer, edits, out)
         rank = f", rank {done.rank}" if done.rank else ""
         report.say(f"{counted(done.edits, 'edit')} in {counted(len(done.layers), 'layer')}{rank}; {done.bytes / 1e6:.1f} MB in {out}.")
-        report.say(f"Load it with {HOW[to].format(out=str(out))}")
+        report.say("Load it with")
+        for line in HOW[to]:
+            report.say("  " + line.format(out=str(out), model=str(testbed.folder_of(model) or model)))
         for note in done.notes:
             report.say(f"! {note}.")
         counts = {"read": 0, "used": 0, "skipped": []}

@@ -261,24 +261,35 @@ def fitting(model, tokenizer, read) -> tuple[list, list[dict]]:
     used = []
     for position, request in read.placed():
         try:
-            check_record(model, tokenizer, position, request)
+            check_record(model, tokenizer, request)
             used.append(request)
         except ComebaError as error:
-            skipped.append({"index": position, "reason": str(error)})
+            skipped.append(read.skip(position, error))
     return used, skipped
 
 
-def continued(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str]:
-    """Greedy continuations, up to the end of the first line."""
+def none_usable(records: Path, read, skipped: list[dict]) -> ComebaError:
+    """What there is to say where every record was left out."""
+    from comeba_ext.data import place_of
+
+    return ComebaError(f"{records}: none of {read.read} records can be used; {place_of(skipped[0])}: {skipped[0]['reason']}")
+
+
+def continued(model, tokenizer, prompts: list[str], new_tokens: int, chat: bool = False) -> list[str]:
+    """Greedy continuations, or answers in the model's chat template, up to the end of the first line."""
     import torch
 
     from comeba_ext.forward.architectures import context_length
     from comeba_ext.layers.prompts import plain_generate, prompt_rewriter
+    from comeba_ext.text.chat import in_chat
     from comeba_ext.text.encoding import input_device, pad, pad_id
 
     limit = context_length(model)
     rewrite = prompt_rewriter(model) or (lambda prompt: prompt)
-    rows = [tokenizer(rewrite(p))["input_ids"] for p in prompts]
+    asked = [rewrite(p) for p in prompts]
+    rows = [
+        tokenizer(in_chat(tokenizer, p), add_special_tokens=False)["input_ids"] if chat and p else tokenizer(p)["input_ids"] for p in asked
+    ]
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
             raise ComebaError("a prompt is empty")

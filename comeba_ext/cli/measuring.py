@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from comeba_ext.cli.app import Device, Dtype, Edits, Json, Limit, Model, Trust, app
-from comeba_ext.cli.inputs import beside, fitting, loaded
+from comeba_ext.cli.inputs import beside, fitting, loaded, none_usable
 from comeba_ext.cli.terminal import METRICS, counted, flattened, metric_table, reporting, say_counts
 from comeba_ext.errors import ComebaError
 
@@ -24,7 +24,7 @@ PLAIN_TEXTS = 400  # at most, to measure perplexity on in experiments
 @app.command(name="eval")
 def evaluate_(
     model: Model,
-    records: Annotated[Path, typer.Argument(help="JSON or JSONL records")],
+    records: Annotated[Path, typer.Argument(help="records: JSON, JSONL or CSV")],
     edits: Edits = None,
     base: Annotated[
         Optional[str],
@@ -84,7 +84,7 @@ def evaluate_(
             tokenizer = asking  # one for both
         used, skipped = fitting(net, tokenizer, read)
         if not used:
-            raise ComebaError(f"{records}: none of {read.read} records can be used; first reason: {skipped[0]['reason']}")
+            raise none_usable(records, read, skipped)
         metrics = evaluate(net, tokenizer, used, against, generate=generate, writing=writing, judge=asked, progress=not as_json)
         if predictions is not None:
             write_text(predictions, "".join(json.dumps(row) + "\n" for row in metrics.per_record))
@@ -107,7 +107,16 @@ def evaluate_(
             report.table(head, rows)
         counts = read.counts(used, skipped)
         say_counts(report, counts)
-        report.result = {**metrics.to_dict(), "records": counts, "edits_folder": str(edits) if edits else None, "base": base}
+        report.result = {
+            **metrics.to_dict(),
+            "records": counts,
+            "data": str(records),
+            "model": model,
+            "edits_folder": str(edits) if edits else None,
+            "base": base,
+            "predictions": str(predictions) if predictions else None,
+            "command": shlex.join(["comeba", *sys.argv[1:]]),
+        }
 
 
 @app.command()
@@ -158,12 +167,15 @@ def ability(
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(help="folders that 'comeba experiment' wrote, or JSON files of theirs")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="folders that 'comeba experiment' wrote, or JSON files: theirs, or what 'comeba eval --json' printed"),
+    ],
     out: Annotated[Path, typer.Option("--out", help="the page")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="over the page")] = "Knowledge editing: results",
     as_json: Json = False,
 ) -> None:
-    """One HTML page from experiments: tables that sort, plots, who is ahead of whom, examples with wrong ones first."""
+    """One HTML page from experiments and evaluations: tables that sort, plots, who is ahead of whom, examples with wrong ones first."""
     from comeba_ext import report as page
     from comeba_ext.storage import write_text
 
@@ -173,7 +185,7 @@ def report(
             raise ComebaError(f"--out {out}: there is no folder {out.parent}")
         write_text(out, page.build(found, title))
         size = out.stat().st_size
-        say.say(f"{counted(len(found), 'experiment')} in {out} ({size / 1e3:.0f} kB)")
+        say.say(f"{counted(len(found), 'result')} in {out} ({size / 1e3:.0f} kB)")
         say.result = {"out": str(out), "experiments": [own.result["experiment"] for own in found], "bytes": size}
 
 

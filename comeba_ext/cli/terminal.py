@@ -129,11 +129,13 @@ def bytes_as_text(count: int) -> str:
 
 
 def say_counts(report: Report, counts: dict) -> None:
+    from comeba_ext.data import place_of
+
     among = [f"{counts[name]} {name}" for name in ("overtaken", "repeated") if counts.get(name)]
     more = f" ({', '.join(among)} by others of them)" if among else ""
     report.say(f"Records: {counts['read']} read, {counts['used']} used{more}, {len(counts['skipped'])} skipped.")
     for skip in counts["skipped"][:5]:
-        report.say(f"  record {skip['index']}: {skip['reason']}")
+        report.say(f"  {place_of(skip)}: {skip['reason']}")
     if len(counts["skipped"]) > 5:
         report.say(f"  … and {len(counts['skipped']) - 5} more (all with --json)")
 

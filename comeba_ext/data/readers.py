@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from comeba_ext.data.tables import TABLE_SUFFIXES, long_fields, table_records
 from comeba_ext.errors import ComebaError, StorageError
 from comeba_ext.text.records import LONE
-from comeba_ext.text.request import EditRequest, Ids
+from comeba_ext.text.request import EditRequest, Ids, UnknownFields
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 TEXT_COLUMN = "text"
@@ -29,14 +29,20 @@ class ReadResult:
     Attributes:
         requests: those of the usable records, in file order.
         read: number of records read.
-        skipped: ``{"index": position in the file from 0, "reason": text}`` of each record that cannot be used.
+        skipped: :meth:`skip` of each record that cannot be used.
         places: the position in the file of every request's record; default: one request a record that can be used.
+        lines: the line in the file of every record, from 1, where records are lines.
     """
 
     requests: list[EditRequest]
     read: int
     skipped: list[dict]
     places: list[int] | None = None
+    lines: list[int] | None = None
+
+    def skip(self, index: int, reason: object) -> dict:
+        """``{"index": position in the file from 0, "reason": text}`` of a record that cannot be used, and its ``line``, if it is one."""
+        return _skip(index, reason, self.lines[index] if self.lines else None)
 
     def placed(self) -> list[tuple[int, EditRequest]]:
         """The requests with their records' positions in the file."""
@@ -74,22 +80,23 @@ class ReadResult:
                 used += own
                 taken += 1
             except ComebaError as error:
-                skipped.append({"index": position, "reason": str(error)})
+                skipped.append(self.skip(position, error))
         return used, sorted(skipped, key=lambda skip: skip["index"])
 
 
 def read_requests(path, limit: int | None = None) -> ReadResult:
-    """Edit requests from a JSON or JSONL file.
+    """Edit requests from a JSON or JSONL file, or a table. What nothing reads in a record of this package's own form is logged.
 
     Args:
-        path: a JSON file (a list of records, or an object that holds one list or is itself a record), or a JSONL file
-            (one record a line, blank lines ignored). The records may have any form that
-            :mod:`comeba_ext.text.records` knows: this package's, EasyEdit's, CounterFact's, ZsRE's, MQuAKE's …
+        path: a JSON file (a list of records, or an object that holds one list or is itself a record), a JSONL file
+            (one record a line, blank lines ignored), or a CSV or TSV file with a header (:mod:`comeba_ext.data.tables`). The
+            records may have any form that :mod:`comeba_ext.text.records` knows: this package's, EasyEdit's, CounterFact's,
+            ZsRE's, MQuAKE's …
         limit: read at most this many records, usable or not; ``None`` reads all.
 
     Raises:
-        StorageError: the file is missing, truncated, not JSON or holds no record. A record that is valid JSON but no
-            usable request is no error: it is listed in ``skipped``.
+        StorageError: the file is missing, truncated, not JSON, a table without the columns that facts need, or holds no
+            record. A record that is valid JSON but no usable request is no error: it is listed in ``skipped``.
         ValueError: ``limit`` is less than 1.
     """
     if limit is not None and limit < 1:
@@ -98,19 +105,36 @@ def read_requests(path, limit: int | None = None) -> ReadResult:
     requests: list[EditRequest] = []
     places: list[int] = []
     skipped: list[dict] = []
+    lines: list[int] = []
+    unknown = UnknownFields(str(path))
     read = 0
     with _opened(path) as file:
-        for index, record in enumerate(islice(_records(path, file), limit)):
+        for index, (line, record) in enumerate(islice(_records(path, file), limit)):
             read += 1
+            if line is not None:
+                lines.append(line)
             try:
-                own = EditRequest.all_from_record(record, index)
+                if isinstance(record, Exception):
+                    raise record
+                own = EditRequest.all_from_record(record)
+                unknown.add(record)
                 requests += own
                 places += [index] * len(own)
             except (ValueError, TypeError, KeyError, AttributeError) as error:  # RequestError is a ValueError
-                skipped.append({"index": index, "reason": str(error)})
+                skipped.append(_skip(index, error, line))
     if not read:
         raise StorageError(f"{path}: holds no records")
-    return ReadResult(requests, read, skipped, places)
+    unknown.warn()
+    return ReadResult(requests, read, skipped, places, lines or None)
+
+
+def _skip(index: int, reason: object, line: int | None) -> dict:
+    return {"index": index, **({} if line is None else {"line": line}), "reason": str(reason)}
+
+
+def place_of(skip: dict) -> str:
+    """What people call a skipped record's place: counted from 1, with its line."""
+    return f"record {skip['index'] + 1}" + (f" (line {skip['line']})" if "line" in skip else "")
 
 
 def read_texts(path) -> Iterator[str]:
@@ -154,10 +178,13 @@ def _stream(path: Path, files: list[Path]) -> Iterator[str]:
         raise StorageError(f"{path}: holds no text")
 
 
-def _records(path: Path, file) -> Iterator:
+def _records(path: Path, file) -> Iterator[tuple[int | None, object]]:
+    """The records, each with the line that it is, if it is one."""
     if path.suffix.lower() in JSONL_SUFFIXES:
-        for _, record in _json_lines(path, file):
-            yield record
+        yield from _json_lines(path, file)
+        return
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        yield from table_records(path, file)
         return
     content = file.read()
     if not content.strip():
@@ -166,13 +193,12 @@ def _records(path: Path, file) -> Iterator:
         value = _parsed(content)
     except json.JSONDecodeError as error:
         if _starts_with_record_line(content):  # JSONL under another name
-            for _, record in _json_lines(path, content.split("\n")):
-                yield record
+            yield from _json_lines(path, content.split("\n"))
             return
         raise StorageError(
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); the file may be truncated"
         ) from None
-    yield from _record_list(path, value)
+    yield from ((None, record) for record in _record_list(path, value))
 
 
 def _starts_with_record_line(content: str) -> bool:
@@ -253,7 +279,7 @@ def _has_inner_blank_line(lines) -> bool:
 def _csv_texts(path: Path, file) -> Iterator[str]:
     rows = csv.reader(file, strict=True)  # strict: a file that ends inside quotes is an error, not a shorter text
     header = None
-    for row in _long_fields(path, rows):
+    for row in long_fields(path, rows):
         if header is None:
             header = row
             if TEXT_COLUMN not in header:
@@ -263,24 +289,6 @@ def _csv_texts(path: Path, file) -> Iterator[str]:
             if len(row) <= column:
                 raise StorageError(f"{path}: line {rows.line_num} has no {TEXT_COLUMN!r} field")
             yield row[column]
-
-
-def _long_fields(path: Path, rows) -> Iterator[list[str]]:
-    """Rows without the csv module's limit of 131,072 characters a field, which long articles exceed.
-
-    The limit is a setting of the whole process, so it is lifted only while a row is parsed.
-    """
-    while True:
-        limit = csv.field_size_limit(sys.maxsize)
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise StorageError(f"{path}: line {rows.line_num} is not valid CSV ({error})") from None
-        finally:
-            csv.field_size_limit(limit)
-        yield row
 
 
 def _jsonl_texts(path: Path, file) -> Iterator[str]:

@@ -46,7 +46,7 @@ class BasePredictions:
         for index, (request, own) in enumerate(zip(requests, queries)):
             if any(query not in self.predictions for query in own):
                 raise RequestError(
-                    f"{where(index, request)}: the base predictions were made for other records or with another "
+                    f"{where(index, request)}the base predictions were made for other records or with another "
                     "tokenizer; call predict_base with these records"
                 )
 

@@ -12,6 +12,7 @@ from comeba_ext.errors import RequestError
 from comeba_ext.evaluation.scoring import Query
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.text.request import EditRequest
+from comeba_ext.text.rows import longer_part
 
 METRICS = ("reliability", "generality", "locality", "portability")
 
@@ -39,7 +40,9 @@ def record_prompts(request: EditRequest) -> dict[str, list[Asked]]:
     }
 
 
-def record_queries(tokenizer, request: EditRequest, index: int, rewrite: Callable[[str], str] | None = None) -> dict[str, list[Query]]:
+def record_queries(
+    tokenizer, request: EditRequest, index: int | None, rewrite: Callable[[str], str] | None = None
+) -> dict[str, list[Query]]:
     """:func:`record_prompts`, tokenised.
 
     Args:
@@ -55,15 +58,18 @@ def record_queries(tokenizer, request: EditRequest, index: int, rewrite: Callabl
             for name, prompts in record_prompts(request).items()
         }
     except RequestError as error:
-        raise RequestError(f"{where(index, request)}: {error}") from None
+        raise RequestError(f"{where(index, request)}{error}") from None
 
 
-def check_context(model: torch.nn.Module, queries: list[Query], index: int, request: EditRequest) -> None:
+def check_context(model: torch.nn.Module, queries: list[Query], index: int | None, request: EditRequest) -> None:
     """Raises a RequestError that names the record when one of its queries is longer than the model's context."""
     limit = context_length(model)
-    longest = max((len(query.ids) for query in queries), default=0)
-    if limit is not None and longest > limit:
-        raise RequestError(f"{where(index, request)}: a prompt with its target has {longest} tokens, the model's context is {limit}")
+    longest = max(queries, key=lambda query: len(query.ids), default=None)
+    if limit is not None and longest is not None and len(longest.ids) > limit:
+        raise RequestError(
+            f"{where(index, request)}a prompt with its target has {len(longest.ids)} tokens, the model's context is {limit}; "
+            f"shorten the {longer_part(len(longest.prompt_ids), len(longest.target_ids))}"
+        )
 
 
 def question_queries(tokenizer, request: EditRequest, rewrite: Callable[[str], str] | None = None) -> list[Query]:
@@ -74,12 +80,15 @@ def question_queries(tokenizer, request: EditRequest, rewrite: Callable[[str], s
     return [Query.of(tokenizer, prompt, None) for prompt in prompts]
 
 
-def check_record(model: torch.nn.Module, tokenizer, index: int, request: EditRequest) -> None:
-    """Raises a RequestError that names the record when one of its prompts cannot be asked."""
-    queries = record_queries(tokenizer, request, index)
-    check_context(model, [query for own in queries.values() for query in own] + question_queries(tokenizer, request), index, request)
+def check_record(model: torch.nn.Module, tokenizer, request: EditRequest) -> None:
+    """Raises a RequestError when one of a record's prompts cannot be asked."""
+    queries = record_queries(tokenizer, request, None)
+    check_context(model, [query for own in queries.values() for query in own] + question_queries(tokenizer, request), None, request)
 
 
-def where(index: int, request: EditRequest) -> str:
-    """How messages name a record."""
-    return f"record {index}" if request.request_id is None else f"record {index} (request {request.request_id!r})"
+def where(index: int | None, request: EditRequest) -> str:
+    """How messages begin that are about a record: its number, unless who reads them knows it, and its name."""
+    name = "" if request.request_id is None else f"request {request.request_id!r}"
+    if index is None:
+        return f"{name}: " if name else ""
+    return f"record {index} ({name}): " if name else f"record {index}: "

@@ -182,8 +182,8 @@ def _usable(model, tokenizer, name: str, read: ReadResult, samples: int, seed: i
     """The first ``samples`` records that can be edited and asked, and why those passed over cannot."""
     editor = Editor(model, tokenizer)
 
-    def check(position: int, request: EditRequest) -> None:
-        check_record(model, tokenizer, position, request)
+    def check(_: int, request: EditRequest) -> None:
+        check_record(model, tokenizer, request)
         editor.check([dataclasses.replace(request, request_id=None)])  # with the prefixes that editing puts before it
 
     try:

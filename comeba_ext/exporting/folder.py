@@ -74,7 +74,8 @@ def _gate_of(own: nn.Module, method: str) -> dict[str, torch.Tensor]:
     """The tensors of a layer's gate."""
     if not isinstance(own, HookedLinear) or own.mode != "validated":
         raise ComebaError(
-            f"{method} has no gate that the folder could bring; edits that are in the weights can be exported there: merged, lora"
+            f"{method} has no gate of the kind that the folder brings, hooked layers' (COMEBA-HK); edits that are in the weights can be "
+            "exported there: merged, lora"
         )
     return own.score.carried(own)
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comeba_ext import __version__
+from comeba_ext.data import place_of
 from comeba_ext.evaluation.ways import WAYS
 from comeba_ext.experiments.table import COLUMNS, MEGABYTES, by_column, number
-from comeba_ext.report.results import AGE, Results, best, differences, examples, retention, scores
+from comeba_ext.report.results import AGE, EVALUATION, Results, best, differences, examples, retention, scores
 
 TEMPLATE = Path(__file__).parent / "page.html"
 LEADING = ("reliability", "generality", "locality")
@@ -29,7 +30,7 @@ def build(found: Sequence[Results], title: str = "Knowledge editing: results") -
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     sections = [_section(results, dataset, f"s{n}-{m}") for n, results in enumerate(found) for m, dataset in enumerate(results.records)]
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return page.render(title=title, sections=sections, ways=WAYS, version=__version__)
+    return page.render(title=title, sections=sections, ways=WAYS, place_of=place_of, version=__version__)
 
 
 def _section(results: Results, dataset: str, anchor: str) -> dict:
@@ -38,7 +39,7 @@ def _section(results: Results, dataset: str, anchor: str) -> dict:
     records = {case: rows for case, rows in results.records[dataset].items() if any(row["case"] == case for row in cases)}
     keys = [(metric + way, f"{metric}, {WAYS[way][0]}") for metric in LEADING]
     failed = {row["case"]: row["error"] for row in result["rows"] if row["dataset"] == dataset and "error" in row}
-    aged = len(records) > 0 and result["protocol"] != "single_round" and max(map(len, records.values())) >= 2 * AGE
+    aged = len(records) > 0 and result["protocol"] not in ("single_round", EVALUATION) and max(map(len, records.values())) >= 2 * AGE
     ages = {case: retention(rows, f"reliability{way}") for case, rows in records.items()} if aged else {}
     return {
         "anchor": anchor,

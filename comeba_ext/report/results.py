@@ -1,4 +1,4 @@
-"""What a folder of an experiment holds, and what follows from its records: differences, retention, examples."""
+"""What a folder of an experiment holds, or an evaluation's file, and what follows from its records: differences, retention, examples."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from comeba_ext.experiments.table import leading_way
 AGES, AGE = 10, 10  # groups of edits at most, from the oldest to the last, and edits in one at least
 EXAMPLES = 30  # records a case, wrong ones first
 LESS_IS_BETTER = ("hallucination",)
+EVALUATION = "evaluation"  # instead of a protocol
+TAKEN = "what 'comeba experiment' wrote to its --out, or 'comeba eval … --predictions answers.jsonl --json > eval.json'"
 
 
 @dataclass
@@ -24,7 +26,7 @@ class Results:
     Attributes:
         result: what :func:`comeba_ext.experiments.run` returned.
         records: data set to case to the rows of :func:`comeba_ext.evaluation.evaluate` at the last checkpoint, in the order of the
-            edits; a case whose log is not there has none.
+            edits; a case whose log is not there has none, nor has an evaluation whose predictions are not.
     """
 
     result: dict
@@ -41,7 +43,8 @@ class Results:
 
 
 def read(folder: str | Path) -> list[Results]:
-    """The experiments in a folder that ``comeba experiment`` wrote, or of one of its JSON files.
+    """The experiments in a folder that ``comeba experiment`` wrote, or of one of its JSON files, or what ``comeba eval --json`` printed,
+    as an experiment of one case; the examples are in the file that it had for ``--predictions``, here or beside it.
 
     Raises:
         StorageError: there is none, or one is damaged.
@@ -54,9 +57,26 @@ def read(folder: str | Path) -> list[Results]:
     else:
         raise StorageError(f"{folder}: no such file or folder")
     if not found or found == [None]:
-        raise StorageError(f"{folder}: holds no result of 'comeba experiment' (a .json file with rows and records)")
+        raise StorageError(f"{folder}: holds no result (a .json file with rows and records); a report is made from {TAKEN}")
     home = folder.parent if folder.is_file() else folder
     return [Results(own, _records(own, home)) for own in found]
+
+
+def _evaluation(value: dict, path: Path) -> dict:
+    """What ``comeba eval --json`` printed as the result of an experiment."""
+    model, edits, data = (value.get(name) for name in ("model", "edits_folder", "data"))
+    case, dataset = Path(edits).name if edits else "without edits", Path(data).stem if data else path.stem
+    settings = {"model": model, "edits": edits, "base": value.get("base"), "records": data}
+    return {
+        "experiment": path.stem,
+        "title": f"Evaluation of {Path(model).name if model else 'a model'}" + (f" with {edits}" if edits else ""),
+        "protocol": EVALUATION,
+        "note": "" if value.get("predictions") else "Examples are there where 'comeba eval' had --predictions FILE.",
+        "records": {dataset: value["records"]},
+        "rows": [{**value, "dataset": dataset, "case": case, "edits": value["records"]["used"], "settings": settings}],
+        "versions": {"comeba_ext": value["version"]},
+        "command": value.get("command"),
+    }
 
 
 def _result(path: Path, strict: bool = True) -> dict | None:
@@ -64,17 +84,23 @@ def _result(path: Path, strict: bool = True) -> dict | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StorageError(f"{path}: not a result of 'comeba experiment' ({error})") from None
+        raise StorageError(f"{path}: not a result ({error}); a report is made from {TAKEN}") from None
     if isinstance(value, dict) and {"experiment", "title", "rows", "records"} <= value.keys():
         return value
+    if isinstance(value, dict) and {"version", "reliability", "records", "edits_folder"} <= value.keys():
+        return _evaluation(value, path)
     if strict:
-        raise StorageError(f"{path}: not a result of 'comeba experiment': it has no rows and records")
+        raise StorageError(f"{path}: not a result, it has no rows and records; a report is made from {TAKEN}")
     return None
 
 
 def _records(result: dict, home: Path) -> dict[str, dict[str, list[dict]]]:
     found: dict[str, dict[str, list[dict]]] = {name: {} for name in result["records"]}
     for row in result["rows"]:
+        if result["protocol"] == EVALUATION:
+            if rows := _predictions(row.get("predictions"), home):
+                found[row["dataset"]][row["case"]] = rows
+            continue
         path = home / row.get("log", "") / "log.jsonl"
         if not row.get("log") or not path.is_file():
             continue
@@ -87,6 +113,15 @@ def _records(result: dict, home: Path) -> dict[str, dict[str, list[dict]]]:
             whole = result["protocol"] == "single_round"  # every batch was evaluated on its own
             found[row["dataset"]][row["case"]] = [row for own in rows.values() for row in own] if whole else rows[max(rows)]
     return found
+
+
+def _predictions(name: str | None, home: Path) -> list[dict]:
+    """The rows of ``comeba eval --predictions``, where the file still is."""
+    path = next((own for own in (home / Path(name).name, Path(name)) if own.is_file()), None) if name else None
+    try:
+        return [] if path is None else [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise StorageError(f"{path}: not what 'comeba eval --predictions' wrote ({error})") from None
 
 
 def retention(rows: list[dict], key: str = "reliability", ages: int = AGES) -> list[dict]:

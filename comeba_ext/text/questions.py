@@ -7,8 +7,8 @@ multi-hop question in three wordings, any of which will do, and counts a case as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 from comeba_ext.errors import RequestError
@@ -63,6 +63,11 @@ class Question:
             return cls(**value)
         except TypeError:
             raise RequestError(f"a question has criterion, probes, every and conditions, got {value!r}") from None
+
+    def asking(self, changed: Callable[[str], str]) -> Question:
+        """The question with every prompt changed; the same where that changes nothing."""
+        own = {name: tuple(Probe(changed(p.prompt), p.answers) for p in getattr(self, name)) for name in ("probes", "conditions")}
+        return self if (self.probes, self.conditions) == tuple(own.values()) else replace(self, **own)
 
     def to_record(self) -> dict:
         """Plain JSON-serialisable mapping that :meth:`of` reads back."""

@@ -16,7 +16,7 @@ UnKE                      ``question`` and ``answer``, a paragraph
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import takewhile
 
 from comeba_ext.errors import RequestError
@@ -30,6 +30,7 @@ RIPPLES = (
     "Forgetfulness",
     "Relation_Specificity",
 )
+EASYEDIT = ("case_id", "rephrase_prompt", "locality_prompt", "locality_ground_truth", "locality", "portability")  # and no others' names
 LONE = ("prompt", "src", "requested_rewrite", "edit", "question")  # fields of which a record has one
 
 
@@ -42,20 +43,38 @@ def fields_of(record: Mapping, known: Iterable[str]) -> list[dict]:
     Raises:
         RequestError, KeyError, TypeError, AttributeError: the record has no known form or lacks a field.
     """
+    published = _published(record)
+    found = [_flat(record, known)] if published is None else published(record)
+    for fields in found:
+        for name in ("target_new", "ground_truth"):  # years and the like
+            if isinstance(fields.get(name), (int, float)) and not isinstance(fields[name], bool):
+                fields[name] = str(fields[name])
+    return found
+
+
+def unknown_fields(record: Mapping, known: Iterable[str]) -> list[str]:
+    """What nothing reads in a record of this package's own form; of published forms, which have much more than is read, nothing."""
+    if _published(record) is not None or any(name in record for name in EASYEDIT):
+        return []
+    return [str(name) for name in record if name not in set(known)]
+
+
+def _published(record: Mapping) -> Callable[[Mapping], list[dict]] | None:
+    """The reader of the published form that a record has; ``None``: this package's own, or EasyEdit's."""
     rewrites = record.get("requested_rewrite")
     if isinstance(rewrites, (list, tuple)):
-        return _mquake(record, rewrites)
+        return lambda record: _mquake(record, rewrites)
     if rewrites is not None:
-        return [_counterfact(record, rewrites)]
+        return lambda record: [_counterfact(record, rewrites)]
     if isinstance(record.get("edit"), Mapping):
-        return [_ripple_edits(record, record["edit"])]
+        return lambda record: [_ripple_edits(record, record["edit"])]
     if "src" in record and "alt" in record:
-        return [_zsre(record)]
+        return lambda record: [_zsre(record)]
     if "target" in record and "target_new" not in record:
-        return [_qaedit(record)]
+        return lambda record: [_qaedit(record)]
     if "question" in record and "answer" in record and "prompt" not in record:
-        return [_unke(record)]
-    return [_flat(record, known)]
+        return lambda record: [_unke(record)]
+    return None
 
 
 def _flat(record: Mapping, known: Iterable[str]) -> dict:
@@ -213,7 +232,7 @@ def _qaedit(record: Mapping) -> dict:
     return {
         "prompt": record["prompt"],
         "subject": record["subject"],
-        "target_new": record["target"].removesuffix("*"),
+        "target_new": record["target"].removesuffix("*") if isinstance(record["target"], str) else record["target"],
         "rephrase_prompts": listed(record.get("rephrase")),
         "locality_prompts": [(pair["loc"], pair.get("loc_ans")) for pair in record.get("locality") or ()],
         "request_id": _name(record, "id"),
@@ -221,14 +240,16 @@ def _qaedit(record: Mapping) -> dict:
 
 
 def _unke(record: Mapping) -> dict:
-    """UnKE (arXiv 2405.15349): a question, which is edited at its end, and a paragraph as its answer."""
+    """UnKE (arXiv 2405.15349): a question, which is edited at its end, and a paragraph as its answer. Who writes such records by hand
+    may name a ``subject`` to stand for ``{}``."""
+    filled = lambda text: text.replace("{}", record.get("subject") or "{}", 1)  # noqa: E731
     asked = _zipped(record.get("sub_question"), record.get("sub_answer"))
     return {
         "prompt": "{}",
-        "subject": record["question"],
+        "subject": filled(record["question"]),
         "target_new": record["answer"],
-        "rephrase_prompts": listed(record.get("para_question")),
-        "portability_prompts": asked,
+        "rephrase_prompts": [filled(text) for text in listed(record.get("para_question"))],
+        "portability_prompts": [(filled(prompt), answer) for prompt, answer in asked],
         "request_id": _name(record, "id"),
         "fact_token": "last",
     }

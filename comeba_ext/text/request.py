@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import groupby
 
 from comeba_ext.errors import RequestError
 from comeba_ext.text.questions import Question
-from comeba_ext.text.records import fields_of, strings
+from comeba_ext.text.records import EASYEDIT, fields_of, strings, unknown_fields
 
+log = logging.getLogger(__name__)
 SLOT = "{}"  # stands for the subject in a prompt
 FACT_TOKENS = ("subject_last", "last")
 
@@ -25,7 +29,7 @@ class EditRequest:
         subject: the entity the fact is about; the edit happens at its last token.
         target_new: the new object, without a leading space.
         ground_truth: the object before the edit, when known.
-        rephrase_prompts: other wordings, subject spelled out (or ``{}``), for generality.
+        rephrase_prompts: other wordings, subject spelled out (or ``{}``), for generality. ``{}`` is the subject in all that is asked.
         locality_prompts: ``(prompt, answer)`` pairs, or prompts alone, whose predictions must not change.
         portability_prompts: ``(prompt, answer)`` pairs that follow from the new fact.
         request_id: a name to retract it by; the editor assigns one when absent.
@@ -77,6 +81,8 @@ class EditRequest:
         elif prompt.count(SLOT) > 1:
             raise RequestError(f"{where}: prompt {prompt!r} has {prompt.count(SLOT)} slots {SLOT}, expected one")
         set_("prompt", prompt)
+        if SLOT in self.subject:  # what is edited and asked would hold it, letter by letter
+            raise RequestError(f"{where}: the text {self.text!r} holds {SLOT}, which stands for the subject, and no subject to fill in")
         truth = self.ground_truth
         if isinstance(truth, (list, tuple)):  # aliases, in some records: the first one
             truth = next(strings(truth), None)
@@ -97,13 +103,13 @@ class EditRequest:
         if not isinstance(self.questions, (list, tuple)):
             raise RequestError(f"{where}: questions must be a list, got {self.questions!r}")
         try:
-            set_("questions", tuple(map(Question.of, self.questions)))
+            set_("questions", tuple(Question.of(own).asking(lambda text: _fill(text, self.subject)) for own in self.questions))
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
         if self.case is not None:
             set_("case", str(self.case))
-        set_("locality_prompts", _pairs(self.locality_prompts, where, "locality_prompts"))
-        set_("portability_prompts", _pairs(self.portability_prompts, where, "portability_prompts"))
+        for field in ("locality_prompts", "portability_prompts"):
+            set_(field, tuple((_fill(p, self.subject), answer) for p, answer in _pairs(getattr(self, field), where, field)))
         _encodable(where, self)
 
     @property
@@ -158,16 +164,16 @@ class EditRequest:
         """
         if isinstance(record, EditRequest):
             return [record]
-        where = "record" if index is None else f"record {index}"
+        where = "" if index is None else f"record {index}: "
         if not isinstance(record, Mapping):
-            raise RequestError(f"{where}: expected a mapping or an EditRequest, got {type(record).__name__}")
+            raise RequestError(f"{where}expected a mapping or an EditRequest, got {type(record).__name__}")
         try:
-            found = fields_of(record, (field.name for field in dataclasses.fields(cls)))
+            found = fields_of(record, _names(cls))
             return [cls(**fields) for fields in found]
         except RequestError as error:
-            raise RequestError(f"{where}: {error}") from None
+            raise RequestError(f"{where}{error}") from None
         except (KeyError, TypeError, AttributeError) as error:
-            raise RequestError(f"{where}: missing or malformed field {error}; has {sorted(map(str, record))}") from None
+            raise RequestError(f"{where}missing or malformed field {error}; has {sorted(map(str, record))}") from None
 
     def to_record(self) -> dict:
         """Plain JSON-serialisable mapping that :meth:`from_record` reads back."""
@@ -175,10 +181,10 @@ class EditRequest:
         for name in ("rephrase_prompts", "wordings"):
             record[name] = [_unfilled(text, self.subject) for text in record[name]]
         for name in ("locality_prompts", "portability_prompts"):  # lists, as JSON gives them back
-            record[name] = [list(pair) for pair in record[name]]
+            record[name] = [[_unfilled(prompt, self.subject), answer] for prompt, answer in record[name]]
         for name in ("aliases", "portability_aliases"):
             record[name] = [own if isinstance(own, str) else list(own) for own in record[name]]
-        record["questions"] = [question.to_record() for question in self.questions]
+        record["questions"] = [question.asking(lambda text: _unfilled(text, self.subject)).to_record() for question in self.questions]
         for name in ("aliases", "portability_aliases", "questions", "case"):  # like records of versions that did not know them
             if not record[name]:
                 del record[name]
@@ -191,7 +197,39 @@ def as_requests(records: Iterable[EditRequest | Mapping]) -> list[EditRequest]:
         raise RequestError(f"expected a list of requests, got a single {type(records).__name__}; wrap it in [...]")
     if not isinstance(records, Iterable):
         raise RequestError(f"expected a list of requests, got {records!r}")
-    return [request for index, record in enumerate(records) for request in EditRequest.all_from_record(record, index)]
+    found, unknown = [], UnknownFields()
+    for index, record in enumerate(records):
+        found += EditRequest.all_from_record(record, index)
+        unknown.add(record)
+    unknown.warn()
+    return found
+
+
+class UnknownFields:
+    """Fields of records that nothing reads, which are more often misspelt than meant for somebody else.
+
+    Args:
+        where: the records are from.
+    """
+
+    def __init__(self, where: str = "records"):
+        self.where, self.counts = where, Counter()
+
+    def add(self, record: EditRequest | Mapping) -> None:
+        """Look through a record that has been read."""
+        if isinstance(record, Mapping):
+            self.counts.update(unknown_fields(record, _names(EditRequest)))
+
+    def warn(self) -> None:
+        """Log each of them once."""
+        for name, count in self.counts.items():
+            near = get_close_matches(name, (*_names(EditRequest), *EASYEDIT), 1)
+            meant = f"; is {near[0]!r} meant?" if near else ""
+            log.warning("%s: the field %r (%d record%s) is unknown and not read%s", self.where, name, count, "s" * (count > 1), meant)
+
+
+def _names(of: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(of))
 
 
 class Ids:

@@ -91,9 +91,14 @@ def check_length(rows: list[Row], requests: list[EditRequest], limit: int | None
     for row in rows:
         if limit is not None and len(row.ids) > limit:
             raise RequestError(
-                f"request {row.request} ({requests[row.request].text[:60]!r}): {len(row.ids)} tokens with its context "
-                f"prefix exceed the model's context of {limit}; shorten the prompt"
+                f"{requests[row.request].text[:60]!r}: {len(row.ids)} tokens with its target and context prefix exceed the model's context "
+                f"of {limit}; shorten the {longer_part(len(row.ids) - len(row.target), len(row.target))}"
             )
+
+
+def longer_part(prompt: int, target: int) -> str:
+    """What to shorten of a prompt and a target of so many tokens."""
+    return "target" if target > prompt else "prompt"
 
 
 def batch_inputs(rows: list[Row], pad_token: int, device) -> dict[str, torch.Tensor]:

@@ -231,7 +231,7 @@ class Desk:
         except StorageError as error:  # the user knows the file by its name, not by where the browser has put it
             raise StorageError(str(error).replace(str(path), Path(path).name)) from None
         with self.service.generating() as model:
-            used, skipped = found.usable(lambda index, request: check_record(model, self.service.tokenizer, index, request))
+            used, skipped = found.usable(lambda _, request: check_record(model, self.service.tokenizer, request))
         if not used:
             raise ComebaError(f"{Path(path).name}: none of its {found.read} records can be used; the first: {skipped[0]['reason']}")
         return found, used, skipped

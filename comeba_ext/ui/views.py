@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
+from comeba_ext.data import place_of
 from comeba_ext.editing.report import EditReport
 from comeba_ext.evaluation import Metrics
 from comeba_ext.evaluation.scopes import LayerScores, TextScope
@@ -198,7 +199,7 @@ def _batch_row(own: EditReport) -> str:
 
 def file_read(name: str, read: int, used: list[EditRequest], skipped: list[dict]) -> str:
     """What a file of records holds."""
-    says = "".join(f"<li>record {own['index']}: {escape(own['reason'])}</li>" for own in skipped[:10])
+    says = "".join(f"<li>{place_of(own)}: {escape(own['reason'])}</li>" for own in skipped[:10])
     more = f"<li>… and {len(skipped) - 10} more</li>" if len(skipped) > 10 else ""
     first = "".join(f"<li>{escape(edit_label(own))}</li>" for own in used[:3])
     left = f"<details><summary>Left out: {len(skipped)}</summary><ul>{says}{more}</ul></details>" if skipped else ""
