@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from comeba_ext.cli.app import Device, Dtype, Json, Limit, Model, Trust, app
-from comeba_ext.cli.inputs import fitting, loaded, none_usable
+from comeba_ext.cli.inputs import fitting, loaded, some_usable
 from comeba_ext.cli.terminal import METRICS, counted, reporting, say_counts
 from comeba_ext.errors import ComebaError
 
@@ -55,8 +55,8 @@ def export(
         read = read_requests(records, limit) if records is not None else None
         net, tokenizer = loaded(model, device, dtype, trust=trust)
         used, skipped = fitting(net, tokenizer, read) if read else ([], [])
-        if read and not used:
-            raise none_usable(records, read, skipped)
+        if read:
+            some_usable(records, read.read, used, skipped)
         done = FORMATS[to](net, tokenizer, edits, out)
         rank = f", rank {done.rank}" if done.rank else ""
         report.say(f"{counted(done.edits, 'edit')} in {counted(len(done.layers), 'layer')}{rank}; {done.bytes / 1e6:.1f} MB in {out}.")

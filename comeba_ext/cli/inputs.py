@@ -148,8 +148,10 @@ ANEW = "choose a new --out for that"
 
 def some_usable(what: object, count: int, used: list, skipped: list[dict]) -> None:
     """Raises :class:`ComebaError` where no record can be used."""
+    from comeba_ext.data import place_of
+
     if not used:
-        raise ComebaError(f"{what}: none of {counted(count, 'record')} can be used; first reason: {skipped[0]['reason']}")
+        raise ComebaError(f"{what}: none of {counted(count, 'record')} can be used; {place_of(skipped[0])}: {skipped[0]['reason']}")
 
 
 def requests_of(records: Path | None, limit: int | None, prompt: str | None, subject: str | None, target: str | None):
@@ -266,13 +268,6 @@ def fitting(model, tokenizer, read) -> tuple[list, list[dict]]:
         except ComebaError as error:
             skipped.append(read.skip(position, error))
     return used, skipped
-
-
-def none_usable(records: Path, read, skipped: list[dict]) -> ComebaError:
-    """What there is to say where every record was left out."""
-    from comeba_ext.data import place_of
-
-    return ComebaError(f"{records}: none of {read.read} records can be used; {place_of(skipped[0])}: {skipped[0]['reason']}")
 
 
 def continued(model, tokenizer, prompts: list[str], new_tokens: int, chat: bool = False) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from comeba_ext.cli.app import Device, Dtype, Edits, Json, Limit, Model, Trust, app
-from comeba_ext.cli.inputs import beside, fitting, loaded, none_usable
+from comeba_ext.cli.inputs import beside, fitting, loaded, some_usable
 from comeba_ext.cli.terminal import METRICS, counted, flattened, metric_table, reporting, say_counts
 from comeba_ext.errors import ComebaError
 
@@ -83,8 +83,7 @@ def evaluate_(
                 raise ComebaError(f"--base {base}: its tokenizer is not that of {model}, so it cannot be what that was made from")
             tokenizer = asking  # one for both
         used, skipped = fitting(net, tokenizer, read)
-        if not used:
-            raise none_usable(records, read, skipped)
+        some_usable(records, read.read, used, skipped)
         metrics = evaluate(net, tokenizer, used, against, generate=generate, writing=writing, judge=asked, progress=not as_json)
         if predictions is not None:
             write_text(predictions, "".join(json.dumps(row) + "\n" for row in metrics.per_record))
