@@ -190,7 +190,7 @@ def preferred(model, tokenizer, row) -> bool:
 def test_a_task_that_the_harness_does_not_know(tmp_path, offline, tiny_model, tokenizer):
     name = own_task(tmp_path / "task", [{"prompt": "x", "new": "y", "old": "z"}])
     with pytest.raises(ComebaError, match="no task 'nothing'"):
-        harness(tiny_model, tokenizer, [name, "nothing"], tmp_path / "task")
+        harness(tiny_model("gpt2"), tokenizer, [name, "nothing"], tmp_path / "task")
 
 
 @pytest.mark.parametrize("scope", ["nearest", "zscore"])  # one looks at tokens alone, one at whole rows
