@@ -70,7 +70,7 @@ def test_half_a_character(tmp_path):
         read_requests_of({"prompt": "{} is", "subject": "A", "target_new": "x", "fact_token": "first"})
     with pytest.raises(RequestError, match="ground_truth must be text"):
         read_requests_of({"prompt": "{} is", "subject": "A", "target_new": "x", "ground_truth": True})
-    assert read_requests_of({"prompt": "{} is", "subject": "A", "target_new": "x", "ground_truth": 1.5}).ground_truth == "1.5"  # a year, say
+    assert read_requests_of({"prompt": "{} is", "subject": "A", "target_new": "x", "ground_truth": 1.5}).ground_truth == "1.5"
     assert read_requests_of({"prompt": "{} is", "subject": "A", "target_new": "x", "ground_truth": [["y", "z"]]}).ground_truth == "y"
     for field in ("rephrase_prompts", "locality_prompts", "wordings"):  # an object's names are no list of texts
         with pytest.raises(RequestError, match=f"{field} must be texts"):

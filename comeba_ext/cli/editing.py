@@ -117,7 +117,7 @@ def demo(
 @app.command()
 def edit(
     model: Model,
-    records: Annotated[Optional[Path], typer.Argument(help="JSON, JSONL or CSV: CounterFact, ZsRE, QAEdit, EasyEdit or own records")] = None,
+    records: Annotated[Optional[Path], typer.Argument(help="JSON, JSONL or CSV: CounterFact, ZsRE, QAEdit, EasyEdit, your own")] = None,
     out: Annotated[Path, typer.Option("--out", help="folder for the edits")] = ...,
     prompt: Annotated[Optional[str], typer.Option(help="instead of a file, one edit: a text with {} for the subject")] = None,
     subject: Annotated[Optional[str], typer.Option(help="with --prompt")] = None,
