@@ -212,7 +212,7 @@ def test_generate_in_a_chat(tmp_path):
     asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
     text = tokenizer.decode(model.generate(asked, max_new_tokens=6, do_sample=False)[0, asked.shape[1] :], skip_special_tokens=True)
     found = output("generate", tmp_path / "model", turn[0]["content"], "--chat", "--max-new-tokens", 6)
-    assert found["generations"][0]["text"] == text.strip().split("\n")[0] and found["prompts"] == 1 and "records" not in found
+    assert found["generations"][0]["text"] == text.strip().split("\n")[0] and found["records"]["read"] == 1
     plain = output("generate", "testbed", turn[0]["content"], "--max-new-tokens", 6)
     assert plain["generations"][0]["text"].startswith("physicist") and plain["generations"] != found["generations"]
     refused = run("generate", "testbed", "Who?", "--chat")

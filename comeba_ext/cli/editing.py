@@ -271,4 +271,4 @@ def generate(
         rows = [{"prompt": p, "text": a, "unedited": b} for p, a, b in zip(prompts, after, before, strict=True)]
         columns = {"prompt": "prompt", **({"unedited": "unedited", "edited": "text"} if edits else {"text": "text"})}
         report.table(tuple(columns), [tuple(row[key] or "(ends at once)" for key in columns.values()) for row in rows])
-        report.result = {"generations": rows, "prompts": len(rows)}
+        report.result = {"generations": rows, "records": {"read": len(rows), "used": len(rows), "skipped": []}}
