@@ -22,6 +22,18 @@ WARSAW = Answer("She was born in", ("Warsaw", "Warszawa"), "the Polish capital, 
 
 
 @contextmanager
+def served(handler):
+    """Its address, while it answers."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
 def endpoint(say):
     """A server that answers every request with ``say(number, headers, body)``: text, or a status."""
     seen = []
@@ -39,13 +51,8 @@ def endpoint(say):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", seen
-    finally:
-        server.shutdown()
-        server.server_close()
+    with served(Handler) as url:
+        yield url, seen
 
 
 def by_capital(number, body):
@@ -140,13 +147,8 @@ def hanging_up(before):
             with suppress(OSError, ValueError):
                 super().finish()
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", seen
-    finally:
-        server.shutdown()
-        server.server_close()
+    with served(Handler) as url:
+        yield url, seen
 
 
 def test_a_connection_that_is_dropped(pair, tokenizer):  # noqa: F811

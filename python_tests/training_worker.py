@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from distributed_worker import outcome
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from comeba_ext import Editor, EditRequest, distributed
@@ -28,14 +29,6 @@ def made(folder: Path, out: str, method: str = "KE", **changes) -> Trainer:
     editor = Editor(model, AutoTokenizer.from_pretrained(folder / "model"), settings, method=method)
     records = [EditRequest.from_record(record) for record in json.loads((folder / "records.json").read_text())]
     return Trainer(editor, records[:6], records[6:], folder / out, TrainConfig(**(CONFIG | changes)))
-
-
-def outcome(work) -> str:
-    try:
-        work()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def fail_at(trainer: Trainer, step: int, rank: int) -> None:

@@ -231,10 +231,6 @@ def check_same(
         raise ComebaError(f"the covariance of the edits in {out} is of other texts than {texts}; {ANEW}")
 
 
-def provide_covariance(editor, model: str, file: Path | None, texts: Path | None, progress: bool) -> None:
-    covariance_source(model, file, texts, progress)(editor)
-
-
 def covariance_source(model: str, file: Path | None, texts: Path | None, progress: bool) -> Callable:
     """What gives an editor its covariance: the file, or texts to collect it from; a :class:`ComebaError` where there is neither."""
     from comeba_ext import testbed

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from comeba_ext.cli.app import Config, Device, Dtype, Edits, Json, Model, Scope, Trust, app
-from comeba_ext.cli.inputs import loaded, provide_covariance, settings_of
+from comeba_ext.cli.inputs import covariance_source, loaded, settings_of
 from comeba_ext.cli.terminal import counted, reporting
 from comeba_ext.errors import ComebaError
 
@@ -70,7 +70,7 @@ def serve(
                 net,
                 tokenizer,
                 edits=edits,
-                covariance=lambda editor: provide_covariance(editor, model, covariance, texts, not as_json),
+                covariance=lambda editor: covariance_source(model, covariance, texts, not as_json)(editor),
                 config=settings,
                 method=method,
                 editable=edit_token is not None,
