@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar, cast
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 
 from comeba_ext import saved_edits
 from comeba_ext.covariance import Covariance, collect_covariance
-from comeba_ext.editing.batches import check_consistent, handled, live_entries, with_ids
+from comeba_ext.editing.batches import check_consistent, live_entries, with_ids
 from comeba_ext.editing.config import EditConfig, is_int
 from comeba_ext.editing.report import EditReport, Phases, peak_memory, values_bar
 from comeba_ext.editing.session import Session
@@ -278,11 +277,6 @@ class Editor:
                     report = self._edit(self._named(check_consistent(batch, self.ledger), given), None, on_progress)
                 bar.update(len(batch))
                 yield report
-
-    def handled(self) -> Counter[tuple[str, str, str]]:
-        """What the steps so far were asked for, edited or declined: ``(text, subject, new object)``, how often. What was rolled
-        back does not count; what was superseded or retracted does."""
-        return handled(self.log)
 
     def check(self, requests: Iterable[EditRequest | Mapping]) -> None:
         """Raise what :meth:`edit` would raise on this batch before it starts; changes nothing."""

@@ -42,6 +42,8 @@ def to_make(requests: list[EditRequest], editor: Editor, again: bool = False) ->
     Args:
         again: try again what was declined.
     """
+    from comeba_ext.editing.batches import declined_in
+
     standing: dict[Fact, str] = {entry.request.asked[:2]: entry.request.target_new for entry in editor.ledger.live()}
     declined = set() if again else declined_in(editor.log)
     reached = {request.asked[:2]: n for n, request in enumerate(requests) if standing.get(request.asked[:2]) == request.target_new}
@@ -58,17 +60,6 @@ def to_make(requests: list[EditRequest], editor: Editor, again: bool = False) ->
             todo.requests.append(request)
             standing[fact] = request.target_new
     return todo
-
-
-def declined_in(log: list[dict]) -> set[tuple[str, str, str]]:
-    """``(text, subject, new object)`` of what was declined in the steps of a log that were not rolled back."""
-    found: list[tuple[int, tuple[str, str, str]]] = []
-    for event in log:
-        if event["event"] == "edit":
-            found += [(event["step"], (d["prompt"], d.get("subject", ""), d.get("target_new", ""))) for d in event["declined"]]
-        elif event["event"] == "rollback":
-            found = [(step, asked) for step, asked in found if step <= event["step"]]
-    return {asked for _, asked in found}
 
 
 def say_left_out(report: Report, todo: Todo) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable
 
 from comeba_ext.errors import RequestError
@@ -71,15 +70,12 @@ def live_entries(request_ids: str | Iterable[str], ledger: Ledger) -> list[Entry
     return [entry for entry in entries if entry is not None]
 
 
-def handled(log: list[dict]) -> Counter[tuple[str, str, str]]:
-    """What the steps of an editor's log were asked for, edited or declined: ``(text, subject, new object)``, how often. What was
-    rolled back does not count; what was superseded or retracted does."""
+def declined_in(log: list[dict]) -> set[tuple[str, str, str]]:
+    """``(text, subject, new object)`` of what was declined in the steps of a log that were not rolled back."""
     found: list[tuple[int, tuple[str, str, str]]] = []
     for event in log:
         if event["event"] == "edit":
-            edited = (EditRequest.from_record(record) for record in event["requests"])
-            found += [(event["step"], request.asked) for request in edited]
             found += [(event["step"], (d["prompt"], d.get("subject", ""), d.get("target_new", ""))) for d in event["declined"]]
         elif event["event"] == "rollback":
             found = [(step, asked) for step, asked in found if step <= event["step"]]
-    return Counter(asked for _, asked in found)
+    return {asked for _, asked in found}
