@@ -32,7 +32,7 @@ REVEALED = {
 
 
 def test_types_of_the_public_names(tmp_path):
-    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports", "--no-error-summary"]
+    command = [sys.executable, "-m", "mypy", "--config-file", str(USAGE.with_suffix(".ini")), "--no-error-summary"]
     home = Path(comeba_ext.__file__).resolve().parents[1]
     environment = os.environ if home.name == "site-packages" else {**os.environ, "MYPYPATH": str(home)}  # an editable install
     command += ["--cache-dir", os.devnull, str(USAGE)]  # writing one takes a quarter of the time
