@@ -28,7 +28,7 @@ def loaded(name: str, device: str | None, dtype: str, edits: Path | None = None,
     if place is not None:
         model = model.to(place)
     if edits is not None:
-        load_edits(model, edits)
+        load_edits(model, edits, tokenizer=tokenizer)
     return model, tokenizer
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +10,11 @@ from torch import nn
 
 from comeba_ext.forward.activation_recorder import NAMES, ActivationRecorder
 from comeba_ext.forward.budget import launch_tokens
-from comeba_ext.forward.partial import hidden_of, resumed, run_until, watched, with_hidden
+from comeba_ext.forward.partial import hidden_of, inputs_at_ends, resumed, run_until, watched, with_hidden
 from comeba_ext.forward.past import Past, cache_name
 from comeba_ext.forward.shared_prefix import SharedPrefix, own_inputs
 from comeba_ext.layers.hooked_linear import HookedLinear
-from comeba_ext.text.encoding import dense_batches, micro_batches, pad
+from comeba_ext.text.encoding import dense_batches
 from comeba_ext.text.rows import Row
 
 
@@ -262,7 +261,6 @@ class KeyReader:
         return bool((sum_ - after).norm() <= torch.finfo(after.dtype).eps ** 0.5 * after.norm())
 
 
-@torch.no_grad()
 def subject_keys(
     decoder: nn.Module, layers: dict[str, nn.Module], rows: list[Row], pad_token: int, max_tokens: int, device
 ) -> dict[str, torch.Tensor]:
@@ -271,15 +269,4 @@ def subject_keys(
     Args:
         layers: in the order in which they run.
     """
-    found: dict[str, dict[int, torch.Tensor]] = {name: {} for name in layers}
-    for group in micro_batches([row.subject_last + 1 for row in rows], max_tokens):
-        ids, mask = pad([rows[n].ids[: rows[n].subject_last + 1] for n in group], pad_token, device=device)
-
-        def note(x: torch.Tensor, own: dict, group=group, mask=mask) -> None:
-            x = x.reshape(*mask.shape, -1)  # OPT flattens tokens before the MLP
-            last = mask.sum(1).to(x.device) - 1
-            own.update(zip(group, x[torch.arange(len(group), device=x.device), last], strict=True))
-
-        taps = {layer: functools.partial(note, own=found[name]) for name, layer in layers.items()}
-        run_until(decoder, list(layers.values())[-1], {"input_ids": ids, "attention_mask": mask}, taps, before=True)
-    return {name: torch.stack([own[n] for n in range(len(rows))]) for name, own in found.items()}
+    return inputs_at_ends(decoder, layers, [row.ids[: row.subject_last + 1] for row in rows], pad_token, max_tokens, device)

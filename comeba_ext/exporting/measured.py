@@ -30,7 +30,7 @@ def measure(
     base = predict_base(model, tokenizer, records, generate=False, progress=progress)
     found = {"unedited": evaluate(model, tokenizer, records, base, generate=False, progress=progress)}
     try:
-        load_edits(model, edits)
+        load_edits(model, edits, tokenizer=tokenizer)
         found["edited"] = evaluate(model, tokenizer, records, base, generate=False, progress=progress)
     finally:
         detach(model)

@@ -121,6 +121,12 @@ class Architecture:
         """Full name of block ``index``'s MLP output projection."""
         return f"{self.blocks}.{index}.{self.projection}"
 
+    def mlp(self, model: nn.Module, index: int) -> tuple[str, int]:
+        """Full name of what owns block ``index``'s MLP output projection, and how wide its input is; where the block itself does
+        (OPT), of the projection."""
+        name, (owner, _, last) = self.projection_name(index), self.projection.rpartition(".")
+        return (name.removesuffix(f".{last}"), _width(model)) if owner else (name, _linear_shape(model.get_submodule(name))[0])
+
     def after_norm(self, model: nn.Module, index: int) -> nn.Module | None:
         """The norm through which block ``index``'s MLP output reaches the hidden state; ``None`` where it is added as it is."""
         block = self.block(model, index)

@@ -6,11 +6,15 @@ model's business.
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from comeba_ext.text.encoding import micro_batches, pad
 
 
 class _Stop(Exception):
@@ -93,7 +97,7 @@ def run_until(
     *,
     before: bool = False,
 ) -> None:
-    """Run ``decoder(**inputs)`` up to and including module ``last``, then stop.
+    """Run ``decoder(**inputs)`` up to and including module ``last``, then stop. Other threads' passes meanwhile go on as they were.
 
     Args:
         taps: module to a function that is given the module's input tensor.
@@ -101,16 +105,21 @@ def run_until(
         before: stop when ``last`` has received its input, without running it.
     """
 
+    thread = threading.get_ident()
+
     def on_input(tap):
-        return lambda module, args, kwargs: tap(_input(args, kwargs))
+        return lambda module, args, kwargs: tap(_input(args, kwargs)) if threading.get_ident() == thread else None
 
     def on_last(module, args, result):
+        if threading.get_ident() != thread:
+            return
         if output is not None:
             output(result)
         raise _Stop
 
     def on_last_input(module, args):
-        raise _Stop
+        if threading.get_ident() == thread:
+            raise _Stop
 
     handles = [module.register_forward_pre_hook(on_input(tap), with_kwargs=True) for module, tap in taps.items()]
     handles.append(last.register_forward_pre_hook(on_last_input) if before else last.register_forward_hook(on_last))
@@ -121,6 +130,30 @@ def run_until(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def inputs_at_ends(
+    decoder: nn.Module, modules: dict[str, nn.Module], rows: list[list[int]], pad_token: int, max_tokens: int, device
+) -> dict[str, torch.Tensor]:
+    """Modules' inputs at the last token of every row, each ``(len(rows), d_in)``, of the model as it stands.
+
+    Args:
+        modules: in the order in which they run.
+        rows: token ids; max_tokens: of a pass.
+    """
+    found: dict[str, dict[int, torch.Tensor]] = {name: {} for name in modules}
+    for group in micro_batches([len(row) for row in rows], max_tokens):
+        ids, mask = pad([rows[n] for n in group], pad_token, device=device)
+
+        def note(x: torch.Tensor, own: dict, group=group, mask=mask) -> None:
+            x = x.reshape(*mask.shape, -1)  # OPT flattens tokens before the MLP
+            last = mask.sum(1).to(x.device) - 1
+            own.update(zip(group, x[torch.arange(len(group), device=x.device), last], strict=True))
+
+        taps = {module: functools.partial(note, own=found[name]) for name, module in modules.items()}
+        run_until(decoder, list(modules.values())[-1], {"input_ids": ids, "attention_mask": mask}, taps, before=True)
+    return {name: torch.stack([own[n] for n in range(len(rows))]) for name, own in found.items()}
 
 
 @contextmanager

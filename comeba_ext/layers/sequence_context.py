@@ -80,10 +80,11 @@ class SequenceContext:
     Attributes:
         here: the calling thread's :class:`_Here`.
         passes: which threads are in a pass.
+        decoder: that it listens at.
     """
 
     def __init__(self, decoder: nn.Module, names: bool = False):
-        self.here, self.passes, self.names = _Here(), Passes(), names
+        self.here, self.passes, self.names, self.decoder = _Here(), Passes(), names, decoder
         self._warned = False
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._handles = [

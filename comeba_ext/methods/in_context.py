@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import torch
+from torch import nn
 
 from comeba_ext.data import read_requests
 from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
 from comeba_ext.editing.session import Session
 from comeba_ext.errors import ComebaError, ConfigError
-from comeba_ext.forward.architectures import context_length
+from comeba_ext.forward.architectures import Architecture, context_length
+from comeba_ext.forward.question_states import VIEWS, asked_about, nearness, place_of, question_states, sentence_of
+from comeba_ext.layers.attachment import disabled
 from comeba_ext.layers.prompts import PromptRewriter
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
@@ -34,6 +38,8 @@ class InContextConfig(EditConfig):
     Args:
         facts: how many edited facts, the most similar to the question, stand before it.
         named: only facts whose subject the question names; where there is none, the question is left as it is.
+        question_floor: of those, only facts that the question asks for: how near it must be to the edited prompt, from −1 to 1
+            (:func:`~comeba_ext.forward.question_states.nearness`); ``None``: whatever is asked about the subject.
         demonstrations: IKE: file of records to show how a fact is used, none of which is to be edited or asked.
         shown: IKE: how many demonstrations a fact has.
     """
@@ -41,12 +47,25 @@ class InContextConfig(EditConfig):
     layers: tuple[int, ...] = (0,)
     facts: int = 1
     named: bool = False
+    question_floor: float | None = None
     demonstrations: str | None = None
     shown: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, counts=("facts", "shown"), flags=("named",), texts_or_none=("demonstrations",))
+        check_floor(self)
+
+
+def check_floor(config: InContextConfig) -> None:
+    """Raises :class:`ConfigError` for a ``question_floor`` that is no cosine, or without ``named``."""
+    floor = config.question_floor
+    if floor is None:
+        return
+    if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not -1 <= floor <= 1:
+        raise ConfigError(f"question_floor must be a number from -1 to 1, or None, not {floor!r}")
+    if not config.named:
+        raise ConfigError("question_floor asks what a prompt wants to know of an edited subject: it needs named: true")
 
 
 def fact_of(request: EditRequest) -> str:
@@ -54,26 +73,51 @@ def fact_of(request: EditRequest) -> str:
     return f"{request.text} {request.target_new}"
 
 
+class Questions(NamedTuple):
+    """How it is told what a prompt asks.
+
+    Attributes:
+        place: where in the decoder (:func:`~comeba_ext.forward.question_states.place_of`), and ``width``: how wide that is.
+        floor: how near to an edited prompt it must be.
+    """
+
+    place: str
+    width: int
+    floor: float
+
+
+def questions_in(model: nn.Module, config: InContextConfig, architecture: Architecture) -> Questions | None:
+    """How a model is to tell questions; ``None``: not at all."""
+    return None if config.question_floor is None else Questions(*place_of(model, architecture), config.question_floor)
+
+
 class Facts(PromptRewriter):
     """Edited facts, and the prompt that goes before a question.
 
+    Args:
+        count: how many of them a question is given.
+        named: only those whose ``subject``, which they then have too, it names.
+        questions: only those that it asks for; ``None``: that makes no difference.
+
     Attributes:
-        packed: what it holds, as JSON in bytes: a list of ``id``, ``fact`` and what stands before it, ``shown``; and ``count``, how
-            many of them a question is given; named: only those whose ``subject``, which they then have too, it names.
+        packed: what it holds, as JSON in bytes: a list of ``id``, ``fact`` and what stands before it, ``shown``.
+        asked, usual: ``(edits, views, d)``, what each edit's prompt asks (:func:`~comeba_ext.forward.question_states.asked_about`);
+            no rows without ``questions``.
     """
 
-    def __init__(self, count: int, device=None, named: bool = False):
+    precise = ("asked", "usual")
+    by_edit: ClassVar[tuple[str, ...]] = ("asked", "usual")  # buffers that have a row an edit, or none
+
+    def __init__(self, count: int, device=None, named: bool = False, questions: Questions | None = None):
         super().__init__()
         self.register_buffer("packed", torch.zeros(0, dtype=torch.uint8, device=device))
-        self.count, self.named, self._read, self._found = count, named, None, None
+        for name in ("asked", "usual") if questions is not None else ():
+            self.register_buffer(name, torch.zeros(0, len(VIEWS), questions.width, device=device))
+        self.count, self.named, self.questions, self._read, self._found = count, named, questions, None, None
 
     @property
     def facts(self) -> list[dict]:
         return self.unpacked(self.packed)
-
-    @facts.setter
-    def facts(self, facts: list[dict]) -> None:
-        self.packed = self.as_packed(facts)
 
     def unpacked(self, packed: torch.Tensor) -> list[dict]:
         read = self._read  # one look: another thread may be here, or edit
@@ -86,9 +130,29 @@ class Facts(PromptRewriter):
         packed = torch.frombuffer(text, dtype=torch.uint8) if text else torch.zeros(0, dtype=torch.uint8)
         return packed.to(self.packed.device)
 
+    def hold(self, **buffers: torch.Tensor) -> None:
+        """Put these in the place of what it held, all at once: whoever asks meanwhile has the old ones, or the new ones."""
+        self._buffers = {**self._buffers, **buffers}
+
+    def rows(self) -> dict[str, torch.Tensor]:
+        """Its buffers with a row an edit."""
+        return {name: own for name, own in self._buffers.items() if name in self.by_edit}
+
+    def add(self, facts: list[dict], rows: dict[str, torch.Tensor], **more: torch.Tensor) -> None:
+        """Take in edits, with their rows of buffers, and what other buffers are to hold then."""
+        rows = {name: torch.cat([own, rows[name].to(own)]) for name, own in self.rows().items()}
+        self.hold(packed=self.as_packed(self.facts + facts), **rows, **more)
+
+    def drop(self, gone: set[str]) -> None:
+        """Take out the edits of some requests, by their ids."""
+        kept = [n for n, own in enumerate(self.facts) if own["id"] not in gone]
+        rows = {name: own[kept] for name, own in self.rows().items()}
+        self.hold(packed=self.as_packed([self.facts[n] for n in kept]), **rows)
+
     def rewrite(self, prompt: str) -> str:
-        facts = self.facts
-        near = self._index(facts).nearest(prompt, self.count, self.candidates(prompt, facts))
+        held = self._buffers  # one look: what is in it belongs together
+        facts = self.unpacked(held["packed"])
+        near = self._index(facts).nearest(prompt, self.count, self.candidates(prompt, facts, held))
         return self.composed(prompt, [facts[n] for n in near][::-1])  # the most similar one is next to the question
 
     def composed(self, prompt: str, chosen: list[dict]) -> str:
@@ -96,12 +160,42 @@ class Facts(PromptRewriter):
         before = "".join(part for own in chosen for part in (*own["shown"], f"New Fact: {own['fact']}\n"))
         return f"{before}Prompt: {prompt}" if chosen else prompt
 
-    def candidates(self, prompt: str, facts: list[dict]) -> list[int]:
+    def candidates(self, prompt: str, facts: list[dict], held: dict[str, torch.Tensor]) -> list[int]:
         """Numbers of the facts that may be what a prompt is about."""
         if not self.named:
             return list(range(len(facts)))
         found = named_in(prompt, {own["subject"] for own in facts})
-        return [n for n, own in enumerate(facts) if own["subject"] in found]
+        numbers = [n for n, own in enumerate(facts) if own["subject"] in found]
+        if self.questions is None or not numbers:
+            return numbers
+        sentences = {own: sentence_of(prompt, own) for own in found}
+        different = list(dict.fromkeys(sentences.values()))
+        states = dict(zip(different, self.states(different), strict=True))
+        near = lambda n: nearness(states[sentences[facts[n]["subject"]]], *(held[name][n : n + 1].cpu() for name in ("asked", "usual")))  # noqa: E731
+        return [n for n in numbers if near(n) >= self.questions.floor]
+
+    def states(self, prompts: list[str]) -> torch.Tensor:
+        """What prompts ask (:func:`~comeba_ext.forward.question_states.question_states`), of the model that it stands in.
+
+        Raises:
+            ComebaError: the tokenizer is not known.
+        """
+        if self.tokenizer is None or self.context is None:
+            raise ComebaError("what a prompt asks is read by the model: give load_edits the tokenizer (question_floor)")
+        decoder = self.context.decoder
+        with disabled(decoder):
+            return question_states(decoder, self.questions.place, self.tokenizer, prompts)
+
+    def questions_of(self, requests: list[EditRequest]) -> dict[str, torch.Tensor]:
+        """``asked`` and ``usual`` of requests; empty without ``questions``."""
+        if self.questions is None:
+            return {}
+        found = []
+        for request in requests:
+            asked, *others = self.states(asked_about(request.text, request.subject))
+            usual = torch.stack(others).mean(0)
+            found.append((asked - usual, usual))
+        return {name: torch.stack(own) for name, own in zip(("asked", "usual"), zip(*found, strict=True), strict=True)}
 
     def entry(self, request: EditRequest, shown: list[str]) -> dict:
         """What is kept of a request."""
@@ -109,13 +203,14 @@ class Facts(PromptRewriter):
         return {**own, "subject": request.subject} if self.named else own
 
     def join(self, other: Facts) -> None:
-        if type(other) is not type(self) or (self.count, self.named) != (other.count, other.named):
+        ways = lambda own: (type(own), own.count, own.named, own.questions)  # noqa: E731
+        if ways(self) != ways(other):
             return super().join(other)
-        self.facts = self.facts + other.facts
+        self.add(other.facts, other.rows())
         self.tokenizer = other.tokenizer if self.tokenizer is None else self.tokenizer
 
     def take_over(self, other: Facts) -> None:
-        self.packed = other.packed.clone()  # never in place: whoever asks meanwhile has the old facts whole, or the new ones
+        self.hold(**{name: own.clone() for name, own in other.own_buffers().items()})  # never in place: all of it at once
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         super().restore(tensors)
@@ -124,6 +219,8 @@ class Facts(PromptRewriter):
             known = isinstance(own, dict) and set(own) == {*texts, "shown"} and isinstance(own["shown"], list)
             if not known or not all(isinstance(text, str) for text in (*(own[name] for name in texts), *own["shown"])):
                 raise ValueError("a fact is malformed")
+        if any(len(own) != len(self.facts) for own in self.rows().values()):
+            raise ValueError(f"facts and {' and '.join(self.rows())} are not equally many")
 
     def _index(self, facts: list[dict]) -> BM25:
         found = self._found
@@ -146,7 +243,7 @@ class ICE(Snapshots):
 
     @classmethod
     def build(cls, model, config: InContextConfig, architecture) -> dict[str, Facts]:
-        return {PLACE: Facts(config.facts, input_device(model), config.named)}
+        return {PLACE: Facts(config.facts, input_device(model), config.named, questions_in(model, config, architecture))}
 
     @classmethod
     def targets(cls, config, architecture) -> list[str]:
@@ -160,7 +257,7 @@ class ICE(Snapshots):
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         with phases("update"):
             held = self.attachments[PLACE]
-            held.facts = held.facts + [held.entry(r, self.shown(r)) for r in batch]
+            held.add([held.entry(r, self.shown(r)) for r in batch], held.questions_of(batch))
             self._check([held.rewrite(request.text) for request in batch], batch)  # behind other facts too
         return [], []
 
@@ -174,9 +271,7 @@ class ICE(Snapshots):
         return []
 
     def take_out(self, entries: list[Entry]) -> None:
-        gone = {entry.request.request_id for entry in entries}
-        facts = self.attachments[PLACE]
-        facts.facts = [own for own in facts.facts if own["id"] not in gone]
+        self.attachments[PLACE].drop({entry.request.request_id for entry in entries})
 
 
 class IKE(ICE):

@@ -20,7 +20,7 @@ from comeba_ext.layers.hooked_linear import device_of, shape_of
 from comeba_ext.layers.sequence_context import NEVER
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
-from comeba_ext.methods.in_context import PLACE, Facts, fact_of
+from comeba_ext.methods.in_context import PLACE, Facts, Questions, check_floor, fact_of, questions_in
 from comeba_ext.methods.trained import Learner, Trained, TrainedConfig
 from comeba_ext.ops.mentions import LONGEST, name_hash
 from comeba_ext.text.encoding import input_device
@@ -44,6 +44,8 @@ class SeracConfig(TrainedConfig):
         threshold: probability from which a prompt is in an edit's scope.
         named: a prompt that names an edit's subject is in its scope instead, and the counterfactual model learns to tell whether it
             asks for the fact: what else is asked about the subject it answers as the model does (ours).
+        question_floor: with ``named``, what else is asked is not even given to it: as
+            :class:`~comeba_ext.methods.in_context.InContextConfig`'s (ours).
     """
 
     rank: int = 8
@@ -52,10 +54,12 @@ class SeracConfig(TrainedConfig):
     width: int = 64
     threshold: float = 0.5
     named: bool = False
+    question_floor: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, positive=("lora_alpha", "threshold"), counts=("rank", "buckets", "width"), flags=("named",))
+        check_floor(self)
 
 
 def features(text: str, buckets: int) -> list[int]:
@@ -98,17 +102,14 @@ class Scope(Facts):
         keys: ``(edits, width)``, of their prompts, in the order of the facts; table: ``(buckets, width)``, empty before any edit.
     """
 
-    precise = ("keys", "table")
+    precise = (*Facts.precise, "keys", "table")
+    by_edit = (*Facts.by_edit, "keys")
 
-    def __init__(self, threshold: float, width: int, device=None, named: bool = False):
-        super().__init__(1, device, named)
+    def __init__(self, threshold: float, width: int, device=None, named: bool = False, questions: Questions | None = None):
+        super().__init__(1, device, named, questions)
         self.threshold = threshold
         for name in ("keys", "table"):
             self.register_buffer(name, torch.zeros(0, width, device=device))
-
-    def hold(self, **buffers: torch.Tensor) -> None:
-        """Put these in the place of what it held, all at once: whoever asks meanwhile has the old ones, or the new ones."""
-        self._buffers = {**self._buffers, **buffers}
 
     def probabilities(self, prompt: str) -> torch.Tensor:
         """Of being in each edit's scope."""
@@ -117,7 +118,7 @@ class Scope(Facts):
     def rewrite(self, prompt: str) -> str:
         held = self._buffers  # one look: what is in it belongs together
         facts = self.unpacked(held["packed"])
-        candidates = self.candidates(prompt, facts)
+        candidates = self.candidates(prompt, facts, held)
         if not candidates:
             return prompt
         probability, number = _probabilities(prompt, held["keys"], held["table"])[candidates].max(0)
@@ -126,14 +127,6 @@ class Scope(Facts):
 
     def join(self, other: Attachment) -> None:
         Attachment.join(self, other)  # each set was made with a classifier of its own
-
-    def take_over(self, other: Scope) -> None:
-        self.hold(packed=other.packed.clone(), keys=other.keys.clone(), table=other.table)
-
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        super().restore(tensors)
-        if len(self.facts) != len(self.keys):
-            raise ValueError("facts and keys are not equally many")
 
 
 def _probabilities(prompt: str, keys: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -288,7 +281,7 @@ class SERAC(Trained):
     def build(cls, model: nn.Module, config: SeracConfig, architecture) -> dict[str, Attachment]:
         names, device = cls.targets(config, architecture), input_device(model)
         layers = {name: Counterfactual(model.get_submodule(name), config.lora_alpha / config.rank) for name in names}
-        return {PLACE: Scope(config.threshold, config.width, device, config.named), **layers}
+        return {PLACE: Scope(config.threshold, config.width, device, config.named, questions_in(model, config, architecture)), **layers}
 
     @property
     def layers(self) -> dict[str, Counterfactual]:
@@ -310,11 +303,9 @@ class SERAC(Trained):
                     layer.down, layer.up = (own.detach().clone().to(layer.down.device) for own in (down, up))
             for layer in self.layers.values():
                 layer.mark = learner.mark.clone().to(layer.down.device)  # edits of earlier versions know one form of it
-            packed = scope.as_packed(scope.facts + [scope.entry(r, []) for r in batch])
-            scope.hold(packed=packed, keys=torch.cat([scope.keys, *(encode(r.text, table)[None] for r in batch)]), table=table)
+            keys = torch.stack([encode(r.text, table) for r in batch])
+            scope.add([scope.entry(r, []) for r in batch], {**scope.questions_of(batch), "keys": keys}, table=table)
         return [], []
 
     def take_out(self, entries: list[Entry]) -> None:
-        gone, scope = {entry.request.request_id for entry in entries}, self.attachments[PLACE]
-        kept = [n for n, own in enumerate(scope.facts) if own["id"] not in gone]
-        scope.hold(packed=scope.as_packed([scope.facts[n] for n in kept]), keys=scope.keys[kept])
+        self.attachments[PLACE].drop({entry.request.request_id for entry in entries})

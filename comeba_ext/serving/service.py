@@ -126,7 +126,7 @@ class EditingService:
         if not editable:
             manifest = {"step": 0, "edits": 0} if self.folder is None else read_manifest(self.folder)
             if self.folder is not None:
-                load_edits(model, self.folder)
+                load_edits(model, self.folder, tokenizer=tokenizer)
             self._state = _State(model, step=manifest["step"], live=manifest["edits"], rewrite=prompt_rewriter(model))
             return
         try:

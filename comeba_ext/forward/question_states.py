@@ -1,0 +1,73 @@
+"""What a prompt asks, as the unedited model knows it at the prompt's last token.
+
+The key at a subject's last token is the same whatever is asked about the subject. The last token of the question is not: the input of
+an MLP nine tenths up the model, less its mean over other questions about the same subject, points one way for the same question in other
+words, and elsewhere for others. Two prompts are compared so in two :data:`VIEWS`, because the first tells openings of statements
+apart and the second questions (findings, R11).
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from comeba_ext.forward.architectures import Architecture
+from comeba_ext.forward.partial import evaluating, inputs_at_ends
+from comeba_ext.text.encoding import input_device, pad_id
+from comeba_ext.text.request import SLOT
+
+DEPTH = 0.9  # of the model's blocks
+VIEWS = ("{}", "Question: {}\nThis question is about the")
+USUAL = (  # what may be asked about anything, whose mean is taken off
+    "{} is known for", "{} was born in", "{} works as a", "{} is located in", "{} belongs to", "The language of {} is",
+    "The name of {} comes from", "{} was founded in", "The owner of {} is", "{} and", "The best thing about {} is", "What is {}?",
+    "{}, who", "The color of {} is", "{} is a",
+)  # fmt: skip
+MAX_TOKENS = 4096  # of a pass
+
+
+def place_of(model: nn.Module, architecture: Architecture) -> tuple[str, int]:
+    """Name, inside the decoder, of the MLP whose input is looked at, and how wide that is."""
+    name, width = architecture.mlp(model, int(DEPTH * architecture.num_blocks(model)))
+    return name.removeprefix(f"{architecture.decoder}."), width
+
+
+def question_states(decoder: nn.Module, place: str, tokenizer, prompts: list[str]) -> torch.Tensor:
+    """Inputs of a module at the last tokens of prompts, in every view.
+
+    Args:
+        decoder: of a model whose edits are off in this thread.
+        place: name of the module inside of it (:func:`place_of`).
+
+    Returns:
+        ``(prompts, views, d)``, float32, on the host.
+    """
+    rows = tokenizer([view.replace(SLOT, prompt.rstrip()) for prompt in prompts for view in VIEWS])["input_ids"]
+    with evaluating(decoder):
+        found = inputs_at_ends(decoder, {place: decoder.get_submodule(place)}, rows, pad_id(tokenizer), MAX_TOKENS, input_device(decoder))
+    return found[place].float().cpu().reshape(len(prompts), len(VIEWS), -1)
+
+
+def asked_about(prompt: str, subject: str) -> list[str]:
+    """A prompt, and what else may be asked about its subject: the first one's state less the mean of the others' is what it asks,
+    ``asked``, and that mean, ``usual``, is to be taken off of whatever is compared with it."""
+    return [sentence_of(prompt, subject), *(usual.replace(SLOT, subject) for usual in USUAL)]
+
+
+def nearness(state: torch.Tensor, asked: torch.Tensor, usual: torch.Tensor) -> torch.Tensor:
+    """How near what a prompt asks is to what edits' prompts ask: mean over the views of the cosine, ``(edits,)``.
+
+    Args:
+        state: ``(views, d)``; asked, usual: ``(edits, views, d)`` (:func:`asked_about`).
+    """
+    return F.cosine_similarity(state - usual, asked, dim=-1).mean(-1)
+
+
+def sentence_of(prompt: str, subject: str) -> str:
+    """A prompt from the beginning of the sentence in which it names a subject last: what stands before may be about anything."""
+    at = prompt.lower().rfind(subject.lower())
+    ends = [match.end() for match in re.finditer(r"[.!?]\s+|\n+", prompt[: max(at, 0)])]
+    return prompt[ends[-1] :] if ends else prompt

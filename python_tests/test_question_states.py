@@ -1,0 +1,173 @@
+"""What a prompt asks, told by the model's own states; edits in the prompt that are read only where they are asked for."""
+
+import numpy as np
+import pytest
+import torch
+from test_editor import small_model
+from test_methods import make_method
+from test_prompts import NEW, one
+
+from comeba_ext import EditRequest, load_edits, set_edits
+from comeba_ext.errors import ComebaError, ConfigError
+from comeba_ext.forward.architectures import Architecture
+from comeba_ext.forward.question_states import USUAL, VIEWS, nearness, place_of, question_states, sentence_of
+from comeba_ext.layers.attachment import disabled
+from comeba_ext.layers.prompts import prompt_rewriter
+from comeba_ext.methods.in_context import PLACE
+
+FACTS = [EditRequest("{} lives in", "Ann", "Rome"), EditRequest("{} plays the", "Ann", "drums"), EditRequest("{} lives in", "Bob", "Oslo")]
+PROMPTS = ["Ann lives in", "Where does Ann live? ", "Bob", "It rained. Bob then plays the"]
+
+
+def literal(model, place, tokenizer, prompts):
+    """One prompt a pass, the module's input read by a hook of our own."""
+    module, found = dict(model.named_modules())[place], []
+    for prompt in prompts:
+        for view in VIEWS:
+            seen = []
+            handle = module.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
+            with torch.no_grad():
+                model(torch.tensor([tokenizer(view.replace("{}", prompt.rstrip()))["input_ids"]]))
+            handle.remove()
+            found.append(seen[0].reshape(-1, seen[0].shape[-1])[-1].double().numpy())
+    return np.stack(found).reshape(len(prompts), len(VIEWS), -1)
+
+
+def full_name(model):
+    architecture = Architecture.of(model)
+    return f"{architecture.decoder}.{place_of(model, architecture)[0]}"
+
+
+def near_by_hand(model, tokenizer, prompt, request):
+    """The cosines of what is left of both prompts' states without the mean of the others', in float64."""
+    place = full_name(model)
+    usual = literal(model, place, tokenizer, [text.replace("{}", request.subject) for text in USUAL]).mean(0)
+    own, other = (literal(model, place, tokenizer, [text])[0] - usual for text in (request.text, prompt))
+    return np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(own, other, strict=True)])
+
+
+def test_states_are_the_mlps_inputs_at_the_last_token(tiny_model, tokenizer):
+    model = small_model(tiny_model)
+    architecture = Architecture.of(model)
+    place, width = place_of(model, architecture)
+    assert place == f"h.{int(0.9 * model.config.n_layer)}.mlp" and width == model.config.n_embd
+    states = question_states(model.transformer, place, tokenizer, PROMPTS)
+    assert states.shape == (len(PROMPTS), len(VIEWS), width) and states.dtype == torch.float32
+    wanted = literal(model, full_name(model), tokenizer, PROMPTS)
+    assert np.abs(states.double().numpy() - wanted).max() < 1e-4 * np.abs(wanted).max()
+    wide = torch.randn(5, 2, 7), torch.randn(5, 2, 7)
+    state = torch.randn(2, 7)
+    for n, value in enumerate(nearness(state, *wide)):
+        a, b = wide[0][n].double().numpy(), (state - wide[1][n]).double().numpy()
+        cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in zip(a, b, strict=True)]
+        assert value.item() == pytest.approx(np.mean(cosines), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("Ann lives in", "Ann lives in"),
+        ("It rained. Then Ann lives in", "Then Ann lives in"),
+        ("Ann is here! Where does ann live? Tell me", "Where does ann live? Tell me"),
+        ("One line\nAnn. She", "Ann. She"),
+        ("A text. Without her", "A text. Without her"),
+        ("", ""),
+    ],
+)
+def test_the_sentence_that_names_a_subject_last(prompt, found):
+    assert sentence_of(prompt, "Ann") == found
+
+
+@pytest.fixture
+def asked(tiny_model, tokenizer):
+    """An edited model whose floor lies between two prompts' nearness to its first fact, these prompts, and the floor."""
+    model = small_model(tiny_model)
+    prompts = ["Ann lives near", "Ann and", "Ann was", "He saw Ann lives", "Why is Ann"]
+    near = sorted((near_by_hand(model, tokenizer, text, FACTS[0]), text) for text in prompts)
+    floor = float(near[1][0] + near[2][0]) / 2
+    assert near[2][0] - near[1][0] > 1e-3 and floor < 1
+    editor = make_method("ICE", model, tokenizer, named=True, question_floor=floor)
+    editor.edit(FACTS[:1])
+    return editor, [text for _, text in near], floor
+
+
+def test_a_fact_is_read_where_it_is_asked_for(asked, tiny_model, tokenizer):
+    editor, prompts, _ = asked
+    rewrite = prompt_rewriter(editor.model)
+    assert rewrite("Ann lives in") == "New Fact: Ann lives in Rome\nPrompt: Ann lives in"
+    for n, prompt in enumerate(prompts):
+        assert (rewrite(prompt) != prompt) == (n >= 2), prompt
+        alone = torch.equal(
+            editor.model.generate(**one(tokenizer, prompt), **NEW), small_model(tiny_model).generate(**one(tokenizer, prompt), **NEW)
+        )
+        assert alone or n >= 2
+    assert rewrite("Bob lives in") == "Bob lives in"
+    held = editor.method.attachments[PLACE]
+    near = near_by_hand(small_model(tiny_model), tokenizer, prompts[0], FACTS[0])
+    states = held.states([prompts[0]])[0]
+    assert nearness(states, held.asked, held.usual).item() == pytest.approx(near, abs=1e-4)
+
+
+def test_of_two_facts_about_a_subject_the_one_that_is_asked_for(tiny_model, tokenizer):
+    model = small_model(tiny_model)
+    other = near_by_hand(model, tokenizer, FACTS[1].text, FACTS[0])
+    editor = make_method("ICE", model, tokenizer, named=True, facts=2, question_floor=min(float(other) + 0.05, 1.0))
+    editor.edit(FACTS[:2])
+    rewrite = prompt_rewriter(model)
+    assert rewrite(FACTS[0].text) == "New Fact: Ann lives in Rome\nPrompt: Ann lives in"
+    editor.edit(FACTS[2:])
+    before = rewrite(FACTS[1].text)
+    assert "drums" in before and "Rome" not in before
+    held = editor.method.attachments[PLACE]
+    assert len(held.asked) == len(held.usual) == len(held.facts) == 3
+    rows = held.asked.clone()
+    editor.retract([held.facts[0]["id"]])
+    assert torch.equal(held.asked, rows[1:]) and [own["fact"] for own in held.facts] == ["Ann plays the drums", "Bob lives in Oslo"]
+    editor.rollback(2)
+    assert torch.equal(held.asked, rows)
+    editor.rollback(0)
+    assert held.asked.shape == (0, *rows.shape[1:]) and rewrite(FACTS[0].text) == FACTS[0].text
+
+
+def test_other_edits_of_the_model_change_nothing_of_what_is_asked(asked, tokenizer):
+    """States are the unedited model's, also where the rewriter's own model is edited otherwise."""
+    editor, _, _ = asked
+    held = editor.method.attachments[PLACE]
+    expected = held.states(PROMPTS)
+    with disabled(editor.model):
+        assert torch.equal(held.states(PROMPTS), expected)
+
+
+def test_saved_loaded_and_beside_others(asked, tiny_model, tokenizer, tmp_path):
+    editor, prompts, floor = asked
+    expected = [prompt_rewriter(editor.model)(prompt) for prompt in prompts]
+    editor.save_pretrained(tmp_path / "a")
+    loaded = load_edits(small_model(tiny_model), tmp_path / "a", tokenizer=tokenizer)
+    assert [prompt_rewriter(loaded)(prompt) for prompt in prompts] == expected
+    other = make_method("ICE", small_model(tiny_model), tokenizer, named=True, question_floor=floor)
+    other.edit(FACTS[2:])
+    other.save_pretrained(tmp_path / "b")
+    both = small_model(tiny_model)
+    for name in "ab":
+        load_edits(both, tmp_path / name, name=name, tokenizer=tokenizer)
+    set_edits(both, ["a", "b"])
+    rewrite = prompt_rewriter(both)
+    assert [rewrite(prompt) for prompt in prompts] == expected and "Oslo" in rewrite("Bob lives in")
+    without = load_edits(small_model(tiny_model), tmp_path / "a")
+    assert prompt_rewriter(without)("Eve plays") == "Eve plays"  # names nobody: nothing to ask
+    with pytest.raises(ComebaError, match="give load_edits the tokenizer"):
+        prompt_rewriter(without)("Ann lives in")
+    held = editor.method.attachments[PLACE]
+    with pytest.raises(ValueError, match="asked and usual are not equally many"):
+        held.restore({**held.own_buffers(), "asked": held.asked[:0]})
+
+
+@pytest.mark.parametrize("floor", [2, -1.5, "high", True, float("nan")])
+def test_floors_that_are_none(tiny_model, tokenizer, floor):
+    with pytest.raises(ConfigError, match="question_floor must be a number from -1 to 1"):
+        make_method("ICE", small_model(tiny_model), tokenizer, named=True, question_floor=floor)
+
+
+def test_a_floor_needs_names(tiny_model, tokenizer):
+    with pytest.raises(ConfigError, match="needs named"):
+        make_method("ICE", small_model(tiny_model), tokenizer, question_floor=0.1)
