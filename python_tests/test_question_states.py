@@ -41,9 +41,13 @@ def full_name(model):
 def near_by_hand(model, tokenizer, prompt, request):
     """The cosines of what is left of both prompts' states without the mean of the others', in float64."""
     place = full_name(model)
-    usual = literal(model, place, tokenizer, [text.replace("{}", request.subject) for text in USUAL]).mean(0)
-    own, other = (literal(model, place, tokenizer, [text])[0] - usual for text in (request.text, prompt))
-    return np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(own, other, strict=True)])
+    states = {}
+    for text in (request.text, prompt):
+        usual = USUAL[1 if text.endswith("?") else 0]
+        others = literal(model, place, tokenizer, [own.replace("{}", request.subject) for own in usual])
+        states[text] = literal(model, place, tokenizer, [text])[0] - others.mean(0)
+    pairs = zip(states[request.text], states[prompt], strict=True)
+    return np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs])
 
 
 def test_states_are_the_mlps_inputs_at_the_last_token(tiny_model, tokenizer):
@@ -55,12 +59,12 @@ def test_states_are_the_mlps_inputs_at_the_last_token(tiny_model, tokenizer):
     assert states.shape == (len(PROMPTS), len(VIEWS), width) and states.dtype == torch.float32
     wanted = literal(model, full_name(model), tokenizer, PROMPTS)
     assert np.abs(states.double().numpy() - wanted).max() < 1e-4 * np.abs(wanted).max()
-    wide = torch.randn(5, 2, 7), torch.randn(5, 2, 7)
-    state = torch.randn(2, 7)
-    for n, value in enumerate(nearness(state, *wide)):
-        a, b = wide[0][n].double().numpy(), (state - wide[1][n]).double().numpy()
-        cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in zip(a, b, strict=True)]
-        assert value.item() == pytest.approx(np.mean(cosines), abs=1e-6)
+    asked, usual, state = torch.randn(5, 2, 7), torch.randn(5, 2, 2, 7), torch.randn(2, 7)
+    for form, prompt in enumerate(("Ann is", "Who is Ann? ")):
+        for n, value in enumerate(nearness(prompt, state, asked, usual)):
+            a, b = asked[n].double().numpy(), (state - usual[n, form]).double().numpy()
+            cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in zip(a, b, strict=True)]
+            assert value.item() == pytest.approx(np.mean(cosines), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +86,7 @@ def test_the_sentence_that_names_a_subject_last(prompt, found):
 def asked(tiny_model, tokenizer):
     """An edited model whose floor lies between two prompts' nearness to its first fact, these prompts, and the floor."""
     model = small_model(tiny_model)
-    prompts = ["Ann lives near", "Ann and", "Ann was", "He saw Ann lives", "Why is Ann"]
+    prompts = ["Ann lives near", "Ann and", "Ann was", "He saw Ann lives", "Why is Ann?"]
     near = sorted((near_by_hand(model, tokenizer, text, FACTS[0]), text) for text in prompts)
     floor = float(near[1][0] + near[2][0]) / 2
     assert near[2][0] - near[1][0] > 1e-3 and floor < 1
@@ -105,7 +109,7 @@ def test_a_fact_is_read_where_it_is_asked_for(asked, tiny_model, tokenizer):
     held = editor.method.attachments[PLACE]
     near = near_by_hand(small_model(tiny_model), tokenizer, prompts[0], FACTS[0])
     states = held.states([prompts[0]])[0]
-    assert nearness(states, held.asked, held.usual).item() == pytest.approx(near, abs=1e-4)
+    assert nearness(prompts[0], states, held.asked, held.usual).item() == pytest.approx(near, abs=1e-4)
 
 
 def test_of_two_facts_about_a_subject_the_one_that_is_asked_for(tiny_model, tokenizer):

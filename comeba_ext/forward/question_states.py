@@ -2,8 +2,9 @@
 
 The key at a subject's last token is the same whatever is asked about the subject. The last token of the question is not: the input of
 an MLP nine tenths up the model, less its mean over other questions about the same subject, points one way for the same question in other
-words, and elsewhere for others. Two prompts are compared so in two :data:`VIEWS`, because the first tells openings of statements
-apart and the second questions (findings, R11).
+words, and elsewhere for others. The mean is of questions of the prompt's own form, since how it ends tells more of a state than what it
+asks; and two prompts are compared in two :data:`VIEWS`, the first of which tells openings of statements apart better and the second
+questions (findings, R11).
 """
 
 from __future__ import annotations
@@ -21,10 +22,18 @@ from comeba_ext.text.request import SLOT
 
 DEPTH = 0.9  # of the model's blocks
 VIEWS = ("{}", "Question: {}\nThis question is about the")
-USUAL = (  # what may be asked about anything, whose mean is taken off
-    "{} is known for", "{} was born in", "{} works as a", "{} is located in", "{} belongs to", "The language of {} is",
-    "The name of {} comes from", "{} was founded in", "The owner of {} is", "{} and", "The best thing about {} is", "What is {}?",
-    "{}, who", "The color of {} is", "{} is a",
+USUAL = (  # what may be asked about anything, whose mean is taken off: openings of statements, and questions
+    (
+        "{} is known for", "{} was born in", "{} works as a", "{} is located in", "{} belongs to", "The language of {} is",
+        "The name of {} comes from", "{} was founded in", "The owner of {} is", "{} and", "The best thing about {} is", "What is {}?",
+        "{}, who", "The color of {} is", "{} is a",
+    ),
+    (
+        "What is {} known for?", "Where was {} born?", "What does {} work as?", "Where is {} located?", "What does {} belong to?",
+        "What is the language of {}?", "Where does the name of {} come from?", "When was {} founded?", "Who is the owner of {}?",
+        "What is like {}?", "What is the best thing about {}?", "What is {}?", "Who is {}?", "What is the color of {}?",
+        "What kind of thing is {}?",
+    ),
 )  # fmt: skip
 MAX_TOKENS = 4096  # of a pass
 
@@ -51,19 +60,31 @@ def question_states(decoder: nn.Module, place: str, tokenizer, prompts: list[str
     return found[place].float().cpu().reshape(len(prompts), len(VIEWS), -1)
 
 
-def asked_about(prompt: str, subject: str) -> list[str]:
-    """A prompt, and what else may be asked about its subject: the first one's state less the mean of the others' is what it asks,
-    ``asked``, and that mean, ``usual``, is to be taken off of whatever is compared with it."""
-    return [sentence_of(prompt, subject), *(usual.replace(SLOT, subject) for usual in USUAL)]
+def asked_about(decoder: nn.Module, place: str, tokenizer, prompt: str, subject: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an edit's prompt asks, and what is to be taken off of whatever is compared with it.
+
+    Returns:
+        ``asked (views, d)``; ``usual (forms, views, d)``, means over what else may be asked about the subject.
+    """
+    prompts = [usual.replace(SLOT, subject) for form in USUAL for usual in form]
+    own, *others = question_states(decoder, place, tokenizer, [sentence_of(prompt, subject), *prompts])
+    usual = torch.stack(others).unflatten(0, (len(USUAL), -1)).mean(1)
+    return own - usual[form_of(prompt)], usual
 
 
-def nearness(state: torch.Tensor, asked: torch.Tensor, usual: torch.Tensor) -> torch.Tensor:
+def form_of(prompt: str) -> int:
+    """Number of a prompt's form in :data:`USUAL`."""
+    return int(prompt.rstrip().endswith("?"))
+
+
+def nearness(prompt: str, state: torch.Tensor, asked: torch.Tensor, usual: torch.Tensor) -> torch.Tensor:
     """How near what a prompt asks is to what edits' prompts ask: mean over the views of the cosine, ``(edits,)``.
 
     Args:
-        state: ``(views, d)``; asked, usual: ``(edits, views, d)`` (:func:`asked_about`).
+        state: of the prompt, ``(views, d)``; asked: ``(edits, views, d)``, and usual: ``(edits, forms, views, d)``
+            (:func:`asked_about`).
     """
-    return F.cosine_similarity(state - usual, asked, dim=-1).mean(-1)
+    return F.cosine_similarity(state - usual[:, form_of(prompt)], asked, dim=-1).mean(-1)
 
 
 def sentence_of(prompt: str, subject: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -16,7 +17,7 @@ from comeba_ext.editing.report import Phases
 from comeba_ext.editing.session import Session
 from comeba_ext.errors import ComebaError, ConfigError
 from comeba_ext.forward.architectures import Architecture, context_length
-from comeba_ext.forward.question_states import VIEWS, asked_about, nearness, place_of, question_states, sentence_of
+from comeba_ext.forward.question_states import USUAL, VIEWS, asked_about, nearness, place_of, question_states, sentence_of
 from comeba_ext.layers.attachment import disabled
 from comeba_ext.layers.prompts import PromptRewriter
 from comeba_ext.memory.ledger import Entry
@@ -101,8 +102,8 @@ class Facts(PromptRewriter):
 
     Attributes:
         packed: what it holds, as JSON in bytes: a list of ``id``, ``fact`` and what stands before it, ``shown``.
-        asked, usual: ``(edits, views, d)``, what each edit's prompt asks (:func:`~comeba_ext.forward.question_states.asked_about`);
-            no rows without ``questions``.
+        asked: ``(edits, views, d)``, usual: ``(edits, forms, views, d)``, what each edit's prompt asks
+            (:func:`~comeba_ext.forward.question_states.asked_about`); absent without ``questions``.
     """
 
     precise = ("asked", "usual")
@@ -111,8 +112,9 @@ class Facts(PromptRewriter):
     def __init__(self, count: int, device=None, named: bool = False, questions: Questions | None = None):
         super().__init__()
         self.register_buffer("packed", torch.zeros(0, dtype=torch.uint8, device=device))
-        for name in ("asked", "usual") if questions is not None else ():
-            self.register_buffer(name, torch.zeros(0, len(VIEWS), questions.width, device=device))
+        if questions is not None:
+            self.register_buffer("asked", torch.zeros(0, len(VIEWS), questions.width, device=device))
+            self.register_buffer("usual", torch.zeros(0, len(USUAL), len(VIEWS), questions.width, device=device))
         self.count, self.named, self.questions, self._read, self._found = count, named, questions, None, None
 
     @property
@@ -168,34 +170,39 @@ class Facts(PromptRewriter):
         numbers = [n for n, own in enumerate(facts) if own["subject"] in found]
         if self.questions is None or not numbers:
             return numbers
-        sentences = {own: sentence_of(prompt, own) for own in found}
-        different = list(dict.fromkeys(sentences.values()))
-        states = dict(zip(different, self.states(different), strict=True))
-        near = lambda n: nearness(states[sentences[facts[n]["subject"]]], *(held[name][n : n + 1].cpu() for name in ("asked", "usual")))  # noqa: E731
-        return [n for n in numbers if near(n) >= self.questions.floor]
+        asked, usual = held["asked"].cpu(), held["usual"].cpu()
+        kept = []
+        for subject in sorted(found):
+            (state,) = self.states([sentence_of(prompt, subject)])
+            own = [n for n in numbers if facts[n]["subject"] == subject]
+            near = nearness(prompt, state, asked[own], usual[own]).tolist()
+            kept += [n for n, value in zip(own, near, strict=True) if value >= self.questions.floor]
+        return sorted(kept)
 
     def states(self, prompts: list[str]) -> torch.Tensor:
-        """What prompts ask (:func:`~comeba_ext.forward.question_states.question_states`), of the model that it stands in.
+        """:func:`~comeba_ext.forward.question_states.question_states` of the model that it stands in."""
+        with self.reading() as reading:
+            return question_states(*reading, prompts)
+
+    def questions_of(self, requests: list[EditRequest]) -> dict[str, torch.Tensor]:
+        """``asked`` and ``usual`` of requests; empty without ``questions``."""
+        if self.questions is None:
+            return {}
+        with self.reading() as reading:
+            found = [asked_about(*reading, request.text, request.subject) for request in requests]
+        return {name: torch.stack(own) for name, own in zip(("asked", "usual"), zip(*found, strict=True), strict=True)}
+
+    @contextmanager
+    def reading(self):
+        """Inside, its model's edits are off for this thread; gives the decoder, where to look and the tokenizer.
 
         Raises:
             ComebaError: the tokenizer is not known.
         """
         if self.tokenizer is None or self.context is None:
             raise ComebaError("what a prompt asks is read by the model: give load_edits the tokenizer (question_floor)")
-        decoder = self.context.decoder
-        with disabled(decoder):
-            return question_states(decoder, self.questions.place, self.tokenizer, prompts)
-
-    def questions_of(self, requests: list[EditRequest]) -> dict[str, torch.Tensor]:
-        """``asked`` and ``usual`` of requests; empty without ``questions``."""
-        if self.questions is None:
-            return {}
-        found = []
-        for request in requests:
-            asked, *others = self.states(asked_about(request.text, request.subject))
-            usual = torch.stack(others).mean(0)
-            found.append((asked - usual, usual))
-        return {name: torch.stack(own) for name, own in zip(("asked", "usual"), zip(*found, strict=True), strict=True)}
+        with disabled(self.context.decoder) as decoder:
+            yield decoder, self.questions.place, self.tokenizer
 
     def entry(self, request: EditRequest, shown: list[str]) -> dict:
         """What is kept of a request."""

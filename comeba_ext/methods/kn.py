@@ -3,6 +3,7 @@ arXiv 2104.08696)."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
 from comeba_ext.forward.logits import logits_at
 from comeba_ext.forward.partial import evaluating, frozen, run_until
-from comeba_ext.layers.hooked_linear import HookedLinear
+from comeba_ext.forward.past import Past, cache_name
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.deltas import Deltas
@@ -85,7 +86,7 @@ class KN(Deltas):
         old = self._said(request.text) if not request.ground_truth else encode(tokenizer, request.text, request.ground_truth).target_ids[0]
         counts: dict[tuple[str, int], int] = {}
         for prompt in prompts:
-            found = {name: self.attribution(name, layer, prompt, old) for name, layer in self.layers.items()}
+            found = self.attributions(prompt, old)
             least = self.config.adaptive_threshold * max(own.max().item() for own in found.values())
             for name, own in found.items():
                 for neuron in (own > max(least, 0.0)).nonzero()[:, 0].tolist():
@@ -93,29 +94,40 @@ class KN(Deltas):
         kept = [neuron for neuron, count in counts.items() if count >= self.config.agreement * len(prompts)]
         return kept, old, new
 
-    def attribution(self, name: str, layer: HookedLinear, prompt: str, token: int) -> torch.Tensor:
-        """Of every input of a layer, ``(d_in,)``, for the probability of a token behind a prompt."""
+    def attributions(self, prompt: str, token: int) -> dict[str, torch.Tensor]:
+        """Of every input of every layer, ``(d_in,)`` each, for the probability of a token behind a prompt.
+
+        An activation at the last token moves nothing before it, so the tokens before run once for all layers and steps.
+        """
         session, steps = self.session, self.config.steps
         ids = torch.tensor([encode(session.tokenizer, prompt).ids], device=session.device)
-        seen: list[torch.Tensor] = []
-        run_until(session.decoder, layer, {"input_ids": ids}, {layer: seen.append}, before=True)
-        activation = seen[0].reshape(ids.shape[1], -1)[-1]
-        shares = torch.arange(1, steps + 1, device=activation.device).to(activation)[:, None] / steps
-        scaled = (shares * activation).requires_grad_(True)  # (steps, d_in)
+        activations: dict[str, torch.Tensor] = {}
 
-        def put(module, args):
-            x = args[0].reshape(steps, ids.shape[1], -1).clone()
-            x[:, -1] = scaled
-            return (x.reshape(args[0].shape), *args[1:])
+        def note(name: str, x: torch.Tensor) -> None:
+            activations[name] = x.reshape(ids.shape[1], -1)[-1]
 
-        handle = layer.register_forward_pre_hook(put)
-        try:
-            logits = logits_at(session.model, {"input_ids": ids.expand(steps, -1)}, [[ids.shape[1] - 1]] * steps)
-        finally:
-            handle.remove()
-        chances = torch.cat(logits).float().softmax(-1)[:, token]
-        (gradient,) = torch.autograd.grad(chances.sum(), scaled)
-        return (activation * gradient.mean(0)).detach()
+        taps = {layer: functools.partial(note, name) for name, layer in self.layers.items()}
+        past, cache = Past({}, 0), cache_name(session.decoder)
+        run_until(session.decoder, list(self.layers.values())[-1], {"input_ids": ids}, taps, before=True)
+        if ids.shape[1] > 1:
+            with torch.no_grad():
+                session.decoder(input_ids=ids[:, :-1], **{cache: past}, use_cache=True)
+        before = ids.shape[1] - 1
+        given = {cache: Past(past.new, before).rows(torch.zeros(steps, dtype=torch.long))} if before else {}
+        inputs = {"input_ids": ids[:, -1:].expand(steps, -1)} | given
+        shares = torch.arange(1, steps + 1, device=session.device)[:, None] / steps
+        found = {}
+        for name, layer in self.layers.items():
+            scaled = (shares.to(activations[name]) * activations[name]).requires_grad_(True)  # (steps, d_in)
+            handle = layer.register_forward_pre_hook(lambda module, args, scaled=scaled: (scaled.reshape(args[0].shape), *args[1:]))
+            try:
+                logits = logits_at(session.model, inputs, [[0]] * steps)
+            finally:
+                handle.remove()
+            chances = torch.cat(logits).float().softmax(-1)[:, token]
+            (gradient,) = torch.autograd.grad(chances.sum(), scaled)
+            found[name] = (activations[name] * gradient.mean(0)).detach()
+        return found
 
     def _said(self, prompt: str) -> int:
         """The token that the model puts behind a prompt."""
