@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.errors import ArchitectureError, ConfigError
 from comeba_ext.forward.architectures import FAMILIES, Architecture
+from comeba_ext.forward.partial import inputs_at_ends
 
 WIDTH, BLOCKS = 16, 3
 GPT = {"n_embd": WIDTH, "n_layer": BLOCKS, "n_head": 2, "n_positions": 32}
@@ -88,6 +89,10 @@ def assert_parts(model, found):
         logits = model(tokens).logits
         hidden = model.get_submodule(found.decoder)(tokens)[0]
         torch.testing.assert_close(found.head(model)(hidden), logits, rtol=1e-5, atol=1e-6)
+        name, width = found.mlp(model, 1)
+        assert found.projection_name(1).startswith(name)
+        read = inputs_at_ends(model.get_submodule(found.decoder), {name: model.get_submodule(name)}, tokens.tolist(), 0, 100, "cpu")
+        assert read[name].shape == (len(tokens), width) and read[name].abs().sum() > 0
 
 
 @pytest.mark.parametrize("stem", LISTED)

@@ -1,11 +1,14 @@
 """What a prompt asks, told by the model's own states; edits in the prompt that are read only where they are asked for."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from test_editor import small_model
 from test_methods import make_method
 from test_prompts import NEW, one
+from test_training import trained_serac
 
 from comeba_ext import EditRequest, load_edits, set_edits
 from comeba_ext.errors import ComebaError, ConfigError
@@ -14,6 +17,7 @@ from comeba_ext.forward.question_states import USUAL, VIEWS, nearness, place_of,
 from comeba_ext.layers.attachment import disabled
 from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.methods.in_context import PLACE
+from comeba_ext.methods.serac import MARK
 
 FACTS = [EditRequest("{} lives in", "Ann", "Rome"), EditRequest("{} plays the", "Ann", "drums"), EditRequest("{} lives in", "Bob", "Oslo")]
 PROMPTS = ["Ann lives in", "Where does Ann live? ", "Bob", "It rained. Bob then plays the"]
@@ -175,3 +179,49 @@ def test_floors_that_are_none(tiny_model, tokenizer, floor):
 def test_a_floor_needs_names(tiny_model, tokenizer):
     with pytest.raises(ConfigError, match="needs named"):
         make_method("ICE", small_model(tiny_model), tokenizer, question_floor=0.1)
+
+
+def test_other_threads_go_on_while_a_prompt_is_read(asked, tiny_model, tokenizer):
+    """The pass that reads a prompt stops halfway; those of other threads must not."""
+    editor, _, _ = asked
+    held, model = editor.method.attachments[PLACE], editor.model
+    expected_states, given = held.states(PROMPTS), one(tokenizer, "Eve plays the")
+    expected = small_model(tiny_model).generate(**given, **{**NEW, "max_new_tokens": 20})
+    wrong, done = [], threading.Event()
+
+    def generate():
+        while not done.is_set():
+            try:
+                if not torch.equal(model.generate(**given, **{**NEW, "max_new_tokens": 20}), expected):
+                    wrong.append("another text")
+            except Exception as error:
+                wrong.append(repr(error))
+
+    threads = [threading.Thread(target=generate) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(60):
+            assert torch.allclose(held.states(PROMPTS), expected_states)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong, wrong[:3]
+
+
+def test_a_reader_behind_questions(tiny_model, tokenizer, tmp_path):
+    """SERAC keeps its own rows beside, and takes them out together."""
+    editor = trained_serac(tiny_model, tokenizer, tmp_path / "e", named=True, question_floor=-1.0)
+    editor.edit(FACTS)
+    scope, rewrite = editor.method.attachments[PLACE], prompt_rewriter(editor.model)
+    keys, usual = scope.keys.clone(), scope.usual.clone()
+    assert len(keys) == len(usual) == len(scope.asked) == 3
+    assert rewrite("Ann lives in") == f"{MARK} Ann lives in Rome\nPrompt: Ann lives in"
+    editor.retract(scope.facts[1]["id"])
+    assert torch.equal(scope.keys, keys[[0, 2]]) and torch.equal(scope.usual, usual[[0, 2]])
+    editor.save_pretrained(tmp_path / "edits")
+    loaded = load_edits(small_model(tiny_model), tmp_path / "edits", tokenizer=tokenizer)
+    assert prompt_rewriter(loaded)("Bob lives in") == rewrite("Bob lives in") != "Bob lives in"
+    scope.questions = scope.questions._replace(floor=1.0)
+    assert rewrite("Bob lives near") == "Bob lives near"  # no nearer than that

@@ -394,12 +394,12 @@ def test_a_question_meets_one_state_of_the_edits(tiny_model, tokenizer, tmp_path
     rewrite, candidates = prompt_rewriter(editor.model), Scope.candidates
 
     def asked(prompt, meanwhile):
-        def disturbed(self, text, facts):
+        def disturbed(self, text, *held):
             if threading.current_thread() is threading.main_thread():
                 other = threading.Thread(target=meanwhile)
                 other.start()
                 other.join()
-            return candidates(self, text, facts)
+            return candidates(self, text, *held)
 
         with monkeypatch.context() as patch:
             patch.setattr(Scope, "candidates", disturbed)

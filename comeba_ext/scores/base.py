@@ -157,8 +157,9 @@ class Score(nn.Module):
 
 
 def keep_precise(module: nn.Module, names: tuple[str, ...], apply):
-    """Run a module's ``_apply`` and give these buffers their dtype back, with the values that a narrower one would have lost."""
-    before = {name: getattr(module, name) for name in names}
+    """Run a module's ``_apply`` and give these buffers, if it has them, their dtype back, with the values that a narrower one would
+    have lost."""
+    before = {name: getattr(module, name) for name in names if name in module._buffers}
     result = apply()
     for name, buffer in before.items():
         after = getattr(module, name)
