@@ -23,18 +23,9 @@ from comeba_ext.text.request import SLOT
 DEPTH = 0.9  # of the model's blocks
 VIEWS = ("{}", "Question: {}\nThis question is about the")
 USUAL = (  # what may be asked about anything, whose mean is taken off: openings of statements, and questions
-    (
-        "{} is known for", "{} was born in", "{} works as a", "{} is located in", "{} belongs to", "The language of {} is",
-        "The name of {} comes from", "{} was founded in", "The owner of {} is", "{} and", "The best thing about {} is", "What is {}?",
-        "{}, who", "The color of {} is", "{} is a",
-    ),
-    (
-        "What is {} known for?", "Where was {} born?", "What does {} work as?", "Where is {} located?", "What does {} belong to?",
-        "What is the language of {}?", "Where does the name of {} come from?", "When was {} founded?", "Who is the owner of {}?",
-        "What is like {}?", "What is the best thing about {}?", "What is {}?", "Who is {}?", "What is the color of {}?",
-        "What kind of thing is {}?",
-    ),
-)  # fmt: skip
+    ("{} was born in", "{} works as a", "{} is located in", "The language of {} is", "The owner of {} is"),
+    ("Where was {} born?", "What does {} work as?", "Where is {} located?", "What is the language of {}?", "Who is the owner of {}?"),
+)
 MAX_TOKENS = 4096  # of a pass
 
 
