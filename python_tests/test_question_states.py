@@ -63,6 +63,8 @@ def test_states_are_the_mlps_inputs_at_the_last_token(tiny_model, tokenizer):
     assert states.shape == (len(PROMPTS), len(VIEWS), width) and states.dtype == torch.float32
     wanted = literal(model, full_name(model), tokenizer, PROMPTS)
     assert np.abs(states.double().numpy() - wanted).max() < 1e-4 * np.abs(wanted).max()
+    long = "Bob " * (model.config.n_positions - 4) + "lives in"  # and no room for the second view
+    assert torch.isfinite(question_states(model.transformer, place, tokenizer, [long])).all()
     asked, usual, state = torch.randn(5, 2, 7), torch.randn(5, 2, 2, 7), torch.randn(2, 7)
     for form, prompt in enumerate(("Ann is", "Who is Ann? ")):
         for n, value in enumerate(nearness(prompt, state, asked, usual)):

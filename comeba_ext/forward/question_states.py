@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from comeba_ext.forward.architectures import Architecture
+from comeba_ext.forward.architectures import Architecture, context_length
 from comeba_ext.forward.partial import evaluating, inputs_at_ends
 from comeba_ext.text.encoding import input_device, pad_id
 from comeba_ext.text.request import SLOT
@@ -45,7 +45,9 @@ def question_states(decoder: nn.Module, place: str, tokenizer, prompts: list[str
     Returns:
         ``(prompts, views, d)``, float32, on the host.
     """
+    limit = context_length(decoder) or 0
     rows = tokenizer([view.replace(SLOT, prompt.rstrip()) for prompt in prompts for view in VIEWS])["input_ids"]
+    rows = [row[-limit:] for row in rows]  # what a question ends with tells it; 0: all of it
     with evaluating(decoder):
         found = inputs_at_ends(decoder, {place: decoder.get_submodule(place)}, rows, pad_id(tokenizer), MAX_TOKENS, input_device(decoder))
     return found[place].float().cpu().reshape(len(prompts), len(VIEWS), -1)

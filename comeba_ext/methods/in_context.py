@@ -170,12 +170,11 @@ class Facts(PromptRewriter):
         numbers = [n for n, own in enumerate(facts) if own["subject"] in found]
         if self.questions is None or not numbers:
             return numbers
-        asked, usual = held["asked"].cpu(), held["usual"].cpu()
         kept = []
         for subject in sorted(found):
             (state,) = self.states([sentence_of(prompt, subject)])
             own = [n for n in numbers if facts[n]["subject"] == subject]
-            near = nearness(prompt, state, asked[own], usual[own]).tolist()
+            near = nearness(prompt, state, *(held[name][own].cpu() for name in ("asked", "usual"))).tolist()
             kept += [n for n, value in zip(own, near, strict=True) if value >= self.questions.floor]
         return sorted(kept)
 
@@ -238,7 +237,7 @@ class Facts(PromptRewriter):
 
 class ICE(Snapshots):
     """The edited fact that is most similar to the question (BM25) stands before it: "New Fact: … Prompt: …"; with ``named``, only where
-    the question names that fact's subject.
+    the question names that fact's subject, and with ``question_floor``, only where it is what is asked.
 
     Nothing in the model changes: it must be asked as :func:`~comeba_ext.layers.prompts.prompt_rewriter` says, as its ``generate`` does
     (:class:`~comeba_ext.layers.prompts.RewrittenGenerate`), ``evaluate`` and the command line; its ``forward`` cannot.
