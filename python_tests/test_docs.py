@@ -249,14 +249,14 @@ def test_the_readme_is_short_and_its_figures_are_results():
 
 def test_the_table_of_methods_is_of_results():
     for label, (counterfact, zsre) in table_of(PAGES["docs/methods.md"].read_text(encoding="utf-8"), "| | CounterFact | ZsRE |").items():
-        case = re.sub(r"(?<!\(named), .*", "", label.replace("z-score, the paper's", "z-score"))
+        case = re.sub(r", (?![^(]*\)).*", "", label.replace("z-score, the paper's", "z-score"))
         first, second = "smollm2/written200_counterfact", "smollm2/written200_zsre"
         if "(named" in case:
             first, second = "smollm2/named200_counterfact", "smollm2/named200_zsre"
-        elif case in ("SERAC", "LoRA"):
+        elif case in ("SERAC", "MEND", "LoRA"):
             first = f"smollm2/trained200{'_lora' * (case == 'LoRA')}"
-        elif case == "MELO":
-            first = "smollm2/peers_written_counterfact"
+        elif case in ("MELO", "EMMET", "PMET"):
+            first, second = "smollm2/peers_written_counterfact", "smollm2/peers_written_zsre"
         for name, cell in ((first, counterfact), (second, zsre)):
             if cell != "not run":
                 assert cell == " / ".join(f"{row_of(name, 200, case)[f'{metric}_written']:.3f}" for metric in METRICS), label
