@@ -12,7 +12,7 @@ from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
 from comeba_ext.forward.logits import logits_at
 from comeba_ext.forward.partial import evaluating, frozen, run_until
-from comeba_ext.forward.past import Past, cache_name
+from comeba_ext.forward.past import Past, cache_name, each
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.deltas import Deltas
@@ -107,14 +107,10 @@ class KN(Deltas):
             activations[name] = x.reshape(ids.shape[1], -1)[-1]
 
         taps = {layer: functools.partial(note, name) for name, layer in self.layers.items()}
-        past, cache = Past({}, 0), cache_name(session.decoder)
-        run_until(session.decoder, list(self.layers.values())[-1], {"input_ids": ids}, taps, before=True)
-        if ids.shape[1] > 1:
-            with torch.no_grad():
-                session.decoder(input_ids=ids[:, :-1], **{cache: past}, use_cache=True)
-        before = ids.shape[1] - 1
-        given = {cache: Past(past.new, before).rows(torch.zeros(steps, dtype=torch.long))} if before else {}
-        inputs = {"input_ids": ids[:, -1:].expand(steps, -1)} | given
+        whole, cache = Past({}, 0), cache_name(session.decoder)
+        run_until(session.decoder, session.blocks[-1], {"input_ids": ids, cache: whole}, taps)
+        past = Past(each(whole.new, lambda states: states[:, :, :-1]), ids.shape[1] - 1)
+        inputs = {"input_ids": ids[:, -1:].expand(steps, -1), cache: past.rows(torch.zeros(steps, dtype=torch.long))}
         shares = torch.arange(1, steps + 1, device=session.device)[:, None] / steps
         found = {}
         for name, layer in self.layers.items():
