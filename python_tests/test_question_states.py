@@ -14,8 +14,7 @@ from comeba_ext import EditRequest, load_edits, set_edits
 from comeba_ext.errors import ComebaError, ConfigError
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.forward.question_states import USUAL, VIEWS, nearness, place_of, question_states, sentence_of
-from comeba_ext.layers.attachment import disabled
-from comeba_ext.layers.prompts import prompt_rewriter
+from comeba_ext.layers.prompts import prompt_rewriter, rewriters
 from comeba_ext.methods.in_context import PLACE
 from comeba_ext.methods.serac import MARK
 
@@ -139,13 +138,22 @@ def test_of_two_facts_about_a_subject_the_one_that_is_asked_for(tiny_model, toke
     assert held.asked.shape == (0, *rows.shape[1:]) and rewrite(FACTS[0].text) == FACTS[0].text
 
 
-def test_other_edits_of_the_model_change_nothing_of_what_is_asked(asked, tokenizer):
-    """States are the unedited model's, also where the rewriter's own model is edited otherwise."""
+def test_other_edits_of_the_model_change_nothing_of_what_is_asked(asked, tiny_model, tokenizer, tmp_path):
+    """States are the unedited model's, also where its weights are edited beside."""
     editor, _, _ = asked
-    held = editor.method.attachments[PLACE]
-    expected = held.states(PROMPTS)
-    with disabled(editor.model):
-        assert torch.equal(held.states(PROMPTS), expected)
+    expected = editor.method.attachments[PLACE].states(PROMPTS)
+    editor.save_pretrained(tmp_path / "facts")
+    weights = make_method("FT", small_model(tiny_model), tokenizer, layers=[1], steps=20)
+    weights.edit(FACTS[2:])
+    weights.save_pretrained(tmp_path / "weights")
+    model = small_model(tiny_model)
+    for name in ("facts", "weights"):
+        load_edits(model, tmp_path / name, name=name, tokenizer=tokenizer)
+    set_edits(model, ["facts", "weights"])
+    (held,) = rewriters(model)
+    assert torch.equal(held.states(PROMPTS), expected)
+    edited = question_states(model.transformer, held.questions.place, tokenizer, PROMPTS)
+    assert not torch.allclose(edited, expected, rtol=1e-3)
 
 
 def test_saved_loaded_and_beside_others(asked, tiny_model, tokenizer, tmp_path):
