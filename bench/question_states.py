@@ -19,11 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import DATA, counterfact, finish
+from common import DATA, finish
+from rewordings import facts_of
 from tqdm.auto import tqdm
 
+from comeba_ext.data import read_requests
 from comeba_ext.forward.architectures import Architecture
-from comeba_ext.forward.question_states import asked_about, nearness, place_of, question_states, sentence_of
+from comeba_ext.forward.question_states import asked_about, form_of, nearness, place_of, question_states, sentence_of
 from comeba_ext.loading import load_model
 
 STOP = {"what", "is", "the", "of", "{}", "in", "was", "which", "who", "did", "does", "by", "where", "to"}
@@ -42,21 +44,13 @@ def pairs(other: Path | None, count: int) -> dict[str, list[tuple[str, str, list
     """By kind: subject, edited prompt, other wordings, other questions."""
     draw, found = random.Random(0), {}
     if other is not None:
-        filled = lambda texts, s: [(t if isinstance(t, str) else t["prompt"]).replace("{}", s) for t in texts]  # noqa: E731
         found["opening, opening"] = [
-            (
-                r["subject"],
-                *filled([r["prompt"]], r["subject"]),
-                *(filled(r[k], r["subject"]) for k in ("rephrase_prompts", "locality_prompts")),
-            )
-            for r in json.loads(other.read_text(encoding="utf-8"))[:count]
+            (r.subject, r.text, list(r.rephrase_prompts), [asked for asked, _ in r.locality_prompts])
+            for r in read_requests(other, count).requests
         ]
-    known = {r["subject"]: r["prompt"] for r in counterfact("train")}
-    asked = json.loads((DATA / "counterfact" / "counterfact_qna.json").read_text(encoding="utf-8"))
-    asked = [a for a in asked if a["subject"] in known and a["subject"] in a["qna_question"]]
     records = json.loads((DATA / "zsre" / "zsre_mend_eval_portability_gpt4.json").read_text(encoding="utf-8"))[600:]
     for kind, made in (
-        ("opening, question", [(a["subject"], known[a["subject"]], a["qna_question"]) for a in asked]),
+        ("opening, question", [(f["subject"], f["statement"], f["question"]) for f in facts_of("train")]),
         (
             "question, question",
             [(r["subject"], r["src"], r["rephrase"]) for r in records if all(r["subject"] in r[k] for k in ("src", "rephrase"))],
@@ -91,8 +85,7 @@ def main() -> None:
         found: dict[str, tuple[list[float], list[float]]] = {"own form": ([], []), "openings alone": ([], [])}
         for subject, prompt, *texts in tqdm(records, desc=kind, disable=args.json):
             asked, usual = (own[None] for own in asked_about(*reading, prompt, subject))
-            (edited,) = question_states(*reading, [sentence_of(prompt, subject)])
-            openings = usual[:, :1].expand_as(usual)
+            edited, openings = asked + usual[:, form_of(prompt)], usual[:, :1].expand_as(usual)
             for n, group in enumerate(texts):
                 states = question_states(*reading, [sentence_of(text, subject) for text in group])
                 for text, state in zip(group, states, strict=True):
