@@ -116,8 +116,8 @@ class Editor:
 
     @property
     def layers(self) -> dict[str, Attachment]:
-        """What the method has put into the model, by name: with COMEBA-HK the hooked layers, in increasing order."""
-        return self.method.attachments
+        """The edited layers by name, as the method has wrapped them: with COMEBA-HK the hooked layers, in increasing order."""
+        return self.method.layers
 
     @property
     def key_memory(self) -> dict[str, KeyMemory]:
@@ -377,7 +377,7 @@ class Editor:
             ComebaError: its layers are no longer in the model.
         """
         modules = dict(self.model.named_modules())
-        if any(modules.get(name) is not own for name, own in self.layers.items()):
+        if any(modules.get(name) is not own for name, own in self.method.attachments.items()):
             raise ComebaError("this editor was closed, or its hooked layers were taken out of the model; make a new one")
         work = copy.copy(self)
         work.session = self.session.on(twin_of(self.model))

@@ -92,7 +92,7 @@ def requests_of(count):
 
 def held(editor):
     """What a model's edits are kept in."""
-    return {f"{name}.{what}": own.clone() for name, a in editor.layers.items() for what, own in a.tensors().items()}
+    return {f"{name}.{what}": own.clone() for name, a in editor.method.attachments.items() for what, own in a.tensors().items()}
 
 
 def assert_held(found, wanted, tolerance=0.0):

@@ -176,7 +176,7 @@ def test_facts_in_the_context_are_one_list(model, folder_of):
     for fact in SETS["ice"][2] + SETS["ice2"][2]:
         assert rewrite(fact.text) == f"New Fact: {fact.text} {fact.target_new}\nPrompt: {fact.text}"
     set_edits(model, ["ice2"])  # what was joined is two sets again
-    assert len(attachments(model)["comeba_facts"].facts) == 3
+    assert len(attachments(model)["comeba_facts"].entries) == 3
 
 
 @pytest.mark.parametrize("names", [["ice", "ice2"], ["ice2", "ice"]])

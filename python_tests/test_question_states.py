@@ -14,7 +14,7 @@ from comeba_ext import EditRequest, load_edits, set_edits
 from comeba_ext.errors import ComebaError, ConfigError
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.forward.question_states import USUAL, VIEWS, nearness, place_of, question_states, sentence_of
-from comeba_ext.layers.prompts import prompt_rewriter, rewriters
+from comeba_ext.layers.prompts import prompt_readers, prompt_rewriter
 from comeba_ext.methods.in_context import PLACE
 from comeba_ext.methods.serac import MARK
 
@@ -128,10 +128,10 @@ def test_of_two_facts_about_a_subject_the_one_that_is_asked_for(tiny_model, toke
     before = rewrite(FACTS[1].text)
     assert "drums" in before and "Rome" not in before
     held = editor.method.attachments[PLACE]
-    assert len(held.asked) == len(held.usual) == len(held.facts) == 3
+    assert len(held.asked) == len(held.usual) == len(held.entries) == 3
     rows = held.asked.clone()
-    editor.retract([held.facts[0]["id"]])
-    assert torch.equal(held.asked, rows[1:]) and [own["fact"] for own in held.facts] == ["Ann plays the drums", "Bob lives in Oslo"]
+    editor.retract([held.entries[0]["id"]])
+    assert torch.equal(held.asked, rows[1:]) and [own["fact"] for own in held.entries] == ["Ann plays the drums", "Bob lives in Oslo"]
     editor.rollback(2)
     assert torch.equal(held.asked, rows)
     editor.rollback(0)
@@ -150,7 +150,7 @@ def test_other_edits_of_the_model_change_nothing_of_what_is_asked(asked, tiny_mo
     for name in ("facts", "weights"):
         load_edits(model, tmp_path / name, name=name, tokenizer=tokenizer)
     set_edits(model, ["facts", "weights"])
-    (held,) = rewriters(model)
+    (held,) = prompt_readers(model)
     assert torch.equal(held.states(PROMPTS), expected)
     edited = question_states(model.transformer, held.questions.place, tokenizer, PROMPTS)
     assert not torch.allclose(edited, expected, rtol=1e-3)
@@ -176,13 +176,13 @@ def test_saved_loaded_and_beside_others(asked, tiny_model, tokenizer, tmp_path):
     with pytest.raises(ComebaError, match="give load_edits the tokenizer"):
         prompt_rewriter(without)("Ann lives in")
     held = editor.method.attachments[PLACE]
-    with pytest.raises(ValueError, match="asked and usual are not equally many"):
+    with pytest.raises(ValueError, match="the table.s edits and asked and usual are not equally many"):
         held.restore({**held.own_buffers(), "asked": held.asked[:0]})
 
 
 @pytest.mark.parametrize("floor", [2, -1.5, "high", True, float("nan")])
 def test_floors_that_are_none(tiny_model, tokenizer, floor):
-    with pytest.raises(ConfigError, match="question_floor must be a number from -1 to 1"):
+    with pytest.raises(ConfigError, match="question_floor must be null or a number from -1 to 1, got"):
         make_method("ICE", small_model(tiny_model), tokenizer, named=True, question_floor=floor)
 
 
@@ -228,7 +228,7 @@ def test_a_reader_behind_questions(tiny_model, tokenizer, tmp_path):
     keys, usual = scope.keys.clone(), scope.usual.clone()
     assert len(keys) == len(usual) == len(scope.asked) == 3
     assert rewrite("Ann lives in") == f"{MARK} Ann lives in Rome\nPrompt: Ann lives in"
-    editor.retract(scope.facts[1]["id"])
+    editor.retract(scope.entries[1]["id"])
     assert torch.equal(scope.keys, keys[[0, 2]]) and torch.equal(scope.usual, usual[[0, 2]])
     editor.save_pretrained(tmp_path / "edits")
     loaded = load_edits(small_model(tiny_model), tmp_path / "edits", tokenizer=tokenizer)

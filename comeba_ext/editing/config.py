@@ -42,6 +42,9 @@ class EditConfig:
             0.25 for reference. Of no effect with nearest.
         alpha_floor: with nearest, every anchor's threshold where the text names the edited subject.
         unnamed_floor: with nearest, what no anchor's threshold falls below where it does not (:mod:`comeba_ext.editing.anchors`).
+        question_floor: with nearest, and methods whose edits stand in the prompt where it names their subject: an edit is felt only where
+            it is asked for, as far as ``generate`` can tell from the prompt. How near that must be to the edited one, from −1 to 1
+            (:func:`~comeba_ext.forward.question_states.nearness`); ``None``: whatever is asked about the subject.
         steps: loss evaluations per target value at most; the optimiser steps between them.
         lr: learning rate for target values.
         lr_unit: ``"absolute"``, or ``"hidden_rms"``: ``lr`` times the root mean square of the request's hidden state.
@@ -78,6 +81,7 @@ class EditConfig:
     alpha_margin: float | None = None
     alpha_floor: float = 0.4
     unnamed_floor: float = 0.85
+    question_floor: float | None = None
     steps: int = 25
     lr: float = 0.5
     lr_unit: str = "absolute"
@@ -144,6 +148,8 @@ class EditConfig:
             raise ConfigError(f"alpha_margin must be null or a number > 0 and <= 1, got {self.alpha_margin!r}")
         if self.alpha is not None and not (self.alpha in (math.inf, -math.inf) or is_number(self.alpha)):
             raise ConfigError(f"alpha must be a number or null, got {self.alpha!r}")
+        if self.question_floor is not None and not (is_number(self.question_floor) and -1 <= self.question_floor <= 1):
+            raise ConfigError(f"question_floor must be null or a number from -1 to 1, got {self.question_floor!r}")
         for name in ("blocks", "projection"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise ConfigError(f"{name} must be a module's name or null, got {getattr(self, name)!r}")

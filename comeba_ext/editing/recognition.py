@@ -20,6 +20,7 @@ from comeba_ext.editing.anchors import APART, Anchors, Background, anchors_of, t
 from comeba_ext.editing.keys import LayerReading
 from comeba_ext.editing.subject_shards import Member, SubjectShards
 from comeba_ext.errors import RequestError
+from comeba_ext.layers.edit_table import QUESTIONS, QuestionGate
 from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.ops.mentions import name_hash
@@ -198,6 +199,7 @@ class KeyRecognition(Recognition):
             return
         directions = self.method.config.prefixes + 2  # a key behind each prefix, the prompt's own, their mean
         needed = sum(layer.shards.nbytes_with(KEYS * count) + layer.score.nbytes_with(directions * count) for layer in layers)
+        needed += self.gate.nbytes_with(count) if self.gate is not None else 0
         if needed > limit * 1e6:
             raise RequestError(
                 f"with {count} more edits the model would hold {needed / 1e6:.1f} MB of edits, and max_edit_memory is {limit:g}; "
@@ -232,6 +234,7 @@ class KeyRecognition(Recognition):
         self._subjects, self._decoys = self.subjects(batch), self.decoys(batch)
         self._names = self.names(batch)
         self._at_end = torch.tensor([request.fact_token == "last" for request in batch])
+        self._ask_of(batch)
 
     def keys(self, name: str, reading: LayerReading) -> torch.Tensor:
         """The two keys that an edit is written at, ``(u, 2, d_in)``: the mean over context prefixes, and that behind the prompt
@@ -283,13 +286,32 @@ class KeyRecognition(Recognition):
     def compare_with(self, live: list[Entry]) -> None:
         for name, layer in self.method.layers.items():
             self.shards[name].rebuild(layer, self.method.key_memory.get(name), self.members(name, live))
+        if self.gate is not None:
+            kept, known = {entry.request.request_id for entry in live}, {own["id"] for own in self.gate.entries}
+            self.gate.drop(known - kept)
+            self._ask_of([entry.request for entry in live if entry.request.request_id not in known])
 
     def forget(self, entries: list[Entry]) -> None:
         names = {(entry.request.request_id, entry.step) for entry in entries}
         for name, layer in self.method.layers.items():
             self.shards[name].remove(layer, self.method.key_memory[name], names)
+        if self.gate is not None:
+            self.gate.drop({entry.request.request_id for entry in entries})
 
     # -- parts --------------------------------------------------------------------------------------------------
+
+    @property
+    def gate(self) -> QuestionGate | None:
+        """What tells whether a prompt asks for an edit; ``None`` without ``question_floor``."""
+        return self.method.attachments.get(QUESTIONS)
+
+    def _ask_of(self, batch: list[EditRequest]) -> None:
+        """Let the gate know what these ask. (An edit at its prompt's end is met where that prompt is, and needs none.)"""
+        batch = [request for request in batch if request.fact_token == "subject_last"] if self.gate is not None else []
+        if batch:
+            names = [[name_hash(ids) for ids in own.names] for own in names_of(self.method.session.tokenizer, batch)]
+            entries = [{"id": r.request_id, "subject": r.subject.strip(), "names": own} for r, own in zip(batch, names, strict=True)]
+            self.gate.add(entries, self.gate.questions_of(batch))
 
     def decoys(self, batch: list[EditRequest]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Layer name to the directions of other names' keys, and which request each belongs to."""

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from comeba_ext.editor import Editor
 from comeba_ext.errors import ArchitectureError, ComebaError
-from comeba_ext.layers.attachment import attachments, detach
+from comeba_ext.layers.attachment import Attachment, attachments, detach
+from comeba_ext.layers.edit_table import QuestionGate
 from comeba_ext.saved_edits import load_edits
 from comeba_ext.storage import read_manifest
 
@@ -102,6 +103,11 @@ def edited(model: nn.Module, edits: str | Path, tokenizer=None):
         detach(model)
 
 
+def edited_layers(model: nn.Module) -> dict[str, Attachment]:
+    """What of the edits can be exported, by names: all but the gate of their questions, which reads every prompt with the model."""
+    return {name: own for name, own in attachments(model).items() if not isinstance(own, QuestionGate)}
+
+
 Change = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # (d_out, d_in), or factors (d_out, n) and (n, d_in)
 
 
@@ -113,7 +119,7 @@ def weight_changes(model: nn.Module, tokenizer, edits: str | Path) -> tuple[int,
     """
     with edited(model, edits, tokenizer) as (manifest, method):
         found: dict[str, Change] = {}
-        for name, own in attachments(model).items():
+        for name, own in edited_layers(model).items():
             try:
                 change = own.weight_change() if method is None else method.weight_change(name)
             except ComebaError as error:

@@ -12,10 +12,9 @@ from torch import nn
 
 from comeba_ext.errors import ArchitectureError, ComebaError
 from comeba_ext.exporting import modeling
-from comeba_ext.exporting.base import Exported, edited, size_of, write_tokenizer
+from comeba_ext.exporting.base import Exported, edited, edited_layers, size_of, write_tokenizer
 from comeba_ext.exporting.new_folder import must_be_new, new_folder
 from comeba_ext.forward.architectures import Architecture
-from comeba_ext.layers.attachment import attachments
 from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.storage import write_text
 
@@ -41,7 +40,7 @@ def export_folder(model: nn.Module, tokenizer, edits: str | Path, out: str | Pat
     must_be_new(out)
     with edited(model, edits) as (manifest, _):
         source, layers, tensors = _source_for(model), {}, {}
-        for number, (name, own) in enumerate(attachments(model).items()):
+        for number, (name, own) in enumerate(edited_layers(model).items()):
             carried = _gate_of(own, manifest.get("method", "COMEBA-HK"))
             layers[name] = {"score": own.scope, "tensors": {what: [_dtype(own, what, t), *t.shape] for what, t in carried.items()}}
             # The threshold in scalar float64 and what is kept with it are float32 there, far below the rounding of a score.
@@ -66,6 +65,8 @@ def export_folder(model: nn.Module, tokenizer, edits: str | Path, out: str | Pat
         write_text(staging / "config.json", json.dumps(config, indent=2) + "\n")
         write_text(staging / FILE, source)
         notes = write_tokenizer(tokenizer, staging)
+        if manifest["config"].get("question_floor") is not None:
+            notes += ("question_floor is not in the folder: an edit is felt wherever its subject is named",)
         size = size_of(staging)
     return Exported(Path(out), manifest["edits"], list(layers), size, notes=notes)
 

@@ -1,4 +1,5 @@
-"""How a model is asked whose edits stand in the prompt: the text that is asked instead, and a ``generate`` that asks it."""
+"""How a model is asked whose edits go by the prompt: the text that is asked instead, the edits that it does not ask for, and a ``generate``
+that heeds both."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -19,35 +21,43 @@ from comeba_ext.text.encoding import pad, pad_id
 log = logging.getLogger(__name__)
 
 
-class PromptRewriter(Attachment):
-    """Stands beside a model's layers and changes none: says how the edited model is to be asked. (A tensor's worth of state must be in
-    buffers, so that it is taken over, saved and loaded like any other.)
+class PromptReader(Attachment):
+    """Stands beside a model's layers and changes none: reads what the edited model is asked. (A tensor's worth of state must be in buffers,
+    so that it is taken over, saved and loaded like any other.)
 
     Attributes:
-        tokenizer: of the model, with which its ``generate`` asks so too; ``None``: not known.
+        tokenizer: of the model, with which its ``generate`` lets it read; ``None``: not known.
     """
 
     tokenizer = None
+
+    def muted(self, prompts: list[str]) -> list[list[int]]:
+        """Of every prompt, names (:func:`~comeba_ext.ops.mentions.name_hash`) whose edits are not what it asks for."""
+        return [[] for _ in prompts]
+
+    def replaces(self) -> dict[str, type[Replaced]]:
+        return {**super().replaces(), "generate": GenerateAsRead}
+
+
+class PromptRewriter(PromptReader):
+    """Says how the edited model is to be asked."""
 
     def rewrite(self, prompt: str) -> str:
         """The text to ask instead of ``prompt``."""
         raise NotImplementedError
 
-    def replaces(self) -> dict[str, type[Replaced]]:
-        return {**super().replaces(), "generate": RewrittenGenerate}
-
     def weight_change(self):
         raise ComebaError("these edits are put in front of every prompt; nothing of the model is changed that could be exported")
 
 
-def rewriters(model: nn.Module) -> list[PromptRewriter]:
+def prompt_readers(model: nn.Module) -> list[PromptReader]:
     """Those that stand in a model, whether they are on or off."""
-    return [own for own in attachments(model).values() if isinstance(own, PromptRewriter)]
+    return [own for own in attachments(model).values() if isinstance(own, PromptReader)]
 
 
 def prompt_rewriter(model: nn.Module) -> Callable[[str], str] | None:
     """How prompts for a model are to be rewritten; ``None``, as for most models: not at all."""
-    found = [own for own in rewriters(model) if own.mode != "off"]
+    found = [own for own in prompt_readers(model) if isinstance(own, PromptRewriter) and own.mode != "off"]
     if not found:
         return None
 
@@ -60,15 +70,15 @@ def prompt_rewriter(model: nn.Module) -> Callable[[str], str] | None:
 
 
 def give_tokenizer(found: dict[str, Attachment], tokenizer) -> None:
-    """Let ``generate`` of the model that these are in ask as they say."""
+    """Let ``generate`` of the model that these are in go by them."""
     for own in found.values():
-        if isinstance(own, PromptRewriter):
+        if isinstance(own, PromptReader):
             own.tokenizer = tokenizer
 
 
 def plain_generate(model: nn.Module) -> Callable:
     """``model.generate`` for prompts that are rewritten already; the edited model may stand anywhere inside of what wraps it."""
-    contexts = {own.context for own in rewriters(model)} - {None}
+    contexts = {own.context for own in prompt_readers(model)} - {None}
     if not contexts:
         return model.generate
 
@@ -84,46 +94,66 @@ def plain_generate(model: nn.Module) -> Callable:
     return generate
 
 
-class RewrittenGenerate(Replaced):
-    """``model.generate`` of a model whose edits stand in the prompt: it asks what :func:`prompt_rewriter` says, and returns the tokens
-    that it was given with those behind that the model wrote. In a chat, what the user said last is rewritten.
+class GenerateAsRead(Replaced):
+    """``model.generate`` of a model whose edits go by the prompt: it asks what :func:`prompt_rewriter` says, with those edits muted that
+    a :class:`PromptReader` says are not asked for, and returns the tokens that it was given with those behind that the model wrote. In a
+    chat, what the user said last is read.
 
     Raises:
-        ComebaError: the prompt is not given as token ids, or its beginning is in a cache.
+        ComebaError: the prompt is to be rewritten and not given as token ids, or its beginning is in a cache.
     """
 
     warned = False
 
     def __call__(self, *args, **kwargs):
-        rewrite, found = prompt_rewriter(self.model), rewriters(self.model)
-        plain = functools.partial(type(self.model).generate, self.model, *args, **kwargs)
-        if rewrite is None or any(own.context is not None and own.context.here.asked for own in found):
-            return plain()
-        tokenizer = next((own.tokenizer for own in found if own.tokenizer is not None), None)
+        plain = functools.partial(type(self.model).generate, self.model)
+        readers = [own for own in prompt_readers(self.model) if own.mode != "off"]
+        contexts = {own.context for own in readers} - {None}
+        rewrite = None if any(context.here.asked for context in contexts) else prompt_rewriter(self.model)
+        muting = [own for own in readers if type(own).muted is not PromptReader.muted]
+        if rewrite is None and not muting:
+            return plain(*args, **kwargs)
+        tokenizer = next((own.tokenizer for own in readers if own.tokenizer is not None), None)
         if tokenizer is None:
             if not self.warned:
-                log.warning("these edits stand in the prompt, and generate does not put them there: give load_edits the tokenizer")
+                log.warning("these edits go by what the prompt says, and generate cannot read it: give load_edits the tokenizer")
                 self.warned = True
-            return plain()
+            return plain(*args, **kwargs)
         kwargs = _by_name(self.model, args, kwargs)
-        inputs, config = kwargs.pop("inputs", None), kwargs.get("generation_config") or self.model.generation_config
-        given = kwargs.pop("input_ids", None) if inputs is None else inputs
+        ids = kwargs.get("inputs")
+        ids = kwargs.get("input_ids") if ids is None else ids
         cache = kwargs.get("past_key_values", kwargs.get("cache"))
-        if given is None or getattr(cache, "get_seq_length", int)():
+        if rewrite is not None and (ids is None or getattr(cache, "get_seq_length", int)()):
             raise ComebaError("these edits stand in the prompt: generate needs it whole, as token ids without a cache of its beginning")
-        mask = kwargs.pop("attention_mask", None)
-        mask = _real(given, getattr(tokenizer, "pad_token_id", None), tokenizer.eos_token_id) if mask is None else mask
-        rows = [own[real.bool()].tolist() for own, real in zip(given, mask.to(given.device), strict=True)]
-        asked = [asked_tokens(tokenizer, row, rewrite) for row in rows]
-        if asked == rows:
-            return plain()
+        if ids is None:
+            return plain(**kwargs)
+        mask = kwargs.get("attention_mask")
+        mask = _real(ids, getattr(tokenizer, "pad_token_id", None), tokenizer.eos_token_id) if mask is None else mask
+        mask = mask.to(ids.device).bool()
+        if mask.shape != ids.shape:  # its own error says it better
+            return plain(**kwargs)
+        rows = [_Prompt(tokenizer, own[real].tolist()) for own, real in zip(ids, mask, strict=True)]
+        muted: list[list[int]] = [[] for _ in rows]
+        for reader in muting:
+            for mine, own in zip(muted, reader.muted([row.asked for row in rows]), strict=True):
+                mine += own
+        with ExitStack() as stack:
+            for context in contexts if any(muted) else ():
+                stack.enter_context(context.muting(muted))
+            return plain(**kwargs) if rewrite is None else self._rewritten(plain, rewrite, tokenizer, rows, ids, kwargs)
+
+    def _rewritten(self, plain: Callable, rewrite: Callable[[str], str], tokenizer, rows: list[_Prompt], given, kwargs: dict):
+        asked = [row.instead(rewrite) for row in rows]
+        if asked == [row.ids for row in rows]:
+            return plain(**kwargs)
+        config = kwargs.get("generation_config") or self.model.generation_config
         ids, mask = pad(asked, pad_id(tokenizer), "left", given.device)
-        for name in ("token_type_ids", "position_ids"):  # of the prompt as it was given
+        for name in ("inputs", "input_ids", "attention_mask", "token_type_ids", "position_ids"):  # of the prompt as it was given
             kwargs.pop(name, None)
         kwargs |= _lengths(kwargs, config, given.shape[1])
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = _Streamer(kwargs["streamer"], given)
-        out = type(self.model).generate(self.model, ids, attention_mask=mask, **kwargs)
+        out = plain(ids, attention_mask=mask, **kwargs)
         written = out if isinstance(out, torch.Tensor) else out.sequences
         first = given.repeat_interleave(len(written) // len(given), 0)
         together = torch.cat((first, written[:, ids.shape[1] :]), 1)
@@ -131,6 +161,35 @@ class RewrittenGenerate(Replaced):
             return together
         out.sequences = together
         return out
+
+
+class _Prompt:
+    """A prompt's tokens as a text.
+
+    Attributes:
+        ids: as they are; first: how many of them every text begins with.
+        before, asked, behind: the text; in a chat what the user said last is ``asked``.
+    """
+
+    def __init__(self, tokenizer, ids: list[int]):
+        begins = tokenizer("")["input_ids"]
+        self.tokenizer, self.ids = tokenizer, ids
+        self.first = len(begins) if ids[: len(begins)] == begins else 0
+        text = tokenizer.decode(ids[self.first :], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        start, end = last_turn(tokenizer, text)
+        self.before, self.asked, self.behind = text[:start], text[start:end], text[end:]
+
+    def instead(self, rewrite: Callable[[str], str]) -> list[int]:
+        """The tokens to ask; the same, where its text is not rewritten."""
+        if (instead := rewrite(self.asked)) == self.asked:
+            return self.ids
+        text = self.before + instead + self.behind
+        return self.ids[: self.first] + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def asked_tokens(tokenizer, ids: list[int], rewrite: Callable[[str], str]) -> list[int]:
+    """What is asked instead of a prompt's tokens."""
+    return _Prompt(tokenizer, ids).instead(rewrite)
 
 
 def _by_name(model: nn.Module, args: tuple, kwargs: dict) -> dict:
@@ -156,18 +215,6 @@ class _Streamer:
 def _real(ids: torch.Tensor, pad_token: int | None, end: int | None) -> torch.Tensor:
     """Which tokens are no padding, as Transformers finds it where it is not told."""
     return torch.ones_like(ids) if pad_token is None or pad_token == end else (ids != pad_token).long()
-
-
-def asked_tokens(tokenizer, ids: list[int], rewrite: Callable[[str], str]) -> list[int]:
-    """What is asked instead of a prompt's tokens: the same, where its text is not rewritten."""
-    begins = tokenizer("")["input_ids"]
-    first = len(begins) if ids[: len(begins)] == begins else 0
-    text = tokenizer.decode(ids[first:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    start, end = last_turn(tokenizer, text)
-    asked = text[start:end]
-    if (instead := rewrite(asked)) == asked:
-        return ids
-    return ids[:first] + tokenizer(text[:start] + instead + text[end:], add_special_tokens=False)["input_ids"]
 
 
 def _lengths(kwargs: dict, config: GenerationConfig, width: int) -> dict:

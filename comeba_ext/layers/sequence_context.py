@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from comeba_ext.errors import ComebaError
 from comeba_ext.layers.passes import Passes
-from comeba_ext.ops.mentions import LONGEST, UNKNOWN, suffix_hashes
+from comeba_ext.ops.mentions import LONGEST, UNKNOWN, suffix_hashes, without
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ class _Here(threading.local):
         told: what attachments tell those behind them in the same pass.
         off: whether this thread wants the unedited model (:func:`attachment.disabled`), so many times over.
         asked: whether its prompts are rewritten already (:func:`prompts.plain_generate`), likewise.
+        muted: ``(prompts, any)`` hashes of names that a text of this thread is as if it had not (:meth:`SequenceContext.muting`), filled
+            up with 0; ``None``: none.
     """
 
     shape: tuple[int, int] | None = None
@@ -56,6 +58,7 @@ class _Here(threading.local):
     before: int | torch.Tensor = 0
     off = 0
     asked = 0
+    muted: torch.Tensor | None = None
 
     def __init__(self) -> None:
         self.clear()
@@ -146,6 +149,21 @@ class SequenceContext:
         finally:
             here.clear()
 
+    @contextlib.contextmanager
+    def muting(self, names: list[list[int]]):
+        """Inside, in this thread, a token at which one of a text's own of these names ends says nothing to who asks for ``here.hashes``.
+
+        Args:
+            names: of every prompt, :func:`~comeba_ext.ops.mentions.name_hash` of them. A pass may be of several texts a prompt, side by
+                side (beams).
+        """
+        width, before = max(map(len, names), default=0), self.here.muted
+        self.here.muted = torch.tensor([[*own, *[0] * (width - len(own))] for own in names], dtype=torch.int64)
+        try:
+            yield
+        finally:
+            self.here.muted = before
+
     def _read(self, here: _Here, ids: torch.Tensor | None) -> None:
         """The pass's token ids; of embeddings from elsewhere none are known."""
         batch, length = here.shape
@@ -163,6 +181,9 @@ class SequenceContext:
             if here.mask is not None:
                 ids = ids.masked_fill(~here.mask.to(ids.device), UNKNOWN)
             here.hashes = suffix_hashes(ids, before)
+            if here.muted is not None and batch % len(here.muted) == 0:
+                own = here.muted.to(ids.device).repeat_interleave(batch // len(here.muted), 0)
+                here.hashes = without(here.hashes, own)
         if before is None:
             before = ids.new_full((batch, KEPT), UNKNOWN)
         here.updated[IDS] = torch.cat([before.to(ids.device), ids], 1)[:, -KEPT:]

@@ -11,7 +11,7 @@ import copy
 from torch import nn
 
 from comeba_ext.layers.attachment import attachments
-from comeba_ext.layers.prompts import rewriters
+from comeba_ext.layers.prompts import prompt_readers
 
 
 def twin_of(model: nn.Module) -> nn.Module:
@@ -35,5 +35,5 @@ def twin_of(model: nn.Module) -> nn.Module:
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's, of offloaded layers
         if weights is not None:
             memo[id(weights)] = weights
-    memo |= {id(own.tokenizer): own.tokenizer for own in rewriters(model)}
+    memo |= {id(own.tokenizer): own.tokenizer for own in prompt_readers(model)}
     return copy.deepcopy(model, memo)

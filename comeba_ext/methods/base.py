@@ -71,10 +71,11 @@ class Method:
         takes_values: whether target values can be given to it and asked of it.
         one_layer: whether it edits a single layer.
         in_prompt: whether its edits stand in the prompt (:mod:`comeba_ext.layers.prompts`).
+        tells_questions: whether it heeds ``question_floor``.
 
     Attributes:
         session: what it works on.
-        attachments: what it has put into the model, by name.
+        attachments: what it has put into the model, by name; layers: those of them that wrap layers that it edits.
     """
 
     name: ClassVar[str] = ""
@@ -85,6 +86,7 @@ class Method:
     takes_values: ClassVar[bool] = False
     one_layer: ClassVar[bool] = False
     in_prompt: ClassVar[bool] = False
+    tells_questions: ClassVar[bool] = False
 
     def __init__(self, session: Session):
         self.session = session
@@ -107,6 +109,10 @@ class Method:
         return self.session.config
 
     @property
+    def layers(self) -> dict[str, Attachment]:
+        return {name: own for name, own in self.attachments.items() if hasattr(own, "base_layer")}
+
+    @property
     def attachment(self) -> Attachment:
         """The only one, of methods that have one."""
         (found,) = self.attachments.values()
@@ -120,6 +126,8 @@ class Method:
         depth = architecture.num_blocks(model)
         if config.value_layer >= depth:
             raise ConfigError(f"layers {list(config.layers)}: the model has blocks 0 to {depth - 1}")
+        if config.question_floor is not None and not cls.tells_questions:
+            raise ConfigError(f"question_floor: {cls.name} does not tell what is asked; COMEBA-HK (nearest), ICE, IKE and SERAC can")
         if cls.one_layer and len(config.layers) != 1:
             raise ConfigError(f"{cls.name} edits one layer, got layers {list(config.layers)}")
 

@@ -20,6 +20,8 @@ from comeba_ext.errors import ConfigError, CovarianceError, RequestError
 from comeba_ext.forward.activation_recorder import ActivationRecorder
 from comeba_ext.forward.architectures import Architecture, context_length
 from comeba_ext.forward.partial import evaluating
+from comeba_ext.layers.attachment import Attachment
+from comeba_ext.layers.edit_table import QUESTIONS, QuestionGate, questions_in
 from comeba_ext.layers.hooked_linear import HookedLinear
 from comeba_ext.memory.key_memory import KeyMemory
 from comeba_ext.memory.ledger import Entry, stacked, without
@@ -27,6 +29,7 @@ from comeba_ext.methods import hooked_state
 from comeba_ext.methods.base import Method, OnProgress, Outcome
 from comeba_ext.methods.deltas import adopt_masters, hooked, master_of, masters_on
 from comeba_ext.scores import score_named
+from comeba_ext.text.encoding import input_device
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import check_length, essence_rows, prompt_rows, target_rows
 
@@ -36,7 +39,7 @@ class ComebaHK(Method):
     that a score finds in scope.
 
     Attributes:
-        layers: the hooked projections by name, in increasing order (its attachments).
+        layers: the hooked projections by name, in increasing order.
         key_memory: layer name to :class:`KeyMemory`; empty until a covariance is there.
         masters: layer name to delta in the precision sums are kept in: the buffer itself, or a float32 master of a
             half-precision one.
@@ -51,6 +54,7 @@ class ComebaHK(Method):
     needs_covariance = True
     scored = True
     takes_values = True
+    tells_questions = True
     serving = "validated"
 
     def __init__(self, session: Session):
@@ -63,13 +67,11 @@ class ComebaHK(Method):
         self.recognition = (KeyRecognition if compares else Recognition)(self)
         self.masters = {name: master_of(layer) for name, layer in self.layers.items()}
 
-    @property
-    def layers(self) -> dict[str, HookedLinear]:
-        return self.attachments
-
     @classmethod
     def check(cls, config, model: nn.Module, architecture: Architecture) -> None:
         super().check(config, model, architecture)
+        if config.question_floor is not None and not score_named(config.scope).compares_keys:
+            raise ConfigError(f"question_floor: the score {config.scope!r} knows no subjects that could be muted; 'nearest' does")
         if len(config.layers) > 1 and architecture.after_norm(model, config.value_layer) is not None:
             raise ConfigError(
                 f"layers {list(config.layers)}: in {model.config.model_type} a norm follows every MLP, so edits of several "
@@ -77,8 +79,10 @@ class ComebaHK(Method):
             )
 
     @classmethod
-    def build(cls, model: nn.Module, config, architecture: Architecture) -> dict[str, HookedLinear]:
-        return hooked(model, cls.targets(config, architecture), config, cls.serving)
+    def build(cls, model: nn.Module, config, architecture: Architecture) -> dict[str, Attachment]:
+        found: dict[str, Attachment] = hooked(model, cls.targets(config, architecture), config, cls.serving)
+        questions = questions_in(model, config.question_floor, architecture)
+        return found if questions is None else {**found, QUESTIONS: QuestionGate(input_device(model), questions)}
 
     def set_covariance(self, covariance: Covariance) -> None:
         memory, fitted = {}, {}
@@ -382,7 +386,8 @@ class ComebaHK(Method):
 
     @classmethod
     def check_saved(cls, model: nn.Module, config, architecture: Architecture, names: list[str], tensors: dict) -> None:
-        hooked_state.check(model, cls.targets(config, architecture), names, tensors)
+        beside = [QUESTIONS] if config.question_floor is not None else []
+        hooked_state.check(model, [*cls.targets(config, architecture), *beside], names, tensors)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         return hooked_state.state(self)
@@ -392,4 +397,4 @@ class ComebaHK(Method):
 
     @classmethod
     def load_entries(cls, requests: list[tuple[EditRequest, int]], tensors: dict[str, torch.Tensor], names: list[str]) -> list[Entry]:
-        return hooked_state.entries(requests, tensors, names)
+        return hooked_state.entries(requests, tensors, [name for name in names if name != QUESTIONS])

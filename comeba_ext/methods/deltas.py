@@ -45,7 +45,7 @@ class Deltas(Snapshots):
     """Writes the weights of some layers, for every token: ``delta`` is what is added to the weight.
 
     Attributes:
-        layers: the hooked layers by name (its attachments).
+        layers: the hooked layers by name.
         masters: layer name to delta in the precision sums are kept in.
     """
 
@@ -56,10 +56,6 @@ class Deltas(Snapshots):
     @classmethod
     def build(cls, model: nn.Module, config: EditConfig, architecture) -> dict[str, HookedLinear]:
         return hooked(model, cls.targets(config, architecture), config, "temporary")
-
-    @property
-    def layers(self) -> dict[str, HookedLinear]:
-        return self.attachments
 
     def write(self, name: str, delta: torch.Tensor) -> None:
         """Another delta for a layer, through its master."""

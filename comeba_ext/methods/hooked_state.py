@@ -17,6 +17,7 @@ from comeba_ext.covariance import Covariance
 from comeba_ext.covariance.key_sample import KeySample
 from comeba_ext.editing.config import is_number
 from comeba_ext.editing.subject_shards import SubjectShards
+from comeba_ext.layers.edit_table import QUESTIONS
 from comeba_ext.layers.hooked_linear import shape_of
 from comeba_ext.memory.key_memory import KeyMemory
 from comeba_ext.memory.ledger import Entry, stacked
@@ -63,6 +64,8 @@ def check(model: nn.Module, wanted: list[str], names: list[str], tensors: dict) 
     if names != wanted:
         raise ValueError(f"layers {names}, but the settings name {wanted}")
     for name in names:
+        if name == QUESTIONS:  # which checks what it restores
+            continue
         d_in, d_out = shape_of(model.get_submodule(name))
         sizes = {"d_in": d_in, "d_out": d_out}
         if f"{name}.alpha" not in tensors:
@@ -102,6 +105,8 @@ def adapter(method: ComebaHK) -> dict[str, torch.Tensor]:
         elif live and not method.recognition.compares:
             own["delta"] = delta
         tensors |= {f"{name}.{what}": tensor for what, tensor in own.items()}
+    if QUESTIONS in method.attachments:
+        tensors |= {f"{QUESTIONS}.{what}": tensor for what, tensor in method.attachments[QUESTIONS].tensors().items()}
     return tensors
 
 

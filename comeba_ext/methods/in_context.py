@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
 
 import torch
-from torch import nn
 
 from comeba_ext.data import read_requests
 from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
 from comeba_ext.editing.session import Session
 from comeba_ext.errors import ComebaError, ConfigError
-from comeba_ext.forward.architectures import Architecture, context_length
-from comeba_ext.forward.question_states import USUAL, VIEWS, asked_about, nearness, place_of, question_states, sentence_of
-from comeba_ext.layers.attachment import disabled
+from comeba_ext.forward.architectures import context_length
+from comeba_ext.layers.edit_table import EditTable, Questions, questions_in
 from comeba_ext.layers.prompts import PromptRewriter
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
@@ -39,8 +34,7 @@ class InContextConfig(EditConfig):
     Args:
         facts: how many edited facts, the most similar to the question, stand before it.
         named: only facts whose subject the question names; where there is none, the question is left as it is.
-        question_floor: of those, only facts that the question asks for: how near it must be to the edited prompt, from −1 to 1
-            (:func:`~comeba_ext.forward.question_states.nearness`); ``None``: whatever is asked about the subject.
+            With ``question_floor``, of those only facts that it asks for.
         demonstrations: IKE: file of records to show how a fact is used, none of which is to be edited or asked.
         shown: IKE: how many demonstrations a fact has.
     """
@@ -48,24 +42,18 @@ class InContextConfig(EditConfig):
     layers: tuple[int, ...] = (0,)
     facts: int = 1
     named: bool = False
-    question_floor: float | None = None
     demonstrations: str | None = None
     shown: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, counts=("facts", "shown"), flags=("named",), texts_or_none=("demonstrations",))
-        check_floor(self)
+        check_named(self)
 
 
-def check_floor(config: InContextConfig) -> None:
-    """Raises :class:`ConfigError` for a ``question_floor`` that is no cosine, or without ``named``."""
-    floor = config.question_floor
-    if floor is None:
-        return
-    if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not -1 <= floor <= 1:
-        raise ConfigError(f"question_floor must be a number from -1 to 1, or None, not {floor!r}")
-    if not config.named:
+def check_named(config: InContextConfig) -> None:
+    """Raises :class:`ConfigError` for a ``question_floor`` without ``named``."""
+    if config.question_floor is not None and not config.named:
         raise ConfigError("question_floor asks what a prompt wants to know of an edited subject: it needs named: true")
 
 
@@ -74,82 +62,18 @@ def fact_of(request: EditRequest) -> str:
     return f"{request.text} {request.target_new}"
 
 
-class Questions(NamedTuple):
-    """How it is told what a prompt asks.
-
-    Attributes:
-        place: where in the decoder (:func:`~comeba_ext.forward.question_states.place_of`), and ``width``: how wide that is.
-        floor: how near to an edited prompt it must be.
-    """
-
-    place: str
-    width: int
-    floor: float
-
-
-def questions_in(model: nn.Module, config: InContextConfig, architecture: Architecture) -> Questions | None:
-    """How a model is to tell questions; ``None``: not at all."""
-    return None if config.question_floor is None else Questions(*place_of(model, architecture), config.question_floor)
-
-
-class Facts(PromptRewriter):
-    """Edited facts, and the prompt that goes before a question.
+class Facts(EditTable, PromptRewriter):
+    """Edited facts, and the prompt that goes before a question. An entry is ``id``, ``fact`` and what stands before it, ``shown``.
 
     Args:
         count: how many of them a question is given.
         named: only those whose ``subject``, which they then have too, it names.
         questions: only those that it asks for; ``None``: that makes no difference.
-
-    Attributes:
-        packed: what it holds, as JSON in bytes: a list of ``id``, ``fact`` and what stands before it, ``shown``.
-        asked: ``(edits, views, d)``, usual: ``(edits, forms, views, d)``, what each edit's prompt asks
-            (:func:`~comeba_ext.forward.question_states.asked_about`); absent without ``questions``.
     """
 
-    precise = ("asked", "usual")
-    by_edit: ClassVar[tuple[str, ...]] = ("asked", "usual")  # buffers that have a row an edit, or none
-
     def __init__(self, count: int, device=None, named: bool = False, questions: Questions | None = None):
-        super().__init__()
-        self.register_buffer("packed", torch.zeros(0, dtype=torch.uint8, device=device))
-        if questions is not None:
-            self.register_buffer("asked", torch.zeros(0, len(VIEWS), questions.width, device=device))
-            self.register_buffer("usual", torch.zeros(0, len(USUAL), len(VIEWS), questions.width, device=device))
-        self.count, self.named, self.questions, self._read, self._found = count, named, questions, None, None
-
-    @property
-    def facts(self) -> list[dict]:
-        return self.unpacked(self.packed)
-
-    def unpacked(self, packed: torch.Tensor) -> list[dict]:
-        read = self._read  # one look: another thread may be here, or edit
-        if read is None or read[0] is not packed:
-            read = self._read = packed, json.loads(packed.cpu().numpy().tobytes()) if len(packed) else []
-        return read[1]
-
-    def as_packed(self, facts: list[dict]) -> torch.Tensor:
-        text = bytearray(json.dumps(facts).encode()) if facts else bytearray()
-        packed = torch.frombuffer(text, dtype=torch.uint8) if text else torch.zeros(0, dtype=torch.uint8)
-        return packed.to(self.packed.device)
-
-    def hold(self, **buffers: torch.Tensor) -> None:
-        """Put these in the place of what it held, all at once: whoever asks meanwhile has the old ones, or the new ones."""
-        self._buffers = {**self._buffers, **buffers}
-
-    def rows(self) -> dict[str, torch.Tensor]:
-        """Its buffers with a row an edit."""
-        return {name: own for name, own in self._buffers.items() if name in self.by_edit}
-
-    def add(self, facts: list[dict], rows: dict[str, torch.Tensor], **more: torch.Tensor) -> None:
-        """Take in edits, with their rows of buffers, and what other buffers are to hold then."""
-        rows = {name: torch.cat([own, rows[name].to(own)]) for name, own in self.rows().items()}
-        self.hold(packed=self.as_packed(self.facts + facts), **rows, **more)
-
-    def drop(self, gone: set[str]) -> None:
-        """Take out the edits of some requests, by their ids."""
-        kept = [n for n, own in enumerate(self.facts) if own["id"] not in gone]
-        rows = {name: own[kept] for name, own in self.rows().items()}
-        self.hold(packed=self.as_packed([self.facts[n] for n in kept]), **rows)
+        super().__init__(device, questions)
+        self.count, self.named, self._found = count, named, None
 
     def rewrite(self, prompt: str) -> str:
         held = self._buffers  # one look: what is in it belongs together
@@ -167,66 +91,22 @@ class Facts(PromptRewriter):
         if not self.named:
             return list(range(len(facts)))
         found = named_in(prompt, {own["subject"] for own in facts})
-        numbers = [n for n, own in enumerate(facts) if own["subject"] in found]
-        if self.questions is None or not numbers:
-            return numbers
-        kept = []
-        for subject in sorted(found):
-            (state,) = self.states([sentence_of(prompt, subject)])
-            own = [n for n in numbers if facts[n]["subject"] == subject]
-            near = nearness(prompt, state, *(held[name][own].cpu() for name in ("asked", "usual"))).tolist()
-            kept += [n for n, value in zip(own, near, strict=True) if value >= self.questions.floor]
-        return sorted(kept)
-
-    def states(self, prompts: list[str]) -> torch.Tensor:
-        """:func:`~comeba_ext.forward.question_states.question_states` of the model that it stands in."""
-        with self.reading() as reading:
-            return question_states(*reading, prompts)
-
-    def questions_of(self, requests: list[EditRequest]) -> dict[str, torch.Tensor]:
-        """``asked`` and ``usual`` of requests; empty without ``questions``."""
-        if self.questions is None:
-            return {}
-        with self.reading() as reading:
-            found = [asked_about(*reading, request.text, request.subject) for request in requests]
-        return {name: torch.stack(own) for name, own in zip(("asked", "usual"), zip(*found, strict=True), strict=True)}
-
-    @contextmanager
-    def reading(self):
-        """Inside, its model's edits are off for this thread; gives the decoder, where to look and the tokenizer.
-
-        Raises:
-            ComebaError: the tokenizer is not known.
-        """
-        if self.tokenizer is None or self.context is None:
-            raise ComebaError("what a prompt asks is read by the model: give load_edits the tokenizer (question_floor)")
-        with disabled(self.context.decoder) as decoder:
-            yield decoder, self.questions.place, self.tokenizer
+        if self.questions is not None:
+            return self.asked_for([prompt], [found], facts, held)[0]
+        return [n for n, own in enumerate(facts) if own["subject"] in found]
 
     def entry(self, request: EditRequest, shown: list[str]) -> dict:
         """What is kept of a request."""
         own = {"id": request.request_id, "fact": fact_of(request), "shown": shown}
         return {**own, "subject": request.subject} if self.named else own
 
-    def join(self, other: Facts) -> None:
-        ways = lambda own: (type(own), own.count, own.named, own.questions)  # noqa: E731
-        if ways(self) != ways(other):
-            return super().join(other)
-        self.add(other.facts, other.rows())
-        self.tokenizer = other.tokenizer if self.tokenizer is None else self.tokenizer
+    def ways(self) -> tuple:
+        return (*super().ways(), self.count, self.named)
 
-    def take_over(self, other: Facts) -> None:
-        self.hold(**{name: own.clone() for name, own in other.own_buffers().items()})  # never in place: all of it at once
-
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        super().restore(tensors)
-        for own in self.facts:
-            texts = {"id", "fact", "subject"} if self.named else {"id", "fact"}
-            known = isinstance(own, dict) and set(own) == {*texts, "shown"} and isinstance(own["shown"], list)
-            if not known or not all(isinstance(text, str) for text in (*(own[name] for name in texts), *own["shown"])):
-                raise ValueError("a fact is malformed")
-        if any(len(own) != len(self.facts) for own in self.rows().values()):
-            raise ValueError(f"facts and {' and '.join(self.rows())} are not equally many")
+    def fits(self, entry: dict) -> bool:
+        texts = {"id", "fact", "subject"} if self.named else {"id", "fact"}
+        known = set(entry) == {*texts, "shown"} and isinstance(entry["shown"], list)
+        return known and all(isinstance(text, str) for text in (*(entry[name] for name in texts), *entry["shown"]))
 
     def _index(self, facts: list[dict]) -> BM25:
         found = self._found
@@ -240,16 +120,17 @@ class ICE(Snapshots):
     the question names that fact's subject, and with ``question_floor``, only where it is what is asked.
 
     Nothing in the model changes: it must be asked as :func:`~comeba_ext.layers.prompts.prompt_rewriter` says, as its ``generate`` does
-    (:class:`~comeba_ext.layers.prompts.RewrittenGenerate`), ``evaluate`` and the command line; its ``forward`` cannot.
+    (:class:`~comeba_ext.layers.prompts.GenerateAsRead`), ``evaluate`` and the command line; its ``forward`` cannot.
     """
 
     name = "ICE"
     config_class = InContextConfig
     in_prompt = True
+    tells_questions = True
 
     @classmethod
     def build(cls, model, config: InContextConfig, architecture) -> dict[str, Facts]:
-        return {PLACE: Facts(config.facts, input_device(model), config.named, questions_in(model, config, architecture))}
+        return {PLACE: Facts(config.facts, input_device(model), config.named, questions_in(model, config.question_floor, architecture))}
 
     @classmethod
     def targets(cls, config, architecture) -> list[str]:

@@ -16,11 +16,12 @@ from comeba_ext.editing.session import Session
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.layers.attachment import Attachment
+from comeba_ext.layers.edit_table import Questions, questions_in
 from comeba_ext.layers.hooked_linear import device_of, shape_of
 from comeba_ext.layers.sequence_context import NEVER
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
-from comeba_ext.methods.in_context import PLACE, Facts, Questions, check_floor, fact_of, questions_in
+from comeba_ext.methods.in_context import PLACE, Facts, check_named, fact_of
 from comeba_ext.methods.trained import Learner, Trained, TrainedConfig
 from comeba_ext.ops.mentions import LONGEST, name_hash
 from comeba_ext.text.encoding import input_device
@@ -44,8 +45,7 @@ class SeracConfig(TrainedConfig):
         threshold: probability from which a prompt is in an edit's scope.
         named: a prompt that names an edit's subject is in its scope instead, and the counterfactual model learns to tell whether it
             asks for the fact: what else is asked about the subject it answers as the model does (ours).
-        question_floor: with ``named``, what else is asked is not even given to it: as
-            :class:`~comeba_ext.methods.in_context.InContextConfig`'s (ours).
+            With ``question_floor``, what else is asked is not even given to it (ours).
     """
 
     rank: int = 8
@@ -54,12 +54,11 @@ class SeracConfig(TrainedConfig):
     width: int = 64
     threshold: float = 0.5
     named: bool = False
-    question_floor: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, positive=("lora_alpha", "threshold"), counts=("rank", "buckets", "width"), flags=("named",))
-        check_floor(self)
+        check_named(self)
 
 
 def features(text: str, buckets: int) -> list[int]:
@@ -275,17 +274,15 @@ class SERAC(Trained):
     name = "SERAC"
     config_class = SeracConfig
     in_prompt = True
+    tells_questions = True
     learner = SeracLearner
 
     @classmethod
     def build(cls, model: nn.Module, config: SeracConfig, architecture) -> dict[str, Attachment]:
         names, device = cls.targets(config, architecture), input_device(model)
         layers = {name: Counterfactual(model.get_submodule(name), config.lora_alpha / config.rank) for name in names}
-        return {PLACE: Scope(config.threshold, config.width, device, config.named, questions_in(model, config, architecture)), **layers}
-
-    @property
-    def layers(self) -> dict[str, Counterfactual]:
-        return {name: own for name, own in self.attachments.items() if name != PLACE}
+        questions = questions_in(model, config.question_floor, architecture)
+        return {PLACE: Scope(config.threshold, config.width, device, config.named, questions), **layers}
 
     def validate(self, batch: list[EditRequest]) -> None:
         super().validate(batch)

@@ -14,7 +14,7 @@ class WithoutHooks(ComebaHK):
 
     name = "MEMIT-seq"
     aliases = ("COMEBA without hooks",)
-    scored = False
+    scored = tells_questions = False
     serving = "temporary"
 
     def _calibrate(self, name, layer, reading) -> None:

@@ -47,6 +47,13 @@ def suffix_hashes(ids: torch.Tensor, past: torch.Tensor | None = None) -> torch.
     return (whole.unfold(1, LONGEST, 1).flip(-1) * powers.cumprod(0)).cumsum(-1)
 
 
+def without(hashes: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
+    """:func:`suffix_hashes` as if nothing were known at the tokens that one of a text's own ``names (batch, n)`` ends in; 0 is no name."""
+    same = hashes[..., None] == names[:, None, None]
+    gone = (same & (names != 0)[:, None, None]).any(-1).any(-1, keepdim=True)
+    return hashes.masked_fill(gone, 0)
+
+
 def mentions(hashes: torch.Tensor, names: torch.Tensor, shards: torch.Tensor) -> torch.Tensor:
     """The shard of the longest name that ends at every token, ``(...)`` int64; −1: none does.
 
