@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from comeba_ext.data import read_requests
 from comeba_ext.forward.architectures import Architecture
-from comeba_ext.forward.question_states import asked_about, form_of, nearness, place_of, question_states, sentence_of
+from comeba_ext.forward.question_states import Asked, asked_about, form_of, nearness, place_of, question_states, sentence_of
 from comeba_ext.loading import load_model
 
 STOP = {"what", "is", "the", "of", "{}", "in", "was", "which", "who", "did", "does", "by", "where", "to"}
@@ -84,18 +84,19 @@ def main() -> None:
     for kind, records in pairs(args.other, args.count).items():
         found: dict[str, tuple[list[float], list[float]]] = {"own form": ([], []), "openings alone": ([], [])}
         for subject, prompt, *texts in tqdm(records, desc=kind, disable=args.json):
-            asked, usual = (own[None] for own in asked_about(*reading, prompt, subject))
-            edited, openings = asked + usual[:, form_of(prompt)], usual[:, :1].expand_as(usual)
+            own = asked_about(*reading, prompt, subject)
+            openings = own.usual[:, :1].expand_as(own.usual)
+            alone = Asked(own.asked + own.usual[:, form_of(prompt)] - openings[:, 0], openings, own.form)
             for n, group in enumerate(texts):
                 states = question_states(*reading, [sentence_of(text, subject) for text in group])
                 for text, state in zip(group, states, strict=True):
-                    found["own form"][n].append(nearness(text, state, asked, usual).item())
-                    found["openings alone"][n].append(nearness(text, state, edited - openings[:, 0], openings).item())
+                    found["own form"][n].append(nearness(text, state, own).item())
+                    found["openings alone"][n].append(nearness(text, state, alone).item())
         for taken, (inside, outside) in found.items():
             inside, outside = np.array(inside), np.array(outside)
             row = {"pairs": kind, "taken off": taken, "area": area(inside, outside), "wordings": len(inside), "others": len(outside)}
             row["others where 0.9 of the wordings pass"] = float((outside >= np.quantile(inside, 0.1)).mean())
-            row |= {f"at {floor}": [float((own >= floor).mean()) for own in (inside, outside)] for floor in (0.1, 0.15, 0.2, 0.3)}
+            row |= {f"at {floor}": [float((own >= floor).mean()) for own in (inside, outside)] for floor in (0.0, 0.1, 0.15, 0.2, 0.3)}
             rows.append(row)
             if not args.json:
                 shown = ", ".join(f"{a:.2f} / {b:.2f} {k}" for k, (a, b) in ((k, v) for k, v in row.items() if k.startswith("at ")))

@@ -255,7 +255,7 @@ def test_without_a_tokenizer_it_says_so(gated, tiny_model, tokenizer, tmp_path, 
 
 def rows(editor):
     gate = editor.method.attachments[QUESTIONS]
-    return {own["id"]: (own["subject"], gate.asked[n].clone(), gate.usual[n].clone()) for n, own in enumerate(gate.entries)}
+    return {own["id"]: (own["subject"], *(row[n].clone() for row in gate.rows().values())) for n, own in enumerate(gate.entries)}
 
 
 def assert_rows(found, wanted):
@@ -342,5 +342,5 @@ def test_who_cannot_tell_questions(tiny_model, tokenizer):
 
 def test_memory_that_edits_may_take_counts_it(gated):
     gate = gated[0].method.attachments[QUESTIONS]
-    assert gate.nbytes_with(0) == sum(own.numel() * 4 for own in (gate.asked, gate.usual))
+    assert gate.nbytes_with(0) == sum(own.numel() * own.element_size() for own in (gate.asked, gate.usual, gate.form))
     assert gate.nbytes_with(2) == 2 * gate.nbytes_with(0)

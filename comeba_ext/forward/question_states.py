@@ -4,12 +4,14 @@ The key at a subject's last token is the same whatever is asked about the subjec
 an MLP nine tenths up the model, less its mean over other questions about the same subject, points one way for the same question in other
 words, and elsewhere for others. The mean is of questions of the prompt's own form, since how it ends tells more of a state than what it
 asks; and two prompts are compared in two :data:`VIEWS`, the first of which tells openings of statements apart better and the second
-questions (findings, R11).
+questions. How near two of them are is then comparable whatever their forms, but for two questions, from which :data:`SHIFT` is taken
+(findings, R11).
 """
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +28,7 @@ USUAL = (  # what may be asked about anything, whose mean is taken off: openings
     ("{} was born in", "{} works as a", "{} is located in", "The language of {} is", "The owner of {} is"),
     ("Where was {} born?", "What does {} work as?", "Where is {} located?", "What is the language of {}?", "Who is the owner of {}?"),
 )
+SHIFT = 0.2  # two questions are nearer to each other than two openings, or an opening and a question, whatever they ask
 MAX_TOKENS = 4096  # of a pass
 
 
@@ -53,16 +56,26 @@ def question_states(decoder: nn.Module, place: str, tokenizer, prompts: list[str
     return found[place].float().cpu().reshape(len(prompts), len(VIEWS), -1)
 
 
-def asked_about(decoder: nn.Module, place: str, tokenizer, prompt: str, subject: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What an edit's prompt asks, and what is to be taken off of whatever is compared with it.
+class Asked(NamedTuple):
+    """What prompts ask, and what is to be taken off of whatever is compared with it.
 
-    Returns:
-        ``asked (views, d)``; ``usual (forms, views, d)``, means over what else may be asked about the subject.
+    Attributes:
+        asked: ``(edits, views, d)``.
+        usual: ``(edits, forms, views, d)``, means over what else may be asked about the subject.
+        form: ``(edits,)`` int64, of the prompts (:func:`form_of`).
     """
+
+    asked: torch.Tensor
+    usual: torch.Tensor
+    form: torch.Tensor
+
+
+def asked_about(decoder: nn.Module, place: str, tokenizer, prompt: str, subject: str) -> Asked:
+    """Of an edit's prompt, one row of each."""
     prompts = [usual.replace(SLOT, subject) for form in USUAL for usual in form]
     own, *others = question_states(decoder, place, tokenizer, [sentence_of(prompt, subject), *prompts])
     usual = torch.stack(others).unflatten(0, (len(USUAL), -1)).mean(1)
-    return own - usual[form_of(prompt)], usual
+    return Asked((own - usual[form_of(prompt)])[None], usual[None], torch.tensor([form_of(prompt)]))
 
 
 def form_of(prompt: str) -> int:
@@ -70,14 +83,16 @@ def form_of(prompt: str) -> int:
     return int(prompt.rstrip().endswith("?"))
 
 
-def nearness(prompt: str, state: torch.Tensor, asked: torch.Tensor, usual: torch.Tensor) -> torch.Tensor:
-    """How near what a prompt asks is to what edits' prompts ask: mean over the views of the cosine, ``(edits,)``.
+def nearness(prompt: str, state: torch.Tensor, edits: Asked) -> torch.Tensor:
+    """How near what a prompt asks is to what edits' prompts ask, ``(edits,)``: mean over the views of the cosine, less :data:`SHIFT` where
+    both are questions.
 
     Args:
-        state: of the prompt, ``(views, d)``; asked: ``(edits, views, d)``, and usual: ``(edits, forms, views, d)``
-            (:func:`asked_about`).
+        state: of the prompt, ``(views, d)``.
     """
-    return F.cosine_similarity(state - usual[:, form_of(prompt)], asked, dim=-1).mean(-1)
+    form = form_of(prompt)
+    near = F.cosine_similarity(state - edits.usual[:, form], edits.asked, dim=-1).mean(-1)
+    return near - SHIFT * form * edits.form
 
 
 def sentence_of(prompt: str, subject: str) -> str:

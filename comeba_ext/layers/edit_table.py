@@ -12,7 +12,7 @@ from torch import nn
 
 from comeba_ext.errors import ComebaError
 from comeba_ext.forward.architectures import Architecture
-from comeba_ext.forward.question_states import USUAL, VIEWS, asked_about, nearness, place_of, question_states, sentence_of
+from comeba_ext.forward.question_states import USUAL, VIEWS, Asked, asked_about, nearness, place_of, question_states, sentence_of
 from comeba_ext.layers.attachment import disabled
 from comeba_ext.layers.prompts import PromptReader
 from comeba_ext.text.names import named_in
@@ -51,12 +51,11 @@ class EditTable(PromptReader):
     Attributes:
         packed: the entries, as JSON in bytes: a list of dictionaries with the ``id`` of a request and, where it is told what is asked,
             its ``subject``.
-        asked: ``(edits, views, d)``, usual: ``(edits, forms, views, d)``, what each edit's prompt asks
-            (:func:`~comeba_ext.forward.question_states.asked_about`); absent without ``questions``.
+        asked, usual, form: what each edit's prompt asks (:class:`~comeba_ext.forward.question_states.Asked`); absent without ``questions``.
     """
 
     precise = ("asked", "usual")
-    by_edit: ClassVar[tuple[str, ...]] = ("asked", "usual")
+    by_edit: ClassVar[tuple[str, ...]] = Asked._fields
 
     def __init__(self, device=None, questions: Questions | None = None):
         super().__init__()
@@ -64,6 +63,7 @@ class EditTable(PromptReader):
         if questions is not None:
             self.register_buffer("asked", torch.zeros(0, len(VIEWS), questions.width, device=device))
             self.register_buffer("usual", torch.zeros(0, len(USUAL), len(VIEWS), questions.width, device=device))
+            self.register_buffer("form", torch.zeros(0, dtype=torch.int64, device=device))
         self.questions, self._read = questions, None
 
     @property
@@ -121,7 +121,7 @@ class EditTable(PromptReader):
         kept: list[list[int]] = [[] for _ in prompts]
         for (n, subject), state in zip(pairs, states, strict=True):
             own = of_subject[subject]
-            near = nearness(prompts[n], state, *(held[name][own].cpu() for name in ("asked", "usual"))).tolist()
+            near = nearness(prompts[n], state, Asked(*(held[name][own].cpu() for name in Asked._fields))).tolist()
             kept[n] += [number for number, value in zip(own, near, strict=True) if value >= self.questions.floor]
         return [sorted(own) for own in kept]
 
@@ -131,12 +131,12 @@ class EditTable(PromptReader):
             return question_states(*reading, prompts)
 
     def questions_of(self, requests: list[EditRequest]) -> dict[str, torch.Tensor]:
-        """``asked`` and ``usual`` of requests; empty without ``questions``."""
-        if self.questions is None or not requests:
-            return {name: self._buffers[name][:0] for name in ("asked", "usual") if name in self._buffers}
+        """What requests ask, as rows of its buffers; empty without ``questions``."""
+        if self.questions is None:
+            return {}
         with self.reading() as reading:
             found = [asked_about(*reading, request.text, request.subject) for request in requests]
-        return {name: torch.stack(own) for name, own in zip(("asked", "usual"), zip(*found, strict=True), strict=True)}
+        return {name: torch.cat(rows) for name, rows in zip(Asked._fields, zip(*found, strict=True), strict=True)}
 
     @contextmanager
     def reading(self):
