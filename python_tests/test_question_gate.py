@@ -255,7 +255,10 @@ def test_without_a_tokenizer_it_says_so(gated, tiny_model, tokenizer, tmp_path, 
 
 def rows(editor):
     gate = editor.method.attachments[QUESTIONS]
-    return {own["id"]: (own["subject"], *(row[n].clone() for row in gate.rows().values())) for n, own in enumerate(gate.entries)}
+    found = {}
+    for n, own in enumerate(gate.entries):
+        found.setdefault(own["id"], [own["subject"]]).extend(row[n].clone() for row in gate.rows().values())
+    return found
 
 
 def assert_rows(found, wanted):
@@ -278,6 +281,13 @@ def test_it_follows_the_edits(gated, tiny_model, tokenizer):
     assert len(rows(editor)) == 2
     editor.edit([EditRequest("{} is", "Angola", "Oslo", fact_token="last")], target_values=random_values(1, seed=6))
     assert len(rows(editor)) == 2, "it is edited where it is asked for"
+    asked = ("Where is {} located?", "The place of {} is")
+    editor.edit([EditRequest("{} is located in", "Peru", "Oslo", wordings=asked)], target_values=random_values(1, seed=7))
+    gate, texts = editor.method.attachments[QUESTIONS], ["Peru is located in", "Where is Peru located?", "The place of Peru is"]
+    gate.questions = gate.questions._replace(floor=0.79)  # of a question asked again: 1 less what two questions are too near
+    assert len(gate.entries) == 2 + 3 and gate.muted(texts) == [[], [], []] and gate.muted(["Peru is"]) != [[]]
+    floor = editor.config.question_floor
+    gate.questions = gate.questions._replace(floor=floor)
     editor.rollback(2)
     assert_rows(rows(editor), second)
     editor.rollback(1)

@@ -75,8 +75,8 @@ class Recognition:
         """Live edits that must be written anew together with these."""
         return []
 
-    def check_memory(self, count: int) -> None:
-        """So many requests are going to be written.
+    def check_memory(self, batch: list[EditRequest]) -> None:
+        """These are going to be written.
 
         Raises:
             RequestError: what the model holds of its edits would exceed ``max_edit_memory``.
@@ -193,13 +193,14 @@ class KeyRecognition(Recognition):
             if entry.request.subject in subjects and entry.request.fact_token == "subject_last" and entry.request.fact not in facts
         ]
 
-    def check_memory(self, count: int) -> None:
+    def check_memory(self, batch: list[EditRequest]) -> None:
+        count = len(batch)
         limit, layers = self.method.config.max_edit_memory, self.method.layers.values()
         if limit is None:
             return
         directions = self.method.config.prefixes + 2  # a key behind each prefix, the prompt's own, their mean
         needed = sum(layer.shards.nbytes_with(KEYS * count) + layer.score.nbytes_with(directions * count) for layer in layers)
-        needed += self.gate.nbytes_with(count) if self.gate is not None else 0
+        needed += self.gate.nbytes_with(len(_asked(batch))) if self.gate is not None else 0
         if needed > limit * 1e6:
             raise RequestError(
                 f"with {count} more edits the model would hold {needed / 1e6:.1f} MB of edits, and max_edit_memory is {limit:g}; "
@@ -306,12 +307,15 @@ class KeyRecognition(Recognition):
         return self.method.attachments.get(QUESTIONS)
 
     def _ask_of(self, batch: list[EditRequest]) -> None:
-        """Let the gate know what these ask. (An edit at its prompt's end is met where that prompt is, and needs none.)"""
-        batch = [request for request in batch if request.fact_token == "subject_last"] if self.gate is not None else []
-        if batch:
-            names = [[name_hash(ids) for ids in own.names] for own in names_of(self.method.session.tokenizer, batch)]
-            entries = [{"id": r.request_id, "subject": r.subject.strip(), "names": own} for r, own in zip(batch, names, strict=True)]
-            self.gate.add(entries, self.gate.questions_of(batch))
+        """Let the gate know what these ask."""
+        asked = _asked(batch) if self.gate is not None else []
+        if asked:
+            names = names_of(self.method.session.tokenizer, [request for request, _ in asked])
+            entries = [
+                {"id": request.request_id, "subject": request.subject.strip(), "names": [name_hash(ids) for ids in own.names]}
+                for (request, _), own in zip(asked, names, strict=True)
+            ]
+            self.gate.add(entries, self.gate.questions_of([(text, request.subject) for request, text in asked]))
 
     def decoys(self, batch: list[EditRequest]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Layer name to the directions of other names' keys, and which request each belongs to."""
@@ -348,3 +352,8 @@ class KeyRecognition(Recognition):
 
 def _on_host(member: Member) -> Member:
     return Member(*(part.cpu() if isinstance(part, torch.Tensor) else part for part in member))
+
+
+def _asked(batch: list[EditRequest]) -> list[tuple[EditRequest, str]]:
+    """What edits at their subjects answer: their prompts and wordings. (One at its prompt's end is met where that prompt is.)"""
+    return [(own, text) for own in batch if own.fact_token == "subject_last" for text in (own.text, *own.wordings)]

@@ -16,7 +16,6 @@ from comeba_ext.forward.question_states import USUAL, VIEWS, Asked, asked_about,
 from comeba_ext.layers.attachment import disabled
 from comeba_ext.layers.prompts import PromptReader
 from comeba_ext.text.names import named_in
-from comeba_ext.text.request import EditRequest
 
 QUESTIONS = "comeba_questions"  # where a gate stands in the model
 
@@ -130,12 +129,12 @@ class EditTable(PromptReader):
         with self.reading() as reading:
             return question_states(*reading, prompts)
 
-    def questions_of(self, requests: list[EditRequest]) -> dict[str, torch.Tensor]:
-        """What requests ask, as rows of its buffers; empty without ``questions``."""
+    def questions_of(self, asked: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
+        """What prompts ask of their subjects, as rows of its buffers; empty without ``questions``."""
         if self.questions is None:
             return {}
         with self.reading() as reading:
-            found = [asked_about(*reading, request.text, request.subject) for request in requests]
+            found = [asked_about(*reading, prompt, subject) for prompt, subject in asked]
         return {name: torch.cat(rows) for name, rows in zip(Asked._fields, zip(*found, strict=True), strict=True)}
 
     @contextmanager
@@ -181,15 +180,16 @@ class QuestionGate(EditTable):
     """Of hooked layers' edits, those whose subject a prompt names and whose questions it does not ask are muted while ``generate`` answers
     it: a subject's edits are felt where one of them is asked for. (A ``forward`` does not know where a question ends, and is as without.)
 
-    An entry is ``id``, ``subject`` and, as hashes, the ``names`` of it that the layers know.
+    An edit has an entry for its prompt and one for each of its ``wordings``: ``id``, ``subject`` and, as hashes, the ``names`` of it that
+    the layers know.
     """
 
     def muted(self, prompts: list[str]) -> list[list[int]]:
         held = self._buffers  # one look: what is in it belongs together
         entries = self.unpacked(held["packed"])
-        names: dict[str, list[int]] = {}
+        names: dict[str, set[int]] = {}
         for own in entries:
-            names.setdefault(own["subject"], []).extend(own["names"])
+            names.setdefault(own["subject"], set()).update(own["names"])
         named = [named_in(prompt, names) for prompt in prompts]
         asked = [{entries[n]["subject"] for n in own} for own in self.asked_for(prompts, named, entries, held)]
         return [[name for subject in all_ - own for name in names[subject]] for all_, own in zip(named, asked, strict=True)]

@@ -126,7 +126,7 @@ class ComebaHK(Method):
         asked = len(batch)  # behind them, other facts of the same subjects, whose values must be found anew together with theirs
         companions = self.recognition.companions(batch) if values is None else []
         batch = batch + [entry.request for entry in companions]
-        self.recognition.check_memory(len(batch))
+        self.recognition.check_memory(batch)
         found = trace = None
         with phases("values"):
             if values is None:
