@@ -15,7 +15,7 @@ from comeba_ext.data import read_requests
 from comeba_ext.errors import RequestError
 from comeba_ext.evaluation import BasePredictions, Metrics, bootstrap_interval, evaluate, predict_base
 from comeba_ext.evaluation.queries import record_queries
-from comeba_ext.evaluation.scoring import Query, micro_batches, predict
+from comeba_ext.evaluation.scoring import Query, grouped_batches, predict
 from comeba_ext.layers.hooked_linear import HookedLinear, install
 
 FAMILIES = ("gpt2", "gptj", "llama")
@@ -488,11 +488,11 @@ def test_real_records_are_split_where_easyedit_splits_them(shared_data, name):
 # ---------------------------------------------------------------- batches and intervals
 
 
-def test_micro_batches_keep_to_the_budget_and_lose_nothing():
+def test_grouped_batches_keep_to_the_budget_and_lose_nothing():
     sizes = [3, 50, 7, 7, 1, 20, 9, 9, 2, 31]
     queries = [Query((n,) * size, (n,) * (n % 2)) for n, size in enumerate(sizes)]
     size, group = (lambda q: len(q.prompt_ids)), (lambda q: len(q.target_ids))
-    batches = list(micro_batches(queries, 30, size=size, group=group))
+    batches = list(grouped_batches(queries, 30, size=size, group=group))
     assert sorted((q for b in batches for q in b), key=lambda q: q.prompt_ids) == queries
     for batch in batches:
         assert len({group(q) for q in batch}) == 1

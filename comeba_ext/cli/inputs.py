@@ -208,7 +208,7 @@ def check_same(
 ) -> None:
     """Refuse options that say something else than the edits in ``out`` were made with; what is not given is as it was."""
     from comeba_ext.covariance import Covariance
-    from comeba_ext.covariance.corpus import digest_of
+    from comeba_ext.covariance.corpus import corpus_digest
     from comeba_ext.data import read_texts
     from comeba_ext.editing.settings_files import read_settings
 
@@ -227,7 +227,7 @@ def check_same(
         other = Covariance.load(covariance)
         if any(name not in other.moments or not other.moments[name].equal(known.moments[name]) for name in known.moments):
             raise ComebaError(f"the edits in {out} were made with another covariance than {covariance}; {ANEW}")
-    if texts is not None and known is not None and known.corpus and digest_of(read_texts(texts), known.texts) != known.corpus:
+    if texts is not None and known is not None and known.corpus and corpus_digest(read_texts(texts), known.texts) != known.corpus:
         raise ComebaError(f"the covariance of the edits in {out} is of other texts than {texts}; {ANEW}")
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from comeba_ext import distributed
-from comeba_ext.covariance.corpus import UNIT_TOKENS, Unfinished, Units, digest_of
+from comeba_ext.covariance.corpus import UNIT_TOKENS, Unfinished, Units, corpus_digest
 from comeba_ext.covariance.key_sample import Draw, KeySample
 from comeba_ext.errors import ConfigError, CovarianceError, StorageError
 from comeba_ext.forward.architectures import Architecture, context_length
@@ -50,7 +50,7 @@ class Covariance:
         tokens_wanted: when the collection is complete.
         unfinished: what an unfinished one holds so far; its moments have the lower block triangle only.
         sample: keys of single tokens, for scores that compare keys (:mod:`key_sample`); may be empty.
-        corpus: digest of the texts consumed (:func:`corpus.digest_of`); empty where it is not known.
+        corpus: digest of the texts consumed (:func:`corpus.corpus_digest`); empty where it is not known.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ def collect_covariance(
         if path is not None and rank == 0:
             found = _stored(path, model, widths, wanted)
         complete = found is not None and found.tokens >= wanted and not found.unfinished
-        if complete and found.corpus and digest_of(texts, found.texts) != found.corpus:
+        if complete and found.corpus and corpus_digest(texts, found.texts) != found.corpus:
             raise CovarianceError(f"{path} is the covariance of other texts; choose another file")
         return complete, _where(found)
 

@@ -58,7 +58,7 @@ class Digest:
         return self._hash.hexdigest()
 
 
-def digest_of(texts: Iterable[str], count: int) -> str:
+def corpus_digest(texts: Iterable[str], count: int) -> str:
     """Digest of the first ``count`` texts; of all, if there are fewer."""
     digest = Digest()
     for text in itertools.islice(texts, count):

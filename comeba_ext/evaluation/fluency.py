@@ -13,7 +13,7 @@ import torch
 
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation.metrics import bootstrap_interval
-from comeba_ext.evaluation.scoring import greedy, micro_batches
+from comeba_ext.evaluation.scoring import greedy, grouped_batches
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.prompts import plain_generate, prompt_rewriter
@@ -51,7 +51,7 @@ def fluency(model: torch.nn.Module, tokenizer, prompts: list[str], *, new_tokens
     device = input_device(model)
     values: dict[str, float] = {}
     with evaluating(model), torch.no_grad(), greedy(model, pad_id(tokenizer)):
-        for batch in micro_batches(list(rows), max_tokens, size=lambda p: len(rows[p]) + new_tokens):
+        for batch in grouped_batches(list(rows), max_tokens, size=lambda p: len(rows[p]) + new_tokens):
             ids, mask = pad([rows[p] for p in batch], pad_id(tokenizer), "left", device)
             out = plain_generate(model)(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
             texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)

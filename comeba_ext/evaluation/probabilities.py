@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from comeba_ext.evaluation.metrics import Metrics, bootstrap_interval
 from comeba_ext.evaluation.queries import check_context
-from comeba_ext.evaluation.scoring import Query, micro_batches
+from comeba_ext.evaluation.scoring import Query, grouped_batches
 from comeba_ext.forward.logits import logits_at, room_for_logits
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.prompts import prompt_rewriter
@@ -72,7 +72,7 @@ def probabilities(model, queries, *, pad_token: int, max_tokens: int) -> dict[Qu
     found: dict[Query, float] = {}
     device = input_device(model)
     with evaluating(model):
-        for batch in micro_batches(queries, room_for_logits(model, max_tokens), size=lambda q: len(q.ids)):
+        for batch in grouped_batches(queries, room_for_logits(model, max_tokens), size=lambda q: len(q.ids)):
             ids, mask = pad([list(q.ids) for q in batch], pad_token, "right", device)
             logits = logits_at(
                 model, {"input_ids": ids, "attention_mask": mask}, [range(len(q.prompt_ids) - 1, len(q.ids) - 1) for q in batch]

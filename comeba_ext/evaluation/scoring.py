@@ -19,7 +19,7 @@ from comeba_ext.errors import RequestError
 from comeba_ext.forward.logits import logits_at, room_for_logits
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.prompts import plain_generate
-from comeba_ext.text.encoding import encode, input_device, pad
+from comeba_ext.text.encoding import encode, input_device, micro_batches, pad
 
 
 @dataclass(frozen=True)
@@ -103,31 +103,27 @@ def predict(
     forced: dict[Query, tuple[int, ...]] = {}
     generated: dict[Query, tuple[int, ...]] = {}
     with evaluating(model), torch.no_grad():
-        for batch in micro_batches(queries, max_tokens, size=lambda q: len(q.ids)):
+        for batch in grouped_batches(queries, max_tokens, size=lambda q: len(q.ids)):
             forced.update(zip(batch, _forced(model, batch, pad_token)))
             _advance(bar, batch)
         if generate and queries:
             with greedy(model, pad_token):
                 # Only rows that need equally many tokens share a batch: none runs past the end of the context for
                 # the sake of a batch mate.
-                batches = micro_batches(queries, max_tokens, size=lambda q: len(q.prompt_ids) + q.length, group=lambda q: q.length)
+                batches = grouped_batches(queries, max_tokens, size=lambda q: len(q.prompt_ids) + q.length, group=lambda q: q.length)
                 for batch in batches:
                     generated.update(zip(batch, _generated(model, batch, pad_token)))
                     _advance(bar, batch)
     return {query: Prediction(forced[query], generated.get(query)) for query in queries}
 
 
-def micro_batches(queries: Sequence[Query], max_tokens: int, size, group=lambda query: 0) -> Iterator[list[Query]]:
-    """Batches of one group, sorted by size, of at most ``max_tokens`` padded tokens; a larger row is its own batch."""
-    batch: list[Query] = []
-    for query in sorted(queries, key=lambda q: (group(q), size(q))):
-        # Within a group sizes grow, so this query's size is the padded length of the batch it would join.
-        if batch and (group(query) != group(batch[0]) or (len(batch) + 1) * size(query) > max_tokens):
-            yield batch
-            batch = []
-        batch.append(query)
-    if batch:
-        yield batch
+def grouped_batches(queries: Sequence[Query], max_tokens: int, size, group=lambda query: 0) -> Iterator[list[Query]]:
+    """Batches of one group each, of at most ``max_tokens`` padded tokens (:func:`~comeba_ext.text.encoding.micro_batches`)."""
+    groups: dict[int, list[Query]] = {}
+    for query in queries:
+        groups.setdefault(group(query), []).append(query)
+    for _, own in sorted(groups.items()):
+        yield from ([own[n] for n in numbers] for numbers in micro_batches([size(query) for query in own], max_tokens))
 
 
 def _forced(model, batch: list[Query], pad_token: int) -> list[tuple[int, ...]]:

@@ -22,7 +22,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from comeba_ext.errors import ComebaError
-from comeba_ext.evaluation.scoring import Query, greedy, micro_batches
+from comeba_ext.evaluation.scoring import Query, greedy, grouped_batches
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.logits import room_for_logits
 from comeba_ext.forward.partial import evaluating
@@ -137,7 +137,7 @@ class Writing:
         context, pad_token = context_length(model), pad_id(tokenizer)
         room = lambda ids: self.answer_tokens if context is None else max(1, min(self.answer_tokens, context - len(ids)))  # noqa: E731
         ends = sorted({tokenizer.eos_token_id, *_listed(getattr(model, "generation_config", None))} - {None})
-        batches = micro_batches(
+        batches = grouped_batches(
             list(dict.fromkeys(prompts)), room_for_logits(model, max_tokens), size=lambda ids: len(ids) + self.answer_tokens, group=room
         )
         with evaluating(model), torch.no_grad(), greedy(model, pad_token):
