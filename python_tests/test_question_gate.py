@@ -12,9 +12,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from comeba_ext import EditConfig, Editor, EditRequest, evaluate, load_edits, set_edits
 from comeba_ext.errors import ConfigError
+from comeba_ext.evaluation.probabilities import counterfact_scores
 from comeba_ext.evaluation.written import Writing
 from comeba_ext.layers.attachment import attachments, disabled
 from comeba_ext.layers.edit_table import QUESTIONS
+from comeba_ext.layers.prompts import as_asked
 from comeba_ext.ops import mentions
 
 MARIE = EditRequest("{} was born in the city of", "Marie Curie", "Oslo")
@@ -231,9 +233,26 @@ def test_evaluate_asks_as_a_user_does(gated, tiny_model, tokenizer):
     record = EditRequest(MARIE.prompt, MARIE.subject, "Oslo", locality_prompts=tuple((text, None) for text in prompts[:2]))
     writing = Writing(answer_tokens=4)
     found = evaluate(editor.model, tokenizer, [record], writing=writing, generate=False)
-    assert found.locality_written == 1.0
+    assert found.locality_written == found.locality == 1.0
     with_all = evaluate(edit(tiny_model, tokenizer, FACTS, None).model, tokenizer, [record], writing=writing, generate=False)
     assert with_all.locality_written < 1.0 and found.reliability == with_all.reliability
+    # A pass over texts behind prompts, padded on the right, as it scores them.
+    rows = [tokenizer(text)["input_ids"] for text in (prompts[0], prompts[-1], prompts[1])]
+    length = max(map(len, rows)) + 2
+    ids = torch.tensor([row + [5] * 2 + [0] * (length - 2 - len(row)) for row in rows])
+    mask = torch.tensor([[1] * (len(row) + 2) + [0] * (length - 2 - len(row)) for row in rows])
+    always = edit(tiny_model, tokenizer, FACTS, None).model
+    with torch.no_grad():
+        with as_asked(editor.model, rows):
+            told = editor.model(input_ids=ids, attention_mask=mask).logits
+        for n, model in enumerate((small_model(tiny_model), always, small_model(tiny_model))):
+            wanted = model(input_ids=ids[n : n + 1], attention_mask=mask[n : n + 1]).logits[0]
+            assert torch.allclose(told[n][: len(rows[n]) + 2], wanted[: len(rows[n]) + 2], atol=1e-4, rtol=1e-4)
+    record = EditRequest(MARIE.prompt, MARIE.subject, "Oslo", "Warsaw", locality_prompts=((prompts[0], "Lima"),))
+    scores = [
+        counterfact_scores(model, tokenizer, [record]).neighborhood_magnitude for model in (editor.model, small_model(tiny_model), always)
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6) != pytest.approx(scores[2], abs=1e-4)
 
 
 def test_without_a_tokenizer_it_says_so(gated, tiny_model, tokenizer, tmp_path, caplog):

@@ -22,7 +22,7 @@ from comeba_ext.evaluation.queries import check_context
 from comeba_ext.evaluation.scoring import Query, grouped_batches
 from comeba_ext.forward.logits import logits_at, room_for_logits
 from comeba_ext.forward.partial import evaluating
-from comeba_ext.layers.prompts import prompt_rewriter
+from comeba_ext.layers.prompts import as_asked, prompt_rewriter
 from comeba_ext.text.encoding import input_device, pad, pad_id
 from comeba_ext.text.request import EditRequest, as_requests
 
@@ -74,9 +74,9 @@ def probabilities(model, queries, *, pad_token: int, max_tokens: int) -> dict[Qu
     with evaluating(model):
         for batch in grouped_batches(queries, room_for_logits(model, max_tokens), size=lambda q: len(q.ids)):
             ids, mask = pad([list(q.ids) for q in batch], pad_token, "right", device)
-            logits = logits_at(
-                model, {"input_ids": ids, "attention_mask": mask}, [range(len(q.prompt_ids) - 1, len(q.ids) - 1) for q in batch]
-            )
+            columns = [range(len(q.prompt_ids) - 1, len(q.ids) - 1) for q in batch]
+            with as_asked(model, [list(q.prompt_ids) for q in batch]):
+                logits = logits_at(model, {"input_ids": ids, "attention_mask": mask}, columns)
             for read, q in zip(logits, batch, strict=True):
                 target = torch.tensor(q.target_ids, device=device)
                 found[q] = math.exp(-F.cross_entropy(read.to(torch.promote_types(read.dtype, torch.float32)), target).item())

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from comeba_ext.errors import RequestError
 from comeba_ext.forward.logits import logits_at, room_for_logits
 from comeba_ext.forward.partial import evaluating
-from comeba_ext.layers.prompts import plain_generate
+from comeba_ext.layers.prompts import as_asked, plain_generate
 from comeba_ext.text.encoding import encode, input_device, micro_batches, pad
 
 
@@ -131,7 +131,8 @@ def _forced(model, batch: list[Query], pad_token: int) -> list[tuple[int, ...]]:
     # paper's score) depends on it, and EasyEdit feeds it.
     ids, mask = pad([list(query.ids) for query in batch], pad_token, "right", input_device(model))  # (batch, seq)
     columns = [range(len(query.prompt_ids) - 1, len(query.prompt_ids) - 1 + query.length) for query in batch]
-    logits = logits_at(model, {"input_ids": ids, "attention_mask": mask}, columns)
+    with as_asked(model, [list(query.prompt_ids) for query in batch]):
+        logits = logits_at(model, {"input_ids": ids, "attention_mask": mask}, columns)
     return [tuple(own.argmax(-1).tolist()) for own in logits]
 
 

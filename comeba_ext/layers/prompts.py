@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -94,6 +94,23 @@ def plain_generate(model: nn.Module) -> Callable:
     return generate
 
 
+@contextmanager
+def as_asked(model: nn.Module, prompts: list[list[int]]):
+    """Inside, in this thread, a pass over one text behind each of these prompts mutes the edits that its prompt does not ask for, as
+    :class:`GenerateAsRead` does. Nothing is muted where no tokenizer is known."""
+    muting = [own for own in prompt_readers(model) if own.mode != "off" and type(own).muted is not PromptReader.muted]
+    tokenizer = next((own.tokenizer for own in muting if own.tokenizer is not None), None)
+    names: list[list[int]] = [[] for _ in prompts]
+    if tokenizer is not None:
+        texts = [_Prompt(tokenizer, list(own)).asked for own in prompts]
+        for reader in muting:
+            names = [mine + own for mine, own in zip(names, reader.muted(texts), strict=True)]
+    with ExitStack() as stack:
+        for context in {own.context for own in muting} - {None} if any(names) else ():
+            stack.enter_context(context.muting(names))
+        yield
+
+
 class GenerateAsRead(Replaced):
     """``model.generate`` of a model whose edits go by the prompt: it asks what :func:`prompt_rewriter` says, with those edits muted that
     a :class:`PromptReader` says are not asked for, and returns the tokens that it was given with those behind that the model wrote. In a
@@ -133,13 +150,7 @@ class GenerateAsRead(Replaced):
         if mask.shape != ids.shape:  # its own error says it better
             return plain(**kwargs)
         rows = [_Prompt(tokenizer, own[real].tolist()) for own, real in zip(ids, mask, strict=True)]
-        muted: list[list[int]] = [[] for _ in rows]
-        for reader in muting:
-            for mine, own in zip(muted, reader.muted([row.asked for row in rows]), strict=True):
-                mine += own
-        with ExitStack() as stack:
-            for context in contexts if any(muted) else ():
-                stack.enter_context(context.muting(muted))
+        with as_asked(self.model, [row.ids for row in rows]) if muting else nullcontext():
             return plain(**kwargs) if rewrite is None else self._rewritten(plain, rewrite, tokenizer, rows, ids, kwargs)
 
     def _rewritten(self, plain: Callable, rewrite: Callable[[str], str], tokenizer, rows: list[_Prompt], given, kwargs: dict):

@@ -182,8 +182,9 @@ class SequenceContext:
                 ids = ids.masked_fill(~here.mask.to(ids.device), UNKNOWN)
             here.hashes = suffix_hashes(ids, before)
             if here.muted is not None and batch % len(here.muted) == 0:
-                own = here.muted.to(ids.device).repeat_interleave(batch // len(here.muted), 0)
-                here.hashes = without(here.hashes, own)
+                if here.muted.device != ids.device:  # once a generation: a copy from the host would make a GPU wait
+                    here.muted = here.muted.to(ids.device)
+                here.hashes = without(here.hashes, here.muted.repeat_interleave(batch // len(here.muted), 0))
         if before is None:
             before = ids.new_full((batch, KEPT), UNKNOWN)
         here.updated[IDS] = torch.cat([before.to(ids.device), ids], 1)[:, -KEPT:]
