@@ -8,12 +8,13 @@ import pytest
 import torch
 from test_editor import assert_same, make_editor, random_values, small_model, snapshot
 from test_question_states import near_by_hand
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from comeba_ext import EditConfig, Editor, EditRequest, evaluate, load_edits, set_edits
 from comeba_ext.errors import ConfigError
 from comeba_ext.evaluation.probabilities import counterfact_scores
 from comeba_ext.evaluation.written import Writing
+from comeba_ext.exporting import export_folder, export_merged
 from comeba_ext.layers.attachment import attachments, disabled
 from comeba_ext.layers.edit_table import QUESTIONS
 from comeba_ext.layers.prompts import as_asked
@@ -349,6 +350,20 @@ def test_saved_loaded_and_edited_on(gated, tiny_model, tokenizer, tmp_path):
     set_edits(both, ["edits", "other"])
     assert len(attachments(both)[QUESTIONS].entries) == 3
     assert all(same(logits(both, tokenizer, prompt), own) for prompt, own in zip(prompts, wanted, strict=True))
+
+
+def test_an_export_says_that_it_does_without(gated, tiny_model, tokenizer, tmp_path):
+    editor, prompts, _ = gated
+    editor.save_pretrained(tmp_path / "edits")
+    plain = edit(tiny_model, tokenizer, FACTS, None)
+    plain.save_pretrained(tmp_path / "plain")
+    found = export_folder(small_model(tiny_model), tokenizer, tmp_path / "edits", tmp_path / "folder")
+    assert any("question_floor is not in the folder" in note for note in found.notes)
+    assert list(editor.layers) == found.layers
+    export_merged(small_model(tiny_model), tokenizer, tmp_path / "edits", tmp_path / "merged")
+    export_merged(small_model(tiny_model), tokenizer, tmp_path / "plain", tmp_path / "merged_plain")
+    merged, wanted = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("merged", "merged_plain"))
+    assert same(logits(merged, tokenizer, prompts[0]), logits(wanted, tokenizer, prompts[0]))
 
 
 @pytest.mark.parametrize("floor", [2, -1.5, "high", True, float("nan")])

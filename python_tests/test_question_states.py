@@ -232,6 +232,9 @@ def test_a_reader_behind_questions(tiny_model, tokenizer, tmp_path):
     assert len(keys) == len(usual) == len(scope.asked) == 3
     assert rewrite("Ann lives in") == f"{MARK} Ann lives in Rome\nPrompt: Ann lives in"
     editor.retract(scope.entries[1]["id"])
+    kept = [editor.method.kept[step][0] for step in (1, 2)]
+    table, keys_name = f"{PLACE}.table", f"{PLACE}.keys"
+    assert kept[0][table] is kept[1][table] and len(kept[0][keys_name]) == 3 and len(kept[1][keys_name]) == 2  # what stays is kept once
     assert torch.equal(scope.keys, keys[[0, 2]]) and torch.equal(scope.usual, usual[[0, 2]])
     editor.save_pretrained(tmp_path / "edits")
     loaded = load_edits(small_model(tiny_model), tmp_path / "edits", tokenizer=tokenizer)

@@ -31,8 +31,8 @@ class Snapshots(Method):
     def __init__(self, session: Session):
         super().__init__(session)
         self.notes: dict = self.blank()
-        self.first = self._copy()
         self.kept: dict[int, tuple[dict[str, torch.Tensor], dict]] = {}  # step -> state and notes after it
+        self.first = self._copy()
 
     def blank(self) -> dict:
         """Notes before any edit."""
@@ -104,7 +104,14 @@ class Snapshots(Method):
         self.notes = notes
 
     def _copy(self) -> tuple[dict[str, torch.Tensor], dict]:
-        return {name: own.detach().cpu().clone() for name, own in self.memory().items()}, copy.deepcopy(self.notes)
+        """The state on the host; what has not changed since it was kept last is the same tensor."""
+        last = self.kept[max(self.kept)][0] if self.kept else {}
+        found = {}
+        for name, own in self.memory().items():
+            own, before = own.detach().cpu(), last.get(name)
+            same = before is not None and before.shape == own.shape and before.dtype == own.dtype and torch.equal(before, own)
+            found[name] = before if same else own.clone()
+        return found, copy.deepcopy(self.notes)
 
     def _keep(self, step: int) -> None:
         """Note the state as it is now, after ``step`` (of which there is one already in the course of a run)."""
