@@ -115,12 +115,13 @@ class EditTable(PromptReader):
         of_subject: dict[str, list[int]] = {}
         for n, entry in enumerate(entries):
             of_subject.setdefault(entry["subject"], []).append(n)
-        pairs = [(n, subject) for n, own in enumerate(named) for subject in sorted(own)]
-        states = self.states([sentence_of(prompts[n], subject) for n, subject in pairs]) if pairs else []
+        pairs = [(n, subject, sentence_of(prompts[n], subject)) for n, own in enumerate(named) for subject in sorted(own)]
+        sentences = list(dict.fromkeys(sentence for _, _, sentence in pairs))
+        states = dict(zip(sentences, self.states(sentences) if sentences else (), strict=True))
         kept: list[list[int]] = [[] for _ in prompts]
-        for (n, subject), state in zip(pairs, states, strict=True):
+        for n, subject, sentence in pairs:
             own = of_subject[subject]
-            near = nearness(prompts[n], state, Asked(*(held[name][own].cpu() for name in Asked._fields))).tolist()
+            near = nearness(sentence, states[sentence], Asked(*(held[name][own].cpu() for name in Asked._fields))).tolist()
             kept[n] += [number for number, value in zip(own, near, strict=True) if value >= self.questions.floor]
         return [sorted(own) for own in kept]
 
