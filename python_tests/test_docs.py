@@ -245,17 +245,44 @@ def test_the_readme_is_short_and_its_figures_are_results():
         assert f"{said(row_of(f'smollm2/named200_{name}', 200, 'SERAC (named, both)'))} after 200" in text
         assert said(row_of(f"smollm2/written200_{name}", 200, "COMEBA-HK (nearest)")) in text
     assert said(row_of("smollm2/named200_zsre", 200, "SERAC (named)")) in text
+    asked = row_of("smollm2/named200_counterfact", 200, "COMEBA-HK (nearest, where asked)")["generality_written"]
+    always = row_of("smollm2/written200_counterfact", 200, "COMEBA-HK (nearest)")["generality_written"]
+    assert f"{asked:.3f} for {always:.3f}" in text
+    others = row_of("smollm2/other_relations", 100, "COMEBA-HK (nearest, where asked)")["hallucination"]
+    assert f"{others:.0%}".replace("%", " %") in text
+
+
+def test_what_else_is_asked_is_of_results():
+    """R11's table: its rows are the results', in its order of columns."""
+    names = {
+        "SERAC behind names, trained to tell": "SERAC (named)",
+        "SERAC behind names, also trained on ZsRE's records": "SERAC (named, both)",
+        "ICE behind names": "ICE (named)",
+        "SERAC, as published": "SERAC",
+    }
+    head = "| | reliability | generality | other questions answered with the new object | first token as before |\n|---"
+    text, before = PAGES["docs/findings.md"].read_text(encoding="utf-8").split(head)[1].split("\n\n")[0], ""
+    keys = ("reliability_written", "generality_written", "hallucination", "locality")
+    rows = [[cell.strip() for cell in row.replace("**", "").strip("|").split("|")] for row in text.splitlines()[1:]]
+    assert len(rows) == 10
+    for label, *cells in rows:
+        case = f"{before[:-1]}, where asked)" if label.startswith("the same, where it is asked") else names.get(label, label)
+        row = row_of("smollm2/other_relations", 100, case)
+        for cell, key in zip(cells, keys, strict=True):
+            low, high = row[f"{key}_interval"]
+            assert cell == f"{row[key]:.3f} [{low:.3f}, {high:.3f}]", (label, key)
+        before = case
 
 
 def test_the_table_of_methods_is_of_results():
     for label, (counterfact, zsre) in table_of(PAGES["docs/methods.md"].read_text(encoding="utf-8"), "| | CounterFact | ZsRE |").items():
         case = re.sub(r", (?![^(]*\)).*", "", label.replace("z-score, the paper's", "z-score"))
         first, second = "smollm2/written200_counterfact", "smollm2/written200_zsre"
-        if "(named" in case:
+        if "(named" in case or "where asked" in case:
             first, second = "smollm2/named200_counterfact", "smollm2/named200_zsre"
         elif case in ("SERAC", "MEND", "LoRA"):
             first = f"smollm2/trained200{'_lora' * (case == 'LoRA')}"
-        elif case in ("MELO", "EMMET", "PMET"):
+        elif case in ("MELO", "EMMET", "PMET", "KN"):
             first, second = "smollm2/peers_written_counterfact", "smollm2/peers_written_zsre"
         for name, cell in ((first, counterfact), (second, zsre)):
             if cell != "not run":
