@@ -52,7 +52,7 @@ def card(model: nn.Module, method: type[Method], config: EditConfig, ledger: Led
         f"---\n{yaml.safe_dump(about, sort_keys=False, allow_unicode=True)}---\n{MARK}\n\n# {count}\n",
         f"Made with {method.name} by `comeba_ext`, for {_code(base['name'])} ({shape.model_type}, {shape.num_hidden_layers} blocks of "
         f"width {shape.hidden_size}) and no other model; the base weights are not in here, and are not changed.\n",
-        _how_to_load(_literal(base.get("id", "path/to/the/base/model")), method.in_prompt),
+        _how_to_load(_literal(base.get("id", "path/to/the/base/model")), method.in_prompt or config.question_floor is not None),
         f"The base model's licence ({licence}) holds for the edited model as well.\n"
         if licence
         else "The base model's licence, which is not known here, holds for the edited model as well.\n",
@@ -67,16 +67,16 @@ def card(model: nn.Module, method: type[Method], config: EditConfig, ledger: Led
     return "\n".join(parts)
 
 
-def _how_to_load(base: str, in_prompt: bool) -> str:
-    """Python that does; edits that stand in the prompt need the tokenizer, for ``generate`` to put them there."""
-    classes = ["AutoModelForCausalLM", *(["AutoTokenizer"] if in_prompt else [])]
+def _how_to_load(base: str, reads: bool) -> str:
+    """Python that does; edits that go by the prompt need the tokenizer, for ``generate`` to read it."""
+    classes = ["AutoModelForCausalLM", *(["AutoTokenizer"] if reads else [])]
     lines = [
         "from comeba_ext import load_edits",
         f"from transformers import {', '.join(classes)}",
         "",
         f"model = AutoModelForCausalLM.from_pretrained({base})",
-        *([f"tokenizer = AutoTokenizer.from_pretrained({base})"] if in_prompt else []),
-        f'load_edits(model, "path/to/this/folder"{", tokenizer=tokenizer" if in_prompt else ""})  # or its name on the hub',
+        *([f"tokenizer = AutoTokenizer.from_pretrained({base})"] if reads else []),
+        f'load_edits(model, "path/to/this/folder"{", tokenizer=tokenizer" if reads else ""})  # or its name on the hub',
     ]
     return "\n".join(["```python", *lines, "```\n"])
 

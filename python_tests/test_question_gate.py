@@ -11,7 +11,7 @@ from test_question_states import near_by_hand
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from comeba_ext import EditConfig, Editor, EditRequest, evaluate, load_edits, set_edits
-from comeba_ext.errors import ConfigError
+from comeba_ext.errors import ComebaError, ConfigError
 from comeba_ext.evaluation.probabilities import counterfact_scores
 from comeba_ext.evaluation.written import Writing
 from comeba_ext.exporting import export_folder, export_merged
@@ -265,6 +265,9 @@ def test_without_a_tokenizer_it_says_so(gated, tiny_model, tokenizer, tmp_path, 
         for _ in range(2):
             assert same(logits(loaded, tokenizer, prompts[0]), logits(always, tokenizer, prompts[0]))
     assert caplog.text.count("give load_edits the tokenizer") == 1
+    with pytest.raises(ComebaError, match="give load_edits the tokenizer"):
+        evaluate(loaded, tokenizer, [MARIE])
+    assert 'load_edits(model, "path/to/this/folder", tokenizer=tokenizer)' in (tmp_path / "edits" / "README.md").read_text()
     embedded = loaded.get_input_embeddings()(batch_of(tokenizer, [prompts[0]])["input_ids"])
     told = load_edits(small_model(tiny_model), tmp_path / "edits", tokenizer=tokenizer)
     assert torch.equal(told.generate(inputs_embeds=embedded, **NEW), always.generate(inputs_embeds=embedded, **NEW))  # no text to read

@@ -97,14 +97,19 @@ def plain_generate(model: nn.Module) -> Callable:
 @contextmanager
 def as_asked(model: nn.Module, prompts: list[list[int]]):
     """Inside, in this thread, a pass over one text behind each of these prompts mutes the edits that its prompt does not ask for, as
-    :class:`GenerateAsRead` does. Nothing is muted where no tokenizer is known."""
+    :class:`GenerateAsRead` does.
+
+    Raises:
+        ComebaError: there are such edits, and the tokenizer is not known.
+    """
     muting = [own for own in prompt_readers(model) if own.mode != "off" and type(own).muted is not PromptReader.muted]
     tokenizer = next((own.tokenizer for own in muting if own.tokenizer is not None), None)
+    if muting and tokenizer is None:
+        raise ComebaError("what a prompt asks is read by the model: give load_edits the tokenizer (question_floor)")
+    texts = [_Prompt(tokenizer, list(own)).asked for own in prompts] if muting else []
     names: list[list[int]] = [[] for _ in prompts]
-    if tokenizer is not None:
-        texts = [_Prompt(tokenizer, list(own)).asked for own in prompts]
-        for reader in muting:
-            names = [mine + own for mine, own in zip(names, reader.muted(texts), strict=True)]
+    for reader in muting:
+        names = [mine + own for mine, own in zip(names, reader.muted(texts), strict=True)]
     with ExitStack() as stack:
         for context in {own.context for own in muting} - {None} if any(names) else ():
             stack.enter_context(context.muting(names))

@@ -217,8 +217,9 @@ def kept(folder: Path | None) -> str:
 
 def saved(folder: Path, model: str) -> str:
     """Where the edits are, and how to use them."""
+    python = f"load_edits(model, {str(folder)!r}, tokenizer=tokenizer)"
     return (
-        f"<p>Saved to <code>{escape(str(folder))}</code>. To use them: <code>load_edits(model, {escape(repr(str(folder)))})</code>, or "
+        f"<p>Saved to <code>{escape(str(folder))}</code>. To use them: <code>{escape(python)}</code>, or "
         f"<code>comeba generate {escape(model)} --edits {escape(str(folder))} …</code></p>"
     )
 
