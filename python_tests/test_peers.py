@@ -493,6 +493,10 @@ def test_kn_attributions_add_up(tiny_model, tokenizer):
             handle.remove()
         assert abs(chances[0] - chances[1]) > 1e-6
         assert found.sum().item() == pytest.approx(chances[0] - chances[1], rel=0.05, abs=1e-7)
+    # Of both layers in one pass, as of each in its own.
+    apart = make_method("KN", small_model(tiny_model).double(), tokenizer, steps=400, max_tokens=1)
+    both, each = (own.method.attributions(request.text, token) for own in (editor, apart))
+    assert all(torch.allclose(both[name], each[name], rtol=1e-10, atol=1e-14) for name in both)
 
 
 def test_kn_writes_into_the_columns_of_the_neurons_it_keeps(tiny_model, tokenizer):

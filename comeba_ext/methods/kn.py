@@ -4,6 +4,7 @@ arXiv 2104.08696)."""
 from __future__ import annotations
 
 import functools
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +98,8 @@ class KN(Deltas):
     def attributions(self, prompt: str, token: int) -> dict[str, torch.Tensor]:
         """Of every input of every layer, ``(d_in,)`` each, for the probability of a token behind a prompt.
 
-        An activation at the last token moves nothing before it, so the tokens before run once for all layers and steps.
+        An activation at the last token moves nothing before it, so the tokens before run once for all layers and steps; those of several
+        layers are rows of one pass, each with its own activation in its own layer.
         """
         session, steps = self.session, self.config.steps
         ids = torch.tensor([encode(session.tokenizer, prompt).ids], device=session.device)
@@ -110,19 +112,20 @@ class KN(Deltas):
         whole, cache = Past({}, 0), cache_name(session.decoder)
         run_until(session.decoder, session.blocks[-1], {"input_ids": ids, cache: whole}, taps)
         past = Past(each(whole.new, lambda states: states[:, :, :-1]), ids.shape[1] - 1)
-        inputs = {"input_ids": ids[:, -1:].expand(steps, -1), cache: past.rows(torch.zeros(steps, dtype=torch.long))}
         shares = torch.arange(1, steps + 1, device=session.device)[:, None] / steps
-        found = {}
-        for name, layer in self.layers.items():
-            scaled = (shares.to(activations[name]) * activations[name]).requires_grad_(True)  # (steps, d_in)
-            handle = layer.register_forward_pre_hook(lambda module, args, scaled=scaled: (scaled.reshape(args[0].shape), *args[1:]))
-            try:
-                logits = logits_at(session.model, inputs, [[0]] * steps)
-            finally:
-                handle.remove()
+        names, together, found = list(self.layers), max(1, session.max_tokens // (steps * ids.shape[1])), {}
+        for group in (names[start : start + together] for start in range(0, len(names), together)):
+            scaled = [(shares.to(activations[name]) * activations[name]).requires_grad_(True) for name in group]  # (steps, d_in)
+            rows = steps * len(group)
+            with ExitStack() as stack:
+                for n, name in enumerate(group):
+                    put = functools.partial(_instead, scaled[n], n * steps)
+                    stack.callback(self.layers[name].register_forward_pre_hook(put).remove)
+                inputs = {"input_ids": ids[:, -1:].expand(rows, -1), cache: past.rows(torch.zeros(rows, dtype=torch.long))}
+                logits = logits_at(session.model, inputs, [[0]] * rows)
             chances = torch.cat(logits).float().softmax(-1)[:, token]
-            (gradient,) = torch.autograd.grad(chances.sum(), scaled)
-            found[name] = (activations[name] * gradient.mean(0)).detach()
+            for name, gradient in zip(group, torch.autograd.grad(chances.sum(), scaled), strict=True):
+                found[name] = (activations[name] * gradient.mean(0)).detach()
         return found
 
     def _said(self, prompt: str) -> int:
@@ -130,3 +133,9 @@ class KN(Deltas):
         ids = torch.tensor([encode(self.session.tokenizer, prompt).ids], device=self.session.device)
         with torch.no_grad():
             return logits_at(self.session.model, {"input_ids": ids}, [[ids.shape[1] - 1]])[0].argmax().item()
+
+
+def _instead(scaled: torch.Tensor, start: int, layer: torch.nn.Module, args: tuple) -> tuple:
+    """A layer's arguments with other inputs in the rows from ``start`` on."""
+    x = args[0]
+    return torch.cat((x[:start], scaled.reshape(-1, *x.shape[1:]), x[start + len(scaled) :])), *args[1:]
