@@ -1,6 +1,7 @@
 """COMEBA-HK's edits that are felt only where they are asked for (``question_floor``), against models that have only those edits."""
 
 import copy
+import json
 import logging
 import threading
 
@@ -367,6 +368,23 @@ def test_an_export_says_that_it_does_without(gated, tiny_model, tokenizer, tmp_p
     export_merged(small_model(tiny_model), tokenizer, tmp_path / "plain", tmp_path / "merged_plain")
     merged, wanted = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("merged", "merged_plain"))
     assert same(logits(merged, tokenizer, prompts[0]), logits(wanted, tokenizer, prompts[0]))
+
+
+def test_a_state_dict_of_other_edits(gated, tiny_model, tokenizer):
+    """It is read in place; what was known of the edits before must not stay."""
+    editor, _, floor = gated
+    others = [EditRequest(MARIE.prompt, "Mary Carie", "Oslo"), JOHN]
+    other = edit(tiny_model, tokenizer, [], floor)
+    other.edit(others, target_values=random_values(2, seed=3, scale=20.0))
+    gate = editor.method.attachments[QUESTIONS]
+    assert gate.entries[0]["subject"] == "Marie Curie"
+    gate.load_state_dict(other.method.attachments[QUESTIONS].state_dict())
+    assert gate.entries == other.method.attachments[QUESTIONS].entries and gate.entries[0]["subject"] == "Mary Carie"
+    gate.hold(packed=gate.packed.clone())
+    same_length = json.dumps([{**own, "subject": own["subject"][::-1]} for own in gate.entries]).encode()
+    assert gate.entries and len(same_length) == len(gate.packed)
+    gate.packed.copy_(torch.frombuffer(bytearray(same_length), dtype=torch.uint8))
+    assert gate.entries[1]["subject"] == "nonneL nhoJ"
 
 
 @pytest.mark.parametrize("floor", [2, -1.5, "high", True, float("nan")])

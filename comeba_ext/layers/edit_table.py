@@ -71,9 +71,10 @@ class EditTable(PromptReader):
 
     def unpacked(self, packed: torch.Tensor) -> list[dict]:
         read = self._read  # one look: another thread may be here, or edit
-        if read is None or read[0] is not packed:
-            read = self._read = packed, json.loads(packed.cpu().numpy().tobytes()) if len(packed) else []
-        return read[1]
+        version = None if packed.is_inference() else packed._version  # load_state_dict writes in place
+        if read is None or read[0] is not packed or read[1] != version:
+            read = self._read = packed, version, json.loads(packed.cpu().numpy().tobytes()) if len(packed) else []
+        return read[2]
 
     def as_packed(self, entries: list[dict]) -> torch.Tensor:
         text = bytearray(json.dumps(entries).encode()) if entries else bytearray()
