@@ -11,7 +11,8 @@ puts there, bit for bit. Of sets that are on together
 
 * hooked layers around the same projection wrap one another, each with its own score, thresholds and edits, so that a token takes the
   edits of the set whose scope it is in; methods that let their edits through everywhere add up the same way, ``W + delta + delta'``;
-* edited facts that stand before a question (in-context methods) are one list.
+* edited facts that stand before a question (in-context methods) are one list, and so is what tells which edits a prompt asks for
+  (``question_floor``).
 
 Where a token would meet the edits of two sets, nobody has found values for their sum. So sets that edit the same subject are refused,
 and so are, where scores compare keys, sets of which one has a key in the scope of the other.
