@@ -608,7 +608,7 @@ def test_a_named_fact_stands_before_what_names_its_subject(tiny_model, tokenizer
 def test_facts_that_are_not_ours(tiny_model, tokenizer, tmp_path, packed):
     editor = make_method("ICE", small_model(tiny_model), tokenizer)
     editor.edit(some_requests(1))
-    editor.layers["comeba_facts"].packed = torch.tensor(list(packed.encode()), dtype=torch.uint8)
+    editor.method.attachments["comeba_facts"].packed = torch.tensor(list(packed.encode()), dtype=torch.uint8)
     editor.save_pretrained(tmp_path)
     model = small_model(tiny_model)
     for load in (lambda: load_edits(model, tmp_path), lambda: Editor.from_pretrained(model, tokenizer, tmp_path)):

@@ -670,7 +670,7 @@ def test_what_else_is_asked_about_a_subject():
 
 # -- training -------------------------------------------------------------------------------------------------------
 
-COST = ("seconds", "peak_memory")
+COST = ("seconds", "peak_memory", "bytes")  # the file names the first two, in as many digits as they have
 SHORT = {"steps": 6, "validate_every": 3, "validations": 2, "save_every": 2, "accumulate": 2, "lr": 1e-3}
 
 
