@@ -51,9 +51,7 @@ def main() -> None:
         found = evaluate(model, tokenizer, records, base, **how)
         rows.append({"floor": floor, **{name: found[key] for name, key in SHOWN.items()}})
         if not args.json:
-            print(
-                ", ".join(f"{name} {value}" if name == "floor" else f"{name} {value:.3f}" for name, value in rows[-1].items()), flush=True
-            )
+            print(f"floor {floor}:", ", ".join(f"{name} {rows[-1][name]:.3f}" for name in SHOWN), flush=True)
     finish(rows, [], args.json)
 
 

@@ -84,7 +84,7 @@ def main() -> None:
     for kind, records in pairs(args.other, args.count).items():
         found: dict[str, tuple[list[float], list[float]]] = {"own form": ([], []), "openings alone": ([], [])}
         for subject, prompt, *texts in tqdm(records, desc=kind, disable=args.json):
-            own = asked_about(*reading, prompt, subject)
+            own = asked_about(*reading, [prompt], subject)
             openings = own.usual[:, :1].expand_as(own.usual)
             alone = Asked(own.asked + own.usual[:, form_of(prompt)] - openings[:, 0], openings, own.form)
             for n, group in enumerate(texts):

@@ -135,7 +135,7 @@ class Saved:
         ledger = self.manifest["ledger"]
         with _complete(self.folder, session.model):
             requests = [(EditRequest.from_record(saved["request"]), saved["step"]) for saved in ledger]
-            entries = method.load_entries(requests, self.state, list(method.attachments))
+            entries = method.load_entries(requests, self.state, list(method.layers))
             _restore(method.attachments, self.adapter)
             session.step, session.sampled = self.manifest["step"], self.manifest["prefixes"]
             for entry in entries:

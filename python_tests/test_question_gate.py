@@ -338,9 +338,8 @@ def test_saved_loaded_and_edited_on(gated, tiny_model, tokenizer, tmp_path):
     again = Editor.from_pretrained(small_model(tiny_model), tokenizer, tmp_path / "edits")
     for model in (loaded, again.model):
         assert all(same(logits(model, tokenizer, prompt), own) for prompt, own in zip(prompts, wanted, strict=True))
-    assert again.config.question_floor == floor and all(
-        torch.equal(a, b) for a, b in zip(rows(editor)["edit-1"][1:], rows(again)["edit-1"][1:])
-    )
+    assert again.config.question_floor == floor
+    assert all(torch.equal(a, b) for key, own in rows(editor).items() for a, b in zip(own[1:], rows(again)[key][1:], strict=True))
     again.edit([EditRequest("The capital of {} is", "Norway", "Lima")], target_values=random_values(1, seed=5))
     assert len(rows(again)) == 3
     again.rollback(1)

@@ -764,6 +764,8 @@ def test_a_killed_training_ends_with_the_same_bits(tiny_model, tokenizer, tmp_pa
     assert not (tmp_path / "killed" / "train.json").exists()
     result = trainer(tiny_model, tokenizer, tmp_path / "killed").run(progress=False)
     assert without_cost(result) == without_cost(whole)
+    for own, name in ((result, "killed"), (whole, "whole")):
+        assert own["bytes"] == (tmp_path / name / FILE).stat().st_size
     assert_same_files(tmp_path / "whole", tmp_path / "killed")
     assert (tmp_path / "killed" / "curve.png").stat().st_size > 5000
     assert len((tmp_path / "killed" / "log.jsonl").read_text().splitlines()) == 8

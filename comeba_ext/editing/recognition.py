@@ -200,7 +200,7 @@ class KeyRecognition(Recognition):
             return
         directions = self.method.config.prefixes + 2  # a key behind each prefix, the prompt's own, their mean
         needed = sum(layer.shards.nbytes_with(KEYS * count) + layer.score.nbytes_with(directions * count) for layer in layers)
-        needed += self.gate.nbytes_with(len(_asked(batch))) if self.gate is not None else 0
+        needed += self.gate.nbytes_with(sum(len(_answered(request)) for request in _at_subjects(batch))) if self.gate is not None else 0
         if needed > limit * 1e6:
             raise RequestError(
                 f"with {count} more edits the model would hold {needed / 1e6:.1f} MB of edits, and max_edit_memory is {limit:g}; "
@@ -308,14 +308,14 @@ class KeyRecognition(Recognition):
 
     def _ask_of(self, batch: list[EditRequest]) -> None:
         """Let the gate know what these ask."""
-        asked = _asked(batch) if self.gate is not None else []
-        if asked:
-            names = names_of(self.method.session.tokenizer, [request for request, _ in asked])
+        batch = _at_subjects(batch) if self.gate is not None else []
+        if batch:
             entries = [
                 {"id": request.request_id, "subject": request.subject.strip(), "names": [name_hash(ids) for ids in own.names]}
-                for (request, _), own in zip(asked, names, strict=True)
+                for request, own in zip(batch, names_of(self.method.session.tokenizer, batch), strict=True)
+                for _ in _answered(request)
             ]
-            self.gate.add(entries, self.gate.questions_of([(text, request.subject) for request, text in asked]))
+            self.gate.add(entries, self.gate.questions_of([(_answered(request), request.subject) for request in batch]))
 
     def decoys(self, batch: list[EditRequest]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Layer name to the directions of other names' keys, and which request each belongs to."""
@@ -354,6 +354,11 @@ def _on_host(member: Member) -> Member:
     return Member(*(part.cpu() if isinstance(part, torch.Tensor) else part for part in member))
 
 
-def _asked(batch: list[EditRequest]) -> list[tuple[EditRequest, str]]:
-    """What edits at their subjects answer: their prompts and wordings. (One at its prompt's end is met where that prompt is.)"""
-    return [(own, text) for own in batch if own.fact_token == "subject_last" for text in (own.text, *own.wordings)]
+def _at_subjects(batch: list[EditRequest]) -> list[EditRequest]:
+    """Those that a gate knows. (One that is edited at its prompt's end is met where that prompt is.)"""
+    return [request for request in batch if request.fact_token == "subject_last"]
+
+
+def _answered(request: EditRequest) -> list[str]:
+    """The texts that an edit answers."""
+    return [request.text, *request.wordings]

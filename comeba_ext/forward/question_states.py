@@ -70,12 +70,12 @@ class Asked(NamedTuple):
     form: torch.Tensor
 
 
-def asked_about(decoder: nn.Module, place: str, tokenizer, prompt: str, subject: str) -> Asked:
-    """Of an edit's prompt, one row of each."""
-    prompts = [usual.replace(SLOT, subject) for form in USUAL for usual in form]
-    own, *others = question_states(decoder, place, tokenizer, [sentence_of(prompt, subject), *prompts])
-    usual = torch.stack(others).unflatten(0, (len(USUAL), -1)).mean(1)
-    return Asked((own - usual[form_of(prompt)])[None], usual[None], torch.tensor([form_of(prompt)]))
+def asked_about(decoder: nn.Module, place: str, tokenizer, prompts: list[str], subject: str) -> Asked:
+    """Of an edit's prompts, a row each."""
+    others = [usual.replace(SLOT, subject) for form in USUAL for usual in form]
+    states = question_states(decoder, place, tokenizer, [*(sentence_of(prompt, subject) for prompt in prompts), *others])
+    usual, form = states[len(prompts) :].unflatten(0, (len(USUAL), -1)).mean(1), torch.tensor([form_of(prompt) for prompt in prompts])
+    return Asked(states[: len(prompts)] - usual[form], usual.expand(len(prompts), *usual.shape), form)
 
 
 def form_of(prompt: str) -> int:

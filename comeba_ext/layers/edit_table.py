@@ -14,7 +14,7 @@ from comeba_ext.errors import ComebaError
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.forward.question_states import USUAL, VIEWS, Asked, asked_about, nearness, place_of, question_states, sentence_of
 from comeba_ext.layers.attachment import disabled
-from comeba_ext.layers.prompts import PromptReader
+from comeba_ext.layers.prompts import UNREAD, PromptReader
 from comeba_ext.text.names import named_in
 
 QUESTIONS = "comeba_questions"  # where a gate stands in the model
@@ -113,12 +113,14 @@ class EditTable(PromptReader):
         Args:
             entries, held: of one look at what it holds.
         """
+        if not any(named):  # as most prompts
+            return [[] for _ in prompts]
         of_subject: dict[str, list[int]] = {}
         for n, entry in enumerate(entries):
             of_subject.setdefault(entry["subject"], []).append(n)
         pairs = [(n, subject, sentence_of(prompts[n], subject)) for n, own in enumerate(named) for subject in sorted(own)]
         sentences = list(dict.fromkeys(sentence for _, _, sentence in pairs))
-        states = dict(zip(sentences, self.states(sentences) if sentences else (), strict=True))
+        states = dict(zip(sentences, self.states(sentences), strict=True))
         kept: list[list[int]] = [[] for _ in prompts]
         for n, subject, sentence in pairs:
             own = of_subject[subject]
@@ -131,12 +133,12 @@ class EditTable(PromptReader):
         with self.reading() as reading:
             return question_states(*reading, prompts)
 
-    def questions_of(self, asked: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
-        """What prompts ask of their subjects, as rows of its buffers; empty without ``questions``."""
+    def questions_of(self, asked: list[tuple[list[str], str]]) -> dict[str, torch.Tensor]:
+        """What prompts ask of their subjects, prompts of one together, as rows of its buffers; empty without ``questions``."""
         if self.questions is None:
             return {}
         with self.reading() as reading:
-            found = [asked_about(*reading, prompt, subject) for prompt, subject in asked]
+            found = [asked_about(*reading, prompts, subject) for prompts, subject in asked]
         return {name: torch.cat(rows) for name, rows in zip(Asked._fields, zip(*found, strict=True), strict=True)}
 
     @contextmanager
@@ -147,7 +149,7 @@ class EditTable(PromptReader):
             ComebaError: the tokenizer is not known.
         """
         if self.tokenizer is None or self.context is None:
-            raise ComebaError("what a prompt asks is read by the model: give load_edits the tokenizer (question_floor)")
+            raise ComebaError(UNREAD)
         with disabled(self.context.decoder) as decoder:
             yield decoder, self.questions.place, self.tokenizer
 

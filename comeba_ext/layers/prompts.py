@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from comeba_ext.text.chat import last_turn
 from comeba_ext.text.encoding import pad, pad_id
 
 log = logging.getLogger(__name__)
+UNREAD = "what a prompt asks is read by the model: give load_edits the tokenizer (question_floor)"
 
 
 class PromptReader(Attachment):
@@ -94,6 +95,11 @@ def plain_generate(model: nn.Module) -> Callable:
     return generate
 
 
+def _muting(model: nn.Module) -> list[PromptReader]:
+    """Those that are on and may mute edits."""
+    return [own for own in prompt_readers(model) if own.mode != "off" and type(own).muted is not PromptReader.muted]
+
+
 @contextmanager
 def as_asked(model: nn.Module, prompts: list[list[int]]):
     """Inside, in this thread, a pass over one text behind each of these prompts mutes the edits that its prompt does not ask for, as
@@ -102,10 +108,10 @@ def as_asked(model: nn.Module, prompts: list[list[int]]):
     Raises:
         ComebaError: there are such edits, and the tokenizer is not known.
     """
-    muting = [own for own in prompt_readers(model) if own.mode != "off" and type(own).muted is not PromptReader.muted]
+    muting = _muting(model)
     tokenizer = next((own.tokenizer for own in muting if own.tokenizer is not None), None)
     if muting and tokenizer is None:
-        raise ComebaError("what a prompt asks is read by the model: give load_edits the tokenizer (question_floor)")
+        raise ComebaError(UNREAD)
     texts = [_Prompt(tokenizer, list(own)).asked for own in prompts] if muting else []
     names: list[list[int]] = [[] for _ in prompts]
     for reader in muting:
@@ -132,8 +138,7 @@ class GenerateAsRead(Replaced):
         readers = [own for own in prompt_readers(self.model) if own.mode != "off"]
         contexts = {own.context for own in readers} - {None}
         rewrite = None if any(context.here.asked for context in contexts) else prompt_rewriter(self.model)
-        muting = [own for own in readers if type(own).muted is not PromptReader.muted]
-        if rewrite is None and not muting:
+        if rewrite is None and not _muting(self.model):
             return plain(*args, **kwargs)
         tokenizer = next((own.tokenizer for own in readers if own.tokenizer is not None), None)
         if tokenizer is None:
@@ -154,13 +159,13 @@ class GenerateAsRead(Replaced):
         mask = mask.to(ids.device).bool()
         if mask.shape != ids.shape:  # its own error says it better
             return plain(**kwargs)
-        rows = [_Prompt(tokenizer, own[real].tolist()) for own, real in zip(ids, mask, strict=True)]
-        with as_asked(self.model, [row.ids for row in rows]) if muting else nullcontext():
+        rows = [own[real].tolist() for own, real in zip(ids, mask, strict=True)]
+        with as_asked(self.model, rows):
             return plain(**kwargs) if rewrite is None else self._rewritten(plain, rewrite, tokenizer, rows, ids, kwargs)
 
-    def _rewritten(self, plain: Callable, rewrite: Callable[[str], str], tokenizer, rows: list[_Prompt], given, kwargs: dict):
-        asked = [row.instead(rewrite) for row in rows]
-        if asked == [row.ids for row in rows]:
+    def _rewritten(self, plain: Callable, rewrite: Callable[[str], str], tokenizer, rows: list[list[int]], given, kwargs: dict):
+        asked = [asked_tokens(tokenizer, row, rewrite) for row in rows]
+        if asked == rows:
             return plain(**kwargs)
         config = kwargs.get("generation_config") or self.model.generation_config
         ids, mask = pad(asked, pad_id(tokenizer), "left", given.device)

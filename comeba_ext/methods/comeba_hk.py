@@ -387,7 +387,7 @@ class ComebaHK(Method):
     @classmethod
     def check_saved(cls, model: nn.Module, config, architecture: Architecture, names: list[str], tensors: dict) -> None:
         beside = [QUESTIONS] if config.question_floor is not None else []
-        hooked_state.check(model, [*cls.targets(config, architecture), *beside], names, tensors)
+        hooked_state.check(model, cls.targets(config, architecture), names, tensors, beside)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         return hooked_state.state(self)
@@ -397,4 +397,4 @@ class ComebaHK(Method):
 
     @classmethod
     def load_entries(cls, requests: list[tuple[EditRequest, int]], tensors: dict[str, torch.Tensor], names: list[str]) -> list[Entry]:
-        return hooked_state.entries(requests, tensors, [name for name in names if name != QUESTIONS])
+        return hooked_state.entries(requests, tensors, names)

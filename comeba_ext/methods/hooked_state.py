@@ -8,6 +8,7 @@ are kept apart there is no ``delta`` and no key memory beyond ``λ·C0``; the ad
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,6 @@ from comeba_ext.covariance import Covariance
 from comeba_ext.covariance.key_sample import KeySample
 from comeba_ext.editing.config import is_number
 from comeba_ext.editing.subject_shards import SubjectShards
-from comeba_ext.layers.edit_table import QUESTIONS
 from comeba_ext.layers.hooked_linear import shape_of
 from comeba_ext.memory.key_memory import KeyMemory
 from comeba_ext.memory.ledger import Entry, stacked
@@ -51,21 +51,20 @@ _SHAPES = {
 _MAY_BE_INFINITE = ("alpha", "thresholds", "named_thresholds", "direction_thresholds", "named_direction_thresholds")
 
 
-def check(model: nn.Module, wanted: list[str], names: list[str], tensors: dict) -> None:
+def check(model: nn.Module, wanted: list[str], names: list[str], tensors: dict, beside: Sequence[str] = ()) -> None:
     """Everything a layer is going to hold, before the first one is touched: shapes, dtypes, finite numbers.
 
     Args:
         wanted: the layers that the settings name, and
-        names: those that the folder does.
+        names: those that the folder does; and
+        beside: what else it must name, behind them, that checks what it restores.
 
     Raises:
         ValueError: something is not what this package saves for this model.
     """
-    if names != wanted:
-        raise ValueError(f"layers {names}, but the settings name {wanted}")
-    for name in names:
-        if name == QUESTIONS:  # which checks what it restores
-            continue
+    if names != [*wanted, *beside]:
+        raise ValueError(f"layers {names}, but the settings name {[*wanted, *beside]}")
+    for name in wanted:
         d_in, d_out = shape_of(model.get_submodule(name))
         sizes = {"d_in": d_in, "d_out": d_out}
         if f"{name}.alpha" not in tensors:
@@ -105,8 +104,8 @@ def adapter(method: ComebaHK) -> dict[str, torch.Tensor]:
         elif live and not method.recognition.compares:
             own["delta"] = delta
         tensors |= {f"{name}.{what}": tensor for what, tensor in own.items()}
-    if QUESTIONS in method.attachments:
-        tensors |= {f"{QUESTIONS}.{what}": tensor for what, tensor in method.attachments[QUESTIONS].tensors().items()}
+    for name in method.attachments.keys() - method.layers.keys():  # beside them
+        tensors |= {f"{name}.{what}": tensor for what, tensor in method.attachments[name].tensors().items()}
     return tensors
 
 

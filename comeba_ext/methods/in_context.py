@@ -144,7 +144,7 @@ class ICE(Snapshots):
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         with phases("update"):
             held = self.attachments[PLACE]
-            held.add([held.entry(r, self.shown(r)) for r in batch], held.questions_of([(r.text, r.subject) for r in batch]))
+            held.add([held.entry(r, self.shown(r)) for r in batch], held.questions_of([([r.text], r.subject) for r in batch]))
             self._check([held.rewrite(request.text) for request in batch], batch)  # behind other facts too
         return [], []
 

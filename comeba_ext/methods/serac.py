@@ -301,7 +301,7 @@ class SERAC(Trained):
             for layer in self.layers.values():
                 layer.mark = learner.mark.clone().to(layer.down.device)  # edits of earlier versions know one form of it
             keys = torch.stack([encode(r.text, table) for r in batch])
-            asked = scope.questions_of([(r.text, r.subject) for r in batch])
+            asked = scope.questions_of([([r.text], r.subject) for r in batch])
             scope.add([scope.entry(r, []) for r in batch], {**asked, "keys": keys}, table=table)
         return [], []
 
