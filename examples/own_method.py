@@ -11,7 +11,7 @@ import torch
 from comeba_ext import Editor, evaluate, register_method, testbed
 from comeba_ext.layers.attachment import Attachment
 from comeba_ext.methods import Snapshots
-from comeba_ext.methods.training import TrainingRows, inputs_of
+from comeba_ext.methods.row_passes import TrainingRows, inputs_of
 from comeba_ext.text.rows import answer_rows
 
 

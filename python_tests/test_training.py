@@ -28,7 +28,7 @@ from comeba_ext.methods.mend import MendConfig, Transform
 from comeba_ext.methods.serac import MARK, Scope, SeracConfig, encode, features, stated
 from comeba_ext.methods.settings import default_config
 from comeba_ext.methods.trained import FILE, save_learner
-from comeba_ext.methods.training import LowerStates
+from comeba_ext.methods.row_passes import LowerStates
 from comeba_ext.storage import read_tensors, write_tensors
 from comeba_ext.text.episodes import Episode, episodes_of
 from comeba_ext.text.rows import answer_rows
@@ -65,7 +65,7 @@ def test_states_below_the_first_block_that_differs(tiny_model, tokenizer, family
     session = make_method("MEND", model, tokenizer, layers=(1,)).session
     rows = answer_rows(tokenizer, [(r.text, r.target_new) for r in long_targets(3)] + [("Water is", "wet")])
     room = 8 * 32 * (len(rows[0].ids) + len(rows[1].ids))
-    monkeypatch.setattr("comeba_ext.methods.training.KEPT", room)
+    monkeypatch.setattr("comeba_ext.methods.row_passes.KEPT", room)
     lower = LowerStates(session, 1)
     for _ in range(2):
         with torch.no_grad():

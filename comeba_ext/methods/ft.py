@@ -12,7 +12,7 @@ from comeba_ext.errors import ConfigError
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.deltas import Deltas
-from comeba_ext.methods.training import TrainingRows
+from comeba_ext.methods.row_passes import TrainingRows
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import Row, target_rows
 

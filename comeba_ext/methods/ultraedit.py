@@ -14,7 +14,7 @@ from comeba_ext.forward.architectures import Architecture
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.deltas import Deltas
-from comeba_ext.methods.training import factors_of
+from comeba_ext.methods.row_passes import factors_of
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import answer_rows
 

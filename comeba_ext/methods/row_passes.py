@@ -1,4 +1,4 @@
-"""What methods that train have in common: the new object's loss, teacher-forced behind the prompt, and inputs of a layer."""
+"""Passes over rows: the loss of their targets, its gradients as factors of layers, and what layers are given and give at every token."""
 
 from __future__ import annotations
 
