@@ -1,5 +1,6 @@
 """The command line as a user meets it: one JSON object, true counts, exit codes, clear errors."""
 
+import itertools
 import json
 import shutil
 
@@ -49,7 +50,7 @@ def test_demo_reports_every_batch_and_ends_edited():
     assert result["reliability"] >= 0.8 and result["locality"] >= 0.8
     for example in result["examples"]:
         assert example["before"] != example["after"]
-    assert result["records"] == {"read": 6, "used": 6, "skipped": []}
+    assert result["records"] == {"read": 6, "used": 6, "skipped": []} and result["reliability_written"] >= 0.8
 
 
 def test_demo_prints_a_table():
@@ -57,6 +58,7 @@ def test_demo_prints_a_table():
     assert result.exit_code == 0
     for word in ("reliability", "generality", "locality", "edited to say"):
         assert word in result.stdout
+    assert result.stdout.index("written: what the model writes") < result.stdout.rindex("teacher-forced")  # what is believed comes first
 
 
 def test_edit_counts_every_record(edited):
@@ -191,6 +193,45 @@ def test_eval_with_and_without_edits(edited, records, tmp_path):
     assert with_edits["reliability"] > without["reliability"] + 0.4
     assert without["locality"] == 1.0
     assert len(rows.read_text().splitlines()) == 6
+    assert with_edits["efficacy_score"] > without["efficacy_score"] + 0.4  # records that say what was true
+    assert with_edits["reliability_unwritable"] == 0 and "text_changed" not in with_edits
+
+
+def test_eval_of_unrelated_text_and_of_answers_that_cannot_be_written(edited, tmp_path):
+    out, _ = edited
+    facts = [fact.to_record() for fact in testbed.facts()[:3]]
+    facts[0] |= {"target_new": "Yahoo! Incorporated"}
+    path, texts = tmp_path / "facts.json", tmp_path / "texts.txt"
+    path.write_text(json.dumps(facts))
+    texts.write_text(
+        "\n\n".join([f"{facts[1]['subject']} is named here, and said to be well known.", *itertools.islice(testbed.texts(9), 5)])
+    )
+    result = output("eval", "testbed", path, "--edits", out, "--texts", texts, "--no-generate")
+    assert (
+        result["texts"] == 5
+        and 0 <= result["text_changed"] < 0.2
+        and result["perplexity"] == pytest.approx(result["perplexity_before"], rel=0.2)
+    )
+    assert (result["reliability_unwritable"], result["reliability_prompts"]) == (1, 3)
+    shown = run("eval", "testbed", path, "--edits", out, "--texts", texts, "--no-generate").stdout
+    assert "1 of 3 (reliability)" in shown and "--long" in shown and "of the next tokens are others" in shown and "efficacy" in shown
+    texts.write_text(f"{facts[1]['subject']} is named here, and said to be well known.")
+    result = output("eval", "testbed", path, "--edits", out, "--texts", texts, "--no-generate")  # the rest is there
+    assert "names an edited subject" in result["text_error"] and result["reliability_prompts"] == 3
+
+
+def test_a_task_that_fails_costs_no_perplexity(edited, tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise ComebaError("no such task")
+
+    monkeypatch.setattr("comeba_ext.evaluation.harness", broken)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(itertools.islice(testbed.texts(9), 3)))
+    result = output("ability", "testbed", "--edits", edited[0], "--texts", texts, "--tasks", "nothing")
+    assert {own["tasks_error"] for own in (result["unedited"], result["edited"])} == {"no such task"}
+    assert result["edited"]["perplexity"] > 1
+    failed = run("ability", "testbed", "--tasks", "nothing", "--json")
+    assert failed.exit_code == 1 and json.loads(failed.stdout)["error"] == "no such task"
 
 
 def test_generate_shows_both(edited):

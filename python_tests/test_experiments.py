@@ -1,5 +1,6 @@
 """Experiments as files: what they mean, what they write, and that a killed one ends in the same table."""
 
+import contextlib
 import json
 import os
 import random
@@ -15,13 +16,15 @@ import torch
 import yaml
 from test_cli import output, run
 
-from comeba_ext import EditConfig, Editor, experiments, methods, testbed
+from comeba_ext import EditConfig, Editor, EditRequest, experiments, methods, testbed
 from comeba_ext.errors import ConfigError
 from comeba_ext.evaluation import Writing, bootstrap_interval, predict_base
-from comeba_ext.experiments import definition, plots
+from comeba_ext.evaluation.written import is_contained, normalised
+from comeba_ext.experiments import definition, measures, plots
 from comeba_ext.experiments.kept_base import kept_base
 from comeba_ext.experiments.measures import told_apart
 from comeba_ext.experiments.table import markdown
+from comeba_ext.methods import default_config
 from comeba_ext.report import build, read
 from comeba_ext.storage import MANIFEST
 
@@ -386,6 +389,9 @@ def test_every_measure_and_plot(covariance, tmp_path):
     assert 0.9 <= row["padding_agreement"] <= 1 and row["reliability_behind_text"] >= 0.5 and "reliability_short" in row
     assert len(row["peak_scores"]["edited"]["model.layers.0.mlp.down_proj"]) == 4
     assert row["in_scope_edited"] == 1 and row["told_apart"] > 0.9
+    assert row["token_slowdown"] == row["token_seconds"] / row["token_seconds_before"] and 0.2 < row["token_slowdown"] < 20
+    assert 0 < row["edits_bytes"] < row["saved_bytes"]
+    assert 0 <= row["other_facts"] <= 1 and len(row["other_facts_interval"]) == 2 and row["other_facts_records"] == 4
     for plot in ("bars", "settings"):
         path.write_text(yaml.safe_dump(SMALL | {"samples": 2, "evaluations": 1, "plot": plot, "title": plot, "protocol": "single_round"}))
         result = output("experiment", path, "--covariance", covariance, "--out", tmp_path / plot)
@@ -410,7 +416,7 @@ def test_abilities_over_the_edits(tmp_path, monkeypatch):
     assert all(row["abilities"]["b"] == row["abilities"]["a"] and row["abilities"]["a"]["unedited"] == pytest.approx(0.27) for row in rows)
     assert all(row["abilities"]["a"]["metric"] == "acc" and row["saved_bytes"] > 0 for row in rows)
     table = (tmp_path / "out/e.md").read_text()
-    assert "| a (acc) | a (acc), unedited | b (acc) |" in table and "| saved MB |" in table
+    assert "| a (acc) | a (acc), unedited | b (acc) |" in table and "| saved MB, to go on |" in table
     assert "What the model can do beside its edits" in build(read(tmp_path / "out"))
 
     def broken(*args, **options):
@@ -419,6 +425,74 @@ def test_abilities_over_the_edits(tmp_path, monkeypatch):
     monkeypatch.setattr("comeba_ext.experiments.measures.harness", broken)
     row, *_ = output("experiment", path, "--out", tmp_path / "broken", "--samples", 2)["rows"]
     assert row["abilities_error"] == "OSError: no data" and "abilities" not in row and 0 <= row["text_changed"] <= 1
+
+
+def test_other_facts_are_asked_one_by_one(tmp_path):
+    """What is written to other questions about each subject, with the edits and without, by a loop over the prompts."""
+    model, tokenizer = testbed.load()
+    editor = Editor(model, tokenizer, method="FT", config=default_config("FT", model, steps=5))
+    facts = testbed.facts()[:3]
+    editor.edit(facts)
+    found = measures.make(("other_facts",), [])(editor, facts)
+    same, new = [], []
+    for fact in facts:
+        own = []
+        for question, _ in measures.questions_beside(fact):
+            texts = []
+            for edited in (True, False):
+                with contextlib.nullcontext() if edited else editor.disabled():
+                    ids = tuple(tokenizer(question)["input_ids"])
+                    texts.append(Writing().answers(model, tokenizer, [ids], max_tokens=4096)[ids])
+            own.append(
+                (
+                    normalised(texts[0]) == normalised(texts[1]),
+                    is_contained(texts[0], [fact.target_new]) and not is_contained(texts[1], [fact.target_new]),
+                )
+            )
+        same.append(statistics.mean(one for one, _ in own))
+        new.append(statistics.mean(two for _, two in own))
+    assert found["other_facts"] == pytest.approx(statistics.mean(same)) and found["other_facts"] < 1  # FT changes every answer's layer
+    assert found["other_facts_hallucination"] == pytest.approx(statistics.mean(new)) and found["other_facts_records"] == 3
+    editor.close()
+    asked = EditRequest("{} is famous for a religion named", "Oslo", "x")
+    prompts = [prompt for prompt, _ in measures.questions_beside(asked)]
+    assert prompts == ["The headquarters of Oslo are in", "The twin city of Oslo is", "The year in which Oslo began is"]
+
+
+def test_all_records_in_one_batch(tmp_path):
+    path = tmp_path / "e.yaml"
+    path.write_text(
+        yaml.safe_dump(SMALL | {"methods": ["GRACE", {"method": "FT", "batch_size": 2, "steps": 2}], "batch_size": "all", "evaluations": 1})
+    )
+    result = output("experiment", path, "--out", tmp_path / "out")
+    assert [(row["case"], row["batch_size"]) for row in result["rows"]] == [("GRACE", 6), ("FT", 2)]
+    assert result["differences"] == {"testbed": {}}  # of six records nothing is said
+    path.write_text(yaml.safe_dump(SMALL | {"batch_size": "every"}))
+    assert (
+        "batch_size must be a whole number of 1 or more, or 'all'"
+        in json.loads(run("experiment", path, "--out", tmp_path / "o", "--json").stdout)["error"]
+    )
+
+
+def test_who_is_ahead_stands_in_the_result(tmp_path):
+    path = tmp_path / "e.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            SMALL | {"methods": ["GRACE", {"method": "FT", "lr": 1e-9, "steps": 1}], "samples": 20, "batch_size": 10, "evaluations": 1}
+        )
+    )
+    result = output("experiment", path, "--out", tmp_path / "out")
+    logs = [tmp_path / "out/e/testbed" / case / "log.jsonl" for case in ("GRACE", "FT")]
+    values = [[e["reliability_written"] for e in map(json.loads, log.read_text().splitlines()) if e["event"] == "record"] for log in logs]
+    (pair,) = result["differences"]["testbed"]["reliability_written"]
+    assert (pair["ahead"], pair["behind"], pair["apart"]) == ("GRACE", "FT", True)
+    assert pair["mean"] == pytest.approx(statistics.mean(a - b for a, b in zip(*values, strict=True)), abs=1e-4)
+    assert result["rows"][0]["retention"] == [
+        own | {"value": statistics.mean(part), "interval": bootstrap_interval(part)}
+        for own, part in (({"first": 1, "last": 10}, values[0][:10]), ({"first": 11, "last": 20}, values[0][10:]))
+    ]
+    table = (tmp_path / "out/e.md").read_text()
+    assert "Ahead in reliability, written (paired over records, 95 %): GRACE of FT." in table and "Prompts asked: 20 (reliability)" in table
 
 
 def test_records_of_a_file(tmp_path):

@@ -1,6 +1,7 @@
 """A judge behind an endpoint: a stub server in this process says what a real one might."""
 
 import json
+import resource
 import socket
 import struct
 import threading
@@ -77,6 +78,8 @@ def test_one_word_from_the_endpoint():
 def test_an_equal_answer_needs_no_judge():
     equal = WARSAW._replace(written="warszawa.")
     assert Judge("http://127.0.0.1:9/v1", "m").verdicts([equal]) == {equal: True}  # nobody listens there
+    nothing = Answer("She was born in", ("...", "Warsaw"), "")  # a right answer of no words, and none written
+    assert Judge("http://127.0.0.1:9/v1", "m").known([nothing, nothing._replace(written="?!")]) == {}
 
 
 @pytest.mark.parametrize(
@@ -84,14 +87,37 @@ def test_an_equal_answer_needs_no_judge():
     [
         ("correct", True),
         ("Incorrect", False),
-        ("The answer is incorrect. INCORRECT", False),
+        ("**CORRECT**", True),
+        ('\n"Correct."', True),
+        ("_INCORRECT_", False),
+        ("CORRECT. CORRECT", True),
+        ("CORRECT: it says Warsaw", True),
+        ("INCORRECT. It does not say Warsaw", False),
+        ("INCORRECT, partially", False),
+        ("The answer is incorrect. INCORRECT", None),
         ("CORRECT or INCORRECT?", None),
+        ("INCORRECT. CORRECT", None),
+        ("Correct?", None),
+        ("NOT CORRECT", None),
+        ("Not incorrect", None),
+        ("Partially correct", None),
+        ("Correct, but only partially", None),
+        ("CORRECT isn't the word", None),
+        ("correct-ish", None),
+        ("Correctly written", None),
         ("maybe", None),
         ("", None),
+        (None, None),
+        (["CORRECT"], None),
+        ([{"type": "text", "text": "CORRECT"}], None),
+        ({"a": 1}, None),
+        (True, None),
+        (5.0, None),
     ],
 )
 def test_what_counts_as_a_verdict(said, verdict):
-    with endpoint(lambda number, body: said) as (url, seen):
+    reply = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+    with endpoint(lambda number, body: reply) as (url, seen):
         judge = Judge(url, "m", tries=2)
         assert judge.verdicts([WARSAW]) == {WARSAW: verdict}
         assert len(seen) == (2 if verdict is None else 1) and judge.nothing == (verdict is None)
@@ -182,6 +208,40 @@ def test_a_torn_last_line_is_dropped(tmp_path):
     with pytest.raises(ComebaError, match="not a file of verdicts"):
         Judge("http://x", "m", kept=path)
     assert path.read_text() == text
+
+
+def test_where_verdicts_cannot_be_kept_is_said_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path in ("none/v.jsonl", "file/v.jsonl", "folder", "/proc/v.jsonl", "/proc/version"):
+        with pytest.raises(ComebaError, match=r"folder|cannot be"):
+            Judge("http://x", "m", kept=tmp_path / path)
+    assert Judge("http://x", "m", kept=str(tmp_path / "v.jsonl")).kept == tmp_path / "v.jsonl"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]  # nothing is left there
+
+
+def test_a_disk_that_fills_costs_no_answers(pair, tokenizer, tmp_path):  # noqa: F811
+    """The file may grow by a verdict and a half: the system itself writes the half, and refuses the rest."""
+    path, others = tmp_path / "verdicts.jsonl", [WARSAW._replace(written=f"answer {n}") for n in range(3)]
+    with endpoint(lambda number, body: "INCORRECT") as (url, seen):
+        Judge(url, "m", kept=path).verdicts(others[:1])
+        line = path.read_text()
+        judge, limits = Judge(url, "m", kept=path, parallel=1), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(line) * 5 // 2, limits[1]))
+        try:
+            with pytest.raises(ComebaError, match="cannot be kept there"):
+                judge.verdicts(others)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert judge.known(others) == dict.fromkeys(others, False)  # what was said is not lost
+        assert [json.loads(own)["written"] for own in path.read_text().splitlines()] == ["answer 0", "answer 1"]  # nothing torn
+        assert Judge(url, "m", kept=path).verdicts(others) == dict.fromkeys(others, False) and len(seen) == 4
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        judge = Judge(url, "m", kept=folder / "v.jsonl")
+        folder.rmdir()
+        found = evaluate(pair("gpt2")[0], tokenizer, RECORDS, generate=False, writing=Writing(4), judge=judge)
+    assert "cannot be kept there" in found["judge_error"] and found["reliability_written"] is not None
 
 
 def test_verdicts_are_kept(tmp_path):

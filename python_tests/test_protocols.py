@@ -341,10 +341,10 @@ def test_retention_is_against_the_latest_target(setting, tmp_path):
     changed = EditRequest(first.prompt, first.subject, "Warsaw", request_id="r0")
     requests = [first, second, changed, third]
     assert [len(b) for b in consecutive_batches([first, changed, second], 3)] == [1, 2]
-    assert latest(requests) == [changed, second, third]
+    assert latest(requests) == [second, changed, third]  # in the order in which they were made
     result = run(setting, tmp_path, requests, Protocol("sequential", batch_size=7, generate=False))
     assert [s["requests"] for s in result.steps] == [1, 1, 1, 1]
-    assert [row["target_new"] for row in result.final.per_record] == ["Warsaw", second.target_new, third.target_new]
+    assert [row["target_new"] for row in result.final.per_record] == [second.target_new, "Warsaw", third.target_new]
 
 
 def test_the_model_comes_back_unhooked(setting, tmp_path):

@@ -1,5 +1,6 @@
 """Questions that ask more than one prompt: read from benchmarks' records, asked, and judged as their papers say."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from comeba_ext import EditRequest, evaluate, testbed
 from comeba_ext.data import read_requests
 from comeba_ext.errors import RequestError
 from comeba_ext.evaluation import Writing, predict_base
+from comeba_ext.evaluation.metrics import averaged, summarise
 from comeba_ext.evaluation.protocols import latest
 from comeba_ext.evaluation.written import is_contained, is_written, normalised
 from comeba_ext.text.questions import Probe, Question
@@ -61,7 +63,10 @@ RIPPLE = {
                     "prompt": "The capital of the country of Leonardo DiCaprio is",
                     "answers": [{"value": "Damascus", "aliases": ["Dimashq"]}],
                 },
-                {"prompt": "The currency in the country of Leonardo DiCaprio is", "answers": [{"value": "Pound", "aliases": []}]},
+                {
+                    "prompt": "The currencies in the country of Leonardo DiCaprio are",
+                    "answers": [{"value": "Pound", "aliases": []}, {"value": "Lira", "aliases": ["₺"]}],
+                },
             ],
             "test_condition": "AND",
             "condition_queries": [
@@ -77,7 +82,8 @@ def test_mquake_is_several_edits_and_their_questions():
     assert (first.prompt, first.subject, first.target_new, first.request_id) == ("{} is a citizen of", "Ellie Kemper", "Croatia", "7.0")
     assert first.ground_truth == "United States of America" and first.case == last.case == "7"
     assert first.rephrase_prompts == ("What is the country of citizenship of Ellie Kemper?",) and last.rephrase_prompts == ()
-    assert first.questions == (Question("edit-wise", (Probe("Ellie Kemper is a citizen of", ("Croatia",)),)),)
+    assert first.aliases == ("Hrvatska",) and last.aliases == ()  # of the hop that has the new object
+    assert first.questions == (Question("edit-wise", (Probe("Ellie Kemper is a citizen of", ("Croatia", "Hrvatska")),)),)
     answers = ("Marie", "Mary")
     assert last.questions == (
         Question("edit-wise", (Probe("The head of state of Croatia is", ("Marie",)),)),
@@ -92,6 +98,20 @@ def test_mquake_is_several_edits_and_their_questions():
         EditRequest.from_record(MQUAKE, 3)
 
 
+def test_akews_paragraphs_are_edited_behind_their_questions(tmp_path):
+    rewrite = MQUAKE["requested_rewrite"][0] | {"fact_new_uns": "Croatia is home to Ellie Kemper. She lives there."}
+    path = tmp_path / "akew.json"
+    path.write_text(json.dumps([MQUAKE | {"requested_rewrite": [rewrite]}, MQUAKE, RECORDS[0]]))
+    read = read_requests(path, unstructured=True)
+    (request,) = read.requests
+    assert (request.text, request.target_new) == (rewrite["question"], rewrite["fact_new_uns"])
+    assert (request.fact_token, request.place, request.case) == ("last", len(request.text), "7") and not request.rephrase_prompts
+    assert [own.criterion for own in request.questions] == ["edit-wise", "instance-wise", "multi-hop"]
+    assert request.questions[0].probes[0] == Probe("Ellie Kemper is a citizen of", ("Croatia", "Hrvatska"))
+    assert [skip["index"] for skip in read.skipped] == [1, 2] and all("unstructured" in skip["reason"] for skip in read.skipped)
+    assert len(read_requests(path).requests) == 4
+
+
 def test_ripple_edits_names_nobody():
     (request,) = as_requests([RIPPLE])
     assert request.prompt == "The name of the country of citizenship of {} is" and request.subject == "Leonardo DiCaprio"
@@ -101,7 +121,7 @@ def test_ripple_edits_names_nobody():
         "compositionality i",
         (
             Probe("The capital of the country of Leonardo DiCaprio is", ("Damascus", "Dimashq")),
-            Probe("The currency in the country of Leonardo DiCaprio is", ("Pound",)),
+            Probe("The currencies in the country of Leonardo DiCaprio are", ("Pound",), (("Lira", "₺"),)),
         ),
         every=True,
         conditions=(Probe("The name of the capital city of Syria is", ("Damascus",)),),
@@ -133,6 +153,21 @@ def test_knowedit_counts_every_alias_by_kind(listed):
     ]
 
 
+def test_knowedit_wants_all_of_several_answers():
+    truth = [["Damascus", "Dimashq"], ["Aleppo"]]
+    record = {
+        "prompt": "{} is",
+        "subject": "Oslo",
+        "target_new": "Rome",
+        "portability": {"R": [{"prompt": "It has", "ground_truth": truth}]},
+    }
+    (request,) = as_requests([record])
+    assert request.questions[0].probes == (Probe("It has", ("Damascus", "Dimashq"), (("Aleppo",),)),)
+    assert request.portability_prompts == (("It has", "Damascus"),) and request.portability_aliases == (("Dimashq",),)
+    record["portability"]["R"][0]["ground_truth"] = ["Damascus", "Dimashq"]  # names of one
+    assert as_requests([record])[0].questions[0].probes == (Probe("It has", ("Damascus", "Dimashq")),)
+
+
 def test_unke_is_edited_at_its_questions_end():
     record = {"id": 3, "question": "Why?", "para_question": "For what reason?", "answer": "So. And so."}
     (request,) = as_requests([record | {"sub_question": ["A?"], "sub_answer": ["a"]}])
@@ -162,6 +197,38 @@ def test_questions_of_a_fact_that_is_edited_again():
     of = lambda target, name: EditRequest("{} is", "Oslo", target, questions=[{"criterion": name, "probes": [["Who?", ["x"]]]}])  # noqa: E731
     assert [q.criterion for q in latest([of("Rome", "first"), of("Rome", "second")])[0].questions] == ["first", "second"]
     assert [q.criterion for q in latest([of("Rome", "first"), of("Paris", "second")])[0].questions] == ["second"]
+    asked = latest([of("Rome", "same"), of("Rome", "same")])[0].questions  # of two records, each with its own vote
+    assert [own.case for own in asked] == ["0", "1"] and len({dataclasses.replace(own, case=None) for own in asked}) == 1
+
+
+def test_every_case_has_one_vote():
+    """Three cases, two of which end in the same fact: 1, 0 and 0 of them answered are a third, not the mean of a half and 0."""
+    verdict = lambda case, right: {"criterion": "multi-hop", "counted": True, "written": right, "contained": right, "case": case}  # noqa: E731
+    row = lambda n, *own: {"request_id": n, "prompt": n, "subject": n, "target_new": n, "answers": [], "questions": list(own)}  # noqa: E731
+    rows = [row("x", verdict("a", True), verdict("b", False)), row("y", verdict("c", False))]
+    found = summarise(rows).questions["multi-hop"]
+    assert (found["questions"], found["counted"]) == (3, 3) and found["written"] == pytest.approx(1 / 3)
+    # Two records without a case, one with two questions: the mean over records of (1/2, 0).
+    rows = [row("x", verdict(None, True), verdict(None, False)), row("y", verdict(None, False))]
+    assert summarise(rows).questions["multi-hop"]["written"] == 0.25
+    # In two orders of the records, of which each case's mean counts: (1 + 0) / 2, 0 and (0 + 1) / 2, whoever asks; ± is over (1/3, 1/3).
+    first = summarise([row("x", verdict("a", True), verdict("b", False)), row("y", verdict("c", False))])
+    second = summarise([row("y", verdict("c", True)), row("x", verdict("b", False), verdict("a", False))])
+    found = averaged([first, second]).questions["multi-hop"]
+    assert found["written"] == pytest.approx(1 / 3) and found["written_spread"] == 0 and found["questions"] == 3
+    second = summarise([row("y"), row("x", verdict("b", True), verdict("a", True))])  # one that never asks "c"
+    found = averaged([first, second]).questions["multi-hop"]
+    assert found["written"] == pytest.approx((1 + 0.5 + 0) / 3) and found["written_spread"] == pytest.approx((1 - 1 / 3) / 2**0.5)
+    assert averaged([first, summarise([row("x"), row("y")])]).questions["multi-hop"]["written"] == pytest.approx(1 / 3)
+
+
+def test_all_of_several_answers_are_wanted():
+    probe = Probe("The siblings of Ada are", ("Byron", "B."), (("Allegra",), ("Medora", "Elizabeth")))
+    answered = lambda text: [probe.answered(text, rule, is_contained) for rule in (is_written, is_contained)]  # noqa: E731
+    assert answered("Allegra, Elizabeth and Byron") == [True, True]
+    assert answered("They are Byron, Allegra, Medora") == [False, True]
+    assert answered("Byron, Allegra") == [False, False]
+    assert Question.of(json.loads(json.dumps(Question("c", (probe,)).to_record()))) == Question("c", (probe,))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +259,7 @@ def test_judged_one_at_a_time(pair, tokenizer):  # noqa: F811
         for net, model in (("new", edited), ("old", base))
     }
     assert all(normalised(text) for own in said.values() for text in own.values())
-    answers = lambda *which: [[p, [said[net][p] if net else "nothing"]] for net, p in which]  # noqa: E731
+    answers = lambda *which: [[p, [said[net][p] if net else "zz"]] for net, p in which]  # noqa: E731
     yes, also, no = ("new", prompts[0]), ("new", prompts[1]), (None, prompts[2])
     held, not_held = ("old", prompts[3]), (None, prompts[3])
     questions = [

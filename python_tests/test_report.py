@@ -10,7 +10,8 @@ from test_cli import output, run
 
 from comeba_ext import report, testbed
 from comeba_ext.errors import StorageError
-from comeba_ext.report.results import best, differences, examples, retention
+from comeba_ext.evaluation.comparing import best, differences, pairs, retention
+from comeba_ext.report.results import examples
 
 SMALL = {
     "title": "Two <small> ones",
@@ -67,6 +68,23 @@ def test_differences_are_paired():
     assert np.copysign(1, differences({"a": records["b"], "b": records["b"]}, "reliability")["b"]["a"][0]) == 1  # no "−0.000"
 
 
+def test_nobody_is_ahead_by_a_handful_of_records():
+    few = {"a": rows([1.0] * 9), "b": rows([0.0] * 9)}
+    assert differences(few, "reliability") == {"a": {}, "b": {}} and best(few, "reliability") == set() and pairs(few, ["reliability"]) == {}
+    more = {"a": rows([1.0] * 10), "b": rows([0.0] * 10), "c": rows([1.0] * 9 + [0.9])}
+    found = {(own["ahead"], own["behind"]): own["apart"] for own in pairs(more, ["reliability"])["reliability"]}
+    assert found == {("a", "b"): True, ("a", "c"): False, ("c", "b"): True}
+    less = {case: [{**row, "hallucination": row["reliability"]} for row in own] for case, own in more.items()}
+    assert {own["ahead"] for own in pairs(less, ["hallucination"])["hallucination"] if own["apart"]} == {"b"}
+
+
+def test_retention_over_orders():
+    """Two orders of 20 records, by turns: a group of ten ages has both orders' values."""
+    one, two = rows([1.0] * 10 + [0.0] * 10), rows([0.5] * 20)
+    found = retention([row for pair in zip(one, two, strict=True) for row in pair], orders=2)
+    assert [(own["first"], own["last"], own["value"]) for own in found] == [(1, 10, 0.75), (11, 20, 0.25)]
+
+
 def answer(metric, wanted, written, **more):
     return {"metric": metric, "prompt": "p", "wanted": wanted, "predicted": "x", "generated": None, "score": 0, "written": written, **more}
 
@@ -90,9 +108,16 @@ def test_wrong_examples_come_first():
         "prompt": "p",
         "wanted": "Rome",
         "answer": "Rome",
+        "before": None,
         "right": True,
     }
     assert len(examples([forced] * 5, "", 3)) == 3
+    # What the log says of every answer; one that could not be right is neither; a question's answers stand behind the prompts'.
+    told = [answer("generality", "Rome", "Roma", right=True, unedited_written="Oslo"), answer("generality", "x", "y", right=None)]
+    asked = {"criterion": "multi-hop", "counted": True, "written": False, "answers": [{"prompt": "q", "wanted": "Po", "written": "Arno"}]}
+    (own,) = examples([{**base, "answers": told, "generality_written": 0.0, "questions": [asked, asked | {"counted": False}]}], "_written")
+    assert [(one["right"], one["before"]) for one in own["answers"]] == [(True, "Oslo"), (None, None), (False, None)] and own["wrong"] == 1
+    assert own["answers"][2]["metric"] == "multi-hop" and own["answers"][2]["answer"] == "Arno"
 
 
 def test_results_of_a_folder(folder):

@@ -26,6 +26,12 @@ CHAT = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}{% if
         (' He said "no." Then', 'He said "no."'),
         (" 3.14 is pi", "3.14 is pi"),
         (" 巴黎。那里", "巴黎。"),
+        (" c. 3000 BC. Then", "c. 3000 BC."),
+        (" CBS and Warner Bros. Entertainment", "CBS and Warner Bros. Entertainment"),
+        (" No. 5 Squadron. It", "No. 5 Squadron."),
+        (" The answer is no. It", "The answer is no."),
+        (" 1. Paris is it. So", "1. Paris is it."),
+        (" 1945. The war", "1945."),
         ("", ""),
         (" \n ", ""),
     ],
@@ -53,6 +59,34 @@ def test_a_full_stop_at_the_end_may_be_an_abbreviation():
         ("", ["Rome"], False, False),
         ("anything", ["the", "."], False, False),  # nothing is left of these to compare with
         ("A", [], False, False),
+        # A letter that ends a name is no article, and numbers keep their sign and point.
+        ("Hepatitis B", ["Hepatitis A"], False, False),
+        ("Hepatitis A virus", ["Hepatitis A"], True, True),
+        ("Once Upon A Time", ["Once Upon a Time"], True, True),
+        ("The A-Team", ["A-Team"], True, True),
+        ("3.5 million", ["35 million"], False, False),
+        ("-5", ["5"], False, False),
+        ("1000 men", ["1,000"], True, True),
+        ("1984–1990", ["1984"], True, True),
+        # What a dash, a slash or a comma joins stays two words.
+        ("Paris—the capital", ["Paris"], True, True),
+        ("Paris/London, Rome", ["Paris"], True, True),
+        ("Jean Paul", ["Jean-Paul"], True, True),
+        ("not Paris,France", ["Paris"], False, True),
+        # The same letters, written otherwise.
+        ("`Pa\u200bris`", ["Paris"], True, True),
+        ("O´Brien", ["O'Brien"], True, True),
+        ("STRASSE", ["Straße"], True, True),
+        ("Sao Paulo", ["São Paulo"], True, True),
+        ("巴黎是法国的首都", ["巴黎"], True, True),
+        ("हिन्दी", ["हिन्द"], False, False),
+        # Short aliases that are words: in their case only. The target itself: in any.
+        ("It is a language", ["Italian", "it"], False, False),
+        ("No, he is", ["Norwegian", "no"], False, False),
+        ("US and UK", ["United States", "US"], True, True),
+        ("rap music", ["Rap"], True, True),
+        # Signs are compared as they are.
+        (") and more", [")"], True, True),
     ],
 )
 def test_right_answers(answer, targets, written, contained):
@@ -62,8 +96,28 @@ def test_right_answers(answer, targets, written, contained):
 @given(st.text(max_size=40), st.text(max_size=10))
 def test_written_implies_contained(answer, target):
     assert normalised(normalised(answer)) == normalised(answer)
+    assert is_written(answer, [answer]) or not answer.strip()
     if is_written(answer, [target]):
         assert is_contained(answer, [target])
+
+
+def test_what_cannot_be_written_is_counted_and_left_out(pair, tokenizer):  # noqa: F811
+    """Of three records' targets one has a sentence's end in the middle and one is longer than what may be written."""
+    edited, base = pair("gpt2")
+    targets = ["Yahoo! Incorporated", "one two three four five six seven eight nine ten", RECORDS[2]["target_new"]]
+    records = [{**record, "target_new": target} for record, target in zip(RECORDS, targets, strict=False)]
+    metrics = evaluate(edited, tokenizer, records, base, generate=False, writing=Writing(8))
+    fits = [Writing(8).fits(tokenizer, [target]) for target in targets]
+    assert (
+        fits == [False, False, True]
+        and Writing(32, long=True).fits(tokenizer, targets[:1])
+        and Writing(8).fits(tokenizer, ["x", targets[0]])
+    )
+    own = [row["reliability_written"] for row in metrics.per_record]
+    assert own[:2] == [None, None] and own[2] in (0, 1) and metrics.reliability_written == own[2]
+    assert metrics.reliability_unwritable == 2 and metrics.reliability_prompts == len(records)
+    assert [row["answers"][0]["right"] for row in metrics.per_record] == [None, None, bool(own[2])]
+    assert "reliability_unwritable" not in evaluate(edited, tokenizer, records, base, generate=False)
 
 
 @torch.no_grad()
@@ -97,10 +151,13 @@ def test_as_written_one_at_a_time(pair, tokenizer, family):  # noqa: F811
                     before = written_by_hand(base, tokenizer, ids, 9)
                     assert found["unedited_written"] == before
                     scores["_written"].append(normalised(own) == normalised(before))
+                    assert found["right"] == scores["_written"][-1]
                     continue
+                assert found["unedited_written"] == written_by_hand(base, tokenizer, ids, 9)
                 aliases = record.get("portability_aliases", [[]] * 9)[n] if name == "portability" else record.get("aliases", [])
                 scores["_written"].append(is_written(own, [target, *aliases]))
                 scores["_contained"].append(is_contained(own, [target, *aliases]))
+                assert found["right"] == scores["_written"][-1]
             for suffix, own in scores.items():
                 assert row.get(name + suffix) == (sum(own) / len(own) if own else None)
     for key in (f"{name}_written" for name in NAMES):
@@ -132,7 +189,7 @@ def lcs(one, other):
     return 0
 
 
-WORDS = st.lists(st.sampled_from(["paris", "rome", "city", "巴黎"]), max_size=6)
+WORDS = st.lists(st.sampled_from(["paris", "rome", "city", "京"]), max_size=6)
 LIKENESS = likeness()
 
 

@@ -23,6 +23,9 @@ Edits = Annotated[Optional[Path], typer.Option("--edits", help="folder of saved 
 Config = Annotated[Optional[Path], typer.Option("--config", help="settings as JSON or YAML, those that differ from the model's defaults")]
 Scope = Annotated[Optional[str], typer.Option("--scope", help="nearest, reference or zscore (the paper's)")]
 Limit = Annotated[Optional[int], typer.Option("--limit", min=1, help="read at most this many records")]
+Unstructured = Annotated[
+    bool, typer.Option("--unstructured", help="of AKEW's records: edit the paragraphs that state the facts, behind their questions")
+]
 Device = Annotated[Optional[str], typer.Option("--device", help="cpu, cuda, …; auto: spread over all (default: cuda where there is one)")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that the model's folder or hub page brings")]
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from comeba_ext.cli.app import Config, Device, Dtype, Edits, Json, Limit, Model, Scope, Trust, app
+from comeba_ext.cli.app import Config, Device, Dtype, Edits, Json, Limit, Model, Scope, Trust, Unstructured, app
 from comeba_ext.cli.inputs import (
     check_folder,
     check_same,
@@ -27,6 +27,8 @@ from comeba_ext.cli.runs import Saves, say_unanswered, unanswered, unsuited
 from comeba_ext.cli.terminal import METRICS, bytes_as_text, counted, metric_table, reporting, say_counts, say_settings, size_of
 from comeba_ext.errors import ComebaError
 
+DEMO_TOKENS = 12  # an answer of the embedded model's is a word or two
+
 
 @app.command()
 def demo(
@@ -40,8 +42,8 @@ def demo(
     from comeba_ext import testbed
     from comeba_ext.editing.config import EditConfig
     from comeba_ext.editor import Editor
-    from comeba_ext.evaluation import evaluate, predict_base
-    from comeba_ext.evaluation.ways import FORCED
+    from comeba_ext.evaluation import Writing, evaluate, predict_base
+    from comeba_ext.evaluation.ways import FORCED, WRITTEN
 
     start = time.perf_counter()
     with reporting(as_json) as report, edits_folder(out):
@@ -84,7 +86,7 @@ def demo(
                 f"{len(batch.request_ids) / took:.1f}",
                 f"{rows[-1]['loss']:.3f}",
             )
-        final = evaluate(model, tokenizer, requests, generate=True)
+        final = evaluate(model, tokenizer, requests, generate=True, writing=Writing(DEMO_TOKENS))
         after = continued(model, tokenizer, [r.text for r in shown], 6)
         examples = [
             {"prompt": r.text, "wanted": r.target_new, "before": b, "after": a} for r, b, a in zip(shown, before, after, strict=True)
@@ -94,7 +96,8 @@ def demo(
             ("prompt", "before", "edited to say", "after"), [(e["prompt"], e["before"], e["wanted"], e["after"]) for e in examples]
         )
         report.say(f"\nAll {edits} edits, measured at the end (95 % interval), locality against the unedited model:")
-        metric_table(report, final, METRICS, FORCED)
+        for ways in (WRITTEN, FORCED):
+            metric_table(report, final, METRICS, ways, explained=ways is WRITTEN)
         if out is not None:
             editor.save_pretrained(out)
             report.say(f"\nSaved to {out}.")
@@ -142,6 +145,7 @@ def edit(
     inference_only: Annotated[
         bool, typer.Option("--inference-only", help="save in the end only what using the edits needs: a small folder, final")
     ] = False,
+    unstructured: Unstructured = False,
     limit: Limit = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -155,7 +159,7 @@ def edit(
 
     with reporting(as_json, parallel=True) as report, edits_folder(out, resume, report.first):
         # What needs no model comes before the model, and what needs no covariance before the covariance: both may take long.
-        read, what = requests_of(records, limit, prompt, subject, target), records or "the edit"
+        read, what = requests_of(records, limit, prompt, subject, target, unstructured), records or "the edit"
         some_usable(what, read.read, read.requests, read.skipped)
         kind = method_named(method or "COMEBA-HK")
         begun = resume and (out / MANIFEST).exists()

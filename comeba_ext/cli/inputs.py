@@ -154,7 +154,9 @@ def some_usable(what: object, count: int, used: list, skipped: list[dict]) -> No
         raise ComebaError(f"{what}: none of {counted(count, 'record')} can be used; {place_of(skipped[0])}: {skipped[0]['reason']}")
 
 
-def requests_of(records: Path | None, limit: int | None, prompt: str | None, subject: str | None, target: str | None):
+def requests_of(
+    records: Path | None, limit: int | None, prompt: str | None, subject: str | None, target: str | None, unstructured: bool = False
+):
     """The records of a file, or the one edit that options name."""
     from comeba_ext.data import ReadResult, read_requests
     from comeba_ext.text.request import EditRequest
@@ -164,7 +166,7 @@ def requests_of(records: Path | None, limit: int | None, prompt: str | None, sub
     if (records is None) == (len(missing) == len(given)):
         raise ComebaError("give a file of records, or one edit with --prompt, --subject and --target")
     if records is not None:
-        return read_requests(records, limit)
+        return read_requests(records, limit, unstructured=unstructured)
     if missing:
         raise ComebaError(f"{' and '.join(missing)} is missing: one edit is --prompt 'The capital of {{}} is' --subject … --target …")
     return ReadResult([EditRequest(prompt, subject, target)], 1, [])
@@ -255,15 +257,7 @@ def fitting(model, tokenizer, read) -> tuple[list, list[dict]]:
     """Records whose every prompt fits the model's context, and why the others do not."""
     from comeba_ext.evaluation.queries import check_record
 
-    skipped = list(read.skipped)
-    used = []
-    for position, request in read.placed():
-        try:
-            check_record(model, tokenizer, request)
-            used.append(request)
-        except ComebaError as error:
-            skipped.append(read.skip(position, error))
-    return used, skipped
+    return read.usable(lambda _, request: check_record(model, tokenizer, request))
 
 
 def continued(model, tokenizer, prompts: list[str], new_tokens: int, chat: bool = False) -> list[str]:

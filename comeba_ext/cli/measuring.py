@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from comeba_ext.cli.app import Device, Dtype, Edits, Json, Limit, Model, Trust, app
+from comeba_ext.cli.app import Device, Dtype, Edits, Json, Limit, Model, Trust, Unstructured, app
 from comeba_ext.cli.inputs import beside, fitting, loaded, some_usable
 from comeba_ext.cli.terminal import METRICS, counted, flattened, metric_table, reporting, say_counts
 from comeba_ext.errors import ComebaError
@@ -46,7 +46,11 @@ def evaluate_(
     judge_model: Annotated[Optional[str], typer.Option(help="with --judge: which of its models")] = None,
     judge_key: Annotated[str, typer.Option(help="environment variable that holds its key, if it needs one")] = "OPENAI_API_KEY",
     verdicts: Annotated[Optional[Path], typer.Option(help="with --judge: JSON lines of verdicts, asked first and added to")] = None,
+    texts: Annotated[
+        Optional[Path], typer.Option(help="plain texts, as for covariance: what became of those that name no subject of the records")
+    ] = None,
     predictions: Annotated[Optional[Path], typer.Option(help="write every record's scores and texts as JSONL")] = None,
+    unstructured: Unstructured = False,
     limit: Limit = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -54,8 +58,10 @@ def evaluate_(
     as_json: Json = False,
 ) -> None:
     """Reliability, generality and locality of a model, with or without saved edits, on the records of a file."""
-    from comeba_ext.data import read_requests
-    from comeba_ext.evaluation import Judge, Writing, evaluate, predict_base
+    from comeba_ext.data import read_requests, read_texts
+    from comeba_ext.evaluation import Judge, Writing, counterfact_scores, evaluate, predict_base
+    from comeba_ext.evaluation.ability import UnrelatedText
+    from comeba_ext.evaluation.probabilities import NAMES
     from comeba_ext.evaluation.ways import FORCED, HALLUCINATION, WRITTEN
     from comeba_ext.evaluation.written import ANSWER_TOKENS, LONG_TOKENS
     from comeba_ext.experiments.table import cell
@@ -68,7 +74,8 @@ def evaluate_(
         if judge is not None and (judge_model is None or not tokens):
             raise ComebaError("--judge needs --judge-model, and written answers (--answer-tokens)")
         asked = None if judge is None else Judge(judge, judge_model, os.environ.get(judge_key), kept=verdicts)
-        read = read_requests(records, limit)
+        plain = None if texts is None else list(itertools.islice(read_texts(texts), PLAIN_TEXTS))
+        read = read_requests(records, limit, unstructured=unstructured)
         writing, against = Writing(tokens, chat, long) if tokens else None, None
         foreign = beside(model, base, edits)
         if base is not None and foreign is None:  # before MODEL is there, so that one at a time takes memory
@@ -87,9 +94,31 @@ def evaluate_(
         metrics = evaluate(net, tokenizer, used, against, generate=generate, writing=writing, judge=asked, progress=not as_json)
         if predictions is not None:
             write_text(predictions, "".join(json.dumps(row) + "\n" for row in metrics.per_record))
+        beyond: dict = {}  # what was measured so far is not to be lost to what comes behind
+        if any(request.ground_truth for request in used):
+            beyond |= _or_error("success", lambda: counterfact_scores(net, tokenizer, used).to_dict())
+        if plain is not None:
+            reading = UnrelatedText(plain, progress=not as_json)
+            beyond |= _or_error("text", lambda: reading(net, tokenizer, used))
         names = [m for m in (*METRICS, "portability") if metrics.get(m) is not None]
         for ways in (WRITTEN, FORCED):
             metric_table(report, metrics, names, ways, explained=True)
+        unwritable = {name: count for name in (*METRICS, "portability") if (count := metrics.get(f"{name}_unwritable"))}
+        if unwritable:
+            which = ", ".join(f"{count} of {metrics[f'{name}_prompts']} ({name})" for name, count in unwritable.items())
+            report.say(f"Left out as written: {which}: no right answer can be written in {tokens} tokens and one sentence (see --long).")
+        if beyond.get("efficacy_score") is not None:
+            rows = [(name, cell(beyond, f"{name}_score"), cell(beyond, f"{name}_magnitude")) for name in NAMES]
+            report.table(("", "success", "magnitude"), rows)
+            report.say("success: the wanted answer is more likely than the other; magnitude: by how much, in probability")
+        if "text_changed" in beyond:
+            report.say(
+                f"Unrelated text ({beyond['text_tokens']:,} tokens): {beyond['text_changed']:.2%} of the next tokens are others; "
+                f"perplexity {beyond['perplexity']:.2f}, unedited {beyond['perplexity_before']:.2f}."
+            )
+        for name in ("success", "text"):
+            if f"{name}_error" in beyond:
+                report.say(f"! {name}: {beyond[f'{name}_error']}")
         if metrics.get("hallucination") is not None:
             report.say(f"Hallucination {cell(metrics, 'hallucination')}: {HALLUCINATION}")
         report.say(f"Locality compares with {base or 'the unedited model'} instead of an answer.")
@@ -108,6 +137,7 @@ def evaluate_(
         say_counts(report, counts)
         report.result = {
             **metrics.to_dict(),
+            **beyond,
             "records": counts,
             "data": str(records),
             "model": model,
@@ -116,6 +146,14 @@ def evaluate_(
             "predictions": str(predictions) if predictions else None,
             "command": shlex.join(["comeba", *sys.argv[1:]]),
         }
+
+
+def _or_error(name: str, measure) -> dict:
+    """What a measure found, or ``<name>_error``: why it could not."""
+    try:
+        return measure()
+    except ComebaError as error:
+        return {f"{name}_error": str(error)}
 
 
 @app.command()
@@ -147,11 +185,11 @@ def ability(
             check_harness(net)  # before the unedited model is measured, which takes long
 
         def measured() -> dict:
-            found = {} if chosen is None else {"perplexity": perplexity(net, tokenizer, chosen)}
+            found = {} if chosen is None else {"perplexity": perplexity(net, tokenizer, chosen, progress=not as_json)}
             if names:
                 # It writes to stdout.
                 with contextlib.redirect_stdout(sys.stderr):
-                    found["tasks"] = harness(net, tokenizer, names, task_folder, limit=limit)
+                    found |= _or_error("tasks", lambda: {"tasks": harness(net, tokenizer, names, task_folder, limit=limit)})
             return found
 
         with disabled(net):
@@ -159,7 +197,13 @@ def ability(
         if edits is not None:
             columns["edited"] = measured()
         flat = {name: flattened(found) for name, found in columns.items()}
-        report.table(("", *columns), [(row, *(f"{own[row]:.4g}" for own in flat.values())) for row in flat["unedited"]])
+        rows = dict.fromkeys(row for own in flat.values() for row in own)
+        report.table(("", *columns), [(row, *(f"{own[row]:.4g}" if row in own else "–" for own in flat.values())) for row in rows])
+        failed = {name: found["tasks_error"] for name, found in columns.items() if "tasks_error" in found}
+        if failed and chosen is None and len(failed) == len(columns):
+            raise ComebaError(next(iter(failed.values())))
+        for name, error in failed.items():
+            report.say(f"! {name}: {error}")
         counts = {"read": len(chosen or ()), "used": len(chosen or ()), "skipped": []}
         report.result = {**columns, "records": counts, "edits_folder": str(edits) if edits else None}
 
@@ -197,6 +241,7 @@ def experiment(
         Optional[list[str]],
         typer.Option("--records", help="FILE or NAME=FILE, any number (default for testbed: its own facts)"),
     ] = None,
+    unstructured: Unstructured = False,
     samples: Annotated[Optional[int], typer.Option("--samples", min=1, help="records a data set")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="other than 0: take the records in random order")] = 0,
     cases: Annotated[
@@ -224,7 +269,7 @@ def experiment(
         given = [r.split("=", 1) if "=" in r and not Path(r).exists() else (Path(r).stem, r) for r in records or ()]
         if not given and home is None:
             raise ComebaError("no records: add --records FILE (ZsRE, CounterFact, EasyEdit's form, or your own)")
-        datasets = {label: read_requests(file) for label, file in given}
+        datasets = {label: read_requests(file, unstructured=unstructured) for label, file in given}
         if len(datasets) < len(given):
             raise ComebaError("two --records have the same name; write NAME=FILE")
         failed, cases = [], cases or None

@@ -175,7 +175,7 @@ def metric_table(report: Report, metrics, names, ways: dict[str, tuple[str, str]
 
 def flattened(found: dict) -> dict[str, float]:
     """Perplexity and every metric of every task, one name each."""
-    rows = {name: value for name, value in found.items() if name != "tasks"}
+    rows = {name: value for name, value in found.items() if isinstance(value, (int, float))}
     for task, metrics in found.get("tasks", {}).items():
         rows |= {
             f"{task} {name.partition(',')[0]}": value for name, value in metrics.items() if "," in name and isinstance(value, (int, float))

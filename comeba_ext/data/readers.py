@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from comeba_ext.data.tables import TABLE_SUFFIXES, long_fields, table_records
 from comeba_ext.errors import ComebaError, StorageError
-from comeba_ext.text.records import LONE
+from comeba_ext.text.records import LONE, UNSTRUCTURED
 from comeba_ext.text.request import EditRequest, Ids, UnknownFields
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -84,7 +84,7 @@ class ReadResult:
         return used, sorted(skipped, key=lambda skip: skip["index"])
 
 
-def read_requests(path, limit: int | None = None) -> ReadResult:
+def read_requests(path, limit: int | None = None, *, unstructured: bool = False) -> ReadResult:
     """Edit requests from a JSON or JSONL file, or a table. What nothing reads in a record of this package's own form is logged.
 
     Args:
@@ -93,6 +93,7 @@ def read_requests(path, limit: int | None = None) -> ReadResult:
             records may have any form that :mod:`comeba_ext.text.records` knows: this package's, EasyEdit's, CounterFact's,
             ZsRE's, MQuAKE's …
         limit: read at most this many records, usable or not; ``None`` reads all.
+        unstructured: of AKEW's records, edit the paragraph that states a fact (``fact_new_uns``) behind its question, not the fact.
 
     Raises:
         StorageError: the file is missing, truncated, not JSON, a table without the columns that facts need, or holds no
@@ -116,7 +117,7 @@ def read_requests(path, limit: int | None = None) -> ReadResult:
             try:
                 if isinstance(record, Exception):
                     raise record
-                own = EditRequest.all_from_record(record)
+                own = EditRequest.all_from_record({**record, UNSTRUCTURED: True} if unstructured and isinstance(record, dict) else record)
                 unknown.add(record)
                 requests += own
                 places += [index] * len(own)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +13,19 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from comeba_ext.errors import ComebaError
+from comeba_ext.evaluation.base import unedited
 from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.logits import room_for_logits
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.attachment import attachments
 from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.text.encoding import input_device, micro_batches, pad, pad_id
+from comeba_ext.text.request import EditRequest
 
 IN_PROMPT = (
     "these edits stand in the prompt, where a likelihood of plain text never meets them: measured so, it would be the unedited model's"
 )
+TEXT_TOKENS = 10_000  # of unrelated text: a share of 0.005 is then known to 0.0007
 MAX_NLL = 700.0  # whose exponential is still a float64
 
 
@@ -86,7 +90,47 @@ def read_text(
             bar.update(int(mask.sum()))
     if not count:
         raise ComebaError("no text of two tokens or more to measure perplexity on")
-    return Reading(math.exp(min(total / count, MAX_NLL)), torch.cat(found))
+    nll = total / count
+    return Reading(math.exp(nll if nll < MAX_NLL else MAX_NLL), torch.cat(found))  # also where it is no number
+
+
+class UnrelatedText:
+    """What edits did to plain text that names none of their subjects; what is said of those may change.
+
+    Args:
+        texts: plain texts, in order.
+        tokens: how many of theirs are read at most.
+        progress: show a progress bar.
+    """
+
+    def __init__(self, texts: Sequence[str], tokens: int = TEXT_TOKENS, progress: bool = False):
+        self.texts, self.tokens, self.progress = texts, tokens, progress
+        self.before: dict[tuple[str, ...], Reading] = {}  # by texts, what the unedited model says
+
+    def __call__(self, model: torch.nn.Module, tokenizer, requests: Iterable[EditRequest]) -> dict:
+        """``texts`` and ``text_tokens`` read, ``perplexity`` and ``perplexity_before``, and ``text_changed``, the share of positions at
+        which the next token would be another.
+
+        Raises:
+            ComebaError: every text names an edited subject.
+        """
+        subjects = {request.subject for request in requests}
+        chosen = tuple(text for text in self.texts if not any(subject in text for subject in subjects))
+        if not chosen:
+            raise ComebaError(f"each of the {len(self.texts)} texts names an edited subject; more texts are needed")
+        run = functools.partial(read_text, model, tokenizer, chosen, tokens=self.tokens, progress=self.progress)
+        after = run()
+        if chosen not in self.before:
+            with unedited(model):
+                self.before[chosen] = run()
+        before = self.before[chosen]
+        return {
+            "texts": len(chosen),
+            "text_tokens": len(after.next_tokens),
+            "perplexity": after.perplexity,
+            "perplexity_before": before.perplexity,
+            "text_changed": (after.next_tokens != before.next_tokens).float().mean().item(),
+        }
 
 
 def perplexity(model: torch.nn.Module, tokenizer, texts: Iterable[str], **options) -> float:

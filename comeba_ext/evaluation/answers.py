@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 from comeba_ext.errors import RequestError
 from comeba_ext.evaluation.judge import Answer, Judge
-from comeba_ext.evaluation.queries import METRICS, record_prompts
+from comeba_ext.evaluation.queries import METRICS, Asked, record_prompts
 from comeba_ext.evaluation.written import Writing, is_contained, is_written, likeness, normalised
 from comeba_ext.text.request import EditRequest
 
@@ -46,6 +47,17 @@ class WrittenAnswers:
             for probe in question.probes
         }
         self.conditions = conditions_of(tokenizer, requests, writing)
+        fits = functools.cache(lambda names: writing.fits(tokenizer, names))
+        self.fits = {
+            names: fits(names) for own in self.prompts for name in METRICS if name != "locality" for names in map(_names, own[name])
+        }
+        self.fits |= {
+            names: fits(names)
+            for own in self.questions
+            for question in own
+            for probe in question.probes
+            for names in (probe.answers, *probe.also)
+        }
         asked = {ids for own in self.ids for name in METRICS for ids in own[name]}
         self.total = len(asked | set(self.of_probe.values()))
         self.found: dict[str, Mapping[tuple[int, ...], str]] = {}
@@ -59,8 +71,8 @@ class WrittenAnswers:
             raise RequestError("the base predictions were made without these records' questions; call predict_base with these records")
 
     def ask(self, model: torch.nn.Module, unedited: Mapping[tuple[int, ...], str] | None, *, max_tokens: int, bar=None) -> None:
-        """Let the model write; ``unedited``: what it wrote to the locality prompts and questions' conditions before, or ``None`` if it
-        is unedited."""
+        """Let the model write; ``unedited``: what it wrote to these prompts and questions' conditions before, or ``None`` if it is
+        unedited."""
         # Locality in batches of its own, as the unedited model's were: rounding cannot make a difference between equal models.
         pools = {"locality": [ids for own in self.ids for ids in own["locality"]]}
         pools["other"] = [ids for own in self.ids for name in METRICS if name != "locality" for ids in own[name]]
@@ -69,7 +81,9 @@ class WrittenAnswers:
             pools["conditions"] = list(self.conditions.values())
         for name, pool in pools.items():
             self.found[name] = self.writing.answers(model, self.tokenizer, pool, max_tokens=max_tokens, bar=bar)
-        self.before = {**self.found["locality"], **self.found["conditions"]} if unedited is None else unedited
+        self.before = (
+            {k: v for name in ("other", "locality", "conditions") for k, v in self.found[name].items()} if unedited is None else unedited
+        )
 
     def ask_judge(self, judge: Judge, progress: bool = False) -> None:
         """Have a judge say which answers are right; what it had not said when it failed stays unjudged.
@@ -88,14 +102,23 @@ class WrittenAnswers:
 
     def _judgeable(self, record: int, name: str) -> list[Answer]:
         pairs = zip(self.prompts[record][name], self._answers(record, name), strict=True)
-        return [Answer(own.prompt, (own.answer, *own.aliases), text) for own, text in pairs]
+        return [Answer(own.prompt, _names(own), text) for own, text in pairs]
 
     def _answers(self, record: int, name: str) -> list[str]:
         found = self.found["locality" if name == "locality" else "other"]
         return [found[ids] for ids in self.ids[record][name]]
 
-    def _before(self, record: int) -> list[str]:
-        return [self.before[ids] for ids in self.plain[record]["locality"]]
+    def _before(self, record: int, name: str = "locality") -> list[str | None]:
+        """What the unedited model wrote; ``None`` where predictions of an earlier version are given, which are of locality alone."""
+        return [self.before.get(ids) for ids in self.plain[record][name]]
+
+    def _right(self, record: int, name: str, suffix: str) -> list[bool | None]:
+        """Of every prompt but locality's, whether it is answered; ``None`` where no right answer could be written."""
+        rule, pairs = _RULES[suffix], zip(self._answers(record, name), map(_names, self.prompts[record][name]), strict=True)
+        return [rule(answer, names) if self.fits[names] else None for answer, names in pairs]
+
+    def _same(self, record: int) -> list[bool]:
+        return [normalised(a) == normalised(b) for a, b in zip(self._answers(record, "locality"), self._before(record), strict=True)]
 
     def scores(self, record: int) -> dict[str, float | None]:
         """``<name>_written`` of every metric (with ``long`` ``<name>_similarity`` too), ``<name>_contained`` of all but locality, which
@@ -105,51 +128,61 @@ class WrittenAnswers:
         for name in METRICS:
             answers = self._answers(record, name)
             if name == "locality":
-                same = [normalised(a) == normalised(b) for a, b in zip(answers, self._before(record), strict=True)]
-                found["locality_written"] = mean([float(own) for own in same])
+                found["locality_written"] = mean(self._same(record))
                 if self.likeness is not None:
                     found["locality_similarity"] = mean(list(map(self.likeness, answers, self._before(record))))
-                own = self.prompts[record]["reliability"][0]
-                new = [[is_contained(text, (own.answer, *own.aliases)) for text in pair] for pair in zip(answers, self._before(record))]
-                found["hallucination"] = mean([float(after and not before) for after, before in new])
+                own = _names(self.prompts[record]["reliability"][0])
+                new = [[is_contained(text, own) for text in pair] for pair in zip(answers, self._before(record), strict=True)]
+                found["hallucination"] = mean([after and not before for after, before in new])
                 continue
-            for suffix, right in _RULES.items():
-                asked = zip(answers, self.prompts[record][name], strict=True)
-                found[name + suffix] = mean([float(right(answer, (own.answer, *own.aliases))) for answer, own in asked])
+            for suffix in _RULES:
+                found[name + suffix] = mean(self._right(record, name, suffix))
             if self.likeness is not None:
-                likest = lambda answer, own: max(self.likeness(answer, target) for target in (own.answer, *own.aliases))  # noqa: E731
+                likest = lambda answer, own: max(self.likeness(answer, target) for target in _names(own))  # noqa: E731
                 found[name + "_similarity"] = mean(list(map(likest, answers, self.prompts[record][name])))
             if self.judged is not None:
                 found[name + "_judged"] = mean([self.judged[answer] for answer in self._judgeable(record, name)])
         return found
 
     def verdicts(self, record: int) -> list[dict]:
-        """Of every question: its ``criterion``, whether it is ``counted`` (the unedited model answers its conditions), whether it is
-        answered, ``written`` or ``contained``, and the ``answers`` to its prompts."""
+        """Of every question: its ``criterion``, whether it is ``counted`` (the unedited model answers its conditions, and the right answers
+        can be written), whether it is answered, ``written`` or ``contained``, the ``answers`` to its prompts, and its ``case``, if it has
+        one."""
         found = []
         for question in self.questions[record]:
             answers = [self.found["other"][self.of_probe[probe.prompt]] for probe in question.probes]
-            known = [is_contained(self.before[self.conditions[own.prompt]], own.answers) for own in question.conditions]
-            verdict = {"criterion": question.criterion, "counted": all(known)}
+            known = [own.answered(self.before[self.conditions[own.prompt]], is_contained, is_contained) for own in question.conditions]
+            fits = [all(self.fits[names] for names in (probe.answers, *probe.also)) for probe in question.probes]
+            verdict = {"criterion": question.criterion, "counted": all(known) and (all(fits) if question.every else any(fits))}
+            asked = list(zip(question.probes, answers, strict=True))
             for suffix, right in _RULES.items():
-                each = [right(answer, probe.answers) for answer, probe in zip(answers, question.probes, strict=True)]
+                each = [probe.answered(answer, right, is_contained) for probe, answer in asked]
                 verdict[suffix.removeprefix("_")] = all(each) if question.every else any(each)
-            asked = zip(question.probes, answers, strict=True)
-            found.append(verdict | {"answers": [{"prompt": p.prompt, "wanted": p.answers[0], "written": text} for p, text in asked]})
+            verdict["answers"] = [
+                {"prompt": p.prompt, "wanted": "; ".join(own[0] for own in (p.answers, *p.also)), "written": text} for p, text in asked
+            ]
+            found.append(verdict | ({} if question.case is None else {"case": question.case}))
         return found
 
     def texts(self, record: int) -> list[dict[str, str]]:
-        """Of every prompt, metric by metric: what was ``written``, for locality what was ``unedited_written``, and of others whether it
-        is ``judged`` right."""
+        """Of every prompt, metric by metric: what was ``written``, what was ``unedited_written`` before, where that is known, whether it is
+        ``right`` (for locality: the same; ``None`` where no right answer could be written), and whether it is ``judged`` so."""
         found = []
         for name in METRICS:
-            own = [{"written": answer} for answer in self._answers(record, name)]
-            if name == "locality":
-                own = [one | {"unedited_written": before} for one, before in zip(own, self._before(record), strict=True)]
-            elif self.judged is not None:
+            right = self._same(record) if name == "locality" else self._right(record, name, "_written")
+            own = [{"written": answer, "right": one} for answer, one in zip(self._answers(record, name), right, strict=True)]
+            own = [
+                one if old is None else one | {"unedited_written": old} for one, old in zip(own, self._before(record, name), strict=True)
+            ]
+            if name != "locality" and self.judged is not None:
                 own = [one | {"judged": self.judged[answer]} for one, answer in zip(own, self._judgeable(record, name), strict=True)]
             found += own
         return found
+
+
+def _names(own: Asked) -> tuple[str, ...]:
+    """What a prompt may be answered."""
+    return own.answer, *own.aliases
 
 
 def conditions_of(tokenizer, requests: list[EditRequest], writing: Writing) -> dict[str, tuple[int, ...]]:
@@ -159,6 +192,6 @@ def conditions_of(tokenizer, requests: list[EditRequest], writing: Writing) -> d
 
 
 def mean(values: list) -> float | None:
-    """Of those that are there."""
-    present = [value for value in values if value is not None]
+    """Of those that are there; of truth values, the share of true ones."""
+    present = [float(value) for value in values if value is not None]
     return sum(present) / len(present) if present else None

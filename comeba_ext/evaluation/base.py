@@ -1,4 +1,4 @@
-"""What the unedited model says to the locality prompts: the yardstick of locality."""
+"""What the unedited model says: the yardstick of locality, and what stood there before the edits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from comeba_ext.errors import RequestError
 from comeba_ext.evaluation.answers import conditions_of
-from comeba_ext.evaluation.queries import check_context, record_prompts, record_queries, where
+from comeba_ext.evaluation.queries import METRICS, check_context, record_prompts, record_queries, where
 from comeba_ext.evaluation.scoring import Prediction, Query, predict
 from comeba_ext.evaluation.written import Writing
 from comeba_ext.layers.attachment import attachments, disabled
@@ -21,7 +21,7 @@ from comeba_ext.text.request import as_requests
 
 @dataclass(frozen=True)
 class BasePredictions:
-    """Predictions of the unedited model for the locality prompts of some records.
+    """Predictions of the unedited model for the locality prompts of some records, and what it writes to all their prompts.
 
     Made by :func:`predict_base` once, then given to :func:`evaluate` as ``base`` after every edit batch. They serve
     the records they were made for and any subset of these.
@@ -81,16 +81,21 @@ def predict_base(
     for index, (request, own) in enumerate(zip(requests, queries)):
         check_context(model, own, index, request)
     distinct = list(dict.fromkeys(query for own in queries for query in own))
-    prompts: list[tuple[int, ...]] = []
-    conditions: list[tuple[int, ...]] = []
+    pools: list[list[tuple[int, ...]]] = []  # locality in batches of its own: rounding cannot make a difference between equal models
     if writing is not None:
-        prompts = list(dict.fromkeys(writing.ids(tokenizer, own.prompt) for r in requests for own in record_prompts(r)["locality"]))
-        conditions = list(dict.fromkeys(conditions_of(tokenizer, requests, writing).values()))
-    with unedited(model), tqdm(total=len(distinct) * (1 + generate) + len(prompts + conditions), disable=not progress, desc="base") as bar:
+        asked = [record_prompts(request) for request in requests]
+        ids = lambda names: [writing.ids(tokenizer, own.prompt) for prompts in asked for name in names for own in prompts[name]]  # noqa: E731
+        pools = [
+            ids([name for name in METRICS if name != "locality"]),
+            list(conditions_of(tokenizer, requests, writing).values()),
+            ids(["locality"]),
+        ]
+    total = len(distinct) * (1 + generate) + sum(len(set(pool)) for pool in pools)
+    with unedited(model), tqdm(total=total, disable=not progress, desc="base") as bar:
         predictions = predict(model, distinct, pad_token=pad_id(tokenizer), max_tokens=max_tokens, generate=generate, bar=bar)
         answers: dict[tuple[int, ...], str] = {}
-        for pool in (conditions, prompts):  # locality in batches of its own: rounding cannot make a difference between equal models
-            answers |= {} if writing is None else writing.answers(model, tokenizer, pool, max_tokens=max_tokens, bar=bar)
+        for pool in pools:
+            answers |= writing.answers(model, tokenizer, pool, max_tokens=max_tokens, bar=bar)
     return BasePredictions(predictions, generate, writing, answers)
 
 

@@ -11,18 +11,20 @@ import hashlib
 import http.client
 import json
 import logging
+import os
 import re
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation.written import normalised
-from comeba_ext.storage import write_text
+from comeba_ext.storage import writable, write_text
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,15 @@ INSTRUCTION = (
     "also if it does not commit itself. The correct answers count as true even where you know otherwise. Reply with one word."
 )
 _BEGINS = '{"of": "'  # a line of kept verdicts
-_VERDICT = re.compile(r"\b(in)?correct\b", re.IGNORECASE)
+# The first word, whatever marks it ("**CORRECT**"); "correct-ish" is another word.
+_VERDICT = re.compile(r"[\W_]*(in)?correct(?![^\W_]|-\w)", re.IGNORECASE)
+_CORRECT, _INCORRECT = re.compile(r"\bcorrect\b", re.IGNORECASE), re.compile(r"\bincorrect\b", re.IGNORECASE)
+# What takes back that an answer is correct, or a part of it. An INCORRECT needs no such list: "not" explains it.
+_DOUBT = re.compile(
+    r"\b(not|no|none|nor|never|cannot|but|however|although|though|except|only|if|unless|partial|partially|partly|almost|nearly|mostly|somewhat"
+    r"|wrong|false)\b|n['’]t\b",
+    re.IGNORECASE,
+)
 
 
 class Answer(NamedTuple):
@@ -60,7 +70,8 @@ class Judge:
         asked: how many verdicts the endpoint gave; nothing: how many it failed to give.
 
     Raises:
-        ComebaError: the file of verdicts holds something else (but for a last line that is torn, which is dropped).
+        ComebaError: the file of verdicts holds something else (but for a last line that is torn, which is dropped), or cannot be
+            written.
     """
 
     url: str
@@ -77,23 +88,32 @@ class Judge:
         if not self.url.startswith(("http://", "https://")):
             raise ComebaError(f"the judge's URL must begin with http:// or https://, got {self.url!r}")
         self._known: dict[str, bool] = {}
-        if self.kept is not None and self.kept.exists():
-            try:
-                lines = self.kept.read_text(encoding="utf-8").splitlines(keepends=True)
-                if lines and not lines[-1].endswith("\n"):
-                    lines[-1:] = _whole(lines[-1])
-                    write_text(self.kept, "".join(lines))  # the next one begins a line
-                known = map(json.loads, lines)
-                self._known = {line["of"]: bool(line["verdict"]) for line in known}
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ComebaError(f"{self.kept}: not a file of verdicts ({error})") from None
+        if self.kept is not None:
+            self.kept = writable(self.kept)  # known before the long work
+            if self.kept.exists():
+                self._known = self._read(self.kept)
+
+    def _read(self, kept: Path) -> dict[str, bool]:
+        try:
+            kept.open("ab").close()
+        except OSError as error:
+            raise self._unwritten(error) from None
+        try:
+            lines = kept.read_text(encoding="utf-8").splitlines(keepends=True)
+            if lines and not lines[-1].endswith("\n"):
+                lines[-1:] = _whole(lines[-1])
+                write_text(kept, "".join(lines))  # the next one begins a line
+            return {line["of"]: bool(line["verdict"]) for line in map(json.loads, lines)}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ComebaError(f"{kept}: not a file of verdicts ({error})") from None
 
     def verdicts(self, answers: Sequence[Answer], bar=None) -> dict[Answer, bool | None]:
         """Whether each answer is right; ``None`` where the judge gave no verdict. One that is a right answer word for word is not asked
         about.
 
         Raises:
-            ComebaError: the endpoint cannot be reached, drops every connection or refuses; what it had said by then is kept.
+            ComebaError: the endpoint cannot be reached, drops every connection or refuses, or the file of verdicts cannot be written; what
+                had been said by then is :meth:`known`.
         """
         found: dict[Answer, bool | None] = {**self.known(answers)}
         todo = [answer for answer in dict.fromkeys(answers) if answer not in found]
@@ -121,7 +141,8 @@ class Judge:
         """The verdicts that need no asking."""
         found = {}
         for answer in dict.fromkeys(answers):
-            if normalised(answer.written) in set(map(normalised, answer.right)):
+            written = normalised(answer.written)
+            if written and written in map(normalised, answer.right):  # nothing equals nothing, but answers no question
                 found[answer] = True
             elif (known := self._known.get(self._name(answer))) is not None:
                 found[answer] = known
@@ -132,9 +153,22 @@ class Judge:
 
     def _keep(self, answer: Answer, verdict: bool) -> None:
         self._known[self._name(answer)] = verdict
-        if self.kept is not None:
-            with self.kept.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"of": self._name(answer), "verdict": verdict, **answer._asdict()}) + "\n")
+        if self.kept is None:
+            return
+        line = json.dumps({"of": self._name(answer), "verdict": verdict, **answer._asdict()}) + "\n"
+        size = None
+        try:
+            with self.kept.open("ab") as file:
+                size = file.tell()
+                file.write(line.encode())
+        except OSError as error:
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self.kept, size)  # no torn line, which another would be written behind
+            raise self._unwritten(error) from None
+
+    def _unwritten(self, error: OSError) -> ComebaError:
+        return ComebaError(f"{self.kept}: verdicts cannot be kept there ({error.strerror or error}); choose another file")
 
     def _ask(self, answer: Answer) -> bool | None:
         right = "; ".join(answer.right)
@@ -154,9 +188,10 @@ class Judge:
                 log.info("judge: no verdict (%s: %s)", type(error).__name__, error)
                 dropped, last = dropped + 1, error
                 continue
-            said = {bool(match[1]) for match in _VERDICT.finditer(reply or "")}
-            if len(said) == 1:  # one word, or the same again
-                return not said.pop()
+            verdict = _verdict(reply)
+            if verdict is not None:
+                return verdict
+            log.info("judge: no verdict (%.80r)", reply)
         if dropped == self.tries:
             raise ComebaError(f"the judge at {self.url} drops the connection: {type(last).__name__}: {last}")
         return None
@@ -177,6 +212,19 @@ class Judge:
             if isinstance(error.reason, ConnectionError) and not isinstance(error.reason, ConnectionRefusedError):
                 raise error.reason from None  # while the question was sent
             raise ComebaError(f"the judge at {self.url} cannot be reached: {error.reason}") from None
+
+
+def _verdict(reply: object) -> bool | None:
+    """What a reply says: its first word, unless what follows says the other one, asks, or takes a CORRECT back. Whatever else an
+    endpoint's ``content`` may be (null, a list of parts) is no verdict."""
+    found = _VERDICT.match(reply) if isinstance(reply, str) else None
+    if found is None:
+        return None
+    right, rest = not found[1], reply[found.end() :]
+    other = _INCORRECT if right else _CORRECT
+    if "?" in rest or other.search(rest) or (right and _DOUBT.search(rest)):
+        return None
+    return right
 
 
 def _whole(line: str) -> list[str]:

@@ -20,6 +20,8 @@ from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.text.encoding import pad_id
 from comeba_ext.text.request import as_requests
 
+SCORES = (*(name + suffix for name in METRICS for suffix in WAYS), "hallucination")  # of a record
+
 
 class Metrics(dict):
     """What :func:`evaluate` returns: a JSON-serialisable dict whose entries are also attributes."""
@@ -84,15 +86,18 @@ def evaluate(
     Returns:
         :class:`Metrics` with, for each name: ``<name>``, ``<name>_exact``, ``<name>_generation`` (floats in [0, 1]),
         each with ``…_interval``, ``[low, high]`` from :func:`bootstrap_interval` over the records, and
-        ``<name>_prompts``, how many prompts were scored. A score without prompts is ``None``, and so is its interval.
-        ``records`` is their number. With ``writing``, where records have questions, ``questions`` has for each criterion how many
-        there are, how many are ``counted``, and the shares ``written`` and ``contained`` with their intervals.
+        ``<name>_prompts``, how many prompts were scored; with ``writing`` ``<name>_unwritable``, to how many of them no right answer could
+        be written (:meth:`Writing.fits`), which are left out of ``<name>_written`` and ``<name>_contained``. A score without prompts is
+        ``None``, and so is its interval. ``records`` is their number. With ``writing``, where records have questions, ``questions`` has
+        for each criterion how many there are, how many are ``counted``, and the shares ``written`` and ``contained`` with their
+        intervals. With ``judge``, ``judge`` says how many answers it was ``asked`` about and how many are ``without_verdict``.
 
         ``per_record`` lists, record by record, ``request_id``, ``prompt`` (with its slot), ``subject``, ``target_new``, the
         record's scores, ``predicted`` (text of the teacher-forced argmax) and ``generated`` (greedy text or ``None``), the last
         two for the record's own prompt, and ``answers``: the same for every prompt asked, with its ``metric``, ``wanted`` text (for
         locality the unedited model's, and what that generates as ``unedited``), ``score`` and ``tokens``, the prompt's length; with
-        ``writing`` what was ``written`` (for locality ``unedited_written`` too), and the verdicts on its ``questions``.
+        ``writing`` what was ``written``, the ``unedited_written`` before it and whether it is ``right``, and the verdicts on its
+        ``questions``.
 
     Raises:
         ConfigError: there is a judge, and nothing is written for it.
@@ -143,7 +148,7 @@ def evaluate(
         if written is not None and judge is not None:
             try:
                 written.ask_judge(judge, progress)
-            except ComebaError as error:  # everything else is there
+            except (ComebaError, OSError) as error:  # everything else is there
                 judge_error = str(error)
     unedited = local if base is None else base.predictions  # without a base there is nothing that rewrites
 
@@ -185,6 +190,8 @@ def evaluate(
                 row["questions"] = written.verdicts(n)
         rows.append(row)
     metrics = summarise(rows, seed)
+    if judge is not None:
+        metrics["judge"] = {"asked": judge.asked, "without_verdict": judge.nothing}
     if judge_error is not None:
         metrics["judge_error"] = judge_error
     return metrics
@@ -233,49 +240,72 @@ def summarise(rows: list[dict], seed: int = 0) -> Metrics:
                 continue  # not asked for
             metrics[key] = mean(values)
             metrics[f"{key}_interval"] = bootstrap_interval(values, seed)
-        metrics[f"{name}_prompts"] = sum(answer["metric"] == name for row in rows for answer in row["answers"])
+        own = [answer for row in rows for answer in row["answers"] if answer["metric"] == name]
+        metrics[f"{name}_prompts"] = len(own)
+        if any("right" in answer for answer in own):
+            metrics[f"{name}_unwritable"] = sum(answer.get("right", True) is None for answer in own)
     if any("hallucination" in row for row in rows):
         values = [row.get("hallucination") for row in rows]
         metrics["hallucination"], metrics["hallucination_interval"] = mean(values), bootstrap_interval(values, seed)
     if any("questions" in row for row in rows):
-        metrics["questions"] = _questions(rows, seed)
+        metrics["questions"] = _questions([rows], seed)
     metrics["per_record"] = rows
     return metrics
 
 
 def averaged(found: list[Metrics], seed: int = 0) -> Metrics:
     """Of several runs over the same records: every record's mean, and over those the means and intervals, beside each score its
-    ``…_spread``, the standard deviation of the runs' own (with one run's less, n − 1)."""
-    by_record: dict[tuple, list[dict]] = {}
-    for metrics in found:
-        for row in metrics.per_record:
-            by_record.setdefault(tuple(row[key] for key in ("request_id", "prompt", "subject", "target_new")), []).append(row)
-    keys = [name + suffix for name in METRICS for suffix in WAYS] + ["hallucination"]
-    rows = [rows[0] | {key: mean([row.get(key) for row in rows]) for key in keys if key in rows[0]} for rows in by_record.values()]
-    result = summarise(rows, seed)
-    for key in keys:
-        values = [metrics[key] for metrics in found if metrics.get(key) is not None]
-        if len(values) > 1:
-            result[f"{key}_spread"] = float(np.std(values, ddof=1))
-    for criterion, own in result.get("questions", {}).items():  # verdicts are no numbers to average record by record
-        for way in ("written", "contained"):
-            own[way] = mean([metrics["questions"][criterion][way] for metrics in found])
+    ``…_spread``, the standard deviation of the runs' own (with one run's less, n − 1). At a checkpoint before the end the runs have
+    edited different records; ``records`` is how many a run was asked, on the average."""
+    result = summarise(record_means([metrics.per_record for metrics in found]), seed)
+    result["records"] = round(sum(metrics.records for metrics in found) / len(found))
+    spread = lambda values: float(np.std(values, ddof=1)) if len(values) > 1 else None  # noqa: E731
+    for key in SCORES:
+        if (own := spread([metrics[key] for metrics in found if metrics.get(key) is not None])) is not None:
+            result[f"{key}_spread"] = own
+    if "questions" in result:
+        result["questions"] = _questions([metrics.per_record for metrics in found], seed)
+        for criterion, own in result["questions"].items():
+            each = [metrics["questions"][criterion] for metrics in found if criterion in metrics.get("questions", ())]
+            for way in ("written", "contained"):
+                own[f"{way}_spread"] = spread([values[way] for values in each if values[way] is not None])
     return result
 
 
-def _questions(rows: list[dict], seed: int) -> dict[str, dict]:
-    """By criterion: the shares of questions answered, averaged over those of a record, then over records."""
-    asked = [(n, verdict) for n, row in enumerate(rows) for verdict in row.get("questions", ())]
+def record_means(runs: list[list[dict]]) -> list[dict]:
+    """A row for every record of several runs: the first run's that has it, with the means of its scores over all that have."""
+    by_record: dict[tuple, list[dict]] = {}
+    for row in (row for run in runs for row in run):
+        by_record.setdefault(record_name(row), []).append(row)
+    return [rows[0] | {key: mean([row.get(key) for row in rows]) for key in SCORES if key in rows[0]} for rows in by_record.values()]
+
+
+def record_name(row: dict) -> tuple:
+    """What tells a record's row from another's."""
+    return row["request_id"], row["prompt"], row["subject"], row["target_new"]
+
+
+def _questions(runs: list[list[dict]], seed: int) -> dict[str, dict]:
+    """By criterion: the shares of questions answered, averaged over those of a record, then over records. Where an edit asks the questions
+    of several records (of MQuAKE's cases, those that share their last fact), each counts as itself. Of several runs over the same records,
+    a record's value is their mean."""
+    asked: dict[str, dict[tuple, list[list[dict]]]] = {}  # criterion, record and case: its verdicts, a list a run
+    for run in runs:
+        own: dict[tuple, list[dict]] = {}
+        for n, row in enumerate(run):
+            for verdict in row.get("questions", ()):
+                case = verdict.get("case")
+                name = n if len(runs) == 1 else (row["prompt"], row["subject"])
+                own.setdefault((verdict["criterion"], name, case), []).append(verdict)
+        for (criterion, *record), verdicts in own.items():
+            asked.setdefault(criterion, {}).setdefault(tuple(record), []).append(verdicts)
     found = {}
-    for criterion in dict.fromkeys(verdict["criterion"] for _, verdict in asked):
-        own = [(n, verdict) for n, verdict in asked if verdict["criterion"] == criterion]
-        counted = [pair for pair in own if pair[1]["counted"]]
-        found[criterion] = {"questions": len(own), "counted": len(counted)}
+    for criterion, records in asked.items():
+        counted = {name: [[one for one in own if one["counted"]] for own in runs_of] for name, runs_of in records.items()}
+        number = lambda groups: round(sum(len(own) for runs_of in groups.values() for own in runs_of) / len(runs))  # noqa: E731
+        found[criterion] = {"questions": number(records), "counted": number(counted)}
         for way in ("written", "contained"):
-            by_record: dict[int, list[float]] = {}
-            for n, verdict in counted:
-                by_record.setdefault(n, []).append(float(verdict[way]))
-            values = [mean(values) for values in by_record.values()]
+            values = [mean([mean([one[way] for one in own]) for own in runs_of]) for runs_of in counted.values()]
             found[criterion] |= {way: mean(values), f"{way}_interval": bootstrap_interval(values, seed)}
     return found
 

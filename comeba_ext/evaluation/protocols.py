@@ -239,11 +239,17 @@ def read_result(records: list[dict], protocol: Protocol) -> Result:
 
 
 def latest(requests: list[EditRequest]) -> list[EditRequest]:
-    """One request a fact, the last; with the questions of earlier ones that asked for the same."""
+    """One request a fact, the last, in the order in which they were made; with the questions of earlier ones that asked for the same,
+    which keep their own votes (``Question.case``)."""
     found: dict[tuple[str, str], EditRequest] = {}
-    for request in requests:
-        before = found.get(request.fact)
-        if before is not None and before.questions and before.target_new == request.target_new:
+    for n, request in enumerate(requests):
+        if request.questions:
+            name = request.case or request.request_id or str(n)
+            request = dataclasses.replace(
+                request, questions=tuple(dataclasses.replace(own, case=own.case or name) for own in request.questions)
+            )
+        before = found.pop(request.fact, None)  # a dict keeps the place of the first
+        if before is not None and before.target_new == request.target_new:
             request = dataclasses.replace(request, questions=tuple(dict.fromkeys((*before.questions, *request.questions))))
         found[request.fact] = request
     return list(found.values())

@@ -14,6 +14,7 @@ from comeba_ext.forward.architectures import context_length
 from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.attachment import attachments
 from comeba_ext.layers.hooked_linear import HookedLinear
+from comeba_ext.layers.prompts import as_asked
 from comeba_ext.ops.hooked_linear import in_scope
 from comeba_ext.text.encoding import encode, input_device
 
@@ -72,11 +73,12 @@ def token_scores(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dic
 
 
 def text_scope(model: nn.Module, tokenizer, text: str) -> TextScope:
-    """Scores of one text's tokens.
+    """Scores of one text's tokens, as ``generate`` answers it: edits that it does not ask for are muted (``question_floor``).
 
     Raises:
         RequestError: it has no token, or more than the model's context takes.
-        ComebaError: no layer of the model has a score, or none is asked.
+        ComebaError: no layer of the model has a score, or none is asked; or edits may be muted, and the model was loaded without its
+            tokenizer.
     """
     ids = encode(tokenizer, text.rstrip()).ids
     limit = context_length(model)
@@ -87,7 +89,8 @@ def text_scope(model: nn.Module, tokenizer, text: str) -> TextScope:
     if not any(layer.mode == "validated" for layer in _scored(model).values()):
         raise ComebaError("every token gets these edits: no score is asked")
     row = torch.tensor([ids], device=input_device(model))
-    layers = token_scores(model, row, torch.ones_like(row))
+    with as_asked(model, [ids]):
+        layers = token_scores(model, row, torch.ones_like(row))
     return TextScope([_written(tokenizer, token) for token in ids], layers)
 
 

@@ -7,8 +7,9 @@ greedily to a natural end, and what stands there is compared as text:
 * *written*: the answer is the target or one of its aliases, or opens with it (word by word);
 * *contained*: one of them stands somewhere in the answer, which a wrong answer can do as well ("not Paris but Rome").
 
-Both compare normalised text: lower case, without punctuation, articles (a, an, the) and needless space, as SQuAD's metric does
-(Rajpurkar et al. 2016), but punctuation of any script.
+Both compare normalised text (:func:`normalised`): as SQuAD's metric (Rajpurkar et al. 2016) without case, punctuation, articles and
+needless space, but for any script, and without its mistakes: numbers keep their sign and point, "Hepatitis A" its letter, and words that a
+dash or a slash joins stay two.
 """
 
 from __future__ import annotations
@@ -31,25 +32,37 @@ from comeba_ext.text.chat import in_chat
 from comeba_ext.text.encoding import input_device, pad, pad_id
 
 ANSWER_TOKENS, LONG_TOKENS = 32, 256  # at most; of paragraphs
-_ABBREVIATIONS = frozenset("st mr mrs ms dr prof gen col lt sgt capt rev hon jr sr inc ltd co corp vs etc ca approx dept univ".split())
+_ABBREVIATIONS = frozenset(
+    "st mr mrs ms dr prof gen col lt sgt capt rev hon jr sr inc ltd co corp bros vs etc ca approx dept univ mt ft gov sen rep ave".split()
+)
+_BEFORE_NUMBERS = frozenset("no nos vol op pp p c jan feb mar apr jun jul aug sep sept oct nov dec".split())
 _END = re.compile(r"([.!?]+)[\"'”’)\]]*(?=\s|$)|[。！？]+[\"'”’」』)\]]*|\n")
-_ARTICLE = re.compile(r"\b(a|an|the)\b")
+_ARTICLES = ("a", "an", "the")
+_APOSTROPHES = dict.fromkeys(map(ord, "'’‘ʼ´`′"))  # deleted; the first change of form would make others of some
+_INITIALS = re.compile(r"(?<=[^\W\d_])\.+")  # "U.S.A." is one word
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_OF_NUMBERS = re.compile(r"(?<=\d)\.(?=\d)|(?<![\w)])[-−](?=\d)")  # a decimal point, a sign
+_WRITTEN_TOGETHER = re.compile("[\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+SHORT = 3  # letters of an alias that must be written in its own case: "it" is no Italian, nor "no" Norwegian
 
 
 def natural_end(text: str) -> int | None:
     """Where the first sentence or line of an answer ends; ``None`` while it has not.
 
-    A full stop behind an initial or a usual abbreviation ("J. K. Rowling", "St. Louis") ends nothing, nor does one that the text
-    stops at: what comes next would tell. An exclamation or question mark does.
+    A full stop behind an initial or a usual abbreviation ("J. K. Rowling", "St. Louis", "No. 5") or a list's number ends nothing, nor
+    does one that the text stops at: what comes next would tell. An exclamation or question mark does.
     """
     begin = len(text) - len(text.lstrip())
     for found in _END.finditer(text, begin):
         if found[0] == "\n":
             return found.start()
         if found[1] == ".":
-            word = re.search(r"[^\W\d_]*$", text[: found.start()])[0]
+            head, tail = text[begin : found.start()], text[found.end() :].lstrip()
+            word = re.search(r"[^\W\d_]*$", head)[0]
             initial = len(word) == 1 and word.isupper()
-            if initial or word.lower() in _ABBREVIATIONS or found.end() == len(text):
+            numbered = word.lower() in _BEFORE_NUMBERS and (not tail or tail[0].isdigit())
+            listed = len(head) <= 2 and head.isdigit()
+            if initial or numbered or listed or word.lower() in _ABBREVIATIONS or found.end() == len(text):
                 continue
         return found.end()
     return None
@@ -61,19 +74,60 @@ def answer_of(text: str) -> str:
 
 
 def normalised(text: str) -> str:
-    """Words in lower case, without punctuation and articles, a space between two."""
-    text = "".join(c for c in unicodedata.normalize("NFKC", text).lower() if not unicodedata.category(c).startswith("P"))
-    return " ".join(_ARTICLE.sub(" ", text).split())
+    """Words in lower case, a space between two, without punctuation, accents of Latin letters, and articles, which stay where they are the
+    last word ("Serie A"). Characters of scripts without spaces are words of their own."""
+    return _without_articles(_words(text))
 
 
-def is_written(answer: str, targets: Iterable[str]) -> bool:
-    """Whether an answer is one of the targets or opens with it."""
-    return any(f"{normalised(answer)} ".startswith(f"{own} ") for own in filter(None, map(normalised, targets)))
+def _words(text: str, cased: bool = False) -> list[str]:
+    text = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES))
+    if not cased:
+        text = unicodedata.normalize("NFKC", text.casefold())
+    text = "".join(c for c in _unaccented(text) if unicodedata.category(c) not in ("Cf", "Sk")).translate(_APOSTROPHES)
+    text = _THOUSANDS.sub("", _INITIALS.sub("", text))
+    kept = {found.start() for found in _OF_NUMBERS.finditer(text)}
+    dash = lambda c: c == "−" or unicodedata.category(c).startswith("P")  # noqa: E731
+    text = "".join((c if c == "." else "-") if n in kept else " " if dash(c) else c for n, c in enumerate(text))
+    return _WRITTEN_TOGETHER.sub(r" \g<0> ", text).split()
 
 
-def is_contained(answer: str, targets: Iterable[str]) -> bool:
-    """Whether one of the targets stands in an answer."""
-    return any(f" {own} " in f" {normalised(answer)} " for own in filter(None, map(normalised, targets)))
+def _unaccented(text: str) -> str:
+    """Latin letters without their accents; other scripts' marks are letters of theirs."""
+    found: list[str] = []
+    for c in unicodedata.normalize("NFD", text):
+        if not (unicodedata.combining(c) and found and unicodedata.name(found[-1], "").startswith("LATIN")):
+            found.append(c)
+    return unicodedata.normalize("NFC", "".join(found))
+
+
+def _without_articles(words: list[str]) -> str:
+    return " ".join(word for n, word in enumerate(words) if word.lower() not in _ARTICLES or n == len(words) - 1)
+
+
+def _agree(answer: str, names: Iterable[str], rule: Callable[[str, str], bool]) -> bool:
+    """Whether a rule holds for an answer and one of the names, both with a space at the end, with articles or without."""
+    for n, name in enumerate(names):
+        cased = n > 0 and len(name.strip()) <= SHORT and name.strip().isalpha()
+        own, whole = _words(name, cased), _words(answer, cased)
+        if not own:  # signs only, which are compared as they are
+            own, whole = name.split(), answer.split()
+        if own and any(rule(f"{way(whole)} ", f"{way(own)} ") for way in (" ".join, _without_articles)):
+            return True
+    return False
+
+
+def is_written(answer: str, names: Iterable[str]) -> bool:
+    """Whether an answer is one of the names or opens with it.
+
+    Args:
+        names: the target, and then its aliases; one of up to ``SHORT`` letters must be written in its case.
+    """
+    return _agree(answer, names, str.startswith)
+
+
+def is_contained(answer: str, names: Iterable[str]) -> bool:
+    """Whether one of the names (of :func:`is_written`) stands in an answer."""
+    return _agree(answer, names, lambda whole, own: f" {own}" in f" {whole}")
 
 
 def likeness() -> Callable[[str, str], float]:
@@ -121,6 +175,13 @@ class Writing:
         if self.chat:
             return tuple(tokenizer(in_chat(tokenizer, prompt), add_special_tokens=False)["input_ids"])
         return Query.of(tokenizer, prompt, None).prompt_ids
+
+    def fits(self, tokenizer, names: Iterable[str]) -> bool:
+        """Whether one of a prompt's right answers can be written so at all: none can that is longer than what may be written, or that
+        has a sentence's end in the middle ("Yahoo! Inc.")."""
+        ends = lambda name: not self.long and (natural_end(name) or len(name)) < len(name.rstrip())  # noqa: E731
+        size = lambda name: len(tokenizer(f" {name}", add_special_tokens=False)["input_ids"])  # noqa: E731
+        return any(not ends(name) and size(name) <= self.answer_tokens for name in map(str.strip, names))
 
     def answers(
         self, model: torch.nn.Module, tokenizer, prompts: Iterable[tuple[int, ...]], *, max_tokens: int, bar=None

@@ -4,7 +4,7 @@
     paper: what it reproduces, e.g. "table 2"
     protocol: single_round | consecutive | sequential
     samples: records to edit; testbed_samples: on the embedded model, where a run should take minutes
-    batch_size: 10
+    batch_size: 10                 # or all: one batch
     orders: 1                      # run every case with its records in so many orders: means, and their spread
     evaluations: 5                 # at so many equal distances (consecutive); the end is always one
     answer_tokens: 32              # let the model write at most so many to every prompt: its written answers; 0: not at all
@@ -37,8 +37,9 @@ from comeba_ext.evaluation.protocols import PROTOCOLS
 from comeba_ext.evaluation.written import ANSWER_TOKENS, Writing
 
 FOLDER = Path(__file__).parent / "definitions"
+ALL = "all"  # as a batch's size: every record in one
 PLOTS = ("bars", "edits", "settings", "scores")
-MEASURES = ("probabilities", "fluency", "text", "scores", "conditions", "abilities")
+MEASURES = ("probabilities", "fluency", "text", "other_facts", "costs", "scores", "conditions", "abilities")
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ _KINDS = {  # key -> what its value must be, in words and as a check
     "note": _TEXT,
     "samples": _COUNT,
     "testbed_samples": _COUNT,
-    "batch_size": _COUNT,
+    "batch_size": ("a whole number of 1 or more, or 'all'", lambda value: _is_count(value) or value == ALL),
     "orders": _COUNT,
     "evaluations": _COUNT,
     "answer_tokens": ("a whole number of 0 or more", lambda value: is_int(value) and value >= 0),
@@ -191,7 +192,7 @@ _KINDS = {  # key -> what its value must be, in words and as a check
     "settings": ("a list of one or more groups of settings", lambda value: bool(value) and _is_list(value, dict)),
 }
 _CASE_KINDS = {  # what a case's settings hold beside the method's config
-    "batch_size": _COUNT,
+    "batch_size": ("a whole number of 1 or more, or 'all'", lambda value: _is_count(value) or value == ALL),
     "last_layers": _COUNT,
     "lam_factor": ("a number > 0", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0),
 }

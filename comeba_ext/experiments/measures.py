@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
+import re
+import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from comeba_ext.editor import Editor
-from comeba_ext.evaluation import counterfact_scores, evaluate, fluency
-from comeba_ext.evaluation.ability import Reading, harness, read_text
+from comeba_ext.errors import ComebaError
+from comeba_ext.evaluation import Writing, counterfact_scores, evaluate, fluency
+from comeba_ext.evaluation.ability import UnrelatedText, harness
 from comeba_ext.evaluation.queries import record_queries
 from comeba_ext.evaluation.scopes import token_scores
-from comeba_ext.evaluation.scoring import predict
+from comeba_ext.evaluation.scoring import greedy, predict
+from comeba_ext.forward.partial import evaluating
 from comeba_ext.text.encoding import encode, input_device, micro_batches, pad, pad_id
-from comeba_ext.text.request import EditRequest
+from comeba_ext.text.request import SLOT, EditRequest
 
 log = logging.getLogger(__name__)
 
 FLUENCY_PROMPTS = 50
-TEXT_TOKENS = 10_000  # of plain text at every checkpoint: a share of 0.005 is then known to 0.0007
+TIMED, TIMED_TOKENS = 7, 16  # prompts whose tokens are timed, and how many of each
+OTHER_RECORDS = 100  # whose subjects are asked about other things
+OTHER_QUESTIONS = (
+    "The religion of {} is",
+    "The headquarters of {} are in",
+    "The twin city of {} is",
+    "The year in which {} began is",
+    "{} is famous for",
+)
 NAMES = ("reliability", "generality", "locality")
 
 
@@ -34,18 +48,21 @@ def make(
     """A measure for :func:`run_protocol` that joins the named ones.
 
     Args:
-        names: ``probabilities`` (CounterFact's scores and magnitudes), ``fluency``, ``text`` (perplexity of plain text
-            before and after, share of next-token predictions on it that changed), ``scores`` (the highest scope score
-            of every edited, rephrased and other prompt), ``conditions`` (behind other text, unpadded), ``abilities``
-            (tasks of lm-evaluation-harness, before and after).
-        texts: plain texts for ``text``, of which ``TEXT_TOKENS`` tokens are read; ``progress``: with a bar.
+        names: ``probabilities`` (CounterFact's scores and magnitudes), ``fluency``, ``text`` (perplexity of plain text before and after,
+            share of next-token predictions on it that changed: :class:`UnrelatedText`), ``other_facts`` (what is written to other
+            questions about the edited subjects), ``costs`` (time of a token, bytes of the edits), ``scores`` (the highest scope score
+            of every edited, rephrased and other prompt), ``conditions`` (behind other text, unpadded), ``abilities`` (tasks of
+            lm-evaluation-harness, before and after).
+        texts: plain texts for ``text``; ``progress``: with a bar.
         tasks: for ``abilities``.
 
     Returns:
         a function of an editor and the requests edited so far; for one unedited model, whose own predictions it keeps. Where one of
         the measures fails, ``<name>_error`` says how, and the others are there.
     """
-    known = {**_MEASURES, "text": _PlainText(texts, progress), "abilities": _Abilities(tasks or Tasks(()))}
+    read = UnrelatedText(texts, progress=progress)
+    text = lambda editor, requests: read(editor.model, editor.tokenizer, requests)  # noqa: E731
+    known = {**_MEASURES, "text": text, "abilities": _Abilities(tasks or Tasks(()))}
 
     def measure(editor: Editor, requests: list[EditRequest]) -> dict:
         found: dict = {}
@@ -67,6 +84,58 @@ class Tasks:
     names: tuple[str, ...]
     folder: str | None = None
     limit: int | None = None
+
+
+def _costs(editor: Editor, requests: list[EditRequest]) -> dict:
+    """What the edits cost whoever uses the model: ``token_seconds`` and ``token_seconds_before``, medians over prompts of a written
+    token's time (without the prompt's), with the edits and without by turns; ``token_slowdown``, their ratio; and ``edits_bytes``, what
+    is stored of them for inference alone."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for request in requests[:: max(1, len(requests) // TIMED)][:TIMED]:
+        ids = torch.tensor([editor.tokenizer(request.text)["input_ids"]], device=input_device(editor.model))
+        for edited, own in seconds.items():
+            with contextlib.nullcontext() if edited else editor.disabled():
+                own.append((_seconds(editor, ids, TIMED_TOKENS + 1) - _seconds(editor, ids, 1)) / TIMED_TOKENS)
+    after, before = (statistics.median(own) for own in seconds.values())
+    with tempfile.TemporaryDirectory() as folder:
+        editor.save_pretrained(Path(folder) / "edits", inference_only=True)
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    return {"token_seconds": after, "token_seconds_before": before, "token_slowdown": after / before, "edits_bytes": size}
+
+
+def _seconds(editor: Editor, ids: torch.Tensor, tokens: int) -> float:
+    model = editor.model
+    with evaluating(model), torch.no_grad(), greedy(model, pad_id(editor.tokenizer)):
+        start = time.perf_counter()
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens)
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def _other_facts(editor: Editor, requests: list[EditRequest]) -> dict:
+    """What is written to questions about the edited subjects that no edit is about: ``other_facts``, the share of answers that are the
+    unedited model's, and ``other_facts_hallucination``, the share in which the new object stands only since the edits; means over
+    records, of ``OTHER_RECORDS`` at most, with their intervals. Questions that share a word with the edit's own are not asked."""
+    chosen = requests[:: max(1, -(-len(requests) // OTHER_RECORDS))]
+    asked = [
+        dataclasses.replace(r, locality_prompts=tuple(questions_beside(r)), rephrase_prompts=(), portability_prompts=(), questions=())
+        for r in chosen
+    ]
+    asked = [request for request in asked if request.locality_prompts]
+    if not asked:
+        raise ComebaError("every question about the subjects shares a word with the edit's own")
+    found = evaluate(editor.model, editor.tokenizer, asked, generate=False, writing=Writing())
+    names = {"other_facts": "locality_written", "other_facts_hallucination": "hallucination"}
+    return {f"{own}{end}": found[f"{name}{end}"] for own, name in names.items() for end in ("", "_interval")} | {
+        "other_facts_records": len(asked)
+    }
+
+
+def questions_beside(request: EditRequest) -> list[tuple[str, None]]:
+    """Locality prompts about a request's own subject, without those that share a word of four letters with its prompt."""
+    words = lambda text: set(re.findall(r"\w{4,}", text.replace(SLOT, "").lower()))  # noqa: E731
+    return [(text.replace(SLOT, request.subject), None) for text in OTHER_QUESTIONS if not words(text) & words(request.prompt)]
 
 
 class _Abilities:
@@ -105,34 +174,6 @@ def _fluency(editor: Editor, requests: list[EditRequest]) -> dict:
     with editor.disabled():
         before = fluency(editor.model, editor.tokenizer, prompts)
     return {**after, **{f"{key}_before": value for key, value in before.items()}}
-
-
-class _PlainText:
-    """Perplexity of plain texts, and what became of the next-token predictions on them."""
-
-    def __init__(self, texts: list[str], progress: bool = False):
-        self.texts, self.progress = texts, progress
-        self.unedited: dict[tuple[str, ...], Reading] = {}  # by texts, what the unedited model says
-
-    def __call__(self, editor: Editor, requests: list[EditRequest]) -> dict:
-        """Only texts that name no edited subject: what is said of those may change."""
-        subjects = {request.subject for request in requests}
-        chosen = tuple(text for text in self.texts if not any(subject in text for subject in subjects))
-        if not chosen:
-            return {}
-        run = functools.partial(read_text, editor.model, editor.tokenizer, chosen, tokens=TEXT_TOKENS, progress=self.progress)
-        after = run()
-        if chosen not in self.unedited:
-            with editor.disabled():
-                self.unedited[chosen] = run()
-        before = self.unedited[chosen]
-        return {
-            "texts": len(chosen),
-            "text_tokens": len(after.next_tokens),
-            "perplexity": after.perplexity,
-            "perplexity_before": before.perplexity,
-            "text_changed": (after.next_tokens != before.next_tokens).float().mean().item(),
-        }
 
 
 @torch.no_grad()
@@ -216,4 +257,11 @@ def _behind(request: EditRequest) -> EditRequest:
     )
 
 
-_MEASURES = {"probabilities": _probabilities, "fluency": _fluency, "scores": _scores, "conditions": _conditions}
+_MEASURES = {
+    "probabilities": _probabilities,
+    "fluency": _fluency,
+    "scores": _scores,
+    "conditions": _conditions,
+    "costs": _costs,
+    "other_facts": _other_facts,
+}

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import random
@@ -22,12 +23,13 @@ from comeba_ext.editing.config import EditConfig
 from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation import Protocol, Result, run_protocol
-from comeba_ext.evaluation.metrics import METRICS, Metrics, averaged
+from comeba_ext.evaluation.comparing import AGE, pairs, retention
+from comeba_ext.evaluation.metrics import METRICS, Metrics, averaged, record_means
 from comeba_ext.evaluation.protocols import complete_result
 from comeba_ext.evaluation.queries import check_record
 from comeba_ext.evaluation.ways import WAYS
 from comeba_ext.experiments import measures, table
-from comeba_ext.experiments.definition import Case, Experiment
+from comeba_ext.experiments.definition import ALL, Case, Experiment
 from comeba_ext.experiments.kept_base import kept_base
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.layers.hooked_linear import shape_of
@@ -73,8 +75,10 @@ def run(
     Returns:
         JSON-serialisable: ``experiment``, ``title``, ``protocol``, ``samples``, ``seed``, ``version``, ``machine``, ``versions``,
         ``command``, ``plot`` (its kind), ``rows`` (``dataset``, ``method``, ``case``, ``log`` (its folder in ``out``),
-        ``edits``, every metric with its interval, ``None`` where there is nothing to ask, efficiency, what was measured beside;
-        where a method could not go on, a last row with ``error``), ``records`` by data set, ``plots`` (file names).
+        ``edits``, every metric with its interval, ``None`` where there is nothing to ask, efficiency, what was measured beside, at the
+        end of a consecutive run ``retention`` (:func:`~comeba_ext.evaluation.comparing.retention`); where a method could not go on, a
+        last row with ``error``), ``differences`` by data set (:func:`~comeba_ext.evaluation.comparing.pairs`, of the scores that
+        lead), ``records`` by data set, ``plots`` (file names).
 
     Raises:
         ComebaError: no usable record, no covariance, no texts to measure on, or ``out`` holds another run.
@@ -104,7 +108,7 @@ def run(
     }
     tasks = measures.Tasks(experiment.tasks, experiment.task_folder, experiment.task_limit)
     measure = measures.make(experiment.measures, list(plain_texts), progress, tasks)
-    rows, records = [], {}
+    rows, records, last = [], {}, {}
     for dataset, read in datasets.items():
         used, skipped = _usable(model, tokenizer, dataset, read, samples, seed)
         records[dataset] = read.counts(used, skipped)
@@ -136,6 +140,8 @@ def run(
                 **method.preparation(configs[case.label]),
             }
             rows += [{**about, **row} for row in _rows(results, seed)]
+            if all(result.error is None for result in results):  # one that failed was asked after fewer edits
+                last.setdefault(dataset, {})[case.label] = record_means([result.final.per_record for result in results])
             for result in results:
                 if result.error is None:
                     log.info("%s, %s: reliability %.3f", dataset, case.label, result.final.reliability)
@@ -155,6 +161,7 @@ def run(
         "command": command,
         "plot": experiment.plot,
         "rows": rows,
+        "differences": {dataset: pairs(own, _leading(rows, dataset)) for dataset, own in last.items() if len(own) > 1},
         "records": records,
         "expected": list(experiment.expected),
         "plots": [],
@@ -196,7 +203,8 @@ def _usable(model, tokenizer, name: str, read: ReadResult, samples: int, seed: i
 
 
 def _protocol(experiment: Experiment, case: Case, count: int, seed: int) -> Protocol:
-    size = min(case.settings.get("batch_size", experiment.batch_size), count)
+    asked = case.settings.get("batch_size", experiment.batch_size)
+    size = count if asked == ALL else min(asked, count)
     stops = {max(1, round(count * (n + 1) / experiment.evaluations)) for n in range(experiment.evaluations)}
     return Protocol(experiment.protocol, size, tuple(sorted(stops)), generate=experiment.generate, writing=experiment.writing, seed=seed)
 
@@ -226,19 +234,33 @@ def _in_order(used: list[EditRequest], order: int) -> list[EditRequest]:
     return [request for own in cases for request in own]
 
 
+def _leading(rows: list[dict], dataset: str) -> list[str]:
+    """The scores that lead, of a data set."""
+    way = table.leading_way([row for row in rows if row["dataset"] == dataset])
+    return [*(name + way for name in METRICS), "hallucination"]
+
+
 def _rows(results: list[Result], seed: int) -> list[dict]:
     """What a case measured, in one order or on the average of several: a row a checkpoint, and where the method could not go on a
     last one that says why."""
     rows = []
-    for edits in sorted({edits for result in results for edits in result.checkpoints}):
-        there = [result for result in results if edits in result.checkpoints]
-        extras = [{k: v for k, v in result.extra.get(edits, {}).items() if k != "per_record"} for result in there]
-        costs = [result.efficiency(edits) for result in there]
-        if len(there) == 1:
-            rows.append({"edits": edits, **_plain(there[0].checkpoints[edits]), **costs[0], **extras[0]})
+    for there in _checkpoints(results):
+        extras = [{k: v for k, v in result.extra.get(edits, {}).items() if k != "per_record"} for edits, result in there]
+        costs = [result.efficiency(edits) for edits, result in there]
+        found = [result.checkpoints[edits] for edits, result in there]
+        edits = round(sum(edits for edits, _ in there) / len(there))
+        if len(results) == 1:
+            rows.append({"edits": edits, **_plain(found[0]), **costs[0], **extras[0]})
         else:
-            metrics = averaged([result.checkpoints[edits] for result in there], seed)
-            rows.append({"edits": edits, "orders": len(there), **_plain(metrics), **_mean_of(costs), **_mean_of(extras)})
+            peaks = [own["peak_memory"] for own in costs if own["peak_memory"] is not None]
+            own = _mean_of(costs) | {"peak_memory": max(peaks, default=None)}
+            rows.append({"edits": edits, "orders": len(there), **_plain(averaged(found, seed)), **own, **_mean_of(extras)})
+    if rows and "saved_bytes" in rows[-1]:  # of one model that keeps its edits
+        runs = [result.final.per_record for result in results if result.error is None]
+        by_turns = [row for own in itertools.zip_longest(*runs) for row in own if row is not None]
+        if len(by_turns) >= 2 * AGE * len(runs):
+            way = table.leading_way(rows[-1:])
+            rows[-1]["retention"] = retention(by_turns, f"reliability{way}", orders=len(runs))
     for result in results:
         if result.error is not None:
             rows.append({"edits": result.failed, **_plain(Metrics()), **result.efficiency(result.failed), "error": result.error})
@@ -246,17 +268,34 @@ def _rows(results: list[Result], seed: int) -> list[dict]:
     return rows
 
 
+def _checkpoints(results: list[Result]) -> list[list[tuple[int, Result]]]:
+    """Of every checkpoint, each run's number of edits there. Cases are not split, so that orders may stop a little apart."""
+    stops = [sorted(result.checkpoints) for result in results]
+    if len(set(map(len, stops))) == 1:
+        return [list(zip(own, results, strict=True)) for own in zip(*stops, strict=True)]
+    return [[(edits, result) for result in results if edits in result.checkpoints] for edits in sorted(set().union(*stops))]
+
+
 def _mean_of(found: list[dict]) -> dict:
-    """The means of what are numbers in all; what is none, as the first has it."""
-    numbers = {key for key in found[0] if all(isinstance(own.get(key), (int, float)) for own in found)}
-    return {key: sum(own[key] for own in found) / len(found) if key in numbers else value for key, value in found[0].items()}
+    """The means of what are numbers in all, also inside of mappings; what is none, as the first has it that has it."""
+    means = {}
+    for key in dict.fromkeys(key for own in found for key in own):
+        values = [own[key] for own in found if key in own]
+        if all(isinstance(value, dict) for value in values):
+            means[key] = _mean_of(values)
+        elif all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+            means[key] = sum(values) / len(values)
+        else:
+            means[key] = values[0]
+    return means
 
 
 def _plain(metrics) -> dict:
     names = [f"{name}{suffix}" for name in METRICS for suffix in WAYS]
     found = {key: metrics.get(key) for name in (*names, "hallucination") for key in (name, f"{name}_interval")}
-    found |= {key: value for key, value in metrics.items() if key.endswith("_spread")}
-    return {"records": metrics.get("records", 0), **found, **({"questions": metrics["questions"]} if "questions" in metrics else {})}
+    more = ("_spread", "_prompts", "_unwritable")
+    found |= {key: value for key, value in metrics.items() if key.endswith(more) or key == "questions"}
+    return {"records": metrics.get("records", 0), **found}
 
 
 def slug(text: str) -> str:

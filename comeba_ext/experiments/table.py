@@ -11,6 +11,8 @@ _HEADS = {way: f", {head}" if way else "" for way, (head, _) in WAYS.items()}  #
 COLUMNS = (
     *((metric + way, metric + head) for way, head in _HEADS.items() for metric in METRICS),
     ("hallucination", "hallucination"),
+    ("other_facts", "other facts as before"),
+    ("other_facts_hallucination", "new object in other facts"),
     ("score", "CounterFact score"),
     ("efficacy_score", "efficacy"),
     ("paraphrase_score", "paraphrase"),
@@ -38,13 +40,22 @@ COLUMNS = (
     ("in_scope_other", "in scope, other"),
     ("told_apart", "edited above other"),
     ("seconds_per_edit", "s/edit"),
+    ("token_slowdown", "slow-down of a token"),
     ("peak_memory", "peak MB"),
-    ("saved_bytes", "saved MB"),
+    ("edits_bytes", "edits MB"),
+    ("saved_bytes", "saved MB, to go on"),
+    ("orders", "orders"),
     ("training_seconds", "training, s"),
     ("training_peak_memory", "training, peak MB"),
     ("training_bytes", "editor MB"),
 )
-MEGABYTES = {"peak_memory": 0, "saved_bytes": 1, "training_peak_memory": 0, "training_bytes": 1}  # digits behind the point
+MEGABYTES = {
+    "peak_memory": 0,
+    "edits_bytes": 2,
+    "saved_bytes": 1,
+    "training_peak_memory": 0,
+    "training_bytes": 1,
+}  # digits behind the point
 
 
 def markdown(result: dict) -> str:
@@ -59,6 +70,7 @@ def markdown(result: dict) -> str:
     for dataset, counts in result["records"].items():
         own = [row for row in result["rows"] if row["dataset"] == dataset]
         lines += [f"## {dataset} ({counts['used']} records, {len(counts['skipped'])} skipped)", "", *_table(own, result), ""]
+        lines += [*_asked(own), *_ahead(result.get("differences", {}).get(dataset, {})), ""]
     lines += [*_meanings(result["rows"]), ""]
     for row in result["rows"]:
         if "error" in row:
@@ -67,6 +79,30 @@ def markdown(result: dict) -> str:
     if not result["expected"]:
         lines += ["The paper's own numbers are not printed: none is entered under `expected` in this experiment's file.", ""]
     return "\n".join(lines)
+
+
+def _asked(rows: list[dict]) -> list[str]:
+    """How many prompts a score is of, and how many of them no right answer can be written to."""
+    row = rows[-1]
+    parts = [f"{row[f'{name}_prompts']} ({name})" for name in METRICS if row.get(f"{name}_prompts")]
+    found = [f"Prompts asked: {', '.join(parts)}."] if parts else []
+    left = [f"{count} ({name})" for name in METRICS if (count := row.get(f"{name}_unwritable"))]
+    if left:
+        found.append(f"Left out as written, since no right answer can be written so: {', '.join(left)}.")
+    counted = [f"{own['counted']} of {own['questions']} ({name})" for name, own in row.get("questions", {}).items()]
+    return found + ([f"Questions counted: {', '.join(counted)}."] if counted else [])
+
+
+def _ahead(differences: dict[str, list[dict]]) -> list[str]:
+    """Who is ahead of whom, score by score: only where the interval of the paired differences does not hold 0."""
+    found = []
+    for key, pairs in differences.items():
+        apart = [pair for pair in pairs if pair["apart"]]
+        names = list(dict.fromkeys(pair["ahead"] for pair in apart))
+        said = [f"{name} of {', '.join(pair['behind'] for pair in apart if pair['ahead'] == name)}" for name in names]
+        name = dict(COLUMNS).get(key, key)
+        found.append(f"Ahead in {name} (paired over records, 95 %): {'; '.join(said)}." if said else f"Nobody is ahead in {name}.")
+    return [line for own in found for line in (own, "")]
 
 
 def _missing(rows: list[dict]) -> list[str]:
@@ -90,6 +126,14 @@ def _meanings(rows: list[dict]) -> list[str]:
         found.append("* ±: standard deviation over the orders that the records came in; scores are means over them.")
     if there("hallucination"):
         found.append(f"* hallucination: {HALLUCINATION}.")
+    if there("other_facts"):
+        found.append(
+            "* other facts: what is written to questions about the edited subjects that no edit is about (five for every subject)."
+        )
+    if there("token_slowdown"):
+        found.append("* slow-down of a token: time of a written token with the edits, as a multiple of the unedited model's.")
+    if there("edits_bytes"):
+        found.append("* edits MB: what is stored to use the edits; saved MB: to go on editing too.")
     if there("told_apart"):
         found.append(
             "* edited above other: the chance that an edited prompt's highest score lies above another fact's prompt's, best layer."
@@ -124,8 +168,8 @@ def _table(rows: list[dict], result: dict) -> list[str]:
 
 def by_column(questions: dict) -> dict:
     """Shares of questions answered, by the names of their columns."""
-    ends = ("written", "written_interval", "contained", "contained_interval")
-    return {f"{criterion}_{end}": own[end] for criterion, own in questions.items() for end in ends}
+    ends = [f"{way}{end}" for way in ("written", "contained") for end in ("", "_interval", "_spread")]
+    return {f"{criterion}_{end}": own.get(end) for criterion, own in questions.items() for end in ends}
 
 
 def _of_tasks(abilities: dict) -> dict:
@@ -152,6 +196,8 @@ def cell(row: dict, key: str) -> str:
     value, interval = row.get(key), row.get(f"{key}_interval")
     if value is None:
         return "–"
+    if key == "orders":
+        return str(value)
     if key in MEGABYTES:
         return f"{value / 1e6:.{MEGABYTES[key]}f}"
     spread = row.get(f"{key}_spread")

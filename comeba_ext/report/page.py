@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from comeba_ext import __version__
 from comeba_ext.data import place_of
+from comeba_ext.evaluation.comparing import AGE, LESS_IS_BETTER, best, differences, retention
 from comeba_ext.evaluation.ways import WAYS
 from comeba_ext.experiments.table import COLUMNS, MEGABYTES, by_column, number
-from comeba_ext.report.results import AGE, EVALUATION, Results, best, differences, examples, retention, scores
+from comeba_ext.report.results import EVALUATION, Results, examples, scores
 
 TEMPLATE = Path(__file__).parent / "page.html"
-LEADING = ("reliability", "generality", "locality")
 PLAIN = ("hallucination", "fluency", "text_changed", "perplexity", "perplexity_before", "seconds_per_edit", "training_seconds", *MEGABYTES)
 
 
@@ -37,10 +38,17 @@ def _section(results: Results, dataset: str, anchor: str) -> dict:
     """What the page says of one data set of one experiment."""
     result, way, cases = results.result, results.way(dataset), results.cases(dataset)
     records = {case: rows for case, rows in results.records[dataset].items() if any(row["case"] == case for row in cases)}
-    keys = [(metric + way, f"{metric}, {WAYS[way][0]}") for metric in LEADING]
+    last = max((row["edits"] for row in cases), default=0)
+    level = {row["case"] for row in cases if row["edits"] == last}  # one that failed on the way was asked after fewer edits
+    compared = {case: rows for case, rows in records.items() if case in level}
+    keys = [
+        pair
+        for pair in (*scores(way), ("hallucination", "hallucination"))
+        if any(pair[0] in row for own in compared.values() for row in own)
+    ]
     failed = {row["case"]: row["error"] for row in result["rows"] if row["dataset"] == dataset and "error" in row}
     aged = len(records) > 0 and result["protocol"] not in ("single_round", EVALUATION) and max(map(len, records.values())) >= 2 * AGE
-    ages = {case: retention(rows, f"reliability{way}") for case, rows in records.items()} if aged else {}
+    ages = {case: _retention(results.orders[dataset][case], f"reliability{way}") for case in records} if aged else {}
     return {
         "anchor": anchor,
         "title": result["title"],
@@ -51,15 +59,22 @@ def _section(results: Results, dataset: str, anchor: str) -> dict:
         "skipped": result["records"][dataset]["skipped"],
         "edits": max((row["edits"] for row in cases), default=0),
         "way": way,
-        "table": _table(cases, records, way),
+        "table": _table(cases, compared, way),
         "failed": failed,
         "figures": _figures(result, dataset, ages),
-        "differences": [(name, differences(records, key)) for key, name in keys] if len(records) > 1 else [],
+        "differences": [(name, -1 if key in LESS_IS_BETTER else 1, differences(compared, key)) for key, name in keys]
+        if len(compared) > 1
+        else [],
         "examples": {case: examples(rows, way) for case, rows in records.items()},
         "settings": {row["case"]: json.dumps(row.get("settings", {}), indent=1) for row in cases},
         "machine": ", ".join(f"{name} {value}" for name, value in {**result.get("machine", {}), **result.get("versions", {})}.items()),
         "command": result.get("command"),
     }
+
+
+def _retention(orders: list[list[dict]], key: str) -> list[dict]:
+    by_turns = [row for own in itertools.zip_longest(*orders) for row in own if row is not None]
+    return retention(by_turns, key, orders=len(orders))
 
 
 def _table(cases: list[dict], records: dict[str, list[dict]], way: str) -> dict:
@@ -89,6 +104,8 @@ def _cell(row: dict, key: str, top: bool) -> dict:
     if value is None:
         return {"text": "–", "sort": "", "interval": "", "top": False}
     text = f"{value / 1e6:.1f}" if key in MEGABYTES else number(value)
+    if (spread := row.get(f"{key}_spread")) is not None:
+        text += f" ± {spread:.3f}"
     return {"text": text, "sort": value, "interval": f"{interval[0]:.3f} – {interval[1]:.3f}" if interval else "", "top": top}
 
 

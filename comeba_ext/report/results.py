@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from comeba_ext.errors import StorageError
-from comeba_ext.evaluation.metrics import bootstrap_interval
+from comeba_ext.evaluation.metrics import record_means
 from comeba_ext.evaluation.queries import METRICS
 from comeba_ext.evaluation.ways import WAYS
 from comeba_ext.experiments.table import leading_way
 
-AGES, AGE = 10, 10  # groups of edits at most, from the oldest to the last, and edits in one at least
 EXAMPLES = 30  # records a case, wrong ones first
-LESS_IS_BETTER = ("hallucination",)
 EVALUATION = "evaluation"  # instead of a protocol
 TAKEN = "what 'comeba experiment' wrote to its --out, or 'comeba eval … --predictions answers.jsonl --json > eval.json'"
 
@@ -26,11 +24,14 @@ class Results:
     Attributes:
         result: what :func:`comeba_ext.experiments.run` returned.
         records: data set to case to the rows of :func:`comeba_ext.evaluation.evaluate` at the last checkpoint, in the order of the
-            edits; a case whose log is not there has none, nor has an evaluation whose predictions are not.
+            edits, of several orders every record's means; a case whose log is not there has none, nor has an evaluation whose
+            predictions are not.
+        orders: the same, a list of rows an order.
     """
 
     result: dict
     records: dict[str, dict[str, list[dict]]] = field(default_factory=dict)
+    orders: dict[str, dict[str, list[list[dict]]]] = field(default_factory=dict)
 
     def cases(self, dataset: str) -> list[dict]:
         """The last row of every case that measured something."""
@@ -59,7 +60,9 @@ def read(folder: str | Path) -> list[Results]:
     if not found or found == [None]:
         raise StorageError(f"{folder}: holds no result (a .json file with rows and records); a report is made from {TAKEN}")
     home = folder.parent if folder.is_file() else folder
-    return [Results(own, _records(own, home)) for own in found]
+    orders = [_orders(own, home) for own in found]
+    means = [{name: {case: record_means(runs) for case, runs in cases.items()} for name, cases in own.items()} for own in orders]
+    return [Results(*own) for own in zip(found, means, orders, strict=True)]
 
 
 def _evaluation(value: dict, path: Path) -> dict:
@@ -94,25 +97,28 @@ def _result(path: Path, strict: bool = True) -> dict | None:
     return None
 
 
-def _records(result: dict, home: Path) -> dict[str, dict[str, list[dict]]]:
-    found: dict[str, dict[str, list[dict]]] = {name: {} for name in result["records"]}
+def _orders(result: dict, home: Path) -> dict[str, dict[str, list[list[dict]]]]:
+    found: dict[str, dict[str, list[list[dict]]]] = {name: {} for name in result["records"]}
     for row in result["rows"]:
         if result["protocol"] == EVALUATION:
             if rows := _predictions(row.get("predictions"), home):
-                found[row["dataset"]][row["case"]] = rows
-            continue
-        path = home / row.get("log", "") / "log.jsonl"
-        if not row.get("log") or not path.is_file():
-            continue
-        rows: dict[int, list[dict]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
-            event = json.loads(line)
-            if event.get("event") == "record":
-                rows.setdefault(event["edits"], []).append(event)
-        if rows:
-            whole = result["protocol"] == "single_round"  # every batch was evaluated on its own
-            found[row["dataset"]][row["case"]] = [row for own in rows.values() for row in own] if whole else rows[max(rows)]
+                found[row["dataset"]][row["case"]] = [rows]
+        elif row.get("log"):
+            folder, whole = home / row["log"], result["protocol"] == "single_round"  # every batch was evaluated on its own
+            runs = [_last_rows(path, whole) for path in (folder / "log.jsonl", *sorted(folder.glob("order-*/log.jsonl"))) if path.is_file()]
+            if runs := [rows for rows in runs if rows]:
+                found[row["dataset"]][row["case"]] = runs
     return found
+
+
+def _last_rows(path: Path, whole: bool) -> list[dict]:
+    """A log's rows of records at its last checkpoint, or all."""
+    rows: dict[int, list[dict]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        if event.get("event") == "record":
+            rows.setdefault(event["edits"], []).append(event)
+    return [row for own in rows.values() for row in own] if whole or not rows else rows[max(rows)]
 
 
 def _predictions(name: str | None, home: Path) -> list[dict]:
@@ -124,82 +130,49 @@ def _predictions(name: str | None, home: Path) -> list[dict]:
         raise StorageError(f"{path}: not what 'comeba eval --predictions' wrote ({error})") from None
 
 
-def retention(rows: list[dict], key: str = "reliability", ages: int = AGES) -> list[dict]:
-    """A score of the edits by when they were made: ``first`` and ``last`` edit of a group, ``value``, ``interval``.
-
-    Args:
-        rows: in the order of the edits, all asked after the last of them.
-    """
-    size = max(AGE, -(-len(rows) // ages))
-    found = []
-    for start in range(0, len(rows), size):
-        values = [row.get(key) for row in rows[start : start + size]]
-        present = [value for value in values if value is not None]
-        if present:
-            mean = sum(present) / len(present)
-            found.append({"first": start + 1, "last": start + len(values), "value": mean, "interval": bootstrap_interval(present)})
-    return found
-
-
-def differences(records: dict[str, list[dict]], key: str) -> dict[str, dict[str, tuple[float, list[float]]]]:
-    """By how much every case is ahead of every other in a score: the mean difference over the records that both were asked, and its
-    interval (paired bootstrap; an interval that holds 0 tells nothing apart)."""
-    values = {case: {_name(row): row[key] for row in rows if row.get(key) is not None} for case, rows in records.items()}
-    found: dict[str, dict[str, tuple[float, list[float]]]] = {case: {} for case in values}
-    names = list(values)
-    for n, one in enumerate(names):
-        for other in names[n + 1 :]:
-            own = [values[one][name] - values[other][name] for name in values[one] if name in values[other]]
-            if own:
-                mean, (low, high) = sum(own) / len(own), bootstrap_interval(own)
-                found[one][other], found[other][one] = (mean, [low, high]), (0 - mean, [0 - high, 0 - low])
-    return found
-
-
-def best(records: dict[str, list[dict]], key: str) -> set[str]:
-    """The cases that no other is ahead of."""
-    ahead = (lambda low, high: low > 0) if key in LESS_IS_BETTER else (lambda low, high: high < 0)
-    return {case for case, others in differences(records, key).items() if not any(ahead(*interval) for _, interval in others.values())}
-
-
 def examples(rows: list[dict], way: str, count: int = EXAMPLES) -> list[dict]:
     """Records with what was asked, wanted and answered, the ones with most wrong answers first: ``prompt``, ``subject``,
-    ``target``, ``wrong`` (how many), and ``answers`` (``metric``, ``prompt``, ``wanted``, ``answer``, ``right``)."""
+    ``target``, ``wrong`` (how many), and ``answers`` (``metric``, ``prompt``, ``wanted``, ``answer``, what was written ``before``, and
+    whether it is ``right``: ``None`` where no right answer could be written)."""
     found = []
     for number, row in enumerate(rows):
         answers = [_answer(answer, row, way) for answer in row["answers"]]
-        wrong = sum(not answer["right"] for answer in answers)
+        answers += [own for verdict in row.get("questions", ()) if verdict["counted"] for own in _question(verdict)]
+        wrong = sum(answer["right"] is False for answer in answers)
         found.append({"edit": number + 1, "subject": row["subject"], "target": row["target_new"], "wrong": wrong, "answers": answers})
     return sorted(found, key=lambda own: -own["wrong"])[:count]
 
 
 def _answer(answer: dict, row: dict, way: str) -> dict:
-    """One prompt's answer; right as the record's score would have it, were this its only prompt."""
+    """One prompt's answer; right as the record's score has it, and what the unedited model wrote ``before``, where that was asked."""
     from comeba_ext.evaluation.written import is_written, normalised
 
     local = answer["metric"] == "locality"
-    wanted = answer["wanted"]
+    wanted, before = answer["wanted"], None
     if way == "_written" and answer.get("written") is not None:
-        text = answer["written"]
-        wanted = answer["unedited_written"] if local else wanted
-        right = normalised(text) == normalised(wanted) if local else is_written(text, [wanted])
+        text, before = answer["written"], answer.get("unedited_written")
+        wanted = before if local else wanted
+        right = answer.get("right")
+        if "right" not in answer:  # a log of an earlier version, whose aliases only the record's own score knows of
+            right = normalised(text) == normalised(wanted) if local else is_written(text, [wanted])
+            if sum(other["metric"] == answer["metric"] for other in row["answers"]) == 1 and row.get(answer["metric"] + way) is not None:
+                right = row[answer["metric"] + way] == 1
     elif answer.get("generated") is not None:
         text, wanted = answer["generated"], answer.get("unedited", wanted)
         right = text == wanted
     else:
         text, right = answer["predicted"], answer["score"] == 1
-    # (Aliases that count are not in the log: the record's own score knows of them.)
-    prompts = sum(other["metric"] == answer["metric"] for other in row["answers"])
-    if way and prompts == 1 and row.get(answer["metric"] + way) is not None:
-        right = row[answer["metric"] + way] == 1
-    return {"metric": answer["metric"], "prompt": answer["prompt"], "wanted": wanted, "answer": text, "right": bool(right)}
+    right = None if right is None else bool(right)
+    return {"metric": answer["metric"], "prompt": answer["prompt"], "wanted": wanted, "answer": text, "before": before, "right": right}
+
+
+def _question(verdict: dict) -> list[dict]:
+    """A question's answers, each as right as the whole is."""
+    shared = {"metric": verdict["criterion"], "before": None, "right": bool(verdict["written"])}
+    return [{**shared, "prompt": own["prompt"], "wanted": own["wanted"], "answer": own["written"]} for own in verdict["answers"]]
 
 
 def scores(way: str) -> list[tuple[str, str]]:
     """Keys of the metrics scored in one way, and what they are called."""
     head = WAYS[way][0]
     return [(metric + way, f"{metric}, {head}") for metric in METRICS]
-
-
-def _name(row: dict) -> tuple:
-    return row["request_id"], row["prompt"], row["subject"], row["target_new"]

@@ -15,10 +15,21 @@ from comeba_ext.errors import RequestError
 
 
 class Probe(NamedTuple):
-    """A prompt, and what may be answered: a name and its aliases."""
+    """A prompt, and what may be answered.
+
+    Args:
+        answers: a name and its aliases.
+        also: further names, each with its aliases, that must stand in the answer as well ("the siblings of … are").
+    """
 
     prompt: str
     answers: tuple[str, ...]
+    also: tuple[tuple[str, ...], ...] = ()
+
+    def answered(self, text: str, rule: Callable[[str, tuple[str, ...]], bool], contained: Callable[[str, tuple[str, ...]], bool]) -> bool:
+        """Whether a text answers it: a rule holds for one of the names, and all of them stand in the text."""
+        names = (self.answers, *self.also)
+        return any(rule(text, own) for own in names) and all(contained(text, own) for own in names)
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,7 @@ class Question:
         probes: prompts to ask, each with its answers.
         every: whether all of them must be answered, or any one will do.
         conditions: prompts that the *unedited* model must answer; where it does not, the question is not counted.
+        case: of which record it is, where one edit asks the questions of several; each has its own vote.
 
     Raises:
         RequestError: there is no probe, or one without a prompt or without an answer.
@@ -39,6 +51,7 @@ class Question:
     probes: tuple[Probe, ...]
     every: bool = False
     conditions: tuple[Probe, ...] = ()
+    case: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.criterion, str) or not self.criterion.strip():
@@ -62,30 +75,39 @@ class Question:
         try:
             return cls(**value)
         except TypeError:
-            raise RequestError(f"a question has criterion, probes, every and conditions, got {value!r}") from None
+            raise RequestError(f"a question has criterion, probes, every, conditions and case, got {value!r}") from None
 
     def asking(self, changed: Callable[[str], str]) -> Question:
         """The question with every prompt changed; the same where that changes nothing."""
-        own = {name: tuple(Probe(changed(p.prompt), p.answers) for p in getattr(self, name)) for name in ("probes", "conditions")}
+        own = {name: tuple(p._replace(prompt=changed(p.prompt)) for p in getattr(self, name)) for name in ("probes", "conditions")}
         return self if (self.probes, self.conditions) == tuple(own.values()) else replace(self, **own)
 
     def to_record(self) -> dict:
         """Plain JSON-serialisable mapping that :meth:`of` reads back."""
-        return asdict(self) | {name: [[p.prompt, list(p.answers)] for p in getattr(self, name)] for name in ("probes", "conditions")}
+        pairs = lambda probes: [[p.prompt, list(p.answers), *([list(map(list, p.also))] if p.also else [])] for p in probes]  # noqa: E731
+        record = asdict(self) | {"probes": pairs(self.probes), "conditions": pairs(self.conditions)}
+        if self.case is None:  # like records of versions that did not know it
+            del record["case"]
+        return record
 
 
 def _probes(values, where: str) -> tuple[Probe, ...]:
+    expected = f"{where} must be (prompt, answers) pairs, or (prompt, answers, further answers)"
     if not isinstance(values, (list, tuple)):
-        raise RequestError(f"{where} must be (prompt, answers) pairs, got {values!r}")
+        raise RequestError(f"{expected}, got {values!r}")
     found = []
     for value in values:
-        if not isinstance(value, (list, tuple)) or len(value) != 2:
-            raise RequestError(f"{where} must be (prompt, answers) pairs, got {value!r}")
-        prompt, answers = value
-        answers = (answers,) if isinstance(answers, str) else answers
-        if not isinstance(prompt, str) or not prompt.strip() or not isinstance(answers, (list, tuple)):
-            raise RequestError(f"{where} must be (prompt, answers) pairs, got {value!r}")
-        if not all(isinstance(answer, str) for answer in answers) or not any(answer.strip() for answer in answers):
-            raise RequestError(f"{where}: the answers to {prompt!r} must be texts, one at least, got {answers!r}")
-        found.append(Probe(prompt.strip(), tuple(answer for answer in answers if answer.strip())))
+        if not isinstance(value, (list, tuple)) or len(value) not in (2, 3):
+            raise RequestError(f"{expected}, got {value!r}")
+        prompt, answers, also = (*value, ())[:3]
+        if not isinstance(prompt, str) or not prompt.strip() or not isinstance(also, (list, tuple)):
+            raise RequestError(f"{expected}, got {value!r}")
+        names = [(own,) if isinstance(own, str) else own for own in (answers, *also)]
+        if not all(isinstance(own, (list, tuple)) for own in names):
+            raise RequestError(f"{expected}, got {value!r}")
+        for own in names:
+            if not all(isinstance(answer, str) for answer in own) or not any(answer.strip() for answer in own):
+                raise RequestError(f"{where}: the answers to {prompt!r} must be texts, one at least, got {own!r}")
+        first, *further = (tuple(answer for answer in own if answer.strip()) for own in names)
+        found.append(Probe(prompt.strip(), first, tuple(further)))
     return tuple(found)

@@ -31,6 +31,7 @@ RIPPLES = (
     "Relation_Specificity",
 )
 EASYEDIT = ("case_id", "rephrase_prompt", "locality_prompt", "locality_ground_truth", "locality", "portability")  # and no others' names
+UNSTRUCTURED = "unstructured"  # a field that a reader sets where AKEW's paragraphs are to be edited
 LONE = ("prompt", "src", "requested_rewrite", "edit", "question")  # fields of which a record has one
 
 
@@ -62,6 +63,8 @@ def unknown_fields(record: Mapping, known: Iterable[str]) -> list[str]:
 def _published(record: Mapping) -> Callable[[Mapping], list[dict]] | None:
     """The reader of the published form that a record has; ``None``: this package's own, or EasyEdit's."""
     rewrites = record.get("requested_rewrite")
+    if record.get(UNSTRUCTURED) and not isinstance(rewrites, (list, tuple)):
+        raise RequestError("only AKEW's records have unstructured counterparts ('requested_rewrite', a list)")
     if isinstance(rewrites, (list, tuple)):
         return lambda record: _mquake(record, rewrites)
     if rewrites is not None:
@@ -93,23 +96,35 @@ def _flat(record: Mapping, known: Iterable[str]) -> dict:
         fields.setdefault("locality_prompts", _zipped(record["locality_prompt"], record.get("locality_ground_truth")))
     local, moved = (_by_kind(record.get(name)) for name in ("locality", "portability"))
     if local:
-        fields.setdefault("locality_prompts", [(prompt, own[0] if own else None) for _, prompt, own in local])
+        fields.setdefault("locality_prompts", [(prompt, next(strings(own), None)) for _, prompt, own in local])
     if moved and "portability_prompts" not in fields:
-        fields["portability_prompts"] = [(prompt, own[0] if own else None) for _, prompt, own in moved]
-        fields["portability_aliases"] = [own[1:] for *_, own in moved]
-        fields.setdefault("questions", [Question(kind, (Probe(prompt, tuple(own)),)) for kind, prompt, own in moved if any(own)])
+        names = [own[0] if own else [] for *_, own in moved]
+        fields["portability_prompts"] = [(prompt, own[0] if own else None) for (_, prompt, _), own in zip(moved, names, strict=True)]
+        fields["portability_aliases"] = [own[1:] for own in names]
+        fields.setdefault("questions", [Question(kind, (_probe(prompt, own),)) for kind, prompt, own in moved if any(map(any, own))])
     return fields
 
 
-def _by_kind(groups) -> list[tuple[str, str, list[str]]]:
-    """Kind, prompt and answers of EasyEdit's ``{kind: {"prompt": …, "ground_truth": …}}``, or KnowEdit's with a list of such."""
+def _by_kind(groups) -> list[tuple[str, str, list[list[str]]]]:
+    """Kind, prompt and answers, each a name and its aliases, of EasyEdit's ``{kind: {"prompt": …, "ground_truth": …}}``, or KnowEdit's with
+    a list of such. A list of texts is one answer's names; a list of lists is several answers, of which all are wanted."""
     found = []
     for kind, group in groups.items() if isinstance(groups, Mapping) else ():
         for part in group if isinstance(group, (list, tuple)) else [group]:
             prompts, answers = part.get("prompt"), part.get("ground_truth")
             pairs = [(prompts, answers)] if isinstance(prompts, str) else _zipped(prompts, answers)
-            found += [(str(kind), prompt, list(strings(answer))) for prompt, answer in pairs]
+            found += [(str(kind), prompt, _names(answer)) for prompt, answer in pairs]
     return found
+
+
+def _names(answer) -> list[list[str]]:
+    several = isinstance(answer, (list, tuple)) and any(isinstance(own, (list, tuple)) for own in answer)
+    return [own for own in (list(strings(one)) for one in (answer if several else [answer])) if own]
+
+
+def _probe(prompt: str, names: list) -> Probe:
+    first, *further = (tuple(own) for own in names)
+    return Probe(prompt, first, tuple(further))
 
 
 def _counterfact(record: Mapping, rewrite: Mapping) -> dict:
@@ -137,11 +152,15 @@ def _mquake(record: Mapping, rewrites: list) -> list[dict]:
     if not rewrites:
         raise RequestError("'requested_rewrite' is an empty list")
     name, found = _name(record, "case_id"), []
+    unstructured = record.get(UNSTRUCTURED)
+    aliases = {hop["answer"]: tuple(hop.get("answer_alias", ())) for hop in record.get("new_single_hops", ())}
     for n, rewrite in enumerate(rewrites):
         own = _rewrite(rewrite) | {"rephrase_prompts": listed(rewrite.get("question")), "case": name or f"{rewrite['subject']} …"}
         own["request_id"] = None if name is None else f"{name}.{n}"
-        own["questions"] = [Question("edit-wise", (_filled(rewrite["prompt"], rewrite["subject"], rewrite["target_new"]["str"]),))]
-        found.append(own)
+        own["aliases"] = aliases.get(own["target_new"], ())
+        probe = Probe(rewrite["prompt"].replace("{}", rewrite["subject"], 1), (own["target_new"], *own["aliases"]))
+        own["questions"] = [Question("edit-wise", (probe,))]
+        found.append(own | _paragraph(rewrite) if unstructured else own)
     hops = [
         Probe(hop.get("cloze") or hop["question"], (hop["answer"], *hop.get("answer_alias", ())))
         for hop in record.get("new_single_hops", ())
@@ -153,8 +172,12 @@ def _mquake(record: Mapping, rewrites: list) -> list[dict]:
     return found
 
 
-def _filled(prompt: str, subject: str, answer: str) -> Probe:
-    return Probe(prompt.replace("{}", subject, 1), (answer,))
+def _paragraph(rewrite: Mapping) -> dict:
+    """AKEW (arXiv 2402.18909): instead of a fact, the paragraph that states it is edited, behind the fact's question and at its end."""
+    if not rewrite.get("fact_new_uns") or not rewrite.get("question"):
+        raise RequestError("there is no unstructured counterpart: 'fact_new_uns' and 'question' are wanted in every rewrite")
+    about = {"prompt": "{}", "subject": rewrite["question"], "target_new": rewrite["fact_new_uns"], "fact_token": "last"}
+    return about | {"ground_truth": None, "rephrase_prompts": [], "aliases": ()}
 
 
 def _ripple_edits(record: Mapping, edit: Mapping) -> dict:
@@ -189,10 +212,8 @@ def _conditions(item: Mapping) -> list:
 
 
 def _queries(queries: list) -> tuple[Probe, ...]:
-    return tuple(
-        Probe(query["prompt"], tuple(name for answer in query["answers"] for name in (answer["value"], *answer.get("aliases", ()))))
-        for query in queries
-    )
+    names = lambda query: [(answer["value"], *answer.get("aliases", ())) for answer in query["answers"]] or [()]  # noqa: E731
+    return tuple(_probe(query["prompt"], names(query)) for query in queries)
 
 
 def _subject(head: str, prompts: list[str]) -> str:
