@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Editor": "comeba_ext.editor",
-    "EditConfig": "comeba_ext.editing.config",
+    "EditConfig": "comeba_ext.methods.easyedit",  # of comeba_ext.editing.config; its from_easyedit is registered there
     "EditRequest": "comeba_ext.text.request",
     "EditReport": "comeba_ext.editing.report",
     "HookedLinear": "comeba_ext.layers.hooked_linear",

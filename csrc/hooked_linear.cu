@@ -1,5 +1,6 @@
 // Launchers of the hooked linear kernels: workspace layout, grid, and the choice of types. See hooked_linear.h.
-#include "hooked_linear.cuh"
+#include "hooked_linear_scope.cuh"
+#include "hooked_linear_decode.cuh"
 
 namespace comeba {
 namespace {

@@ -27,9 +27,11 @@ class PlainHook(nn.Module):
         self.delta = torch.zeros_like(base.weight)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """Z-score of every token's response ‖delta·x‖ among those of its text, ``(tokens,)``."""
+        """Z-score of every token's response ‖delta·x‖ among those of its text, ``(tokens,)`` (equation 9: std with n − 1)."""
         response = (x @ self.delta.T).norm(dim=-1)
-        return (response - response.mean()) / response.std(correction=0).clamp(min=1e-12)
+        if len(response) == 1:  # one alone stands out from nothing
+            return torch.zeros_like(response)
+        return (response - response.mean()) / response.std().clamp(min=1e-12)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         edited = self.base(x) + x @ self.delta.T

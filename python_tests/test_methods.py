@@ -27,10 +27,11 @@ SETTINGS = {
     "FT-L": TRAINED | {"norm_constraint": 0.02},
     "LoRA": {"lr": 0.01, "rank": 2},
     "UltraEdit": {"lr": 1e-2},
+    "StableEdit": {"lr": 1e-2},
     "AlphaEdit": {"null_threshold": None, "null_share": 0.5, "ridge": 1.0},
     "BetaEdit": {"null_threshold": None, "null_share": 0.5, "ridge": 1.0, "preserve": 2.0, "refresh": 3},
     "GRACE": {"lr": 0.5, "steps": 20},
-    "WISE": {"lr": 0.5, "low": 0.1, "high": 1.0, "margin_loss": 0.5},
+    "WISE": {"lr": 0.5, "low": 0.1, "high": 1.0, "margin_loss": 0.5, "threshold_share": 0.5},
     "MEMOIR": {"lr": 0.5, "irrelevant": 4},
     "MELO": {"lr": 0.05, "edits_per_block": 2, "blocks_in_all": 4},
     "KN": {"adaptive_threshold": 0.05},
@@ -39,7 +40,7 @@ SETTINGS = {
     "SERAC": {"rank": 2, "buckets": 64, "width": 4},
 }
 WITH_VALUES = [name for name in NAMES if methods.method_named(name).takes_values]
-NO_SHARES = ("FT", "FT-L", "UltraEdit", "WISE", "MEND", "KE", "LoRA")  # a single edit cannot be taken back
+NO_SHARES = ("FT", "FT-L", "UltraEdit", "StableEdit", "WISE", "MEND", "KE", "LoRA")  # a single edit cannot be taken back
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -181,7 +182,7 @@ class Dense:
         inverse = torch.linalg.inv(self.lam * self.c0[n])
         self.write(n, R @ torch.linalg.inv(K.T @ inverse @ K + ridge * torch.eye(len(requests))) @ K.T @ inverse)
 
-    def alphaedit(self, requests, values, share, ridge, preserve=0.0, refresh=None):
+    def alphaedit(self, requests, values, share, ridge, preserve=0.0, refresh=None, threshold=None):
         self.past = getattr(self, "past", {n: [] for n in self.layers})
         for number, n in enumerate(self.layers):
             read = [self.read(r, n) for r in requests]
@@ -192,7 +193,7 @@ class Dense:
             if seen:
                 moment = (sum(torch.outer(k, k) for k in past[:seen]) / seen + preserve * moment) / (preserve + 1)
             U, S, _ = torch.linalg.svd(moment)
-            U = U[:, -round(share * len(S)) :]
+            U = U[:, -round(share * len(S)) :] if threshold is None else U[:, threshold > S]
             P = U @ U.T
             kept = K @ K.T + sum(torch.outer(k, k) for k in past) + preserve * self.c0[n]
             self.write(n, torch.linalg.solve(P @ kept + ridge * torch.eye(len(P)), P @ K @ R.T).T)
@@ -255,6 +256,28 @@ def test_closed_forms(tiny_model, tokenizer, name, procedure):
     with torch.no_grad():
         ids = ids_of(model, tokenizer)
         assert torch.allclose(model(ids).logits, plain(ids).logits, rtol=0, atol=1e-8)
+
+
+def test_alphaedits_null_space_by_a_threshold(tiny_model, tokenizer):
+    """What lies below it may be written to: in the middle of the spectrum, where every layer has another number of directions."""
+    model = small_model(tiny_model).double()
+    plain = copy.deepcopy(model)
+    oracle = Dense(plain, tokenizer, (1, 2), [""], 20.0)
+    spectra = {n: torch.linalg.eigvalsh(c0) for n, c0 in oracle.c0.items()}
+    threshold = spectra[1].median().item() * 1.01
+    below = {n: int((values < threshold).sum()) for n, values in spectra.items()}
+    assert len(set(below.values())) == 2 and all(8 < count < 40 for count in below.values())
+    editor = make_method("AlphaEdit", model, tokenizer, prefixes=0, null_threshold=threshold, null_share=None, ridge=1.0)
+    start = {n: p.weight.detach().clone() for n, p in oracle.projections.items()}
+    requests = some_requests(5)
+    for number, batch in enumerate((requests[:3], requests[3:])):
+        values = random_values(len(batch), seed=number)
+        editor.edit(batch, target_values=values)
+        oracle.alphaedit(batch, values, None, 1.0, threshold=threshold)
+    for n, layer in zip((1, 2), editor.layers.values(), strict=True):
+        assert relative(layer.delta, (oracle.projections[n].weight - start[n]).T) < 1e-8
+        upper = torch.linalg.svd(oracle.c0[n]).U[:, : 48 - below[n]]
+        assert (layer.delta @ upper).norm() < 1e-8 * layer.delta.norm()  # nothing is written above it
 
 
 @pytest.mark.parametrize("prefixes", [0, 5])

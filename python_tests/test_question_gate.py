@@ -129,8 +129,8 @@ def test_of_two_subjects_the_one_that_is_asked_for(gated, tiny_model, tokenizer)
     only_john = edit(tiny_model, tokenizer, [JOHN], None).model
     text = f"{prompts[0]} {JOHN.text}"
     gate = editor.method.attachments[QUESTIONS]
-    (muted,) = gate.muted([text])
-    marie, john = (set(own["names"]) for own in gate.entries)
+    ((muted, _),) = gate.heard([text])
+    marie, john = ({*own["names"], *own["ends"]} for own in gate.entries)
     assert set(muted) <= marie | john
     wanted = {
         (False, False): small_model(tiny_model),
@@ -186,7 +186,7 @@ def test_a_compiled_pass(gated, tokenizer):
     torch._dynamo.reset()
     compiled, ids = torch.compile(editor.model, backend="eager"), batch_of(tokenizer, [prompts[0]])
     gate = editor.method.attachments[QUESTIONS]
-    (muted,) = gate.muted(prompts[:1])
+    ((muted, _),) = gate.heard(prompts[:1])
     for names in ([muted], [[]], [muted]):
         with gate.context.muting(names), torch.no_grad():
             assert torch.equal(compiled(**ids).logits, editor.model(**ids).logits)
@@ -309,7 +309,7 @@ def test_it_follows_the_edits(gated, tiny_model, tokenizer):
     editor.edit([EditRequest("{} is located in", "Peru", "Oslo", wordings=asked)], target_values=random_values(1, seed=7))
     gate, texts = editor.method.attachments[QUESTIONS], ["Peru is located in", "Where is Peru located?", "The place of Peru is"]
     gate.questions = gate.questions._replace(floor=0.79)  # of a question asked again: 1 less what two questions are too near
-    assert len(gate.entries) == 2 + 3 and gate.muted(texts) == [[], [], []] and gate.muted(["Peru is"]) != [[]]
+    assert len(gate.entries) == 2 + 3 and not any(own.muted for own in gate.heard(texts)) and gate.heard(["Peru is"])[0].muted
     floor = editor.config.question_floor
     gate.questions = gate.questions._replace(floor=floor)
     editor.rollback(2)
@@ -406,5 +406,5 @@ def test_who_cannot_tell_questions(tiny_model, tokenizer):
 
 def test_memory_that_edits_may_take_counts_it(gated):
     gate = gated[0].method.attachments[QUESTIONS]
-    assert gate.nbytes_with(0) == sum(own.numel() * own.element_size() for own in (gate.asked, gate.usual, gate.form))
+    assert gate.nbytes_with(0) == sum(own.numel() * own.element_size() for own in (gate.asked, gate.usual, gate.form, gate.said))
     assert gate.nbytes_with(2) == 2 * gate.nbytes_with(0)

@@ -80,7 +80,7 @@ def test_states_are_the_mlps_inputs_at_the_last_token(tiny_model, tokenizer):
     [
         ("Ann lives in", "Ann lives in"),
         ("It rained. Then Ann lives in", "Then Ann lives in"),
-        ("Ann is here! Where does ann live? Tell me", "Where does ann live? Tell me"),
+        ("Ann is here! Where does Ann live? Tell me", "Where does Ann live? Tell me"),
         ("One line\nAnn. She", "Ann. She"),
         ("A text. Without her", "A text. Without her"),
         ("", ""),
@@ -179,7 +179,7 @@ def test_saved_loaded_and_beside_others(asked, tiny_model, tokenizer, tmp_path):
     with pytest.raises(ComebaError, match="give load_edits the tokenizer"):
         prompt_rewriter(without)("Ann lives in")
     held = editor.method.attachments[PLACE]
-    with pytest.raises(ValueError, match="the table.s edits and asked and usual and form are not equally many"):
+    with pytest.raises(ValueError, match="the table.s edits and asked and usual and form and said are not equally many"):
         held.restore({**held.own_buffers(), "asked": held.asked[:0]})
 
 

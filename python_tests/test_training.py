@@ -25,10 +25,10 @@ from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.methods import method_named
 from comeba_ext.methods.knowledge_editor import KnowledgeEditorConfig
 from comeba_ext.methods.mend import MendConfig, Transform
+from comeba_ext.methods.row_passes import LowerStates
 from comeba_ext.methods.serac import MARK, Scope, SeracConfig, encode, features, stated
 from comeba_ext.methods.settings import default_config
 from comeba_ext.methods.trained import FILE, save_learner
-from comeba_ext.methods.row_passes import LowerStates
 from comeba_ext.storage import read_tensors, write_tensors
 from comeba_ext.text.episodes import Episode, episodes_of
 from comeba_ext.text.rows import answer_rows

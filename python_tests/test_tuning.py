@@ -117,7 +117,7 @@ def test_a_search_finds_settings_and_goes_on(tmp_path, small, monkeypatch):
     model, tokenizer = small
     records = testbed.facts()[:6]
     slow = {"optimizer": "adam", "lr": 1e-4, "lr_unit": "hidden_rms"}
-    monkeypatch.setattr(search, "OPTIMISERS", (slow | {"lr": 0.4}, slow))
+    monkeypatch.setattr(search, "OPTIMISER_SETTINGS", (slow | {"lr": 0.4}, slow))
     made = []
 
     def stop_after_two(trial):
@@ -148,7 +148,7 @@ def test_a_search_finds_settings_and_goes_on(tmp_path, small, monkeypatch):
 
 
 def test_the_command_writes_a_config_that_edits(tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "OPTIMISERS", ({"optimizer": "polyak"},))
+    monkeypatch.setattr(search, "OPTIMISER_SETTINGS", ({"optimizer": "polyak"},))
     monkeypatch.setattr(search, "RATIOS", (4.0,))
     records = tmp_path / "records.json"
     records.write_text(json.dumps([r.to_record() for r in testbed.facts()[:4]]))

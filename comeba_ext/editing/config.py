@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from comeba_ext.editing.settings_files import read_settings
+from comeba_ext.editing.optimisers import OPTIMISERS
+from comeba_ext.editing.settings_files import hparams_reader, read_settings
 from comeba_ext.errors import ConfigError
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.forward.half_compute import fast_product_dtype
@@ -19,7 +20,6 @@ from comeba_ext.scores import NearestScore, score_named, score_names
 
 log = logging.getLogger(__name__)
 
-OPTIMIZERS = ("adam", "polyak")
 LR_UNITS = ("absolute", "hidden_rms")
 
 
@@ -44,7 +44,8 @@ class EditConfig:
         unnamed_floor: with nearest, what no anchor's threshold falls below where it does not (:mod:`comeba_ext.editing.anchors`).
         question_floor: with nearest, and methods whose edits stand in the prompt where it names their subject: an edit is felt only where
             it is asked for, as far as ``generate`` can tell from the prompt. How near that must be to the edited one, from −1 to 1
-            (:func:`~comeba_ext.forward.question_states.nearness`); ``None``: whatever is asked about the subject.
+            (:func:`~comeba_ext.forward.question_states.nearness`: 1 for its own prompt; two questions in other words come to 0.8 at
+            most); ``None``: whatever is asked about the subject.
         steps: loss evaluations per target value at most; the optimiser steps between them.
         lr: learning rate for target values.
         lr_unit: ``"absolute"``, or ``"hidden_rms"``: ``lr`` times the root mean square of the request's hidden state.
@@ -109,7 +110,7 @@ class EditConfig:
         if list(layers) != sorted(set(layers)):
             raise ConfigError(f"layers must increase, got {list(layers)}")
         object.__setattr__(self, "layers", tuple(layers))
-        for name, choices in (("scope", score_names()), ("gate", GATES), ("optimizer", OPTIMIZERS), ("lr_unit", LR_UNITS)):
+        for name, choices in (("scope", score_names()), ("gate", GATES), ("optimizer", OPTIMISERS), ("lr_unit", LR_UNITS)):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if not isinstance(self.chat, bool):
@@ -253,9 +254,7 @@ class EditConfig:
         Raises:
             ConfigError: the file is missing or malformed, asks for what is not done here, or does not fit the model.
         """
-        from comeba_ext import read_easyedit
-
-        hparams = read_easyedit(path)
+        hparams = hparams_reader()(path)
         for name, how in hparams.differs.items():
             log.warning("%s: %s: %s", path, name, how)
         return hparams.config(model)

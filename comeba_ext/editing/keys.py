@@ -51,7 +51,7 @@ class _Batch:
     """Rows that run together, and what an edited block left behind.
 
     Attributes:
-        shared: number of tokens that run elsewhere, with a context they share.
+        shared: number of tokens that run elsewhere, in the prefix they share.
         seen: which edited block it was, as an index of ``layers``; −1: none yet.
         before: hidden states before that block.
         after: hidden states after it, as it was then; ``x`` and ``y``: its projection's input and output.
@@ -83,7 +83,7 @@ class KeyReader:
         projections: their hooked layers, whose inputs are the keys.
         rows: :func:`rows.prompt_rows` of the batch.
         whole: run rows from end to end, where the scope of a token may depend on all others (zscore); otherwise rows
-            with a prefix end at the subject's last token and share their contexts.
+            with a prefix end at the subject's last token and share what they begin with.
         trace: a recording of the first edited block that holds these rows; what it holds is not run again.
         apart: also read the keys behind every prefix apart.
     """
@@ -110,26 +110,26 @@ class KeyReader:
         self.adds: bool | None = None  # whether a layer's output is added to the hidden state as it is
         self.batches: list[_Batch] = []
         behind = [row for row in rows if not row.plain]
-        contexts = SharedPrefix([] if whole else behind, pad_token, device)
-        self.contexts = contexts
+        shared_prefix = SharedPrefix([] if whole else behind, pad_token, device)
+        self.shared_prefix = shared_prefix
         launch = launch_tokens(blocks[layers[0] : layers[0] + 1], device)
         for chosen in ([row for row in rows if row.plain], behind):
             ends = [len(row.ids) if row.plain or whole else row.end for row in chosen]
-            shared = contexts.counts(chosen)
+            shared = shared_prefix.counts(chosen)
             own = [end - count for end, count in zip(ends, shared, strict=True)]
             for group in dense_batches(own, max_tokens, launch) if chosen else []:
                 part, counts = [chosen[n] for n in group], [shared[n] for n in group]
-                length = contexts.length if any(counts) else 0
+                length = shared_prefix.length if any(counts) else 0
                 inputs = own_inputs(part, [ends[n] for n in group], counts, length, pad_token, device)
                 self.batches.append(_Batch(part, inputs, counts))
                 self._recall(trace, self.batches[-1], part, counts, [ends[n] for n in group])
-        self.shared = None
-        if contexts.length:
-            self.shared = _Batch([], contexts.inputs, [])
+        self.beginnings: _Batch | None = None  # of the shared prefix
+        if shared_prefix.length:
+            self.beginnings = _Batch([], shared_prefix.inputs, [])
             if not all(batch.seen == 0 for batch in self.batches):
                 trace = None  # some rows start from the first block, and need the keys and values of all
-            some = [next(row for row in behind if row.prefix == prefix) for prefix in contexts.place]
-            self._recall(trace, self.shared, some, [0] * len(some), [len(ids) for ids in contexts.ids])
+            some = [next(row for row in behind if row.prefix == prefix) for prefix in shared_prefix.place]
+            self._recall(trace, self.beginnings, some, [0] * len(some), [len(ids) for ids in shared_prefix.ids])
 
     def _recall(self, trace: ActivationRecorder | None, batch: _Batch, rows: list[Row], first: list[int], ends: list[int]) -> None:
         """Take from the trace what this batch would show at the first edited block."""
@@ -143,14 +143,14 @@ class KeyReader:
         """Keys of the layer ``layers[number]``, and hidden states of the model as it is now; once for each number."""
         keys, plain_keys, hidden, each, prompts = None, None, None, None, []
         counts = torch.zeros(self.count)
-        context = None
+        before: Past | None = None  # what the shared prefix leaves
         for batch in self.batches:
             past = None
             if any(batch.shared) and batch.seen != number:
-                if context is None:
-                    context = Past({}, 0)
-                    self._run(self.shared, number, context)
-                past = Past(self.contexts.past(context.new, batch.rows), self.contexts.length)
+                if before is None:
+                    before = Past({}, 0)
+                    self._run(self.beginnings, number, before)
+                past = Past(self.shared_prefix.past(before.new, batch.rows), self.shared_prefix.length)
             x, output = self._run(batch, number, past)
             requests = torch.tensor([row.request for row in batch.rows])
             index = torch.arange(len(batch.rows), device=x.device)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from comeba_ext.editing.config import EditConfig
+if TYPE_CHECKING:  # which looks up the names below here
+    from comeba_ext.editing.config import EditConfig
 
 
 class Objective(Protocol):
@@ -206,4 +207,4 @@ class _Curvature:
         return slope
 
 
-OPTIMISERS = {"adam": adam, "polyak": polyak}
+OPTIMISERS = {"adam": adam, "polyak": polyak}  # by what `optimizer` in the settings says

@@ -288,9 +288,12 @@ class KeyRecognition(Recognition):
         for name, layer in self.method.layers.items():
             self.shards[name].rebuild(layer, self.method.key_memory.get(name), self.members(name, live))
         if self.gate is not None:
-            kept, known = {entry.request.request_id for entry in live}, {own["id"] for own in self.gate.entries}
-            self.gate.drop(known - kept)
-            self._ask_of([entry.request for entry in live if entry.request.request_id not in known])
+            now = {entry.request.request_id: entry.request for entry in self.method.session.ledger.live()}
+            # One that was edited again under its id may have had other wordings.
+            same = {entry.request.request_id for entry in live if now.get(entry.request.request_id) == entry.request}
+            stay = same & {own["id"] for own in self.gate.entries}
+            self.gate.drop({own["id"] for own in self.gate.entries} - stay)
+            self._ask_of([entry.request for entry in live if entry.request.request_id not in stay])
 
     def forget(self, entries: list[Entry]) -> None:
         names = {(entry.request.request_id, entry.step) for entry in entries}
@@ -311,7 +314,12 @@ class KeyRecognition(Recognition):
         batch = _at_subjects(batch) if self.gate is not None else []
         if batch:
             entries = [
-                {"id": request.request_id, "subject": request.subject.strip(), "names": [name_hash(ids) for ids in own.names]}
+                {
+                    "id": request.request_id,
+                    "subject": request.subject.strip(),
+                    "names": [name_hash(ids) for ids in own.names],
+                    "ends": [name_hash([end]) for end in own.ends],
+                }
                 for request, own in zip(batch, names_of(self.method.session.tokenizer, batch), strict=True)
                 for _ in _answered(request)
             ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from comeba_ext.errors import ConfigError
 
@@ -22,6 +24,28 @@ def read_settings(path: str | Path) -> dict:
             "model).save('config.yaml') makes a --config of it, and read_easyedit(…).method names the --method"
         )
     return values
+
+
+_Reader = TypeVar("_Reader", bound=Callable)
+_HPARAMS_READERS: list[Callable] = []  # one at most
+
+
+def reads_hparams(reader: _Reader) -> _Reader:
+    """Decorator of what reads hparams files of EasyEdit for :meth:`EditConfig.from_easyedit`. Which settings there are is known to every
+    method itself, so it stands above, where methods are."""
+    _HPARAMS_READERS[:] = [reader]
+    return reader
+
+
+def hparams_reader() -> Callable:
+    """What was registered by :func:`reads_hparams`: a function of a path, giving something with ``differs`` and ``config(model)``.
+
+    Raises:
+        ConfigError: nothing was.
+    """
+    if not _HPARAMS_READERS:
+        raise ConfigError("hparams files of EasyEdit are read by comeba_ext.methods, which nobody imported yet: import it first")
+    return _HPARAMS_READERS[0]
 
 
 def load_settings(path: str | Path) -> dict:

@@ -113,9 +113,9 @@ class SubjectShards:
         own.of_anchor = score.shards[: score.known_keys()].cpu()
         own.names, own.ends = Table(score.names.cpu(), score.of_name.cpu()), Table(score.ends.cpu(), score.of_end.cpu())
         own.count, own.requests = len(layer.shards), len(members)
-        for member, shard in zip(members, shards, strict=True):
+        for order, (member, shard) in enumerate(zip(members, shards, strict=True)):
             if shard >= 0:
-                own._hold(shard, (*own.members.get(shard, ()), member))
+                own._hold(shard, (*own.members.get(shard, ()), member._replace(order=order)))
         own.free = [n for n in range(own.count) if n not in own.members]
         return own
 

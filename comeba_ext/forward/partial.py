@@ -108,7 +108,8 @@ def run_until(
     thread = threading.get_ident()
 
     def on_input(tap):
-        return lambda module, args, kwargs: tap(_input(args, kwargs)) if threading.get_ident() == thread else None
+        # Another thread that comes while the hook is put there or taken away calls it without kwargs.
+        return lambda module, args, kwargs=None: tap(_input(args, kwargs)) if threading.get_ident() == thread else None
 
     def on_last(module, args, result):
         if threading.get_ident() != thread:

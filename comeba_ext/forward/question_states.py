@@ -10,6 +10,7 @@ questions. How near two of them are is then comparable whatever their forms, but
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from comeba_ext.forward.architectures import Architecture, context_length
 from comeba_ext.forward.partial import evaluating, inputs_at_ends
 from comeba_ext.text.encoding import input_device, pad_id
+from comeba_ext.text.names import forms_of, places_of
 from comeba_ext.text.request import SLOT
 
 DEPTH = 0.9  # of the model's blocks
@@ -63,19 +65,35 @@ class Asked(NamedTuple):
         asked: ``(edits, views, d)``.
         usual: ``(edits, forms, views, d)``, means over what else may be asked about the subject.
         form: ``(edits,)`` int64, of the prompts (:func:`form_of`).
+        said: ``(edits,)`` int64, :func:`hash_of` their sentences; ``None`` or 0: not known.
     """
 
     asked: torch.Tensor
     usual: torch.Tensor
     form: torch.Tensor
+    said: torch.Tensor | None = None
 
 
 def asked_about(decoder: nn.Module, place: str, tokenizer, prompts: list[str], subject: str) -> Asked:
     """Of an edit's prompts, a row each."""
-    others = [usual.replace(SLOT, subject) for form in USUAL for usual in form]
-    states = question_states(decoder, place, tokenizer, [*(sentence_of(prompt, subject) for prompt in prompts), *others])
-    usual, form = states[len(prompts) :].unflatten(0, (len(USUAL), -1)).mean(1), torch.tensor([form_of(prompt) for prompt in prompts])
-    return Asked(states[: len(prompts)] - usual[form], usual.expand(len(prompts), *usual.shape), form)
+    return asked_of_all(decoder, place, tokenizer, [(prompts, subject)])
+
+
+def asked_of_all(decoder: nn.Module, place: str, tokenizer, edits: list[tuple[list[str], str]]) -> Asked:
+    """Of several edits' prompts, a row each, in order. They are read together, and what is usual about a subject once.
+
+    Args:
+        edits: the prompts of each, and its subject.
+    """
+    pairs = [(sentence_of(prompt, subject), subject) for prompts, subject in edits for prompt in prompts]
+    others = {subject: [usual.replace(SLOT, subject) for form in USUAL for usual in form] for _, subject in pairs}
+    texts = list(dict.fromkeys([*(sentence for sentence, _ in pairs), *(other for own in others.values() for other in own)]))
+    states = dict(zip(texts, question_states(decoder, place, tokenizer, texts), strict=True))
+    each = {subject: torch.stack([states[other] for other in own]) for subject, own in others.items()}
+    usual = torch.stack([each[subject].unflatten(0, (len(USUAL), -1)).mean(1) for _, subject in pairs])
+    form = torch.tensor([form_of(sentence) for sentence, _ in pairs])
+    asked = torch.stack([states[sentence] for sentence, _ in pairs]) - usual[torch.arange(len(pairs)), form]
+    return Asked(asked, usual, form, torch.tensor([hash_of(sentence) for sentence, _ in pairs]))
 
 
 def form_of(prompt: str) -> int:
@@ -83,20 +101,26 @@ def form_of(prompt: str) -> int:
     return int(prompt.rstrip().endswith("?"))
 
 
+def hash_of(sentence: str) -> int:
+    """By which an edit's own prompt is known again, as int64: in half precision, states of one text in two batches can be 0.12 apart."""
+    return int.from_bytes(hashlib.blake2b(sentence.rstrip().encode(), digest_size=8).digest(), "big", signed=True)
+
+
 def nearness(prompt: str, state: torch.Tensor, edits: Asked) -> torch.Tensor:
     """How near what a prompt asks is to what edits' prompts ask, ``(edits,)``: mean over the views of the cosine, less :data:`SHIFT` where
-    both are questions.
+    both are questions; 1 where it is an edit's own prompt, which any floor lets through.
 
     Args:
         state: of the prompt, ``(views, d)``.
     """
     form = form_of(prompt)
     near = F.cosine_similarity(state - edits.usual[:, form], edits.asked, dim=-1).mean(-1)
-    return near - SHIFT * form * edits.form
+    near = near - SHIFT * form * edits.form
+    return near if edits.said is None else torch.where(edits.said == hash_of(prompt), 1.0, near)
 
 
 def sentence_of(prompt: str, subject: str) -> str:
     """A prompt from the beginning of the sentence in which it names a subject last: what stands before may be about anything."""
-    at = prompt.lower().rfind(subject.lower())
+    at = max((place.start() for form in forms_of(subject) for place in places_of(form, prompt)), default=prompt.rfind(subject))
     ends = [match.end() for match in re.finditer(r"[.!?]\s+|\n+", prompt[: max(at, 0)])]
     return prompt[ends[-1] :] if ends else prompt

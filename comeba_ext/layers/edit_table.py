@@ -12,10 +12,10 @@ from torch import nn
 
 from comeba_ext.errors import ComebaError
 from comeba_ext.forward.architectures import Architecture
-from comeba_ext.forward.question_states import USUAL, VIEWS, Asked, asked_about, nearness, place_of, question_states, sentence_of
+from comeba_ext.forward.question_states import USUAL, VIEWS, Asked, asked_of_all, nearness, place_of, question_states, sentence_of
 from comeba_ext.layers.attachment import disabled
-from comeba_ext.layers.prompts import UNREAD, PromptReader
-from comeba_ext.text.names import named_in
+from comeba_ext.layers.prompts import UNREAD, Heard, PromptReader
+from comeba_ext.text.names import outermost, places_in
 
 QUESTIONS = "comeba_questions"  # where a gate stands in the model
 
@@ -38,31 +38,44 @@ def questions_in(model: nn.Module, floor: float | None, architecture: Architectu
     return None if floor is None else Questions(*place_of(model, architecture), floor)
 
 
+class _Known(tuple):
+    """What was made of something that never changes, behind that itself, by which it is known again: a copy of a table shares it."""
+
+    def __deepcopy__(self, memo) -> _Known:
+        return self
+
+
 class EditTable(PromptReader):
-    """An entry an edit, and beside it rows of tensors.
+    """An entry an edit, and beside it rows of tensors, none of which is ever written in place (but by ``load_state_dict``).
 
     Args:
+        device: of what a subclass looks at there.
         questions: how it is told what is asked; ``None``: it is not.
 
     Class attributes:
         by_edit: names of buffers that have a row an edit, or none.
+        on_host: names of buffers that stay on the host, where they are read, wherever the model goes.
 
     Attributes:
         packed: the entries, as JSON in bytes: a list of dictionaries with the ``id`` of a request and, where it is told what is asked,
             its ``subject``.
-        asked, usual, form: what each edit's prompt asks (:class:`~comeba_ext.forward.question_states.Asked`); absent without ``questions``.
+        asked, usual, form, said: what each edit's prompt asks (:class:`~comeba_ext.forward.question_states.Asked`); absent without
+            ``questions``.
     """
 
     precise = ("asked", "usual")
     by_edit: ClassVar[tuple[str, ...]] = Asked._fields
+    on_host: ClassVar[tuple[str, ...]] = ("packed", *Asked._fields)
+    appended = on_host
 
     def __init__(self, device=None, questions: Questions | None = None):
         super().__init__()
-        self.register_buffer("packed", torch.zeros(0, dtype=torch.uint8, device=device))
+        self.register_buffer("packed", torch.zeros(0, dtype=torch.uint8))
         if questions is not None:
-            self.register_buffer("asked", torch.zeros(0, len(VIEWS), questions.width, device=device))
-            self.register_buffer("usual", torch.zeros(0, len(USUAL), len(VIEWS), questions.width, device=device))
-            self.register_buffer("form", torch.zeros(0, dtype=torch.int64, device=device))
+            self.register_buffer("asked", torch.zeros(0, len(VIEWS), questions.width))
+            self.register_buffer("usual", torch.zeros(0, len(USUAL), len(VIEWS), questions.width))
+            self.register_buffer("form", torch.zeros(0, dtype=torch.int64))
+            self.register_buffer("said", torch.zeros(0, dtype=torch.int64))
         self.questions, self._read = questions, None
 
     @property
@@ -71,15 +84,15 @@ class EditTable(PromptReader):
 
     def unpacked(self, packed: torch.Tensor) -> list[dict]:
         read = self._read  # one look: another thread may be here, or edit
-        version = None if packed.is_inference() else packed._version  # load_state_dict writes in place
-        if read is None or read[0] is not packed or read[1] != version:
-            read = self._read = packed, version, json.loads(packed.cpu().numpy().tobytes()) if len(packed) else []
+        if read is None or read[0] is not packed or read[1] != _version(packed):
+            read = self._read = _Known((packed, _version(packed), json.loads(packed.cpu().numpy().tobytes()) if len(packed) else []))
         return read[2]
 
     def as_packed(self, entries: list[dict]) -> torch.Tensor:
         text = bytearray(json.dumps(entries).encode()) if entries else bytearray()
         packed = torch.frombuffer(text, dtype=torch.uint8) if text else torch.zeros(0, dtype=torch.uint8)
-        return packed.to(self.packed.device)
+        self._read = _Known((packed, _version(packed), entries))
+        return packed
 
     def hold(self, **buffers: torch.Tensor) -> None:
         """Put these in the place of what it held, all at once: whoever asks meanwhile has the old ones, or the new ones."""
@@ -89,14 +102,18 @@ class EditTable(PromptReader):
         """Its buffers with a row an edit."""
         return {name: own for name, own in self._buffers.items() if name in self.by_edit}
 
+    @torch.inference_mode(False)
     def add(self, entries: list[dict], rows: dict[str, torch.Tensor], **more: torch.Tensor) -> None:
         """Take in edits, with their rows of buffers, and what other buffers are to hold then."""
-        rows = {name: torch.cat([own, rows[name].to(own)]) for name, own in self.rows().items()}
+        rows = {name: torch.cat([own, rows[name].detach().to(own)]) for name, own in self.rows().items()}
         self.hold(packed=self.as_packed(self.entries + entries), **rows, **more)
 
+    @torch.inference_mode(False)
     def drop(self, gone: set[str]) -> None:
         """Take out the edits of some requests, by their ids."""
         kept = [n for n, own in enumerate(self.entries) if own["id"] not in gone]
+        if len(kept) == len(self.entries):
+            return
         rows = {name: own[kept] for name, own in self.rows().items()}
         self.hold(packed=self.as_packed([self.entries[n] for n in kept]), **rows)
 
@@ -138,8 +155,7 @@ class EditTable(PromptReader):
         if self.questions is None:
             return {}
         with self.reading() as reading:
-            found = [asked_about(*reading, prompts, subject) for prompts, subject in asked]
-        return {name: torch.cat(rows) for name, rows in zip(Asked._fields, zip(*found, strict=True), strict=True)}
+            return asked_of_all(*reading, asked)._asdict()
 
     @contextmanager
     def reading(self):
@@ -155,29 +171,55 @@ class EditTable(PromptReader):
 
     # -- as any attachment --------------------------------------------------------------------------------------
 
+    def _apply(self, fn, recurse: bool = True):
+        """``model.cuda()`` and the like leave on the host what is read there."""
+        held = {name: own for name, own in self._buffers.items() if name in self.on_host}
+        super()._apply(fn, recurse)
+        self.hold(**held)
+        return self
+
     def ways(self) -> tuple:
         """What another table must have in common with it to be one with it."""
         return type(self), self.questions
 
     def join(self, other: EditTable) -> None:
+        if type(self) is type(other) and self.questions != other.questions:
+            floors = " and ".join("null" if own.questions is None else f"{own.questions.floor:g}" for own in (self, other))
+            raise ComebaError(f"their settings differ: question_floor is {floors}")
         if not isinstance(other, EditTable) or self.ways() != other.ways():
             return super().join(other)
         self.add(other.entries, other.rows())
         self.tokenizer = other.tokenizer if self.tokenizer is None else self.tokenizer
 
     def take_over(self, other: EditTable) -> None:
-        self.hold(**{name: own.clone() for name, own in other.own_buffers().items()})  # never in place: all of it at once
+        self.hold(**other.own_buffers())  # shared, since neither writes in them: all of it at once
+        self._read = other._read
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        super().restore(tensors)
+        super().restore(_with_said(tensors))
         if not all(isinstance(own, dict) and self.fits(own) for own in self.entries):
             raise ValueError("an edit in the table is malformed")
         if any(len(own) != len(self.entries) for own in self.rows().values()):
             raise ValueError(f"the table's edits and {' and '.join(self.rows())} are not equally many")
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
+        state_dict.update(_with_said(state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def fits(self, entry: dict) -> bool:
         """Whether an entry is one of its own."""
         raise NotImplementedError
+
+
+def _with_said(tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+    """A version before did not keep which sentences edits' prompts are."""
+    form = tensors.get(f"{prefix}form")
+    return tensors if form is None else {f"{prefix}said": torch.zeros_like(form), **tensors}
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often it was written in place, as ``load_state_dict`` does."""
+    return None if tensor.is_inference() else tensor._version
 
 
 class QuestionGate(EditTable):
@@ -185,20 +227,37 @@ class QuestionGate(EditTable):
     it: a subject's edits are felt where one of them is asked for. (A ``forward`` does not know where a question ends, and is as without.)
 
     An edit has an entry for its prompt and one for each of its ``wordings``: ``id``, ``subject`` and, as hashes, the ``names`` of it that
-    the layers know.
+    the layers know and the tokens that these end in, ``ends`` (of which earlier versions kept none): a last name alone may be felt too.
     """
 
-    def muted(self, prompts: list[str]) -> list[list[int]]:
+    _known: _Known | None = None  # entries, every subject's names, the subjects
+
+    def heard(self, prompts: list[str]) -> list[Heard]:
         held = self._buffers  # one look: what is in it belongs together
         entries = self.unpacked(held["packed"])
-        names: dict[str, set[int]] = {}
-        for own in entries:
-            names.setdefault(own["subject"], set()).update(own["names"])
-        named = [named_in(prompt, names) for prompt in prompts]
-        asked = [{entries[n]["subject"] for n in own} for own in self.asked_for(prompts, named, entries, held)]
-        return [[name for subject in all_ - own for name in names[subject]] for all_, own in zip(named, asked, strict=True)]
+        names, subjects = self._names(entries)
+        places = [places_in(prompt, subjects) for prompt in prompts]
+        # Who is named only inside of a longer name is not asked about; that name's tokens would be felt as his all the same.
+        asked = [{entries[n]["subject"] for n in own} for own in self.asked_for(prompts, list(map(outermost, places)), entries, held)]
+        found = []
+        for there, own in zip(places, asked, strict=True):
+            kept = {name for subject in own for name in names[subject]}
+            gone = {name for subject in {subject for _, _, subject in there} - own for name in names[subject]}
+            found.append(Heard(sorted(gone - kept), sorted(kept)))
+        return found
+
+    def _names(self, entries: list[dict]) -> tuple[dict[str, set[int]], frozenset[str]]:
+        """Every subject's names and their ends, and the subjects; kept for as long as the entries are these."""
+        known = self._known  # one look: another thread may be here
+        if known is None or known[0] is not entries:
+            names: dict[str, set[int]] = {}
+            for own in entries:
+                names.setdefault(own["subject"], set()).update(own["names"], own.get("ends", ()))
+            known = self._known = _Known((entries, names, frozenset(names)))
+        return known[1:]
 
     def fits(self, entry: dict) -> bool:
-        names = entry.get("names")
         texts = all(isinstance(entry.get(name), str) for name in ("id", "subject"))
-        return set(entry) == {"id", "subject", "names"} and texts and isinstance(names, list) and all(type(own) is int for own in names)
+        hashes = [entry.get("names"), entry.get("ends", [])]
+        known = {*entry, "ends"} == {"id", "subject", "names", "ends"} and all(isinstance(own, list) for own in hashes)
+        return known and texts and all(type(own) is int for part in hashes for own in part)

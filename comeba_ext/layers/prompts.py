@@ -8,18 +8,28 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 
 from comeba_ext.errors import ComebaError
+from comeba_ext.forward.architectures import context_length
 from comeba_ext.layers.attachment import Attachment, Replaced, attachments
+from comeba_ext.layers.sequence_context import cache_of
 from comeba_ext.text.chat import last_turn
 from comeba_ext.text.encoding import pad, pad_id
 
 log = logging.getLogger(__name__)
 UNREAD = "what a prompt asks is read by the model: give load_edits the tokenizer (question_floor)"
+
+
+class Heard(NamedTuple):
+    """Of a prompt, as :func:`~comeba_ext.ops.mentions.name_hash`, names whose edits are not what it asks for, and of those whose are."""
+
+    muted: list[int]
+    asked: list[int]
 
 
 class PromptReader(Attachment):
@@ -32,9 +42,9 @@ class PromptReader(Attachment):
 
     tokenizer = None
 
-    def muted(self, prompts: list[str]) -> list[list[int]]:
-        """Of every prompt, names (:func:`~comeba_ext.ops.mentions.name_hash`) whose edits are not what it asks for."""
-        return [[] for _ in prompts]
+    def heard(self, prompts: list[str]) -> list[Heard]:
+        """Of every prompt, whose edits are to be muted, and whose are not though they end alike."""
+        return [Heard([], []) for _ in prompts]
 
     def replaces(self) -> dict[str, type[Replaced]]:
         return {**super().replaces(), "generate": GenerateAsRead}
@@ -97,28 +107,38 @@ def plain_generate(model: nn.Module) -> Callable:
 
 def _muting(model: nn.Module) -> list[PromptReader]:
     """Those that are on and may mute edits."""
-    return [own for own in prompt_readers(model) if own.mode != "off" and type(own).muted is not PromptReader.muted]
+    return [own for own in prompt_readers(model) if own.mode != "off" and type(own).heard is not PromptReader.heard]
 
 
 @contextmanager
-def as_asked(model: nn.Module, prompts: list[list[int]]):
+def as_asked(model: nn.Module, prompts: list[list[int]], begun: bool = False):
     """Inside, in this thread, a pass over one text behind each of these prompts mutes the edits that its prompt does not ask for, as
-    :class:`GenerateAsRead` does.
+    :class:`GenerateAsRead` does; what was muted around it is not.
+
+    Args:
+        begun: the beginnings of the prompts were run before.
 
     Raises:
-        ComebaError: there are such edits, and the tokenizer is not known.
+        ComebaError: there are such edits, and the tokenizer is not known; or one is to be muted in a text that has begun.
     """
     muting = _muting(model)
     tokenizer = next((own.tokenizer for own in muting if own.tokenizer is not None), None)
     if muting and tokenizer is None:
         raise ComebaError(UNREAD)
     texts = [_Prompt(tokenizer, list(own)).asked for own in prompts] if muting else []
-    names: list[list[int]] = [[] for _ in prompts]
+    muted: list[list[int]] = [[] for _ in prompts]
+    asked: list[list[int]] = [[] for _ in prompts]
     for reader in muting:
-        names = [mine + own for mine, own in zip(names, reader.muted(texts), strict=True)]
+        for n, own in enumerate(reader.heard(texts)):
+            muted[n], asked[n] = muted[n] + own.muted, asked[n] + own.asked
+    if begun and any(muted):
+        raise ComebaError(
+            "the prompt names an edited subject and does not ask for its edit (question_floor), which may be in the cache of its beginning "
+            "already: generate needs it whole, without a cache"
+        )
     with ExitStack() as stack:
-        for context in {own.context for own in muting} - {None} if any(names) else ():
-            stack.enter_context(context.muting(names))
+        for context in {own.context for own in muting} - {None}:
+            stack.enter_context(context.muting(muted, asked))
         yield
 
 
@@ -128,7 +148,8 @@ class GenerateAsRead(Replaced):
     chat, what the user said last is read.
 
     Raises:
-        ComebaError: the prompt is to be rewritten and not given as token ids, or its beginning is in a cache.
+        ComebaError: the prompt is to be rewritten and not given as token ids alone, or it is then longer than the model's context; or
+            its beginning is in a cache, and it is to be rewritten or edits are to be muted.
     """
 
     warned = False
@@ -149,29 +170,37 @@ class GenerateAsRead(Replaced):
         kwargs = _by_name(self.model, args, kwargs)
         ids = kwargs.get("inputs")
         ids = kwargs.get("input_ids") if ids is None else ids
-        cache = kwargs.get("past_key_values", kwargs.get("cache"))
-        if rewrite is not None and (ids is None or getattr(cache, "get_seq_length", int)()):
-            raise ComebaError("these edits stand in the prompt: generate needs it whole, as token ids without a cache of its beginning")
+        begun = bool(getattr(cache_of(kwargs), "get_seq_length", int)())
+        if rewrite is not None and (ids is None or kwargs.get("inputs_embeds") is not None or begun):
+            raise ComebaError(
+                "these edits stand in the prompt: generate needs it whole, as token ids without embeddings beside them and "
+                "without a cache of its beginning"
+            )
         if ids is None:
-            return plain(**kwargs)
+            with as_asked(self.model, []):
+                return plain(**kwargs)
         mask = kwargs.get("attention_mask")
         mask = _real(ids, getattr(tokenizer, "pad_token_id", None), tokenizer.eos_token_id) if mask is None else mask
         mask = mask.to(ids.device).bool()
+        mask = mask[:, -ids.shape[1] :] if begun else mask  # only what is new may be given
         if mask.shape != ids.shape:  # its own error says it better
             return plain(**kwargs)
         rows = [own[real].tolist() for own, real in zip(ids, mask, strict=True)]
-        with as_asked(self.model, rows):
+        with as_asked(self.model, rows, begun):
             return plain(**kwargs) if rewrite is None else self._rewritten(plain, rewrite, tokenizer, rows, ids, kwargs)
 
     def _rewritten(self, plain: Callable, rewrite: Callable[[str], str], tokenizer, rows: list[list[int]], given, kwargs: dict):
         asked = [asked_tokens(tokenizer, row, rewrite) for row in rows]
         if asked == rows:
             return plain(**kwargs)
-        config = kwargs.get("generation_config") or self.model.generation_config
+        limit, longest = context_length(self.model), max(map(len, asked))
+        if limit is not None and longest > limit >= max(map(len, rows)):  # of one that was too long, the model's own error says it better
+            raise ComebaError(f"with the edits in front of it the prompt has {longest} tokens, the model's context is {limit}")
         ids, mask = pad(asked, pad_id(tokenizer), "left", given.device)
         for name in ("inputs", "input_ids", "attention_mask", "token_type_ids", "position_ids"):  # of the prompt as it was given
             kwargs.pop(name, None)
-        kwargs |= _lengths(kwargs, config, given.shape[1])
+        configs = [own for own in (kwargs.get("generation_config"), self.model.generation_config) if own is not None]
+        kwargs |= _lengths(kwargs, configs, given.shape[1])
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = _Streamer(kwargs["streamer"], given)
         out = plain(ids, attention_mask=mask, **kwargs)
@@ -238,13 +267,23 @@ def _real(ids: torch.Tensor, pad_token: int | None, end: int | None) -> torch.Te
     return torch.ones_like(ids) if pad_token is None or pad_token == end else (ids != pad_token).long()
 
 
-def _lengths(kwargs: dict, config: GenerationConfig, width: int) -> dict:
-    """Bounds on what is written, instead of those on it and the prompt of ``width`` tokens together, which are taken out of ``kwargs``."""
-    found, usual = {}, GenerationConfig()
+def _lengths(kwargs: dict, configs: list[GenerationConfig], width: int) -> dict:
+    """Bounds on what is written, instead of those on it and the prompt of ``width`` tokens together, which are taken out of ``kwargs``.
+
+    Args:
+        configs: where a bound is looked for, one after the other, that is not in ``kwargs``: what the first leaves open the next one says.
+    """
+    usual = GenerationConfig()
+
+    def bound(name: str) -> int | None:
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+        return next((own for config in configs if (own := getattr(config, name)) not in (None, getattr(usual, name))), None)
+
+    found = {}
     for whole, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        bound = kwargs.pop(whole, None)
-        if bound is None and getattr(config, whole) != getattr(usual, whole):
-            bound = getattr(config, whole)
-        if bound is not None and kwargs.get(new) is None and getattr(config, new) is None:
-            found[new] = max(bound - width, new == "max_new_tokens")
+        together = bound(whole)
+        if together is not None and bound(new) is None:
+            found[new] = max(together - width, new == "max_new_tokens")
+        kwargs.pop(whole, None)
     return found

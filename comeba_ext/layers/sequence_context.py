@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 IDS = "token ids"  # among a cache's statistics, where no layer has that name
 NEVER = torch.iinfo(torch.int64).max  # among counts of tokens: there was nothing yet
-KEPT = 4 * LONGEST  # tokens: a cache that is cropped by as many as a draft is long still knows the last ones
+KEPT = 16 * LONGEST  # tokens: a cache that is cropped by as many as a draft is long (240 at most) still knows the last ones
 
 
 class _Here(threading.local):
@@ -47,8 +47,8 @@ class _Here(threading.local):
         told: what attachments tell those behind them in the same pass.
         off: whether this thread wants the unedited model (:func:`attachment.disabled`), so many times over.
         asked: whether its prompts are rewritten already (:func:`prompts.plain_generate`), likewise.
-        muted: ``(prompts, any)`` hashes of names that a text of this thread is as if it had not (:meth:`SequenceContext.muting`), filled
-            up with 0; ``None``: none.
+        muted: ``(prompts, any)`` hashes of names that a text of this thread is as if it had not (:meth:`SequenceContext.muting`), and
+            of those that it has all the same, both filled up with 0; ``None``: none.
     """
 
     shape: tuple[int, int] | None = None
@@ -58,7 +58,7 @@ class _Here(threading.local):
     before: int | torch.Tensor = 0
     off = 0
     asked = 0
-    muted: torch.Tensor | None = None
+    muted: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __init__(self) -> None:
         self.clear()
@@ -115,7 +115,7 @@ class SequenceContext:
             self.passes.begin()
         here = self.here
         given = {**dict(zip(self._names[: len(args)], args)), **kwargs}
-        cache = _cache_of(given)
+        cache = cache_of(given)
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:  # the model's own error says it better
@@ -150,15 +150,17 @@ class SequenceContext:
             here.clear()
 
     @contextlib.contextmanager
-    def muting(self, names: list[list[int]]):
-        """Inside, in this thread, a token at which one of a text's own of these names ends says nothing to who asks for ``here.hashes``.
+    def muting(self, names: list[list[int]], kept: list[list[int]] | None = None):
+        """Inside, in this thread, a token at which one of a text's own of these names ends says nothing to who asks for ``here.hashes``;
+        what was muted around it is not.
 
         Args:
             names: of every prompt, :func:`~comeba_ext.ops.mentions.name_hash` of them. A pass may be of several texts a prompt, side by
                 side (beams).
+            kept: of every prompt, names at whose ends nothing shorter is muted.
         """
-        width, before = max(map(len, names), default=0), self.here.muted
-        self.here.muted = torch.tensor([[*own, *[0] * (width - len(own))] for own in names], dtype=torch.int64)
+        before = self.here.muted
+        self.here.muted = (_filled_up(names), _filled_up(kept or [[] for _ in names])) if any(names) else None
         try:
             yield
         finally:
@@ -181,17 +183,17 @@ class SequenceContext:
             if here.mask is not None:
                 ids = ids.masked_fill(~here.mask.to(ids.device), UNKNOWN)
             here.hashes = suffix_hashes(ids, before)
-            if here.muted is not None and batch % len(here.muted) == 0:
-                if here.muted.device != ids.device:  # once a generation: a copy from the host would make a GPU wait
-                    here.muted = here.muted.to(ids.device)
-                here.hashes = without(here.hashes, here.muted.repeat_interleave(batch // len(here.muted), 0))
+            if here.muted is not None and batch % len(here.muted[0]) == 0:
+                if here.muted[0].device != ids.device:  # once a generation: a copy from the host would make a GPU wait
+                    here.muted = tuple(own.to(ids.device) for own in here.muted)
+                here.hashes = without(here.hashes, *(own.repeat_interleave(batch // len(own), 0) for own in here.muted))
         if before is None:
             before = ids.new_full((batch, KEPT), UNKNOWN)
         here.updated[IDS] = torch.cat([before.to(ids.device), ids], 1)[:, -KEPT:]
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         here = self.here
-        cache = _cache_of({**dict(zip(self._names, args, strict=False)), **kwargs})
+        cache = cache_of({**dict(zip(self._names, args, strict=False)), **kwargs})
         if cache is None:
             # Outputs have one name; where it is the later one, to ask for the earlier is a warning of Transformers'.
             cache = output.cache if hasattr(output, "cache") else getattr(output, "past_key_values", None)
@@ -206,10 +208,17 @@ class SequenceContext:
             self.passes.end()
 
 
+def _filled_up(names: list[list[int]]) -> torch.Tensor:
+    """``(prompts, the most)`` int64, with 0 behind the fewer ones."""
+    width = max(map(len, names), default=0)
+    return torch.tensor([[*own, *[0] * (width - len(own))] for own in names], dtype=torch.int64)
+
+
 CACHE_NAMES = ("past_key_values", "cache")  # the latter since Transformers 5.24
 
 
-def _cache_of(given: dict):
+def cache_of(given: dict):
+    """The cache among what a model is called with, by names; ``None``: none."""
     for name in CACHE_NAMES:  # no generator: torch.compile of older versions does not follow one
         if given.get(name) is not None:
             return given[name]

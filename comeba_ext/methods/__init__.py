@@ -12,6 +12,7 @@ would add to a weight is the ``delta`` of a hooked layer, which methods without 
 from comeba_ext.methods.alphaedit import AlphaEdit, BetaEdit
 from comeba_ext.methods.base import Method, Outcome
 from comeba_ext.methods.comeba_hk import ComebaHK
+from comeba_ext.methods.easyedit import read_easyedit
 from comeba_ext.methods.emmet import EMMET
 from comeba_ext.methods.fixed_threshold import FixedThreshold
 from comeba_ext.methods.ft import FT, FTL
@@ -31,7 +32,7 @@ from comeba_ext.methods.rome import ROME
 from comeba_ext.methods.serac import SERAC
 from comeba_ext.methods.settings import default_config
 from comeba_ext.methods.snapshots import Snapshots
-from comeba_ext.methods.ultraedit import UltraEdit
+from comeba_ext.methods.ultraedit import StableEdit, UltraEdit
 from comeba_ext.methods.wise import WISE
 from comeba_ext.methods.without_hooks import WithoutHooks
 
@@ -46,6 +47,7 @@ for _method in (
     EMMET,
     PMET,
     UltraEdit,
+    StableEdit,
     FT,
     FTL,
     LoRA,
@@ -90,10 +92,12 @@ __all__ = [
     "Method",
     "Outcome",
     "Snapshots",
+    "StableEdit",
     "UltraEdit",
     "WithoutHooks",
     "default_config",
     "method_named",
     "method_names",
+    "read_easyedit",
     "register_method",
 ]

@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import nn
 
 from comeba_ext.editing.config import EditConfig, is_int, is_number
-from comeba_ext.editing.settings_files import load_settings
+from comeba_ext.editing.settings_files import load_settings, reads_hparams
 from comeba_ext.errors import ConfigError
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.methods.names import method_named
@@ -122,6 +122,7 @@ class EasyEditHparams:
             raise ConfigError(str(error) if self.path in str(error) else f"{self.path}: {error}") from None
 
 
+@reads_hparams
 def read_easyedit(path: str | Path) -> EasyEditHparams:
     """Read an hparams file of EasyEdit (YAML or JSON).
 

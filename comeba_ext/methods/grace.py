@@ -14,8 +14,8 @@ from comeba_ext.layers.attachment import Attachment
 from comeba_ext.layers.hooked_linear import device_of, shape_of
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
-from comeba_ext.methods.snapshots import Snapshots
 from comeba_ext.methods.row_passes import TrainingRows, inputs_of
+from comeba_ext.methods.snapshots import Snapshots
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import answer_rows
 

@@ -191,7 +191,7 @@ class IKE(ICE):
             ConfigError: there is no usable one.
         """
         if self.read is None:
-            known = _demonstrations(self.config.demonstrations)
+            known = read_records(self.config.demonstrations, "demonstrations")
             self.read = known, BM25([fact_of(r) for r in known])
         return self.read
 
@@ -214,11 +214,16 @@ class IKE(ICE):
         return texts[::-1]  # the most similar one next to the fact
 
 
-def _demonstrations(file: str) -> list[EditRequest]:
+def read_records(file: str, setting: str, count: int | None = None) -> list[EditRequest]:
+    """The records of a file that a setting names, ``count`` at most.
+
+    Raises:
+        ConfigError: about the setting: there is no usable one.
+    """
     try:
-        found = read_requests(file).requests
+        found = read_requests(file, count).requests
     except ComebaError as error:
-        raise ConfigError(f"demonstrations: {error}") from None
+        raise ConfigError(f"{setting}: {error}") from None
     if not found:
-        raise ConfigError(f"demonstrations: {file} holds no usable record")
+        raise ConfigError(f"{setting}: {file} holds no usable record")
     return found

@@ -28,7 +28,7 @@ class KNConfig(EditConfig):
     Args:
         adaptive_threshold: share of a prompt's largest attribution that a neuron must exceed, and
         agreement: share of the prompts (one a context prefix) in which it must.
-        strength: λ, how much of the two objects' embeddings is put into a neuron's column.
+        strength: λ, how much of the two objects' embeddings is put into a neuron's column; 2 is EasyEdit's.
     """
 
     steps: int = 20
@@ -44,7 +44,8 @@ class KNConfig(EditConfig):
 class KN(Deltas):
     """A neuron's attribution is the integrated gradient of the old object's probability (its first token's) along the neuron's
     activation at the prompt's last token, ``a · ∫₀¹ ∂P(α·a)/∂a dα`` (equation 4). To the column of each neuron that is kept,
-    ``λ·(e_new − e_old)`` is added, the word embeddings of the objects' first tokens (section 4.3).
+    ``λ·(e_new − e_old)`` is added, the word embeddings of the objects' first tokens, as EasyEdit does. (The paper, on BERT:
+    ``λ₂·e_new − λ₁·e_old`` with λ₁ = 1 and λ₂ = 8, which its code takes in units of the column's norm over the embedding's.)
 
     The old object is the record's ``ground_truth``, or, without one, what the model says. A request for which no neuron is kept leaves
     the model as it is; the report says that it is not answered.

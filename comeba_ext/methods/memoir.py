@@ -14,9 +14,9 @@ from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.layers.attachment import disabled
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
+from comeba_ext.methods.row_passes import TrainingRows, inputs_of
 from comeba_ext.methods.side_memory import SideMemory, mean_over_tokens
 from comeba_ext.methods.snapshots import Snapshots
-from comeba_ext.methods.row_passes import TrainingRows, inputs_of
 from comeba_ext.text.prefixes import sample_prefixes
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import Row, prompt_rows, target_rows

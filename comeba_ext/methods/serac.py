@@ -103,6 +103,7 @@ class Scope(Facts):
 
     precise = (*Facts.precise, "keys", "table")
     by_edit = (*Facts.by_edit, "keys")
+    appended = (*Facts.appended, "keys", "table")
 
     def __init__(self, threshold: float, width: int, device=None, named: bool = False, questions: Questions | None = None):
         super().__init__(1, device, named, questions)

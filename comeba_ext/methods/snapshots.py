@@ -38,6 +38,10 @@ class Snapshots(Method):
         """Notes before any edit."""
         return {}
 
+    def renewed(self, notes: dict) -> dict:
+        """Notes as this version has them, of those that any version has saved."""
+        return notes
+
     @abstractmethod
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         """Edit a batch; returns its final losses and optimiser steps, one each a request (or none)."""
@@ -98,19 +102,24 @@ class Snapshots(Method):
 
     def load_state(self, tensors: dict[str, torch.Tensor], manifest: dict) -> None:
         notes = manifest.get("notes", self.notes)
+        notes = self.renewed(notes) if isinstance(notes, dict) else notes
         if not isinstance(notes, dict) or set(notes) != set(self.notes):
             raise ValueError("notes is malformed")
         self.recall(tensors)
         self.notes = notes
 
     def _copy(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """The state on the host; what has not changed since it was kept last is the same tensor."""
+        """The state on the host; what has not changed since it was kept last is the same tensor, and of one that has only grown the rows
+        that were kept are a part of what is."""
         last = self.kept[max(self.kept)][0] if self.kept else {}
         found = {}
         for name, own in self.memory().items():
             own, before = own.detach().cpu(), last.get(name)
-            same = before is not None and before.shape == own.shape and before.dtype == own.dtype and torch.equal(before, own)
-            found[name] = before if same else own.clone()
+            alike = before is not None and before.dtype == own.dtype and before.dim() == own.dim() > 0 and len(before) <= len(own)
+            begins = alike and before.shape[1:] == own.shape[1:] and torch.equal(before, own[: len(before)])
+            found[name] = before if begins and len(before) == len(own) else own.clone()
+            if begins and 0 < len(before) < len(own):
+                last[name] = found[name][: len(before)]
         return found, copy.deepcopy(self.notes)
 
     def _keep(self, step: int) -> None:

@@ -25,8 +25,8 @@ from comeba_ext.errors import ConfigError, StorageError
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.deltas import Deltas
-from comeba_ext.methods.snapshots import Snapshots
 from comeba_ext.methods.row_passes import LowerStates, TrainingRows, factors_of
+from comeba_ext.methods.snapshots import Snapshots
 from comeba_ext.storage import check_identity, digest_of, identity, read_tensors, write_tensors
 from comeba_ext.text.episodes import Episode
 from comeba_ext.text.request import EditRequest

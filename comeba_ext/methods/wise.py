@@ -13,9 +13,9 @@ from comeba_ext.editing.report import Phases
 from comeba_ext.errors import RequestError
 from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.methods.base import OnProgress
+from comeba_ext.methods.row_passes import TrainingRows, inputs_of
 from comeba_ext.methods.side_memory import SideMemory, mean_over_tokens
 from comeba_ext.methods.snapshots import Snapshots
-from comeba_ext.methods.row_passes import TrainingRows, inputs_of
 from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import Row, answer_rows, target_rows
 
@@ -25,12 +25,13 @@ class WiseConfig(EditConfig):
     """Settings of WISE: ``layers`` (one), ``lr``, ``steps`` and ``early_stop`` mean SGD on the side memory.
 
     Args:
-        weight_decay: of SGD.
+        weight_decay: of SGD, towards the weight (see :class:`WISE`).
         norm_constraint: bound on every entry's distance from the weight.
         mask_ratio: share ρ of the entries that a shard's edits may change.
-        low, high, margin_loss: the routing loss's bounds for unrelated and for edited prompts, and their distance (α, β, γ).
-        threshold_share: share of the lowest activation of an edit that a prompt must reach.
-        save_every: edits a shard takes, and ``merge_every``: edits after which shards are merged into one.
+        low, high, margin_loss: the routing loss's bounds for unrelated and for edited prompts, and their distance (α, β, γ), in the units
+            of the layer's outputs.
+        threshold_share: share of the lowest activation of an edit that a prompt must exceed.
+        save_every: edits a shard takes, and ``merge_every``: edits after which the shards that they are in are merged into one.
         density: of the merge: share of the largest entries of each shard that counts (TIES).
     """
 
@@ -59,8 +60,8 @@ class WiseConfig(EditConfig):
 
 
 class WiseMemory(SideMemory):
-    """Routes a sequence to the shard whose change of the output, ``‖(W′ − W) x‖`` in the mean over tokens, is the highest above its
-    threshold.
+    """Routes a sequence to the shard whose activation, ``‖(W′ − W) x‖`` in the mean over tokens, is the highest of those that exceed their
+    own threshold, as the authors' code does.
 
     Attributes:
         thresholds: ``(memories,)``; infinite before a shard's first edit.
@@ -77,21 +78,27 @@ class WiseMemory(SideMemory):
         return mean_over_tokens(F.linear(x, self.weight_of(memory)).norm(dim=-1), mask)
 
     def route(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        share = torch.stack([self.activations(x, mask, n) / self.thresholds[n] for n in range(len(self.delta))], 1)
-        best = share.max(1)
-        return torch.where(best.values > 1, best.indices, -1)
+        found = torch.stack([self.activations(x, mask, n) for n in range(len(self.delta))], 1)  # (batch, memories)
+        best = found.masked_fill(found <= self.thresholds, -torch.inf).max(1)
+        return torch.where(best.values > -torch.inf, best.indices, -1)
 
 
 class WISE(Snapshots):
     """Edits go into a copy of one projection's weight, the side memory, by SGD on a random share of its entries; a sequence takes it
-    when it changes the layer's output as much as edits do. Every shard of ``save_every`` edits has entries of its own, and shards
-    are merged (TIES) every ``merge_every``.
+    when it changes the layer's output as much as edits do. Every shard of ``save_every`` edits has entries of its own; every
+    ``merge_every`` edits those since the last merge are merged (TIES), and stand beside earlier merges.
 
-    The loss is the new object's NLL under all context prefixes, plus, with d the activation of the edited and d̄ of the record's
-    locality prompt, the means of the positive entries of ``d̄ − d + γ``, ``d̄ − α`` and ``β − d`` (equation 6).
+    Requests are trained one after another, as published. The loss is the new object's NLL, mean over all context prefixes, plus, with d
+    the activation of the edited text behind each and d̄ that of the record's locality prompt, the means of the positive entries of
+    ``d̄ − d + γ``, ``d̄ − α`` and ``β − d`` (equation 6). A shard's threshold is a share of the lowest activation of its edits, each in the
+    mean over its prefixes.
 
-    A batch is trained together (published: one request at a time, which is a batch of one). As with fine-tuning no single edit can be
-    taken back.
+    Where it differs from the authors' code (EasyEdit, models/wise): weight decay pulls W′ towards W; the code's pulls every entry to zero,
+    those too that a shard is not to touch. Activations are the paper's; the code applies the model's activation function to both outputs
+    first, counts padding, and takes the largest of more than 100 tokens instead of the mean. A running shard below its threshold
+    hides no other shard. Replaying earlier edits (appendix B.3) is not done, as by default there.
+
+    As with fine-tuning no single edit can be taken back.
 
     Raises:
         ConfigError: the settings name more than one layer.
@@ -106,7 +113,8 @@ class WISE(Snapshots):
         return {name: WiseMemory(model.get_submodule(name)) for name in cls.targets(config, architecture)}
 
     def blank(self) -> dict:
-        return {"shards": [], "unmerged": 0}  # how many edits every shard holds, and how many there are since the last merge
+        # How many edits every shard holds; how many shards, the first, are merges; how many were ever opened.
+        return {"shards": [], "merged": 0, "opened": 0}
 
     def validate(self, batch: list[EditRequest]) -> None:
         super().validate(batch)
@@ -116,36 +124,50 @@ class WISE(Snapshots):
                     f"{self.name} learns from a prompt that an edit is not to touch, and {request.text!r} has no locality prompt"
                 )
 
-    def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
-        session, layer = self.session, self.attachment
-        if not self.notes["shards"] or self.notes["shards"][-1] >= self.config.save_every:
-            self._open()
-        rows = target_rows(session.tokenizer, batch, session.prefixes)
-        local = answer_rows(session.tokenizer, [(p, a or ".") for p, a in (request.locality_prompts[0] for request in batch)])
-        with phases("keys"), evaluating(session.model):
-            inputs, others = ([x.float() for x in inputs_of(session, layer, own)] for own in (rows, local))
-        with phases("update"), evaluating(session.model), frozen(session.model):
-            found, steps = self._train(rows, inputs, others, on_progress)
-        with torch.no_grad():
-            plain = torch.stack([self._activation(x) for row, x in zip(rows, inputs, strict=True) if row.plain])
-        layer.thresholds[-1] = torch.minimum(layer.thresholds[-1], plain.min() * self.config.threshold_share)
-        self.notes["shards"][-1] += len(batch)
-        self.notes["unmerged"] += len(batch)
-        if self.notes["unmerged"] >= self.config.merge_every:
-            self._merge()
-        return found, [steps] * len(batch)
+    def renewed(self, notes: dict) -> dict:
+        if set(notes) != {"shards", "unmerged"}:
+            return notes
+        shards, merged = list(notes["shards"]), len(notes["shards"])
+        while merged and sum(shards[merged - 1 :]) <= notes["unmerged"]:  # a merge took all shards into the first
+            merged -= 1
+        return {"shards": shards, "merged": merged, "opened": len(shards)}
 
-    def _train(self, rows: list[Row], inputs: list[torch.Tensor], others: list[torch.Tensor], on_progress: OnProgress):
-        """SGD on the last shard; every request's last loss on its own rows, and the steps made.
+    def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
+        session, notes, allowed = self.session, self.notes, None
+        losses, steps = [], []
+        for request in batch:
+            if len(notes["shards"]) == notes["merged"] or notes["shards"][-1] >= self.config.save_every:
+                self._open()
+                allowed = None
+            allowed = self._mask() if allowed is None else allowed
+            rows = target_rows(session.tokenizer, [request], session.prefixes)
+            prompt, answer = request.locality_prompts[0]
+            local = answer_rows(session.tokenizer, [(prompt, answer or ".")])
+            with phases("keys"), evaluating(session.model):
+                inputs, (other,) = ([x.float() for x in inputs_of(session, self.attachment, own)] for own in (rows, local))
+            with phases("update"), evaluating(session.model), frozen(session.model):
+                loss, step = self._train(rows, inputs, other, allowed)
+                self._lower(inputs)
+            notes["shards"][-1] += 1
+            if sum(notes["shards"][notes["merged"] :]) >= self.config.merge_every:
+                self._merge()
+            losses.append(loss)
+            steps.append(step)
+            on_progress(len(losses), sum(losses) / len(losses))
+        return losses, steps
+
+    def _train(self, rows: list[Row], inputs: list[torch.Tensor], other: torch.Tensor, allowed: torch.Tensor) -> tuple[float, int]:
+        """SGD on the last shard for one request; its last NLL, and the steps made.
 
         Args:
-            inputs: the layer's inputs at every token of every row, and
-            others: of every request's locality prompt.
+            rows: a request's, one a prefix.
+            inputs: the layer's inputs ``(tokens, d_in)`` at every token of every row, and
+            other: of the locality prompt.
+            allowed: the entries that may change, ``(d_out, d_in)``.
         """
         config, layer = self.config, self.attachment
         (block,) = config.layers
         running = TrainingRows(self.session, rows, block)
-        allowed = self._mask(len(self.notes["shards"]) - 1).to(layer.delta.device)
         weight = layer.delta[-1].clone().requires_grad_(True)
         optimiser = torch.optim.SGD([weight], lr=config.lr, weight_decay=config.weight_decay)
         layer.trained, layer.forced = weight, len(layer.delta) - 1
@@ -153,13 +175,10 @@ class WISE(Snapshots):
             for step in range(config.steps + 1):
                 optimiser.zero_grad()
                 found = running.losses(backward=step < config.steps)
-                routing = self._routing_loss(rows, inputs, others)
-                total = sum(found) / len(found) + routing.item()
-                on_progress(0, total)
-                if step == config.steps or total < config.early_stop:
+                loss, routing = sum(found) / len(found), self._routing_loss(inputs, other)
+                if step == config.steps or loss + routing.item() < config.early_stop:
                     break
-                if routing.requires_grad:
-                    routing.backward()
+                routing.backward()
                 weight.grad *= allowed
                 optimiser.step()
                 with torch.no_grad():
@@ -167,8 +186,13 @@ class WISE(Snapshots):
         finally:
             layer.trained = layer.forced = None
         layer.delta[-1] = weight.detach()
-        own = [[loss for row, loss in zip(rows, found, strict=True) if row.request == n] for n in range(len(others))]
-        return [sum(losses) / len(losses) for losses in own], step
+        return loss, step
+
+    @torch.no_grad()
+    def _lower(self, inputs: list[torch.Tensor]) -> None:
+        """The last shard's threshold, so that a request with these rows exceeds it."""
+        layer, mean = self.attachment, torch.stack([self._activation(x) for x in inputs]).mean()
+        layer.thresholds[-1] = torch.minimum(layer.thresholds[-1], mean * self.config.threshold_share)
 
     def _activation(self, x: torch.Tensor) -> torch.Tensor:
         """``‖(W′ − W) x‖`` of the last shard, mean over the tokens ``(tokens, d_in)``."""
@@ -176,17 +200,18 @@ class WISE(Snapshots):
         with torch.autocast(x.device.type, enabled=False):  # as a sequence is routed
             return ((x @ weight.mT).square().sum(-1) + 1e-12).sqrt().mean()  # at zero the norm has no gradient
 
-    def _routing_loss(self, rows: list[Row], inputs: list[torch.Tensor], others: list[torch.Tensor]) -> torch.Tensor:
+    def _routing_loss(self, inputs: list[torch.Tensor], other: torch.Tensor) -> torch.Tensor:
         """Equation 6: means of the positive entries of ``d̄ − d + γ``, ``d̄ − α``, ``β − d``."""
-        inside = torch.stack([self._activation(x) for x in inputs])
-        outside = torch.stack([self._activation(x) for x in others])[[row.request for row in rows]]
+        inside = torch.stack([self._activation(x) for x in inputs])  # (rows,)
+        outside = self._activation(other)[None]
         terms = (outside - inside + self.config.margin_loss, outside - self.config.low, self.config.high - inside)
         return sum(term[term > 0].mean() for term in terms if (term > 0).any()) + 0.0 * inside.sum()
 
-    def _mask(self, shard: int) -> torch.Tensor:
-        """The entries that a shard may change, ``(d_out, d_in)``."""
-        layer, generator = self.attachment, torch.Generator().manual_seed(self.config.seed + shard)
-        return torch.rand(layer.out_features, layer.in_features, generator=generator) < self.config.mask_ratio
+    def _mask(self) -> torch.Tensor:
+        """The entries that the last shard may change, ``(d_out, d_in)``."""
+        layer, generator = self.attachment, torch.Generator().manual_seed(self.config.seed + self.notes["opened"] - 1)
+        allowed = torch.rand(layer.out_features, layer.in_features, generator=generator) < self.config.mask_ratio
+        return allowed.to(layer.delta.device)
 
     def _open(self) -> None:
         """A new shard, equal to the weight."""
@@ -194,12 +219,15 @@ class WISE(Snapshots):
         layer.delta = torch.cat([layer.delta, layer.delta.new_zeros(1, layer.out_features, layer.in_features)])
         layer.thresholds = torch.cat([layer.thresholds, layer.thresholds.new_full((1,), float("inf"))])
         self.notes["shards"].append(0)
+        self.notes["opened"] += 1
 
     def _merge(self) -> None:
-        """All shards into one."""
-        layer = self.attachment
-        layer.delta, layer.thresholds = ties(layer.delta, self.config.density)[None], layer.thresholds.min()[None]
-        self.notes = {"shards": [self.config.save_every], "unmerged": 0}  # full: the next edit opens another one
+        """The shards since the last merge into one."""
+        layer, notes, first = self.attachment, self.notes, self.notes["merged"]
+        layer.delta = torch.cat([layer.delta[:first], ties(layer.delta[first:], self.config.density)[None]])
+        layer.thresholds = torch.cat([layer.thresholds[:first], layer.thresholds[first:].min()[None]])
+        notes["shards"][first:] = [sum(notes["shards"][first:])]
+        notes["merged"] += 1
 
 
 def ties(deltas: torch.Tensor, density: float) -> torch.Tensor:

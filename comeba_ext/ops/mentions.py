@@ -47,11 +47,17 @@ def suffix_hashes(ids: torch.Tensor, past: torch.Tensor | None = None) -> torch.
     return (whole.unfold(1, LONGEST, 1).flip(-1) * powers.cumprod(0)).cumsum(-1)
 
 
-def without(hashes: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
-    """:func:`suffix_hashes` as if nothing were known at the tokens that one of a text's own ``names (batch, n)`` ends in; 0 is no name."""
-    same = hashes[..., None] == names[:, None, None]
-    gone = (same & (names != 0)[:, None, None]).any(-1).any(-1, keepdim=True)
-    return hashes.masked_fill(gone, 0)
+def without(hashes: torch.Tensor, names: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+    """:func:`suffix_hashes` as if nothing were known at the tokens that one of a text's own ``names (batch, n)`` ends in, unless one of
+    those ``kept (batch, m)`` that ends there too is at least as long ("New York", where only "York" is to go); 0 is no name."""
+    gone = _longest(hashes, names)
+    return hashes.masked_fill(gone > (0 if kept is None else _longest(hashes, kept)), 0)
+
+
+def _longest(hashes: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
+    """Tokens of the longest of a text's own ``names (batch, n)`` that ends at every token, ``(batch, seq, 1)``; 0: none does."""
+    same = ((hashes[..., None] == names[:, None, None]) & (names != 0)[:, None, None]).any(-1)
+    return torch.where(same, torch.arange(1, LONGEST + 1, device=hashes.device), 0).amax(-1, keepdim=True)
 
 
 def mentions(hashes: torch.Tensor, names: torch.Tensor, shards: torch.Tensor) -> torch.Tensor:

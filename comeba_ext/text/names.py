@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from comeba_ext.text.encoding import encode_all
 from comeba_ext.text.request import SLOT, EditRequest
+
+# Scripts that write no spaces between words, as ranges of a regular expression's class: Thai and Lao, Myanmar, Khmer, kana, Han.
+UNSPACED = "\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
+UNSPACED += "\U00020000-\U000323af"
+HEAD = 4  # letters of a name that it is looked up by
 
 
 class Names(NamedTuple):
@@ -30,17 +36,42 @@ def forms_of(subject: str) -> list[str]:
 
 
 def places_of(name: str, text: str) -> Iterator[re.Match]:
-    """Where a name stands in a text, as whole words."""
+    """Where a name stands in a text, as whole words; in a script that writes no spaces between them, anywhere."""
     if name in text:  # at once, where most are not
-        yield from re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text)
+        before, behind = (rf"(?<![^\W{UNSPACED}])", rf"(?![^\W{UNSPACED}])")
+        open_start, open_end = (re.match(f"[{UNSPACED}]", letter) for letter in (name[:1], name[-1:]))
+        yield from re.finditer(("" if open_start else before) + re.escape(name) + ("" if open_end else behind), text)
+
+
+def places_in(text: str, subjects: Iterable[str]) -> list[tuple[int, int, str]]:
+    """Where a text names which subjects, in the forms of :func:`forms_of`: the first character, that behind the last one, the subject.
+    (Only names that begin as something in the text does are looked for: there may be many thousands.)"""
+    by_head, sizes = _by_head(frozenset(subjects))
+    heads = {text[n : n + size] for size in sizes for n in range(len(text) - size + 1)}
+    forms = [own for head in heads & by_head.keys() for own in by_head[head]]
+    return [(place.start(), place.end(), subject) for form, subject in forms for place in places_of(form, text)]
+
+
+@functools.lru_cache(maxsize=8)
+def _by_head(subjects: frozenset[str]) -> tuple[dict[str, list[tuple[str, str]]], set[int]]:
+    """The forms of subjects, and whose each is, by their first letters; how many these are."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for subject in subjects:
+        for form in forms_of(subject):
+            found.setdefault(form[:HEAD], []).append((form, subject))
+    return found, set(map(len, found))
+
+
+def outermost(places: list[tuple[int, int, str]]) -> set[str]:
+    """The subjects that have a place (:func:`places_in`) which is no part of a longer one's."""
+    inside = lambda start, end: any(a <= start and end <= b and end - start < b - a for a, b, _ in places)  # noqa: E731
+    return {subject for start, end, subject in places if not inside(start, end)}
 
 
 def named_in(text: str, subjects: Iterable[str]) -> set[str]:
     """The subjects that a text names, as whole words; not one whose every place is a part of a longer one's ("New York" in "New York
     City", if both are subjects)."""
-    found = [(place.start(), place.end(), subject) for subject in subjects for form in forms_of(subject) for place in places_of(form, text)]
-    inside = lambda start, end: any(a <= start and end <= b and end - start < b - a for a, b, _ in found)  # noqa: E731
-    return {subject for start, end, subject in found if not inside(start, end)}
+    return outermost(places_in(text, subjects))
 
 
 def names_of(tokenizer, requests: list[EditRequest]) -> list[Names]:

@@ -23,7 +23,7 @@ from comeba_ext.tuning import probes
 CANDIDATES = 4  # value blocks that are tried
 SPAN = 5  # edited blocks at most, up to the value block
 # Polyak's steps need no rate; Adam's are in units of the hidden state's root mean square.
-OPTIMISERS = ({"optimizer": "polyak"}, *({"optimizer": "adam", "lr": rate, "lr_unit": "hidden_rms"} for rate in (0.1, 0.4)))
+OPTIMISER_SETTINGS = ({"optimizer": "polyak"}, *({"optimizer": "adam", "lr": rate, "lr_unit": "hidden_rms"} for rate in (0.1, 0.4)))
 RATIOS = (0.25, 1.0, 4.0)  # times the default
 DECIDES = 0.75  # of the highest share of answers that a block decides
 BATCH = 10
@@ -128,7 +128,7 @@ def tune(
     base = predict_base(model, tokenizer, chosen, generate=False)
     stages = [
         [{"layers": list(span)} for span in spans],
-        OPTIMISERS,
+        OPTIMISER_SETTINGS,
         [{"leverage_ratio": factor * default.ratio, "lam": None} for factor in RATIOS],
     ]
     best: dict = {}
