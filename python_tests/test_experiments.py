@@ -35,6 +35,7 @@ SMALL = {
     "batch_size": 2,
     "evaluations": 2,
     "generate": False,
+    "answer_tokens": 6,
     "methods": ["COMEBA-HK", {"method": "MEMIT", "steps": 8}],
     "plot": "edits",
 }
@@ -46,6 +47,12 @@ def small(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(SMALL))
     return path
+
+
+@pytest.fixture
+def few_texts(monkeypatch):
+    """To read as text that names nobody, where how much of it is of no matter."""
+    monkeypatch.setattr("comeba_ext.cli.measuring.PLAIN_TEXTS", 12)
 
 
 def metrics_of(result):
@@ -335,8 +342,9 @@ def test_a_seed_is_another_choice_of_records(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(ISSUE))
-def test_every_shipped_experiment_runs(name, covariance, tmp_path, monkeypatch):
-    monkeypatch.setattr("comeba_ext.cli.measuring.PLAIN_TEXTS", 20)
+def test_every_shipped_experiment_runs(name, covariance, tmp_path, monkeypatch, few_texts):
+    short = property(lambda own: None if own.answer_tokens == 0 else Writing(6, own.chat, own.long))
+    monkeypatch.setattr("comeba_ext.experiments.definition.Experiment.writing", short)  # what is written is looked at elsewhere
     result = output("experiment", name, "--samples", 2, "--covariance", covariance, "--out", tmp_path)
     cases = [case.label for case in experiments.load(name).cases]
     assert list(dict.fromkeys(row["case"] for row in result["rows"])) == cases
@@ -375,7 +383,7 @@ def test_scores_of_cases_with_different_layers(tmp_path):
     figure.savefig(tmp_path / "scores.png")
 
 
-def test_every_measure_and_plot(covariance, tmp_path):
+def test_every_measure_and_plot(covariance, tmp_path, few_texts):
     path = tmp_path / "all.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -398,7 +406,7 @@ def test_every_measure_and_plot(covariance, tmp_path):
         assert [r["edits"] for r in result["rows"]] == [2, 2] and result["plots"] == ["all-testbed.png", "all-testbed-forced.png"]
 
 
-def test_abilities_over_the_edits(tmp_path, monkeypatch):
+def test_abilities_over_the_edits(tmp_path, monkeypatch, few_texts):
     """Tasks with the edits and without, at every checkpoint; a measure that fails costs only itself."""
     seen = []
 
@@ -527,7 +535,7 @@ def test_published_numbers_stand_beside_the_measured_ones():
     assert "| MEMIT | 0.500 [0.400, 0.600] | 0.100 |" in text and "| · made up | 0.700 |  |" in text
 
 
-def test_several_orders_are_averaged_record_by_record(tmp_path):
+def test_several_orders_are_averaged_record_by_record(tmp_path, few_texts):
     path = tmp_path / "e.yaml"
     one = SMALL | {"methods": [{"method": "FT", "steps": 5}], "evaluations": 1, "samples": 8, "answer_tokens": 6, "measures": ["text"]}
     path.write_text(yaml.safe_dump(one | {"orders": 3}))

@@ -153,7 +153,8 @@ def test_as_written_one_at_a_time(pair, tokenizer, family):  # noqa: F811
                     scores["_written"].append(normalised(own) == normalised(before))
                     assert found["right"] == scores["_written"][-1]
                     continue
-                assert found["unedited_written"] == written_by_hand(base, tokenizer, ids, 9)
+                if name == "reliability":
+                    assert found["unedited_written"] == written_by_hand(base, tokenizer, ids, 9)
                 aliases = record.get("portability_aliases", [[]] * 9)[n] if name == "portability" else record.get("aliases", [])
                 scores["_written"].append(is_written(own, [target, *aliases]))
                 scores["_contained"].append(is_contained(own, [target, *aliases]))

@@ -109,7 +109,7 @@ class WrittenAnswers:
         return [found[ids] for ids in self.ids[record][name]]
 
     def _before(self, record: int, name: str = "locality") -> list[str | None]:
-        """What the unedited model wrote; ``None`` where predictions of an earlier version are given, which are of locality alone."""
+        """What the unedited model wrote, if it was asked: locality's prompts, and the edited ones (by versions before not)."""
         return [self.before.get(ids) for ids in self.plain[record][name]]
 
     def _right(self, record: int, name: str, suffix: str) -> list[bool | None]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from comeba_ext.errors import RequestError
 from comeba_ext.evaluation.answers import conditions_of
-from comeba_ext.evaluation.queries import METRICS, check_context, record_prompts, record_queries, where
+from comeba_ext.evaluation.queries import check_context, record_prompts, record_queries, where
 from comeba_ext.evaluation.scoring import Prediction, Query, predict
 from comeba_ext.evaluation.written import Writing
 from comeba_ext.layers.attachment import attachments, disabled
@@ -21,7 +21,7 @@ from comeba_ext.text.request import as_requests
 
 @dataclass(frozen=True)
 class BasePredictions:
-    """Predictions of the unedited model for the locality prompts of some records, and what it writes to all their prompts.
+    """Predictions of the unedited model for the locality prompts of some records, and what it writes to those and to the edited ones.
 
     Made by :func:`predict_base` once, then given to :func:`evaluate` as ``base`` after every edit batch. They serve
     the records they were made for and any subset of these.
@@ -86,7 +86,7 @@ def predict_base(
         asked = [record_prompts(request) for request in requests]
         ids = lambda names: [writing.ids(tokenizer, own.prompt) for prompts in asked for name in names for own in prompts[name]]  # noqa: E731
         pools = [
-            ids([name for name in METRICS if name != "locality"]),
+            ids(["reliability"]),
             list(conditions_of(tokenizer, requests, writing).values()),
             ids(["locality"]),
         ]
