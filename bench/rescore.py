@@ -3,8 +3,8 @@
     python bench/rescore.py OUT MODEL
     comeba experiment FILE --out OUT …      # as before: reads the logs, and makes table, JSON and plots anew
 
-Logs hold what was written to every prompt, and what the unedited model wrote to locality's, so nothing is run. A record's aliases are not in
-them: logs of records with aliases are refused where a verdict would fall.
+Logs hold what was written to every prompt, and what the unedited model wrote to locality's, so nothing is run. A record's aliases are not
+in them: logs of records with aliases are refused where a verdict would fall.
 """
 
 from __future__ import annotations

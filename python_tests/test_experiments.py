@@ -19,8 +19,10 @@ from test_cli import output, run
 from comeba_ext import EditConfig, Editor, EditRequest, experiments, methods, testbed
 from comeba_ext.errors import ConfigError
 from comeba_ext.evaluation import Writing, bootstrap_interval, predict_base
+from comeba_ext.evaluation.metrics import summarise
+from comeba_ext.evaluation.protocols import Result
 from comeba_ext.evaluation.written import is_contained, normalised
-from comeba_ext.experiments import definition, measures, plots
+from comeba_ext.experiments import definition, measures, plots, runner
 from comeba_ext.experiments.kept_base import kept_base
 from comeba_ext.experiments.measures import told_apart
 from comeba_ext.experiments.table import markdown
@@ -501,6 +503,13 @@ def test_who_is_ahead_stands_in_the_result(tmp_path):
     ]
     table = (tmp_path / "out/e.md").read_text()
     assert "Ahead in reliability, written (paired over records, 95 %): GRACE of FT." in table and "Prompts asked: 20 (reliability)" in table
+
+
+def test_a_method_that_fails_behind_a_checkpoint_has_no_retention():
+    row = {"request_id": None, "prompt": "p", "subject": "s", "target_new": "t", "reliability": 1.0, "answers": []}
+    result = Result({2: summarise([row, row | {"prompt": "q"}])}, {2: {"saved_bytes": 1}}, [], 2, "infinities")
+    kept, failed = runner._rows([result], 0)
+    assert (kept["edits"], kept["reliability"]) == (2, 1.0) and "retention" not in kept and failed["error"] == "infinities"
 
 
 def test_records_of_a_file(tmp_path):

@@ -47,17 +47,7 @@ class WrittenAnswers:
             for probe in question.probes
         }
         self.conditions = conditions_of(tokenizer, requests, writing)
-        fits = functools.cache(lambda names: writing.fits(tokenizer, names))
-        self.fits = {
-            names: fits(names) for own in self.prompts for name in METRICS if name != "locality" for names in map(_names, own[name])
-        }
-        self.fits |= {
-            names: fits(names)
-            for own in self.questions
-            for question in own
-            for probe in question.probes
-            for names in (probe.answers, *probe.also)
-        }
+        self.fits = functools.cache(functools.partial(writing.fits, tokenizer))  # whether one of these names can be written
         asked = {ids for own in self.ids for name in METRICS for ids in own[name]}
         self.total = len(asked | set(self.of_probe.values()))
         self.found: dict[str, Mapping[tuple[int, ...], str]] = {}
@@ -115,7 +105,7 @@ class WrittenAnswers:
     def _right(self, record: int, name: str, suffix: str) -> list[bool | None]:
         """Of every prompt but locality's, whether it is answered; ``None`` where no right answer could be written."""
         rule, pairs = _RULES[suffix], zip(self._answers(record, name), map(_names, self.prompts[record][name]), strict=True)
-        return [rule(answer, names) if self.fits[names] else None for answer, names in pairs]
+        return [rule(answer, names) if self.fits(names) else None for answer, names in pairs]
 
     def _same(self, record: int) -> list[bool]:
         return [normalised(a) == normalised(b) for a, b in zip(self._answers(record, "locality"), self._before(record), strict=True)]
@@ -152,7 +142,7 @@ class WrittenAnswers:
         for question in self.questions[record]:
             answers = [self.found["other"][self.of_probe[probe.prompt]] for probe in question.probes]
             known = [own.answered(self.before[self.conditions[own.prompt]], is_contained, is_contained) for own in question.conditions]
-            fits = [all(self.fits[names] for names in (probe.answers, *probe.also)) for probe in question.probes]
+            fits = [all(self.fits(names) for names in (probe.answers, *probe.also)) for probe in question.probes]
             verdict = {"criterion": question.criterion, "counted": all(known) and (all(fits) if question.every else any(fits))}
             asked = list(zip(question.probes, answers, strict=True))
             for suffix, right in _RULES.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from comeba_ext.evaluation.metrics import bootstrap_interval, record_name
 
 AGES, AGE = 10, 10  # groups of edits at most, from the oldest to the last, and edits in one at least
@@ -26,6 +28,12 @@ def retention(rows: list[dict], key: str = "reliability", ages: int = AGES, orde
             mean, last = sum(present) / len(present), min(start + size, count)
             found.append({"first": start + 1, "last": last, "value": mean, "interval": bootstrap_interval(present)})
     return found
+
+
+def retention_over(runs: list[list[dict]], key: str) -> list[dict]:
+    """:func:`retention` of several orders of the same records, each in the order of its edits."""
+    by_turns = [row for own in itertools.zip_longest(*runs) for row in own if row is not None]
+    return retention(by_turns, key, orders=max(1, len(runs)))
 
 
 def differences(records: dict[str, list[dict]], key: str) -> dict[str, dict[str, tuple[float, list[float]]]]:

@@ -148,7 +148,7 @@ def evaluate(
         if written is not None and judge is not None:
             try:
                 written.ask_judge(judge, progress)
-            except (ComebaError, OSError) as error:  # everything else is there
+            except ComebaError as error:  # everything else is there
                 judge_error = str(error)
     unedited = local if base is None else base.predictions  # without a base there is nothing that rewrites
 

@@ -166,6 +166,7 @@ def _is_text(value) -> bool:
 
 
 _COUNT = ("a whole number of 1 or more", _is_count)
+_SIZE = ("a whole number of 1 or more, or 'all'", lambda value: _is_count(value) or value == ALL)
 _TEXT = ("text", _is_text)
 _SWITCH = ("true or false", lambda value: isinstance(value, bool))
 _KINDS = {  # key -> what its value must be, in words and as a check
@@ -174,7 +175,7 @@ _KINDS = {  # key -> what its value must be, in words and as a check
     "note": _TEXT,
     "samples": _COUNT,
     "testbed_samples": _COUNT,
-    "batch_size": ("a whole number of 1 or more, or 'all'", lambda value: _is_count(value) or value == ALL),
+    "batch_size": _SIZE,
     "orders": _COUNT,
     "evaluations": _COUNT,
     "answer_tokens": ("a whole number of 0 or more", lambda value: is_int(value) and value >= 0),
@@ -192,7 +193,7 @@ _KINDS = {  # key -> what its value must be, in words and as a check
     "settings": ("a list of one or more groups of settings", lambda value: bool(value) and _is_list(value, dict)),
 }
 _CASE_KINDS = {  # what a case's settings hold beside the method's config
-    "batch_size": ("a whole number of 1 or more, or 'all'", lambda value: _is_count(value) or value == ALL),
+    "batch_size": _SIZE,
     "last_layers": _COUNT,
     "lam_factor": ("a number > 0", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0),
 }

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import random
@@ -23,7 +22,7 @@ from comeba_ext.editing.config import EditConfig
 from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation import Protocol, Result, run_protocol
-from comeba_ext.evaluation.comparing import AGE, pairs, retention
+from comeba_ext.evaluation.comparing import AGE, pairs, retention_over
 from comeba_ext.evaluation.metrics import METRICS, Metrics, averaged, record_means
 from comeba_ext.evaluation.protocols import complete_result
 from comeba_ext.evaluation.queries import check_record
@@ -257,10 +256,8 @@ def _rows(results: list[Result], seed: int) -> list[dict]:
             rows.append({"edits": edits, "orders": len(there), **_plain(averaged(found, seed)), **own, **_mean_of(extras)})
     if rows and "saved_bytes" in rows[-1]:  # of one model that keeps its edits
         runs = [result.final.per_record for result in results if result.error is None]
-        by_turns = [row for own in itertools.zip_longest(*runs) for row in own if row is not None]
-        if len(by_turns) >= 2 * AGE * len(runs):
-            way = table.leading_way(rows[-1:])
-            rows[-1]["retention"] = retention(by_turns, f"reliability{way}", orders=len(runs))
+        if max(map(len, runs), default=0) >= 2 * AGE:  # none where the method could not go on
+            rows[-1]["retention"] = retention_over(runs, f"reliability{table.leading_way(rows[-1:])}")
     for result in results:
         if result.error is not None:
             rows.append({"edits": result.failed, **_plain(Metrics()), **result.efficiency(result.failed), "error": result.error})

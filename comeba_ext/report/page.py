@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from comeba_ext import __version__
 from comeba_ext.data import place_of
-from comeba_ext.evaluation.comparing import AGE, LESS_IS_BETTER, best, differences, retention
+from comeba_ext.evaluation.comparing import AGE, LESS_IS_BETTER, best, differences, retention_over
 from comeba_ext.evaluation.ways import WAYS
 from comeba_ext.experiments.table import COLUMNS, MEGABYTES, by_column, number
 from comeba_ext.report.results import EVALUATION, Results, examples, scores
@@ -48,7 +47,7 @@ def _section(results: Results, dataset: str, anchor: str) -> dict:
     ]
     failed = {row["case"]: row["error"] for row in result["rows"] if row["dataset"] == dataset and "error" in row}
     aged = len(records) > 0 and result["protocol"] not in ("single_round", EVALUATION) and max(map(len, records.values())) >= 2 * AGE
-    ages = {case: _retention(results.orders[dataset][case], f"reliability{way}") for case in records} if aged else {}
+    ages = {case: retention_over(results.orders[dataset][case], f"reliability{way}") for case in records} if aged else {}
     return {
         "anchor": anchor,
         "title": result["title"],
@@ -70,11 +69,6 @@ def _section(results: Results, dataset: str, anchor: str) -> dict:
         "machine": ", ".join(f"{name} {value}" for name, value in {**result.get("machine", {}), **result.get("versions", {})}.items()),
         "command": result.get("command"),
     }
-
-
-def _retention(orders: list[list[dict]], key: str) -> list[dict]:
-    by_turns = [row for own in itertools.zip_longest(*orders) for row in own if row is not None]
-    return retention(by_turns, key, orders=len(orders))
 
 
 def _table(cases: list[dict], records: dict[str, list[dict]], way: str) -> dict:
