@@ -15,7 +15,7 @@ from pathlib import Path
 
 from comeba_ext.evaluation.answers import mean
 from comeba_ext.evaluation.queries import METRICS
-from comeba_ext.evaluation.written import Writing, is_contained, is_written, normalised
+from comeba_ext.evaluation.written import Writing, is_contained, is_same, is_written
 from comeba_ext.storage import write_text
 
 
@@ -24,7 +24,7 @@ def rescored(row: dict, writing: Writing, tokenizer) -> dict:
     answers = []
     for answer in row["answers"]:
         if answer["metric"] == "locality":
-            right = normalised(answer["written"]) == normalised(answer["unedited_written"])
+            right = is_same(answer["written"], answer["unedited_written"])
         else:
             right = is_written(answer["written"], [answer["wanted"]]) if writing.fits(tokenizer, [answer["wanted"]]) else None
         answers.append(answer | {"right": right})

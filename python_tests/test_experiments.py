@@ -20,7 +20,7 @@ from comeba_ext import EditConfig, Editor, EditRequest, experiments, methods, te
 from comeba_ext.errors import ConfigError
 from comeba_ext.evaluation import Writing, bootstrap_interval, predict_base
 from comeba_ext.evaluation.metrics import summarise
-from comeba_ext.evaluation.protocols import Result
+from comeba_ext.evaluation.protocols import Result, run_protocol
 from comeba_ext.evaluation.written import is_contained, normalised
 from comeba_ext.experiments import definition, measures, plots, runner
 from comeba_ext.experiments.kept_base import kept_base
@@ -280,6 +280,11 @@ def test_cases_run_apart_and_make_one_table(small, covariance, tmp_path, monkeyp
     monkeypatch.setattr("comeba_ext.experiments.runner.kept_base", asked)
     assert metrics_of(output("experiment", *given, out)) == metrics_of(whole)
     assert (out / "small.md").exists() and (out / "small-testbed.png").exists()
+    before, aside = out / "small/testbed/COMEBA-HK", tmp_path / "aside"
+    before.rename(aside)
+    monkeypatch.setattr("comeba_ext.experiments.runner.run_protocol", lambda *a, **k: (run_protocol(*a, **k), aside.rename(before))[0])
+    meanwhile = output("experiment", *given, out, "--case", "MEMIT")  # another process ends while this one runs
+    assert metrics_of(meanwhile) == metrics_of(whole)
     log = out / "small/testbed/MEMIT/log.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))  # as if it were still running
     monkeypatch.undo()

@@ -10,7 +10,7 @@ from test_evaluation import FAMILIES, NAMES, RECORDS, asked, pair  # noqa: F401 
 
 from comeba_ext.errors import RequestError
 from comeba_ext.evaluation import Writing, evaluate, predict_base
-from comeba_ext.evaluation.written import answer_of, is_contained, is_written, likeness, natural_end, normalised
+from comeba_ext.evaluation.written import answer_of, is_contained, is_same, is_written, likeness, natural_end, normalised
 
 CHAT = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 
@@ -32,6 +32,9 @@ CHAT = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}{% if
         (" The answer is no. It", "The answer is no."),
         (" 1. Paris is it. So", "1. Paris is it."),
         (" 1945. The war", "1945."),
+        ("? Tom Hanks. He", "? Tom Hanks."),  # behind a question without its mark
+        (".\n\nTom Hanks\nHe", ".\n\nTom Hanks"),
+        (" , , .", ", , ."),
         ("", ""),
         (" \n ", ""),
     ],
@@ -43,6 +46,21 @@ def test_natural_end(text, answer):
 def test_a_full_stop_at_the_end_may_be_an_abbreviation():
     assert natural_end(" Paris.") is None and answer_of(" Paris.") == "Paris."
     assert natural_end(" Paris!") == len(" Paris!")
+
+
+@pytest.mark.parametrize(
+    "answer, before, same",
+    [
+        ("The answer is Paris.", "the answer is paris", True),
+        ("Paris", "Rome", False),
+        ("Paris", "", False),
+        ("", "", True),
+        (", , ,", ".", False),  # a destroyed model's, and the unedited one's
+        (" ?", "?", True),
+    ],
+)
+def test_is_same(answer, before, same):
+    assert is_same(answer, before) is same and is_same(before, answer) is same
 
 
 @pytest.mark.parametrize(

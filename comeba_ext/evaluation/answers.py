@@ -11,7 +11,7 @@ from tqdm import tqdm
 from comeba_ext.errors import RequestError
 from comeba_ext.evaluation.judge import Answer, Judge
 from comeba_ext.evaluation.queries import METRICS, Asked, record_prompts
-from comeba_ext.evaluation.written import Writing, is_contained, is_written, likeness, normalised
+from comeba_ext.evaluation.written import Writing, is_contained, is_same, is_written, likeness
 from comeba_ext.text.request import EditRequest
 
 _RULES = {"_written": is_written, "_contained": is_contained}
@@ -108,7 +108,7 @@ class WrittenAnswers:
         return [rule(answer, names) if self.fits(names) else None for answer, names in pairs]
 
     def _same(self, record: int) -> list[bool]:
-        return [normalised(a) == normalised(b) for a, b in zip(self._answers(record, "locality"), self._before(record), strict=True)]
+        return [is_same(a, b) for a, b in zip(self._answers(record, "locality"), self._before(record), strict=True)]
 
     def scores(self, record: int) -> dict[str, float | None]:
         """``<name>_written`` of every metric (with ``long`` ``<name>_similarity`` too), ``<name>_contained`` of all but locality, which

@@ -37,6 +37,7 @@ _ABBREVIATIONS = frozenset(
 )
 _BEFORE_NUMBERS = frozenset("no nos vol op pp p c jan feb mar apr jun jul aug sep sept oct nov dec".split())
 _END = re.compile(r"([.!?]+)[\"'”’)\]]*(?=\s|$)|[。！？]+[\"'”’」』)\]]*|\n")
+_WORD = re.compile(r"\w")
 _ARTICLES = ("a", "an", "the")
 _APOSTROPHES = dict.fromkeys(map(ord, "'’‘ʼ´`′"))  # deleted; the first change of form would make others of some
 _INITIALS = re.compile(r"(?<=[^\W\d_])\.+")  # "U.S.A." is one word
@@ -49,10 +50,13 @@ SHORT = 3  # letters of an alias that must be written in its own case: "it" is n
 def natural_end(text: str) -> int | None:
     """Where the first sentence or line of an answer ends; ``None`` while it has not.
 
-    A full stop behind an initial or a usual abbreviation ("J. K. Rowling", "St. Louis", "No. 5") or a list's number ends nothing, nor
-    does one that the text stops at: what comes next would tell. An exclamation or question mark does.
+    Nothing ends before a first word: behind "who wrote it" a model may set the question mark first. A full stop behind an initial or a
+    usual abbreviation ("J. K. Rowling", "St. Louis", "No. 5") or a list's number ends nothing, nor does one that the text stops at: what
+    comes next would tell. An exclamation or question mark does.
     """
-    begin = len(text) - len(text.lstrip())
+    if (word := _WORD.search(text)) is None:
+        return None
+    begin = word.start()
     for found in _END.finditer(text, begin):
         if found[0] == "\n":
             return found.start()
@@ -128,6 +132,12 @@ def is_written(answer: str, names: Iterable[str]) -> bool:
 def is_contained(answer: str, names: Iterable[str]) -> bool:
     """Whether one of the names (of :func:`is_written`) stands in an answer."""
     return _agree(answer, names, lambda whole, own: f" {own}" in f" {whole}")
+
+
+def is_same(answer: str, before: str) -> bool:
+    """Whether two answers are equal as normalised; without a word in them, as they are: ",,," is no "."."""
+    own = normalised(answer)
+    return own == normalised(before) and bool(own or answer.split() == before.split())
 
 
 def likeness() -> Callable[[str, str], float]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import random
@@ -107,45 +108,51 @@ def run(
     }
     tasks = measures.Tasks(experiment.tasks, experiment.task_folder, experiment.task_limit)
     measure = measures.make(experiment.measures, list(plain_texts), progress, tasks)
-    rows, records, last = [], {}, {}
+    used, records, ran = {}, {}, {}
+
+    def results_of(dataset: str, case: Case, **asking) -> list[Result | None]:
+        """A case's result of every order: run, where it is said what with; else read, ``None`` where it is not complete."""
+        method = methods.method_named(case.method)
+        what = {"method": method, "config": configs[case.label], "covariance": covariance if method.needs_covariance else None}
+        result_of = functools.partial(run_protocol, model, tokenizer, **asking) if asking else functools.partial(complete_result, model)
+        protocol, own = _protocol(experiment, case, len(used[dataset]), seed), out / _place(experiment, dataset, case)
+        given = [(_in_order(used[dataset], n), protocol, own / (f"order-{n}" if n else "")) for n in range(experiment.orders)]
+        return [result_of(*one, **what, identity=identity) for one in given]
+
     for dataset, read in datasets.items():
-        used, skipped = _usable(model, tokenizer, dataset, read, samples, seed)
-        records[dataset] = read.counts(used, skipped)
+        used[dataset], skipped = _usable(model, tokenizer, dataset, read, samples, seed)
+        records[dataset] = read.counts(used[dataset], skipped)
         how = {"generate": experiment.generate, "writing": experiment.writing, "progress": progress}
         told = out / experiment.name / slug(dataset) / "base.json"
-        base = functools.cache(functools.partial(kept_base, told, model, tokenizer, used, **how))  # not asked where every log is complete
-        for case in there:
-            protocol = _protocol(experiment, case, len(used), seed)
-            method = methods.method_named(case.method)
-            own = Path(experiment.name, slug(dataset), slug(case.label))
-            what = {"method": method, "config": configs[case.label], "covariance": covariance if method.needs_covariance else None}
-            asking = {"base": base, "measure": measure, "progress": progress}
-            results = []
-            for order in range(experiment.orders):
-                given = (_in_order(used, order), protocol, out / own / (f"order-{order}" if order else ""))
-                if case in chosen:
-                    results.append(run_protocol(model, tokenizer, *given, **what, **asking, identity=identity))
-                elif covariance is not None or not method.needs_covariance:
-                    results.append(complete_result(model, *given, **what, identity=identity))
-            if not results or None in results:
-                continue
-            about = {
-                "dataset": dataset,
-                "method": case.method,
-                "case": case.label,
-                "log": own.as_posix(),
-                "batch_size": protocol.batch_size,
-                "settings": configs[case.label].to_dict(),
-                **method.preparation(configs[case.label]),
-            }
-            rows += [{**about, **row} for row in _rows(results, seed)]
-            if all(result.error is None for result in results):  # one that failed was asked after fewer edits
-                last.setdefault(dataset, {})[case.label] = record_means([result.final.per_record for result in results])
-            for result in results:
-                if result.error is None:
-                    log.info("%s, %s: reliability %.3f", dataset, case.label, result.final.reliability)
-                else:
-                    log.warning("%s, %s: failed after %d edits: %s", dataset, case.label, result.failed, result.error)
+        # Not asked where every log is complete.
+        base = functools.cache(functools.partial(kept_base, told, model, tokenizer, used[dataset], **how))
+        for case in chosen:
+            ran[dataset, case.label] = results_of(dataset, case, base=base, measure=measure, progress=progress)
+    rows, last = [], {}
+    for dataset, case in itertools.product(datasets, there):  # what other processes ran is read last, when most of it is complete
+        method = methods.method_named(case.method)
+        if case not in chosen and covariance is None and method.needs_covariance:
+            continue
+        results = ran.get((dataset, case.label)) or results_of(dataset, case)
+        if None in results:
+            continue
+        about = {
+            "dataset": dataset,
+            "method": case.method,
+            "case": case.label,
+            "log": _place(experiment, dataset, case).as_posix(),
+            "batch_size": _protocol(experiment, case, len(used[dataset]), seed).batch_size,
+            "settings": configs[case.label].to_dict(),
+            **method.preparation(configs[case.label]),
+        }
+        rows += [{**about, **row} for row in _rows(results, seed)]
+        if all(result.error is None for result in results):  # one that failed was asked after fewer edits
+            last.setdefault(dataset, {})[case.label] = record_means([result.final.per_record for result in results])
+        for result in results:
+            if result.error is None:
+                log.info("%s, %s: reliability %.3f", dataset, case.label, result.final.reliability)
+            else:
+                log.warning("%s, %s: failed after %d edits: %s", dataset, case.label, result.failed, result.error)
     result = {
         "experiment": experiment.name,
         "title": experiment.title,
@@ -199,6 +206,11 @@ def _usable(model, tokenizer, name: str, read: ReadResult, samples: int, seed: i
     if not used:
         raise ComebaError(f"{name}: no record can be used; {skipped[0]['reason'] if skipped else 'it is empty'}")
     return used, skipped
+
+
+def _place(experiment: Experiment, dataset: str, case: Case) -> Path:
+    """A case's folder, in the experiment's."""
+    return Path(experiment.name, slug(dataset), slug(case.label))
 
 
 def _protocol(experiment: Experiment, case: Case, count: int, seed: int) -> Protocol:
