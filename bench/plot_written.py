@@ -35,7 +35,7 @@ METHODS = {
 def rows() -> dict[str, dict]:
     """The last row of every case of the files."""
     found = {}
-    for name in ("written200_counterfact", "trained200"):
+    for name in ("written200_counterfact", "trained200_counterfact"):
         for row in json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]:
             if row["edits"] == 200:
                 found[row["case"]] = row
