@@ -100,6 +100,7 @@ def run(part: str, commands: list[list[str]], name: str, log: Path, timeout: flo
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(":"),
+        "PYTHONUNBUFFERED": "1",
     }
     environment.setdefault("CUDACXX", build.find_nvcc() or "nvcc")
     # Allocations of torch's cache would hide what is read out of bounds.
@@ -109,15 +110,13 @@ def run(part: str, commands: list[list[str]], name: str, log: Path, timeout: flo
         for command in commands:
             if shutil.which(command[0]) is None:
                 return "skipped", f"no {Path(command[0]).name} here"
+            to = subprocess.PIPE if part.startswith("bench_") else out  # what was said until a timeout is in the log
             try:
-                done = subprocess.run(
-                    command, cwd=ROOT, env=environment, timeout=timeout, text=True, errors="replace", stdout=subprocess.PIPE, stderr=out
-                )
+                done = subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, text=True, errors="replace", stdout=to, stderr=out)
             except subprocess.TimeoutExpired:
                 return "failed", f"not done after {timeout:g} s"
-            out.write(done.stdout)
-            out.flush()
             if part.startswith("bench_"):
+                out.write(done.stdout)
                 return keep(part, done, name)
             if done.returncode != 0:
                 last = [line for line in log.read_text().splitlines() if line.strip()][-1:]

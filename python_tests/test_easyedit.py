@@ -226,7 +226,7 @@ def test_on_a_model_it_edits(file, base):
     config = hparams.config(model)
     assert config == EditConfig.from_easyedit(file(text), model)
     assert (config.blocks, config.projection, config.layers, config.lam, config.clamp) == (None, None, (1, 2), 300, 4)
-    assert config.scope == "reference"  # as every method's that has no use for a score
+    assert config.scope == "always"  # as of every method without a threshold
     editor = Editor(model, base[1], config, method=hparams.method)
     editor.collect_covariance(testbed.texts(), tokens=3_000, progress=False)
     report = editor.edit(testbed.facts()[:1])

@@ -336,9 +336,10 @@ def test_fine_tuning_is_the_plain_loop(tiny_model, tokenizer, bound, chunk):
         assert (layer.delta.abs() > bound).any() and layer.delta.abs().max() <= 2 * bound + 1e-12  # two batches
 
 
-def test_without_hooks_is_the_editor_with_every_token_in_scope(tiny_model, tokenizer):
-    open_ = make_editor(small_model(tiny_model).double(), tokenizer, alpha=-torch.inf, scope="reference")
-    ablation = make_method("COMEBA without hooks", small_model(tiny_model).double(), tokenizer, scope="reference")
+@pytest.mark.parametrize("scope, alpha", [("reference", -torch.inf), ("always", None)])
+def test_without_hooks_is_the_editor_with_every_token_in_scope(tiny_model, tokenizer, scope, alpha):
+    open_ = make_editor(small_model(tiny_model).double(), tokenizer, alpha=alpha, scope=scope)
+    ablation = make_method("COMEBA without hooks", small_model(tiny_model).double(), tokenizer, scope=scope)
     for n in range(3):
         batch = some_requests(6)[2 * n : 2 * n + 2]
         for editor in (open_, ablation):

@@ -10,8 +10,9 @@ from test_editor import make_editor, random_values, small_model, some_requests
 from torch import nn
 from torch.nn import functional as F
 
-from comeba_ext import EditConfig, Editor, HookedLinear, Score, load_edits, register_score
+from comeba_ext import EditConfig, Editor, HookedLinear, Score, load_edits, register_score, testbed
 from comeba_ext.errors import ComebaError, ConfigError
+from comeba_ext.methods import default_config
 from comeba_ext.scores import score_named, score_names
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "own_score.py"
@@ -23,7 +24,7 @@ def example():
 
 
 def test_names():
-    assert score_names()[:3] == ("zscore", "reference", "nearest")
+    assert score_names()[:4] == ("zscore", "reference", "nearest", "always")
     with pytest.raises(ComebaError, match="unknown scope 'nearst' .nearest: 'nearest'."):
         score_named("nearst")
     with pytest.raises(ComebaError, match="unknown scope"):
@@ -39,12 +40,32 @@ def test_names():
 
 def test_what_follows_from_a_score():
     """DESIGN §3 and the paper's section 4.1."""
-    starts = {name: HookedLinear(nn.Linear(2, 2), name).alpha.item() for name in ("zscore", "reference", "nearest")}
-    assert starts == {"zscore": 2.2, "reference": math.inf, "nearest": 1.0}
+    starts = {name: HookedLinear(nn.Linear(2, 2), name).alpha.item() for name in ("zscore", "reference", "nearest", "always")}
+    assert starts == {"zscore": 2.2, "reference": math.inf, "nearest": 1.0, "always": 1.0}
     margins = {name: EditConfig(layers=(0,), scope=name).margin for name in starts}
-    assert margins == {"zscore": 1.0, "reference": 0.25, "nearest": 1.0}
+    assert margins == {"zscore": 1.0, "reference": 0.25, "nearest": 1.0, "always": 1.0}
     lams = {(name, n): EditConfig(layers=tuple(range(n)), scope=name).lam_of(64) for name in starts for n in (1, 2)}
-    assert lams == {("zscore", 1): 64, ("zscore", 2): 64, ("reference", 1): 64, ("reference", 2): 64, ("nearest", 1): 2, ("nearest", 2): 16}
+    nearest = {("nearest", 1): 2, ("nearest", 2): 16}
+    assert lams == {(name, n): 64 for name in ("zscore", "reference", "always") for n in (1, 2)} | nearest
+
+
+def test_always_is_the_edit_everywhere():
+    """Of settings too: methods without a threshold say so, and have the λ that they had."""
+    torch.manual_seed(0)
+    layer = HookedLinear(nn.Linear(12, 8), "always")
+    layer.delta.normal_()
+    x = torch.randn(3, 7, 12)
+    with torch.no_grad():
+        for own in (x, x[:1, :1]):  # one token, too
+            assert torch.equal(layer(own), layer.base_layer(own) + F.linear(own, layer.delta))
+        mask = torch.rand(3, 7) > 0.5
+        assert torch.equal(layer(x, mask=mask)[~mask], layer.base_layer(x)[~mask])
+    model = testbed.load()[0]
+    for name in ("MEMIT-seq", "GRACE", "UltraEdit", "ICE"):
+        assert default_config(name, model).scope == "always"
+    before = EditConfig.for_model(model, scope="reference")
+    own = default_config("MEMIT-seq", model)
+    assert (own.lam, own.ratio, own.layers) == (before.lam, before.ratio, before.layers)
 
 
 def test_the_default_hook_is_the_rule_itself(example):

@@ -34,7 +34,8 @@ class EditConfig:
             residual, and an average corpus key has ``ℓ = d_in``; so ``λ = d_in / leverage_ratio`` in every layer, and such a
             key realises ``r/(1 + r)``. (Subjects' keys have 1.2 to 2.8 times that leverage.) ``None``: 1; with nearest 4, or 32 for
             a single layer, which has to realise all of it.
-        scope: score that decides scope, ``"zscore"``, ``"reference"`` or ``"nearest"`` (:class:`HookedLinear`).
+        scope: score that decides scope, ``"zscore"``, ``"reference"``, ``"nearest"`` or ``"always"`` (:class:`HookedLinear`); the last is
+            what methods without a threshold have.
         gate: what the score is computed from, ``"exact"`` or ``"sketch"`` (:class:`HookedLinear`).
         alpha: threshold before any edit; ``None`` for the score's own start (2.2, infinity, 1).
         alpha_margin: share of the lowest score of a batch's prompts that α is lowered to; below 1 leaves room for other

@@ -28,8 +28,9 @@ class HookedLinear(Attachment):
         base: ``nn.Linear``, GPT-2's ``Conv1D``, or any module with ``in_features``/``out_features``.
         scope: name of the :class:`~comeba_ext.scores.Score`: ``"zscore"`` (the paper's: the response, relative to the other
             tokens of the sequence), ``"reference"`` (the response, relative to an average corpus token's, DESIGN §3),
-            ``"nearest"`` (the similarity to the nearest edited key), or one of :func:`~comeba_ext.scores.register_score`.
-        alpha: threshold; default the score's start: 2.2 for zscore, infinity for reference, 1 for nearest.
+            ``"nearest"`` (the similarity to the nearest edited key), ``"always"`` (every token), or one of
+            :func:`~comeba_ext.scores.register_score`.
+        alpha: threshold; default the score's start: 2.2 for zscore, infinity for reference, 1 for nearest and always.
         gate: what responses are computed from: ``"exact"``, the edit of every token, a second product of the layer's
             size; or ``"sketch"``, a few rows with nearly the same norm, after which only tokens in scope pay for their
             edit (:mod:`comeba_ext.ops.sketch`). ``alpha`` belongs to the gate it was set with. Of no effect with nearest.

@@ -104,7 +104,7 @@ class EasyEditHparams:
             if model is None:
                 if "layers" not in self.settings:
                     raise ConfigError("names no layers, which means all: give the model as well")
-                return kind.config_class.from_dict({**({} if kind.scored else {"scope": "reference"}), **self.settings}, self.path)
+                return kind.config_class.from_dict({**({} if kind.scored else {"scope": "always"}), **self.settings}, self.path)
             settings = dict(self.settings)
             names = {name: settings.pop(name, None) for name in ("blocks", "projection")}
             found = Architecture.of(model)

@@ -36,7 +36,7 @@ def default_config(method: str | type[Method], model: nn.Module, **changes) -> E
     own = dict(entry(method, model.config)["settings"])
     # Where no score decides anything, the covariance has the weight that none takes from it.
     scoreless = not method.scored
-    scope = "reference" if scoreless else changes.get("scope", own.get("scope"))
+    scope = "always" if scoreless else changes.get("scope", own.get("scope"))
     names = {key: changes[key] for key in ("blocks", "projection") if key in changes}
     settings = EditConfig.for_model(model, **({"scope": scope} if scope else {}), **names).to_dict()
     layers = own.get("layers")
