@@ -112,7 +112,9 @@ def run(part: str, commands: list[list[str]], name: str, log: Path, timeout: flo
                 return "skipped", f"no {Path(command[0]).name} here"
             to = subprocess.PIPE if part.startswith("bench_") else out  # what was said until a timeout is in the log
             try:
-                done = subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, text=True, errors="replace", stdout=to, stderr=out)
+                done = subprocess.run(
+                    command, cwd=ROOT, env=environment, timeout=timeout, text=True, errors="replace", stdout=to, stderr=out
+                )
             except subprocess.TimeoutExpired:
                 return "failed", f"not done after {timeout:g} s"
             if part.startswith("bench_"):
