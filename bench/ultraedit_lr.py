@@ -3,9 +3,10 @@
     python bench/ultraedit_lr.py models/smollm2-135m-instruct
 
 The records of CounterFact's training file from the 700th on (from 0), in batches of ten, everything asked after the last:
-teacher-forced, and as written. StableEdit is warmed up on the file's first records, so many that it whitens. The defaults took the rate
-with the highest mean of reliability, generality and locality, teacher-forced, after a hundred: after twenty StableEdit is best at a rate
-that leaves nothing of the model after two hundred.
+teacher-forced, and as written. StableEdit is warmed up on the file's first records, so many that it whitens. The rate taken has the
+highest mean of reliability, generality and locality, teacher-forced: UltraEdit's after twenty records (0.0003; after a hundred 0.0001 has
+the higher mean, 0.362 to 0.324, and half of the reliability, 0.262 to 0.485), StableEdit's after a hundred, as the best after twenty
+(0.003) leaves nothing of the model after two hundred.
 """
 
 from __future__ import annotations
