@@ -348,10 +348,21 @@ def test_a_seed_is_another_choice_of_records(tmp_path):
     assert asked[0] == [fact.subject for fact in testbed.facts()[:2]] and not set(asked[0]) & set(asked[1])
 
 
+def hasty(settings):
+    """A case's settings, with three steps at most and two of its layers."""
+
+    def config(case, model):
+        found = settings(case, model)
+        return found.replace(steps=min(found.steps, 3), layers=sorted({found.layers[0], found.layers[-1]}))
+
+    return config
+
+
 @pytest.mark.parametrize("name", sorted(ISSUE))
 def test_every_shipped_experiment_runs(name, covariance, tmp_path, monkeypatch, few_texts):
     short = property(lambda own: None if own.answer_tokens == 0 else Writing(6, own.chat, own.long))
     monkeypatch.setattr("comeba_ext.experiments.definition.Experiment.writing", short)  # what is written is looked at elsewhere
+    monkeypatch.setattr(definition.Case, "config", hasty(definition.Case.config))  # and so is what is learned
     result = output("experiment", name, "--samples", 2, "--covariance", covariance, "--out", tmp_path)
     cases = [case.label for case in experiments.load(name).cases]
     assert list(dict.fromkeys(row["case"] for row in result["rows"])) == cases
