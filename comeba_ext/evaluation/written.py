@@ -54,9 +54,9 @@ def natural_end(text: str) -> int | None:
     usual abbreviation ("J. K. Rowling", "St. Louis", "No. 5") or a list's number ends nothing, nor does one that the text stops at: what
     comes next would tell. An exclamation or question mark does.
     """
-    if (word := _WORD.search(text)) is None:
+    if (first := _WORD.search(text)) is None:
         return None
-    begin = word.start()
+    begin = first.start()
     for found in _END.finditer(text, begin):
         if found[0] == "\n":
             return found.start()
