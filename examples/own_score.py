@@ -26,7 +26,7 @@ class ShareScore(Score):
 def main(edits: int = 20) -> dict:
     model, tokenizer = testbed.load()
     editor = Editor(model, tokenizer, EditConfig.for_model(model, scope="share"))
-    editor.collect_covariance(testbed.texts(), tokens=50_000, progress=False)
+    editor.set_covariance(testbed.covariance(model, tokenizer))
     facts = testbed.facts()[:edits]
     for _ in editor.edit_all(facts, batch_size=10, progress=False):
         pass

@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from comeba_ext.kernels.loader import cache_folder
+
 SENTENCES = [
     "The mother tongue of Danielle Darrieux is French.",
     "The capital of Norway is Oslo, and the capital of Peru is Lima.",
@@ -30,6 +32,13 @@ SENTENCES = [
     "The Eiffel Tower stands in the city of Paris; who built it?",
     "John Lennon performs on the guitar, Toko Yasuda plays the piano.",
 ]
+
+
+def pytest_configure(config):
+    """The covariance of the embedded model is collected anew, once a run, by the code that is tested."""
+    if not hasattr(config, "workerinput"):
+        for kept in cache_folder().glob("covariance-*"):
+            kept.unlink(missing_ok=True)
 
 
 def pytest_collection_modifyitems(items):

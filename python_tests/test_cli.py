@@ -322,7 +322,7 @@ def test_scope_and_method_and_a_part_of_a_config(tmp_path, records):
 
 
 def test_edits_that_did_not_take_do_not_look_done(tmp_path, records):
-    (tmp_path / "weak.yaml").write_text("lam: 1.0e+9\n")
+    (tmp_path / "weak.yaml").write_text("lam: 1.0e+9\nsteps: 3\n")
     result = run("edit", "testbed", records, "--limit", 3, "--out", tmp_path / "o", "--config", tmp_path / "weak.yaml")
     assert result.exit_code == 1 and "None of the edits took" in result.stdout and "comeba tune" in result.stdout
     as_json = run("edit", "testbed", records, "--limit", 3, "--out", tmp_path / "p", "--config", tmp_path / "weak.yaml", "--json")
@@ -451,7 +451,7 @@ def test_a_collected_covariance_is_kept_whatever_comes(tmp_path, records, monkey
     assert failed.exit_code == 1 and "failed" in failed.stderr and "beginning anew" in failed.stdout
     editor = Editor.from_pretrained(*testbed.load(), tmp_path / "o")
     assert editor.step == 0 and editor.covariance is not None
-    monkeypatch.setattr(Editor, "collect_covariance", None)
+    monkeypatch.setattr(testbed, "covariance", None)
     assert output("edit", "testbed", records, "--out", tmp_path / "o", "--resume", "--limit", 1)["edits"] == 1
 
 
@@ -467,7 +467,7 @@ def test_a_chat_template_is_spoken_of_before_anything_is_edited(tmp_path, record
         raise ComebaError("stopped")
 
     monkeypatch.setattr(loading, "load_model", with_template)
-    monkeypatch.setattr(Editor, "collect_covariance", stopped)
+    monkeypatch.setattr(testbed, "covariance", stopped)
     for options, said in (((), True), (("--chat",), False)):
         result = run("edit", "testbed", records, "--out", tmp_path / "o", *options)
         assert "stopped" in result.stderr and ("with --chat" in result.stdout) == said

@@ -195,11 +195,11 @@ def test_a_task_that_the_harness_does_not_know(tmp_path, offline, tiny_model, to
 
 @pytest.mark.parametrize("scope", ["nearest", "zscore"])  # one looks at tokens alone, one at whole rows
 def test_the_harness_measures_the_edited_model(tmp_path, offline, scope):
-    from comeba_ext.testbed import facts, load, texts
+    from comeba_ext.testbed import covariance, facts, load
 
     model, tokenizer = load()
     editor = Editor(model, tokenizer, EditConfig.for_model(model, scope=scope))
-    editor.collect_covariance(texts(), tokens=20_000, progress=False)
+    editor.set_covariance(covariance(model, tokenizer))
     chosen = facts()[:12]
     rows = [{"prompt": r.text, "new": r.target_new, "old": r.ground_truth} for r in chosen]
     name = own_task(tmp_path / "task", rows)

@@ -1,6 +1,7 @@
 """Experiments as files: what they mean, what they write, and that a killed one ends in the same table."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -268,30 +269,32 @@ def test_experiments_share_a_folder(small, tmp_path):
     assert sum(1 for _ in (tmp_path / "labels").glob("two/testbed/*/log.jsonl")) == 4
 
 
-def test_cases_run_apart_and_make_one_table(small, covariance, tmp_path, monkeypatch):
-    given = (small, "--covariance", covariance, "--out")
+def test_cases_run_apart_and_make_one_table(tmp_path, monkeypatch):
+    small = tmp_path / "small.yaml"
+    small.write_text(yaml.safe_dump(SMALL | {"methods": ["GRACE", {"method": "FT", "steps": 2}], "samples": 2, "evaluations": 1}))
+    given = (small, "--out")
     whole = output("experiment", *given, tmp_path / "whole")
     out = tmp_path / "apart"
-    first = output("experiment", *given, out, "--case", "MEMIT")
-    assert metrics_of(first) == [row for row in metrics_of(whole) if row["case"] == "MEMIT"]
-    second = output("experiment", *given, out, "--case", "COMEBA-HK")  # and what is complete of the others
+    first = output("experiment", *given, out, "--case", "FT")
+    assert metrics_of(first) == [row for row in metrics_of(whole) if row["case"] == "FT"]
+    second = output("experiment", *given, out, "--case", "GRACE")  # and what is complete of the others
     assert metrics_of(second) == metrics_of(whole)
     asked = lambda *_, **__: pytest.fail("every log is complete")  # noqa: E731
     monkeypatch.setattr("comeba_ext.experiments.runner.kept_base", asked)
     assert metrics_of(output("experiment", *given, out)) == metrics_of(whole)
     assert (out / "small.md").exists() and (out / "small-testbed.png").exists()
-    before, aside = out / "small/testbed/COMEBA-HK", tmp_path / "aside"
+    before, aside = out / "small/testbed/GRACE", tmp_path / "aside"
     before.rename(aside)
     monkeypatch.setattr("comeba_ext.experiments.runner.run_protocol", lambda *a, **k: (run_protocol(*a, **k), aside.rename(before))[0])
-    meanwhile = output("experiment", *given, out, "--case", "MEMIT")  # another process ends while this one runs
+    meanwhile = output("experiment", *given, out, "--case", "FT")  # another process ends while this one runs
     assert metrics_of(meanwhile) == metrics_of(whole)
-    log = out / "small/testbed/MEMIT/log.jsonl"
+    log = out / "small/testbed/FT/log.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))  # as if it were still running
     monkeypatch.undo()
-    third = output("experiment", *given, out, "--case", "COMEBA-HK")
-    assert {row["case"] for row in third["rows"]} == {"COMEBA-HK"}
+    third = output("experiment", *given, out, "--case", "GRACE")
+    assert {row["case"] for row in third["rows"]} == {"GRACE"}
     wrong = run("experiment", *given, out, "--case", "ROME", "--json")
-    assert wrong.exit_code == 1 and "COMEBA-HK, MEMIT" in json.loads(wrong.stdout)["error"]
+    assert wrong.exit_code == 1 and "GRACE, FT" in json.loads(wrong.stdout)["error"]
 
 
 @pytest.mark.parametrize("writing", [None, {"answer_tokens": 3}])
@@ -328,7 +331,9 @@ def test_cases_in_processes(tmp_path):
     path, out = tmp_path / "several.yaml", tmp_path / "out"
     cases = ["COMEBA-HK", {"method": "MEMIT", "steps": 8}, {"method": "IKE", "demonstrations": str(tmp_path / "nothing.json")}]
     path.write_text(yaml.safe_dump(SMALL | {"methods": cases, "samples": 2, "evaluations": 1}))
+    (tmp_path / "texts.txt").write_text("\n".join(itertools.islice(testbed.texts(), 200)))
     command = [sys.executable, "-m", "comeba_ext.cli", "experiment", str(path), "--out", str(out), "--jobs", "2", "--json"]
+    command += ["--texts", str(tmp_path / "texts.txt")]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "1 case did not end" in json.loads(done.stdout)["error"], done.stderr
@@ -415,7 +420,8 @@ def test_every_measure_and_plot(covariance, tmp_path, few_texts):
     assert 0.9 <= row["padding_agreement"] <= 1 and row["reliability_behind_text"] >= 0.5 and "reliability_short" in row
     assert len(row["peak_scores"]["edited"]["model.layers.0.mlp.down_proj"]) == 4
     assert row["in_scope_edited"] == 1 and row["told_apart"] > 0.9
-    assert row["token_slowdown"] == row["token_seconds"] / row["token_seconds_before"] and 0.2 < row["token_slowdown"] < 20
+    for name in ("prompt", "token"):
+        assert row[f"{name}_slowdown"] == row[f"{name}_seconds"] / row[f"{name}_seconds_before"] and 0.2 < row[f"{name}_slowdown"] < 20
     assert 0 < row["edits_bytes"] < row["saved_bytes"]
     assert 0 <= row["other_facts"] <= 1 and len(row["other_facts_interval"]) == 2 and row["other_facts_records"] == 4
     for plot in ("bars", "settings"):

@@ -262,7 +262,7 @@ def embedded(tmp_path_factory):
     path = tmp_path_factory.mktemp("embedded")
     model, tokenizer = testbed.load()
     editor, requests = Editor(model, tokenizer), testbed.facts()[:6]
-    editor.collect_covariance(testbed.texts(), progress=False)
+    editor.set_covariance(testbed.covariance(model, tokenizer))
     editor.edit(requests)
     editor.save_pretrained(path / "edits")
     (path / "records.json").write_text(json.dumps([request.to_record() for request in requests]))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import output, run
 from test_saved_edits import REQUESTS, Editor, make_editor, small_model, values
 
-from comeba_ext import EditConfig, load_edits, storage, testbed
+from comeba_ext import EditConfig, covariance, load_edits, storage, testbed
 from comeba_ext.errors import StorageError
 from comeba_ext.evaluation.protocols import Protocol, run_protocol
 from comeba_ext.layers.attachment import attachments
@@ -299,7 +299,8 @@ def test_resuming_makes_what_is_not_live(tmp_path):
         assert output("edit", "testbed", "--out", out, "--resume", *one, target)["edits"] == edits
 
 
-def test_resuming_refuses_other_settings(tmp_path):
+def test_resuming_refuses_other_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(covariance, "TOKENS_PER_DIMENSION", 2)  # how much there is of it is of no matter here
     facts, out, text = written(tmp_path / "a.jsonl", testbed.facts()[:2]), tmp_path / "o", tmp_path / "t.txt"
     stream = testbed.texts()
     text.write_text("\n\n".join(next(stream) for _ in range(2500)))

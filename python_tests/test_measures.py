@@ -24,7 +24,7 @@ def edited(request):
     """An editor with six edits in the embedded model, and their requests."""
     model, tokenizer = testbed.load()
     editor = Editor(model, tokenizer, EditConfig.for_model(model, scope=request.param, steps=10))
-    editor.collect_covariance(testbed.texts(), tokens=20_000, progress=False)
+    editor.set_covariance(testbed.covariance(model, tokenizer))
     requests = testbed.facts()[:6]
     editor.edit(requests)
     return editor, requests

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_cli import output
 
-from comeba_ext import EditConfig, testbed
+from comeba_ext import EditConfig, covariance, testbed
 from comeba_ext.errors import ComebaError
 from comeba_ext.testbed import build_facts, train
 from comeba_ext.testbed.diagnose import LIMITS, diagnose, single_edits
@@ -19,7 +19,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def diagnosis(loaded):
-    return diagnose(*loaded)
+    return diagnose(*loaded, sample=200)  # half of what the limits were set with
 
 
 @pytest.mark.parametrize("name", [n for n in LIMITS if not n.startswith("single_edit")])
@@ -107,3 +107,53 @@ def test_one_fact_a_subject(loaded):
     with pytest.raises(ComebaError, match="one fact a subject"):
         testbed.facts(same_subject=True)
     assert list(testbed.datasets()) == ["testbed"] and loaded[0].config.comeba_ext.items() >= train.SETTINGS.items()
+
+
+@pytest.fixture
+def few_tokens(monkeypatch, tmp_path):
+    """A cache of its own, and as many tokens as a key has entries; counts the passes through the model."""
+    passes, add = [], covariance._add
+    monkeypatch.setenv("COMEBA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(covariance, "TOKENS_PER_DIMENSION", 1)
+    monkeypatch.setattr(covariance, "_add", lambda *args: passes.append(0) or add(*args))
+    return passes
+
+
+def test_the_covariance_is_collected_once(loaded, few_tokens, tmp_path):
+    model, tokenizer = loaded
+    found = testbed.covariance(model, tokenizer)
+    assert few_tokens and found.tokens == 1408
+    layers = {name: module for name, module in model.named_modules() if name.endswith("down_proj")}
+    plain = covariance.collect_covariance(model, tokenizer, testbed.texts(), layers, model.model, progress=False)
+    (kept,), count = (tmp_path / "cache").glob("*.safetensors"), len(few_tokens)
+    assert found.moments.keys() == layers.keys()
+    for again in (testbed.covariance(model, tokenizer), plain):
+        assert all(torch.equal(moment, again.moments[name]) for name, moment in found.moments.items())
+    assert len(few_tokens) == count
+    for what in (b"damaged", None):
+        if what:
+            kept.write_bytes(what)
+        else:  # of another version's texts
+            plain.corpus = covariance.corpus_digest(["others"] * plain.texts, plain.texts)
+            plain.save(kept)
+        again = testbed.covariance(model, tokenizer)
+        assert len(few_tokens) > count and all(torch.equal(moment, again.moments[name]) for name, moment in found.moments.items())
+        count = len(few_tokens)
+        testbed.covariance(model, tokenizer)
+        assert len(few_tokens) == count
+
+
+def test_another_model_and_a_cache_that_cannot_be_written(loaded, few_tokens, monkeypatch, tmp_path):
+    model, tokenizer = testbed.load()
+    found = testbed.covariance(*loaded)
+    count = len(few_tokens)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    other = testbed.covariance(model, tokenizer)
+    assert len(few_tokens) == 2 * count and len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+    assert not any(torch.equal(moment, other.moments[name]) for name, moment in found.moments.items())
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("COMEBA_CACHE_DIR", str(tmp_path / "file"))
+    for times in (3, 4):
+        assert testbed.covariance(*loaded).tokens == 1408 and len(few_tokens) == times * count

@@ -8,7 +8,7 @@ import torch
 import yaml
 from test_cli import output, run
 
-from comeba_ext import EditConfig, testbed
+from comeba_ext import EditConfig, covariance, testbed
 from comeba_ext.errors import ComebaError
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.text.request import EditRequest
@@ -125,13 +125,13 @@ def test_a_search_finds_settings_and_goes_on(tmp_path, small, monkeypatch):
         if len(made) == 2:
             raise KeyboardInterrupt
 
-    args = {"records": records, "folder": tmp_path, "edits": 4}
+    args = {"records": records, "folder": tmp_path, "edits": 4, "covariance": testbed.covariance(model, tokenizer)}
     with pytest.raises(KeyboardInterrupt):
-        search.tune(model, tokenizer, testbed.texts(), on_trial=stop_after_two, **args)
+        search.tune(model, tokenizer, None, on_trial=stop_after_two, **args)
     assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 3
     real, tried = search._try, []
     monkeypatch.setattr(search, "_try", lambda *a: tried.append(a[3]) or real(*a))
-    found = search.tune(model, tokenizer, testbed.texts(), **args)
+    found = search.tune(model, tokenizer, None, **args)
     assert found.trials[:2] == made and made[0].settings not in tried and made[1].settings not in tried
     assert found.best["lr"] == 0.4 and found.best["layers"] and found.known == 6
     ratios = [t for t in found.trials if t.settings.get("leverage_ratio")]
@@ -142,14 +142,15 @@ def test_a_search_finds_settings_and_goes_on(tmp_path, small, monkeypatch):
     EditConfig.for_model(model, **found.best)
     assert not any(type(module).__name__ == "HookedLinear" for module in model.modules())
     with pytest.raises(ComebaError, match="another run"):
-        search.tune(model, tokenizer, testbed.texts(), **(args | {"edits": 3}))
+        search.tune(model, tokenizer, None, **(args | {"edits": 3}))
     with pytest.raises(ComebaError, match="no record"):
-        search.tune(model, tokenizer, testbed.texts(), records=[])
+        search.tune(model, tokenizer, None, records=[])
 
 
 def test_the_command_writes_a_config_that_edits(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "OPTIMISER_SETTINGS", ({"optimizer": "polyak"},))
     monkeypatch.setattr(search, "RATIOS", (4.0,))
+    monkeypatch.setattr(covariance, "TOKENS_PER_DIMENSION", 3)
     records = tmp_path / "records.json"
     records.write_text(json.dumps([r.to_record() for r in testbed.facts()[:4]]))
     result = output("tune", "testbed", "--out", tmp_path / "t", "--records", records, "--edits", 3)

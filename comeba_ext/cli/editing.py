@@ -57,7 +57,7 @@ def demo(
             f"Embedded model: {size_of(model)}; editing blocks {list(config.layers)}, score {config.scope}, "
             f"{edits} facts in batches of {batch_size}.\n"
         )
-        editor.collect_covariance(testbed.texts(), progress=not as_json)
+        editor.set_covariance(testbed.covariance(model, tokenizer, progress=not as_json))
         base = predict_base(model, tokenizer, requests, generate=False)
         shown = requests[:: max(1, len(requests) // 6)][:6]
         before = continued(model, tokenizer, [r.text for r in shown], 6)

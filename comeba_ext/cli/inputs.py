@@ -246,7 +246,7 @@ def covariance_source(model: str, file: Path | None, texts: Path | None, progres
         read_texts(texts)  # a file that is not there is said now, not when it is read
         return lambda editor: editor.collect_covariance(read_texts(texts), progress=progress)
     if home := testbed.folder_of(model):
-        return lambda editor: editor.collect_covariance(testbed.texts(folder=home), progress=progress)
+        return lambda editor: editor.set_covariance(testbed.covariance(editor.model, editor.tokenizer, home, progress=progress))
     raise ComebaError(
         f"no covariance: run 'comeba covariance {model} TEXTS --out FILE' once and add --covariance FILE, or add "
         "--texts TEXTS (plain text such as Wikipedia articles)"

@@ -257,7 +257,7 @@ def experiment(
     as_json: Json = False,
 ) -> None:
     """Run an experiment: methods and settings under one protocol, into a table, JSON and plots."""
-    from comeba_ext import experiments, testbed
+    from comeba_ext import experiments, methods, testbed
     from comeba_ext.covariance import Covariance
     from comeba_ext.data import ReadResult, read_requests, read_texts
     from comeba_ext.evaluation.ways import WAYS
@@ -286,15 +286,18 @@ def experiment(
             corpus = (text for n, text in enumerate(read_texts(texts)) if n % 10)
             plain = itertools.islice(read_texts(texts), 0, 10 * PLAIN_TEXTS, 10)
         else:
-            corpus = testbed.texts(folder=home) if home else None
+            corpus = None
             plain = itertools.islice(testbed.texts(9, home), PLAIN_TEXTS) if home else ()
+        known = Covariance.load(covariance) if covariance else None
+        if known is None and home and not texts and any(methods.method_named(case.method).needs_covariance for case in chosen.cases):
+            known = testbed.covariance(net, tokenizer, home, progress=not as_json)
         result = experiments.run(
             chosen,
             net,
             tokenizer,
             datasets,
             out,
-            covariance=Covariance.load(covariance) if covariance else None,
+            covariance=known,
             texts=corpus,
             plain_texts=list(plain),
             samples=samples,

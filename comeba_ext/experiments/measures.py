@@ -87,20 +87,26 @@ class Tasks:
 
 
 def _costs(editor: Editor, requests: list[EditRequest]) -> dict:
-    """What the edits cost whoever uses the model: ``token_seconds`` and ``token_seconds_before``, medians over prompts of a written
-    token's time (without the prompt's), with the edits and without by turns; ``token_slowdown``, their ratio; and ``edits_bytes``, what
-    is stored of them for inference alone."""
-    seconds: dict[bool, list[float]] = {True: [], False: []}
+    """What the edits cost whoever uses the model: ``prompt_seconds`` and ``prompt_seconds_before``, medians over prompts of the time to
+    the first token, with the edits and without by turns; ``token_seconds`` and ``token_seconds_before``, of every further token;
+    ``prompt_slowdown`` and ``token_slowdown``, the ratios; and ``edits_bytes``, what is stored of the edits for inference alone."""
+    first: dict[bool, list[float]] = {True: [], False: []}
+    further: dict[bool, list[float]] = {True: [], False: []}
     for request in requests[:: max(1, len(requests) // TIMED)][:TIMED]:
         ids = torch.tensor([editor.tokenizer(request.text)["input_ids"]], device=input_device(editor.model))
-        for edited, own in seconds.items():
+        for edited in first:
             with contextlib.nullcontext() if edited else editor.disabled():
-                own.append((_seconds(editor, ids, TIMED_TOKENS + 1) - _seconds(editor, ids, 1)) / TIMED_TOKENS)
-    after, before = (statistics.median(own) for own in seconds.values())
+                whole = _seconds(editor, ids, TIMED_TOKENS + 1)
+                first[edited].append(_seconds(editor, ids, 1))
+                further[edited].append((whole - first[edited][-1]) / TIMED_TOKENS)
+    found = {}
+    for name, seconds in (("prompt", first), ("token", further)):
+        after, before = (statistics.median(own) for own in seconds.values())
+        found |= {f"{name}_seconds": after, f"{name}_seconds_before": before, f"{name}_slowdown": after / before}
     with tempfile.TemporaryDirectory() as folder:
         editor.save_pretrained(Path(folder) / "edits", inference_only=True)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-    return {"token_seconds": after, "token_seconds_before": before, "token_slowdown": after / before, "edits_bytes": size}
+    return {**found, "edits_bytes": size}
 
 
 def _seconds(editor: Editor, ids: torch.Tensor, tokens: int) -> float:

@@ -40,6 +40,7 @@ COLUMNS = (
     ("in_scope_other", "in scope, other"),
     ("told_apart", "edited above other"),
     ("seconds_per_edit", "s/edit"),
+    ("prompt_slowdown", "slow-down of a prompt"),
     ("token_slowdown", "slow-down of a token"),
     ("peak_memory", "peak MB"),
     ("edits_bytes", "edits MB"),
@@ -131,7 +132,9 @@ def _meanings(rows: list[dict]) -> list[str]:
             "* other facts: what is written to questions about the edited subjects that no edit is about (five for every subject)."
         )
     if there("token_slowdown"):
-        found.append("* slow-down of a token: time of a written token with the edits, as a multiple of the unedited model's.")
+        found.append(
+            "* slow-down of a prompt, of a token: time to the first written token, and of each further one, over the model's before."
+        )
     if there("edits_bytes"):
         found.append("* edits MB: what is stored to use the edits; saved MB: to go on editing too.")
     if there("told_apart"):

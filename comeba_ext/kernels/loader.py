@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 EMULATED_DEVICE = "cpu"  # with COMEBA_EMULATE=1, the kernels run on the host for tensors of the CPU
 VARIABLES = {
     "COMEBA_DISABLE_EXTENSION": "1: plain torch everywhere, nothing is compiled or loaded",
-    "COMEBA_CACHE_DIR": "folder for compiled kernels instead of the user's cache folder",
+    "COMEBA_CACHE_DIR": "folder for compiled kernels and the embedded model's covariance, instead of the user's cache folder",
     "COMEBA_CUDA_ARCH": "architectures to compile for, such as 90a or 8.0;9.0a, instead of the GPUs that are here",
     "COMEBA_BUILD": "1 during pip install: compile ahead of time",
     "COMEBA_EMULATE": "1: run the CUDA kernels emulated on the CPU (slow; for testing them without a GPU)",

@@ -2,19 +2,22 @@
 
     model, tokenizer = comeba_ext.testbed.load()
     requests = comeba_ext.testbed.facts()[:200]      # counterfactual edits of facts it knows
-    corpus = comeba_ext.testbed.texts()              # for the covariance
+    corpus = comeba_ext.testbed.texts()              # for the covariance,
+    comeba_ext.testbed.covariance(model, tokenizer)  # or the covariance itself, kept in the user's cache
 
 How it was made and what it measures: ``README.md`` beside this file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from comeba_ext.errors import ComebaError
+from comeba_ext.errors import ComebaError, CovarianceError, StorageError
 from comeba_ext.testbed.templates import ALL, ASIDES, SECOND, TEMPLATES
 
 FOLDER = Path(__file__).parent / "model"
@@ -92,13 +95,15 @@ def facts(folder: str | Path = FOLDER, *, same_subject: bool = False) -> list:
         raise ComebaError(f"{folder}: the model was taught one fact a subject; see testbed/README.md for one with two")
     reserved = known[int(len(known) * (1 - RESERVED)) :]
     objects = {r: sorted({f["object"] for f in known if f["relation"] == r}) for r in TEMPLATES}
+    of = {r: [f for f in reserved if f["relation"] == r] for r in TEMPLATES}
+    others = {r: [f for f in reserved if f["relation"] != r] for r in TEMPLATES}
     requests = []
     for n, fact in enumerate(known):
         templates = TEMPLATES[fact["relation"]]
         first, second = rng.sample(fact["stated"], 2)
         unseen = rng.choice([t for t in range(len(templates)) if t not in fact["stated"]])
-        near = rng.choice([f for f in reserved if f["relation"] == fact["relation"] and f is not fact])
-        far = rng.choice([f for f in reserved if f["relation"] != fact["relation"]])
+        near = rng.choice([f for f in of[fact["relation"]] if f is not fact])
+        far = rng.choice(others[fact["relation"]])
         target = rng.choice([o for o in objects[fact["relation"]] if o != fact["object"]])
         local = [(_state(f, rng), f["object"]) for f in (near, far)]
         if same_subject:
@@ -130,6 +135,43 @@ def texts(seed: int = 2, folder: str | Path = FOLDER) -> Iterator[str]:
             aside = rng.choice(ASIDES) if rng.random() < 0.3 else ""
             sentences.append(f"{_state(fact, rng, aside)} {fact['object']}.")
         yield " ".join(sentences)
+
+
+def covariance(model, tokenizer, folder: str | Path = FOLDER, *, progress: bool = False):
+    """The :class:`Covariance` of every block in as many tokens of :func:`texts` as is usual; kept in the user's cache.
+
+    It is collected once a model and read from then on, which is what makes a second ``comeba demo`` begin at once. Where the
+    cache cannot be written it is collected every time.
+    """
+    from filelock import FileLock
+
+    from comeba_ext import distributed
+    from comeba_ext.covariance import covariance_of_blocks
+    from comeba_ext.forward.architectures import Architecture
+    from comeba_ext.kernels.loader import cache_folder
+    from comeba_ext.storage import identity
+
+    architecture = Architecture.of(model)
+    blocks = range(architecture.num_blocks(model))
+    about = json.dumps(identity(model, [architecture.projection_name(block) for block in blocks]), sort_keys=True)
+    path = cache_folder() / f"covariance-{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
+
+    def collected(path: Path | None):
+        return covariance_of_blocks(model, tokenizer, texts(folder=folder), blocks, architecture, path=path, progress=progress)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One of several commands collects, the others find it; the processes of one collect together.
+        with FileLock(path.with_suffix(".lock")) if distributed.rank() == 0 else nullcontext():
+            try:
+                return collected(path)
+            except (CovarianceError, StorageError):  # damaged, or of another version's texts
+                found = collected(None)
+                with suppress(StorageError):
+                    found.save(path)
+                return found
+    except OSError:
+        return collected(None)
 
 
 def _state(fact: dict, rng: random.Random, aside: str = "") -> str:

@@ -91,25 +91,28 @@ class Probe:
         place = lambda prompts: torch.tensor([last if where == "last" else len(ids) - 1 for ids, last in prompts])  # noqa: E731
         here, there, rows = place(receivers), place(donors), torch.arange(len(pairs))
         wanted = torch.tensor([self.first_object_token(donor) for _, donor, _ in pairs])
-        flips = []
-        for block in self.blocks[blocks]:
-            grabbed = {}
+        grabbed, flips = [], []
 
-            def grab(_, __, output, grabbed=grabbed):
-                grabbed["h"] = output[rows, there].clone()
+        def grab(_, __, output):
+            grabbed.append(output[rows, there])
 
-            def put(_, __, output, grabbed=grabbed):
-                output = output.clone()
-                output[rows, here] = grabbed["h"]
-                return output
+        def put(_, __, output):
+            output = output.clone()
+            output[rows, here] = grabbed[len(flips)]
+            return output
 
-            for prompts, hook in ((donors, grab), (receivers, put)):
-                handle = block.register_forward_hook(hook)
-                inputs = self.batch([ids for ids, _ in prompts])
-                with torch.no_grad():
-                    logits = self.model(**inputs, use_cache=False).logits
+        def run(hooked, hook, prompts, what):
+            handles = [block.register_forward_hook(hook) for block in hooked]
+            inputs = self.batch([ids for ids, _ in prompts])
+            with torch.no_grad():
+                found = what(**inputs, use_cache=False)
+            for handle in handles:
                 handle.remove()
-            answers = logits[rows, inputs["attention_mask"].sum(1) - 1].argmax(-1)
+            return found[0][rows, inputs["attention_mask"].sum(1) - 1]
+
+        run(self.blocks[blocks], grab, donors, self.model.model)
+        for block in self.blocks[blocks]:
+            answers = self.model.lm_head(run([block], put, receivers, self.model.model)).argmax(-1)
             flips.append(answers == wanted)
         return flips
 
@@ -166,7 +169,7 @@ def single_edits(model, tokenizer, count: int = 100, first: int = 0, config=None
 
     requests = testbed.facts(folder)[first : first + count]
     editor = Editor(model, tokenizer, config)
-    editor.collect_covariance(testbed.texts(folder=folder), progress=False)
+    editor.set_covariance(testbed.covariance(model, tokenizer, folder))
     base = predict_base(model, tokenizer, requests, generate=False)
     sums = dict.fromkeys(("reliability", "generality", "locality"), 0.0)
     for request in tqdm(requests, desc="single edits", unit="edit"):
