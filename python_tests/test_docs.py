@@ -91,16 +91,12 @@ def own_arguments(words: list[str]) -> list[str] | None:
 @pytest.fixture(scope="module", autouse=True)
 def one_covariance():
     """Every block that collects the embedded model's covariance collects the same, so that it is done once."""
-    collect, kept = Editor.collect_covariance, {}
+    collect = Editor.collect_covariance
 
     def collected(editor, texts, *args, **kwargs):
-        own = getattr(texts, "gi_code", None) is testbed.texts.__code__ and not args and kwargs.keys() <= {"progress"}
-        key = tuple(editor.layers) if own and editor.method.needs_covariance else None
-        if key in kept:
-            return editor.set_covariance(kept[key])
-        collect(editor, texts, *args, **kwargs)
-        if key is not None:
-            kept[key] = editor.covariance
+        if getattr(texts, "gi_code", None) is testbed.texts.__code__ and not args and kwargs.keys() <= {"progress"}:
+            return editor.set_covariance(testbed.covariance(editor.model, editor.tokenizer))
+        return collect(editor, texts, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Editor, "collect_covariance", collected)

@@ -19,7 +19,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def diagnosis(loaded):
-    return diagnose(*loaded, sample=200)  # half of what the limits were set with
+    return diagnose(*loaded)
 
 
 @pytest.mark.parametrize("name", [n for n in LIMITS if not n.startswith("single_edit")])

@@ -101,18 +101,18 @@ class Probe:
             output[rows, here] = grabbed[len(flips)]
             return output
 
-        def run(hooked, hook, prompts, what):
+        def run(hooked, hook, prompts):
             handles = [block.register_forward_hook(hook) for block in hooked]
             inputs = self.batch([ids for ids, _ in prompts])
             with torch.no_grad():
-                found = what(**inputs, use_cache=False)
+                found = self.model.model(**inputs, use_cache=False)
             for handle in handles:
                 handle.remove()
             return found[0][rows, inputs["attention_mask"].sum(1) - 1]
 
-        run(self.blocks[blocks], grab, donors, self.model.model)
+        run(self.blocks[blocks], grab, donors)
         for block in self.blocks[blocks]:
-            answers = self.model.lm_head(run([block], put, receivers, self.model.model)).argmax(-1)
+            answers = self.model.lm_head(run([block], put, receivers)).argmax(-1)
             flips.append(answers == wanted)
         return flips
 
