@@ -107,7 +107,7 @@ def main() -> None:
 
     # Keys, anchors, thresholds.
     each = reader_of(editor, requests).read(len(editor.layers) - 1).each
-    unit, background = layer.score.directions(each), recognition.backgrounds[name]
+    unit, background = layer.score.directions(each), recognition.background(name)
     mean = layer.score.directions((each * anchors.tells(unit, background, subjects)[..., None]).sum(1))
     found = anchors.anchors_of(unit, mean, background, subjects, decoys, editor.config.alpha_floor, editor.config.unnamed_floor)
     both = torch.stack([mean, unit[:, 0]])

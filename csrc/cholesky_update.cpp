@@ -1,6 +1,8 @@
 // The operator comeba::cholesky_update_: checks, workspace, launch. Schema and meaning: comeba_ext/ops/cholesky_update.py.
 #include "cholesky_update.h"
 
+#include <ATen/ops/zeros.h>
+
 #include "op.h"
 
 namespace comeba {

@@ -1,6 +1,8 @@
 // Operators of the hooked linear layer: checks, workspace, launch. Schemas and meaning: comeba_ext/ops/hooked_linear.py.
 #include "hooked_linear.h"
 
+#include <ATen/ops/linear.h>
+
 #include "op.h"
 #include "tensors.h"
 

@@ -2,7 +2,9 @@
 // for CUDA tensors, or with -DCOMEBA_EMULATE for CPU tensors, by the same kernels run on the host.
 #pragma once
 
-#include <ATen/ATen.h>
+// Not ATen.h, which declares every operator there is: a file that uses it takes half as long again to compile.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 

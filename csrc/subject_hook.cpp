@@ -1,6 +1,8 @@
 // The operator of the edits of what a text names: checks, the projection, launch. Schema: comeba_ext/ops/subject_hook.py.
 #include "subject_hook.h"
 
+#include <ATen/ops/linear.h>
+
 #include "op.h"
 #include "tensors.h"
 

@@ -1,6 +1,7 @@
 // What operators ask of their tensors before a kernel gets their pointers.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
 
 #include "dtype.h"
 

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from comeba_ext import testbed
 from comeba_ext.kernels.loader import cache_folder
 
 SENTENCES = [
@@ -109,3 +110,19 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set COMEBA_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_block():
+    """The embedded model's settings name the last of its edited blocks alone, which is quicker: for tests of what lies around an edit."""
+    real = testbed.load
+
+    def load(*args, **options):
+        model, tokenizer = real(*args, **options)
+        settings = model.config.comeba_ext
+        model.config.comeba_ext = settings | {"layers": settings["layers"][-1:]}
+        return model, tokenizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testbed, "load", load)
+        yield

@@ -14,6 +14,8 @@ from comeba_ext.cli.runs import Saves, unsuited
 from comeba_ext.cli.terminal import Report
 from comeba_ext.errors import ComebaError
 
+pytestmark = pytest.mark.usefixtures("one_block")
+
 
 def run(*args: str):
     return CliRunner().invoke(app, [str(a) for a in args])
@@ -309,7 +311,7 @@ def test_a_table_of_facts_is_edited_and_measured(tmp_path):
 def test_scope_and_method_and_a_part_of_a_config(tmp_path, records):
     (tmp_path / "c.yaml").write_text("steps: 7\nscope: nearest\n")
     result = output("edit", "testbed", records, "--limit", 2, "--out", tmp_path / "a", "--scope", "zscore", "--config", tmp_path / "c.yaml")
-    assert result["config"]["scope"] == "zscore" and result["config"]["steps"] == 7 and result["config"]["layers"] == [0, 1, 2, 3]
+    assert result["config"]["scope"] == "zscore" and result["config"]["steps"] == 7 and result["config"]["layers"] == [3]
     result = output("edit", "testbed", records, "--limit", 2, "--out", tmp_path / "b", "--method", "memit")
     assert json.loads((tmp_path / "b" / "comeba_edits.json").read_text())["method"] == "MEMIT" and result["edits"] == 2
     result = output("edit", "testbed", records, "--limit", 4, "--out", tmp_path / "b", "--resume")

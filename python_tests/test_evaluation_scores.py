@@ -15,6 +15,8 @@ from comeba_ext import EditConfig, Editor, EditRequest
 from comeba_ext.errors import ComebaError, RequestError
 from comeba_ext.evaluation import counterfact_scores, fluency, harness, ngram_entropy, perplexity, read_text
 
+pytestmark = pytest.mark.usefixtures("one_block")
+
 RECORDS = [
     EditRequest(
         "The mother tongue of {} is",

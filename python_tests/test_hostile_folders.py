@@ -22,6 +22,8 @@ from comeba_ext.errors import StorageError
 from comeba_ext.evaluation.protocols import Protocol, run_protocol
 from comeba_ext.layers.attachment import attachments
 
+pytestmark = pytest.mark.usefixtures("one_block")
+
 META = {"comeba_ext": "{}"}
 
 

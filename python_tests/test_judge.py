@@ -19,6 +19,8 @@ from comeba_ext.evaluation import Judge, Writing
 from comeba_ext.evaluation.judge import Answer
 from comeba_ext.evaluation.written import normalised
 
+pytestmark = pytest.mark.usefixtures("one_block")
+
 WARSAW = Answer("She was born in", ("Warsaw", "Warszawa"), "the Polish capital, where she")
 
 

@@ -7,7 +7,6 @@ import torch
 
 from comeba_ext.errors import CovarianceError
 from comeba_ext.memory import inverse_form
-from comeba_ext.memory.factor_form import FactorForm
 from comeba_ext.memory.key_memory import KeyMemory
 
 
@@ -33,10 +32,8 @@ def same(found, expected):
 @pytest.fixture(params=["inverse", "factor"])
 def make(request):
     def memory(matrix, dtype=torch.float64):
-        made = KeyMemory(matrix, dtype)
-        assert made.form == "inverse"
-        if request.param == "factor":
-            made.state = FactorForm(made.state.factor())
+        made = KeyMemory(matrix, dtype, request.param)
+        assert made.form == request.param
         return made
 
     return memory

@@ -20,6 +20,8 @@ from comeba_ext.evaluation.written import is_contained, is_written, normalised
 from comeba_ext.text.questions import Probe, Question
 from comeba_ext.text.request import as_requests, consecutive_batches
 
+pytestmark = pytest.mark.usefixtures("one_block")
+
 MQUAKE = {
     "case_id": 7,
     "requested_rewrite": [

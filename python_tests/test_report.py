@@ -13,6 +13,8 @@ from comeba_ext.errors import StorageError
 from comeba_ext.evaluation.comparing import best, differences, pairs, retention
 from comeba_ext.report.results import examples
 
+pytestmark = pytest.mark.usefixtures("one_block")
+
 SMALL = {
     "title": "Two <small> ones",
     "samples": 20,

@@ -14,6 +14,8 @@ from comeba_ext.forward.architectures import Architecture
 from comeba_ext.text.request import EditRequest
 from comeba_ext.tuning import probes, search
 
+pytestmark = pytest.mark.usefixtures("one_block")
+
 
 @pytest.fixture(scope="module")
 def small():

@@ -65,7 +65,7 @@ class Recognition:
         """What has become of the edits on a twin."""
 
     def learn(self) -> None:
-        """The method's covariance, and the layers' metrics, are there."""
+        """The method has another covariance, and its layers other metrics."""
 
     def placed(self, batch: list[EditRequest]) -> tuple[list[int], list[EditRequest], list[dict]]:
         """Which requests can be edited, those requests, and why the others cannot."""
@@ -122,7 +122,7 @@ class KeyRecognition(Recognition):
 
     def __init__(self, method: ComebaHK):
         super().__init__(method)
-        self.backgrounds: dict[str, Background] = {}
+        self._backgrounds: dict[str, Background] = {}
         self.shards = {name: SubjectShards() for name in method.layers}
         self._anchors: dict[str, Anchors] = {}  # of the batch
         self._subjects: list[list[list[int]]] = []
@@ -139,15 +139,19 @@ class KeyRecognition(Recognition):
         self.shards = other.shards
 
     def learn(self) -> None:
-        """What the layers' scores look like on ordinary text."""
-        self.backgrounds = {}
-        for name, layer in self.method.layers.items():
-            moment, sample = self.method.covariance[name].to(layer.delta.device), self.method.covariance.sample
+        self._backgrounds = {}
+
+    def background(self, name: str) -> Background:
+        """What a layer's scores look like on ordinary text, from the covariance; made when it is first asked for."""
+        if name not in self._backgrounds:
+            layer, covariance = self.method.layers[name], self.method.covariance
+            moment, sample = covariance[name].to(layer.delta.device), covariance.sample
             projection = layer.score.projection.to(moment)
             # E‖P k‖² over the corpus stands for E ℓ = d_in.
             scale = layer.in_features / ((projection @ moment) * projection).sum().item()
             keys = sample.keys[name] if len(sample) else torch.zeros(0, layer.in_features)
-            self.backgrounds[name] = Background(layer.score.directions(keys), sample, scale)
+            self._backgrounds[name] = Background(layer.score.directions(keys), sample, scale)
+        return self._backgrounds[name]
 
     # -- before anything is written -----------------------------------------------------------------------------
 
@@ -158,7 +162,7 @@ class KeyRecognition(Recognition):
         with such a key is edited at its prompt's last token instead, if that one is its own.
         """
         kept, declined = list(range(len(batch))), []
-        if not self.backgrounds:
+        if self.method.covariance is None:
             return kept, batch, declined
         batch = list(batch)
         for n in self._telling_nothing(batch):
@@ -219,7 +223,7 @@ class KeyRecognition(Recognition):
         method, tokenizer = self.method, self.method.session.tokenizer
         name, layer = list(method.layers.items())[-1]
         units = layer.score.directions(method.subject_keys(prompt_rows(tokenizer, batch, [""]), [name])[name])
-        told = tells(units[:, None], self.backgrounds[name], self.subjects(batch))[:, 0]
+        told = tells(units[:, None], self.background(name), self.subjects(batch))[:, 0]
         ends = [n for n, request in enumerate(batch) if request.fact_token == "last"]
         if ends:
             rows = decoy_rows(tokenizer, [batch[n] for n in ends])
@@ -241,7 +245,7 @@ class KeyRecognition(Recognition):
         """The two keys that an edit is written at, ``(u, 2, d_in)``: the mean over context prefixes, and that behind the prompt
         alone, which at the beginning of a text can be so different that what is written at the mean does not reach it. (One
         that says nothing is left to the mean, and out of it: in ``reading`` too.)"""
-        layer, background, config = self.method.layers[name], self.backgrounds[name], self.method.config
+        layer, background, config = self.method.layers[name], self.background(name), self.method.config
         each, score = reading.each, layer.score
         units = score.directions(each)
         told = tells(units, background, self._subjects)

@@ -44,16 +44,16 @@ class InverseForm(NamedTuple):
     fresh: torch.Tensor
 
     @classmethod
-    def of(cls, matrix: torch.Tensor, factor: torch.Tensor) -> InverseForm | None:
-        """From ``C`` and its Cholesky factor; ``None`` where already the fresh inverse is not accurate enough."""
-        noise = torch.randn(len(matrix), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(matrix)
+    def of(cls, factor: torch.Tensor) -> InverseForm | None:
+        """From the Cholesky factor of ``C``; ``None`` where already the fresh inverse is not accurate enough."""
+        noise = torch.randn(len(factor), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(factor)
         z = torch.linalg.solve_triangular(factor.mT, noise, upper=True)[:, 0]
         y = (factor @ noise)[:, 0]
         probe = torch.stack([z, y, torch.zeros_like(y)])
         inverse = torch.cholesky_inverse(factor).mT.contiguous()  # row-major, as after loading: equal bits follow
         form = cls(inverse, inverse[:0].clone(), inverse[0, :0].clone(), probe, z.new_zeros(()))
-        fresh = form._drift(form._times(y[None])[0]).clamp_min(torch.finfo(matrix.dtype).eps)
-        return form._replace(fresh=fresh) if fresh.item() <= TOLERANCE[matrix.dtype] else None
+        fresh = form._drift(form._times(y[None])[0]).clamp_min(torch.finfo(factor.dtype).eps)
+        return form._replace(fresh=fresh) if fresh.item() <= TOLERANCE[factor.dtype] else None
 
     def solve(self, keys: torch.Tensor) -> torch.Tensor:
         """``C⁻¹ K``, ``(d, u)``."""

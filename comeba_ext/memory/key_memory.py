@@ -16,11 +16,13 @@ class KeyMemory:
     as that is accurate, which is measured with every batch; from the first batch that would cost it more than
     ``TOLERANCE``, as the Cholesky factor (:class:`FactorForm`: several times slower, backward stable). With the λ of
     the paper (10³ to 10⁴) the inverse stays as accurate as a new factorisation; keys that raise ``C`` by many orders
-    of magnitude in some direction, which takes a λ near zero, are what it cannot follow.
+    of magnitude in some direction, which takes a λ near zero, are what it cannot follow. What is never changed is better
+    held as the factor from the beginning: to invert it costs twice the factorisation, which the first solves do not gain back.
 
     Args:
         matrix: symmetric positive definite ``(d_in, d_in)``, e.g. ``λ·C0``.
         dtype: of all sums; float64 by default, because thousands of rank-u updates accumulate.
+        form: ``"inverse"``, or ``"factor"`` for one that is only solved with.
 
     Attributes:
         state: everything it holds; an update makes a new one, so one read before is a snapshot that
@@ -30,7 +32,7 @@ class KeyMemory:
         CovarianceError: the matrix has NaN or infinity, or is not positive definite.
     """
 
-    def __init__(self, matrix: torch.Tensor, dtype: torch.dtype = torch.float64):
+    def __init__(self, matrix: torch.Tensor, dtype: torch.dtype = torch.float64, form: str = "inverse"):
         if not torch.isfinite(matrix).all():
             raise CovarianceError("covariance has NaN or infinite entries; collect it again")
         matrix = matrix.to(dtype)
@@ -41,9 +43,8 @@ class KeyMemory:
                 f"tokens than dimensions: collect at least 10 x {len(matrix)}"
             )
         self.state: InverseForm | FactorForm = FactorForm(factor.contiguous())
-        inverse = InverseForm.of(matrix, factor)
-        if inverse is not None:
-            self.state = inverse
+        if form == "inverse":
+            self.state = InverseForm.of(factor) or self.state
 
     @property
     def form(self) -> str:

@@ -40,7 +40,6 @@ class ComebaHK(Method):
 
     Attributes:
         layers: the hooked projections by name, in increasing order.
-        key_memory: layer name to :class:`KeyMemory`; empty until a covariance is there.
         masters: layer name to delta in the precision sums are kept in: the buffer itself, or a float32 master of a
             half-precision one.
         alphas: every layer's threshold after every step, from step 0.
@@ -59,7 +58,7 @@ class ComebaHK(Method):
 
     def __init__(self, session: Session):
         super().__init__(session)
-        self.key_memory: dict[str, KeyMemory] = {}
+        self._key_memory: dict[str, KeyMemory] = {}
         self.covariance: Covariance | None = None
         self.standing: list[Entry] = []  # live entries whose place the batch that is being written does not take
         self.alphas: list[dict[str, float]] = [self.thresholds()]
@@ -95,15 +94,27 @@ class ComebaHK(Method):
                     fitted[name].fit(moment)
             except (CovarianceError, torch.linalg.LinAlgError) as error:
                 raise CovarianceError(f"{name}: {error}") from None
-        self.key_memory, self.covariance = memory, covariance
+        self._key_memory, self.covariance = memory, covariance
         for name, score in fitted.items():
             self.layers[name].score.take_over(score)
         self.recognition.learn()
 
+    @property
+    def key_memory(self) -> dict[str, KeyMemory]:
+        """Layer name to :class:`KeyMemory`; empty until a covariance is there. Where keys are compared it is ``λ·C0`` whatever was
+        edited, and what was loaded makes it when it is first asked for: edits that are only used need none."""
+        if self.recognition.compares and self.covariance is not None and not self._key_memory:
+            self._key_memory = {name: self.memory_of(name, self.covariance) for name in self.layers}
+        return self._key_memory
+
+    @key_memory.setter
+    def key_memory(self, memory: dict[str, KeyMemory]) -> None:
+        self._key_memory = memory
+
     def memory_of(self, name: str, covariance: Covariance) -> KeyMemory:
         """A layer's key memory before any edit, ``λ·C0``."""
-        layer = self.layers[name]
-        return KeyMemory(self.config.lam_of(layer.in_features) * covariance[name].to(layer.delta.device))
+        layer, form = self.layers[name], "factor" if self.recognition.compares else "inverse"
+        return KeyMemory(self.config.lam_of(layer.in_features) * covariance[name].to(layer.delta.device), form=form)
 
     # -- a batch ------------------------------------------------------------------------------------------------
 
@@ -369,7 +380,7 @@ class ComebaHK(Method):
         for layer in other.layers.values():
             layer.mode = self.serving
         other.masters = masters_on(self.masters, self.layers, other.layers)
-        other.key_memory = {name: copy.copy(memory) for name, memory in self.key_memory.items()}
+        other.key_memory = {name: copy.copy(memory) for name, memory in self._key_memory.items()}
         other.alphas = list(self.alphas)
         other.recognition = self.recognition.of(other)
         return other

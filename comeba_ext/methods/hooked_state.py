@@ -155,10 +155,7 @@ def load(method: ComebaHK, tensors: dict[str, torch.Tensor], manifest: dict) -> 
     for name, layer in method.layers.items():
         layer.alpha.copy_(tensors[f"{name}.alpha"])
         parts = of_layer(tensors, f"{name}.memory")
-        if method.recognition.compares:
-            if covariance is not None:
-                memory[name] = method.memory_of(name, covariance)
-        elif parts:  # none when it was saved before there was a covariance
+        if parts and not method.recognition.compares:  # none when it was saved before there was a covariance
             memory[name] = KeyMemory.from_tensors(parts).to(layer.delta.device)
         delta = torch.zeros_like(layer.delta) if method.recognition.compares else tensors[f"{name}.delta"]
         method.masters[name].copy_(delta)
