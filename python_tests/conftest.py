@@ -1,5 +1,6 @@
 """Shared fixtures: a small tokenizer, tiny random models of a few families, the folder of real data."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -36,7 +37,11 @@ SENTENCES = [
 
 
 def pytest_configure(config):
-    """The covariance of the embedded model is collected anew, once a run, by the code that is tested."""
+    """The covariance of the embedded model is collected anew, once a run, by the code that is tested; its facts are put together once
+    a process."""
+    facts = testbed.facts
+    known = functools.cache(facts)
+    testbed.facts = lambda folder=testbed.FOLDER, **how: list((known if folder == testbed.FOLDER else facts)(folder, **how))
     if not hasattr(config, "workerinput"):
         for kept in cache_folder().glob("covariance-*"):
             kept.unlink(missing_ok=True)
