@@ -26,7 +26,7 @@ def smollm2():
 def editor(smollm2, shared_data):
     model, tokenizer = load_model(smollm2)
     editor = Editor(model, tokenizer)
-    editor.collect_covariance(read_texts(shared_data / "text" / "wikipedia_train_1000.csv"), tokens=8000, progress=False)
+    editor.collect_covariance(read_texts(shared_data / "text" / "wikipedia_train_1000.csv"), tokens=5000, progress=False)
     return editor
 
 

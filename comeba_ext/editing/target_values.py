@@ -53,6 +53,21 @@ class TargetValues:
     steps: list[int] = field(default_factory=list)
 
 
+def checked_values(values: torch.Tensor, count: int, width: int) -> torch.Tensor:
+    """Target values that were given: ``(count, width)``, finite.
+
+    Raises:
+        RequestError: they are anything else.
+    """
+    if not isinstance(values, torch.Tensor):
+        raise RequestError(f"target_values must be a tensor, got {type(values).__name__}")
+    if tuple(values.shape) != (count, width):
+        raise RequestError(f"target_values are {tuple(values.shape)}, expected {(count, width)}")
+    if not torch.isfinite(values).all():
+        raise RequestError("target_values have NaN or infinite entries")
+    return values
+
+
 def optimise_target_values(
     model: nn.Module,
     tokenizer,

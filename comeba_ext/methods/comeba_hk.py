@@ -15,7 +15,7 @@ from comeba_ext.editing.recognition import KeyRecognition, Recognition
 from comeba_ext.editing.report import Phases
 from comeba_ext.editing.session import Session
 from comeba_ext.editing.sharing import shared_target_values
-from comeba_ext.editing.target_values import TargetValues, optimise_target_values
+from comeba_ext.editing.target_values import TargetValues, checked_values, optimise_target_values
 from comeba_ext.errors import ConfigError, CovarianceError, RequestError
 from comeba_ext.forward.activation_recorder import ActivationRecorder
 from comeba_ext.forward.architectures import Architecture, context_length
@@ -125,12 +125,11 @@ class ComebaHK(Method):
         check_length(rows, batch, context_length(self.session.model))
 
     def edit(self, batch: list[EditRequest], values: torch.Tensor | None, phases: Phases, on_progress: OnProgress) -> Outcome:
-        given = batch
         with phases("check"):
-            kept, batch, declined = self.recognition.placed(batch)
-            given = [given[n] for n in kept]
-        if declined and values is not None:
-            values = self._checked(values, len(kept) + len(declined))[kept]
+            if values is not None:
+                values = checked_values(values, len(batch), next(iter(self.layers.values())).out_features).to(self.session.device)
+            kept, placed, declined = self.recognition.placed(batch)
+            given, batch, values = [batch[n] for n in kept], placed, None if values is None else values[kept]
         if not batch:
             self.alphas.append(self.thresholds())
             return Outcome([], [], 0, declined=declined)
@@ -145,7 +144,7 @@ class ComebaHK(Method):
                     first, layer = self.session.blocks[self.config.layers[0]], next(iter(self.layers.values()))
                     trace = ActivationRecorder(first, layer, self.session.max_tokens)
                 found = self.optimise(batch, on_progress, trace)
-            values = found.values if found else self._checked(values, len(batch))
+                values = found.values
         replaced = self.superseded(batch)
         if replaced:
             with phases("update"):
@@ -222,16 +221,6 @@ class ComebaHK(Method):
             return subject_keys(session.decoder, layers, rows, session.pad_token, session.max_tokens, session.device)
 
     # -- parts --------------------------------------------------------------------------------------------------
-
-    def _checked(self, values: torch.Tensor, count: int) -> torch.Tensor:
-        width = next(iter(self.layers.values())).out_features
-        if not isinstance(values, torch.Tensor):
-            raise RequestError(f"target_values must be a tensor, got {type(values).__name__}")
-        if tuple(values.shape) != (count, width):
-            raise RequestError(f"target_values are {tuple(values.shape)}, expected {(count, width)}")
-        if not torch.isfinite(values).all():
-            raise RequestError("target_values have NaN or infinite entries")
-        return values.to(self.session.device)
 
     def _write(self, batch: list[EditRequest], values: torch.Tensor, phases: Phases, trace: ActivationRecorder | None = None):
         """Step 2 and 3 of DESIGN §3: per layer keys, residual, update, threshold.
