@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.edits is None and args.model != "testbed":
+        parser.error(f"EDITS is missing: a folder of edits of {args.model}")
     model, tokenizer = testbed.load() if args.model == "testbed" else load_model(args.model)
     with tempfile.TemporaryDirectory() as made:
         folder = args.edits or made
