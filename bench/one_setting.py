@@ -19,7 +19,8 @@ import argparse
 
 from common import DATA, counterfact, finish
 
-from comeba_ext import Covariance, Editor, evaluate
+from comeba_ext import Editor, evaluate
+from comeba_ext.covariance import Covariance
 from comeba_ext.evaluation import Writing, predict_base
 from comeba_ext.loading import load_model
 from comeba_ext.methods import default_config
