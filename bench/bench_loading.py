@@ -25,20 +25,20 @@ FACTS = (  # of subjects that no folder is likely to hold
 )
 
 
-def seconds(what) -> float:
+def clocked(what) -> tuple:
+    """Seconds, and what came of it."""
     start = time.perf_counter()
-    what()
-    return time.perf_counter() - start
+    found = what()
+    return time.perf_counter() - start, found
 
 
 def timed(model, tokenizer, folder: str) -> dict:
-    found = {"load_edits": seconds(lambda: load_edits(model, folder))}
+    used, _ = clocked(lambda: load_edits(model, folder))
     detach(model)
-    editor = []
-    found["editor"] = seconds(lambda: editor.append(Editor.from_pretrained(model, tokenizer, folder)))
-    found["first_edit"], found["next_edit"] = (seconds(lambda own=fact: editor[0].edit([own])) for fact in FACTS)
-    editor[0].close()
-    return found
+    back, editor = clocked(lambda: Editor.from_pretrained(model, tokenizer, folder))
+    first, following = (clocked(lambda own=fact: editor.edit([own]))[0] for fact in FACTS)
+    editor.close()
+    return {"load_edits": used, "editor": back, "first_edit": first, "next_edit": following}
 
 
 def main() -> None:
