@@ -170,11 +170,11 @@ class PlainComeba:
             hook.alpha = min(hook.alpha, min(hook.scores(x).max().item() for x in prompts))  # every edited prompt is in scope
 
 
-def main(edits: int = 4) -> list[tuple[str, str, str]]:
+def main(edits: int = 4, texts: int = 300) -> list[tuple[str, str, str]]:
     """Prompt, object asked for, and what the model says then."""
     model, tokenizer = testbed.load()
     editor = PlainComeba(model, tokenizer, layers=range(4), lam=1_500.0)
-    editor.collect(itertools.islice(testbed.texts(), 300))
+    editor.collect(itertools.islice(testbed.texts(), texts))
     requests = [EditRequest.from_record(record) for record in testbed.facts()[:edits]]
     editor.edit(requests, [editor.value(request) for request in requests])
     with torch.no_grad():

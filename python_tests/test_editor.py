@@ -162,7 +162,7 @@ class Oracle:
         self.delta, self.C, self.C0 = {}, {}, {}
         self.known = {n: [] for n in layers}  # edited keys with their two thresholds
         self.shards = {n: [] for n in layers}  # of requests with a name in common
-        self.roots, self.sample, self.edited, self.placed, self.ids = {}, None, 0, 0, []
+        self.roots, self.corpus, self.sample, self.edited, self.placed, self.ids = {}, {}, None, 0, 0, []
         self.alpha = dict.fromkeys(layers, {"zscore": 2.2, "reference": float("inf"), "nearest": 1.0}[scope])
         for n, module in modules.items():
             module.register_forward_hook(self._hook(n))
@@ -246,19 +246,23 @@ class Oracle:
         forms = {request.subject, request.subject.lower()} if " " in request.subject else {request.subject}
         return {tuple(self.tokenizer(before + form, add_special_tokens=False)["input_ids"]) for form in forms for before in ("", " ")}
 
-    def cosine(self, n, a, b):
+    def white(self, n, key):
         if n not in self.roots:
             self.roots[n] = torch.linalg.cholesky(self.C0[n])
-        white = lambda k: torch.linalg.solve(self.roots[n], k.double())  # noqa: E731
-        return torch.cosine_similarity(white(a), white(b), 0).item()
+        return torch.linalg.solve(self.roots[n], key.double())
+
+    def cosine(self, n, a, b):
+        return torch.cosine_similarity(self.white(n, a), self.white(n, b), 0).item()
 
     def highest(self, n, key, request):
         """The highest cosine of a sampled corpus token that does not end the subject."""
         forms = [self.tokenizer(form, add_special_tokens=False)["input_ids"] for form in (request.subject, " " + request.subject)]
-        highest = 0.0
-        for tokens, other in zip(self.sample.tokens.tolist(), self.sample.keys[self.names[n]], strict=True):
+        if n not in self.corpus:
+            self.corpus[n] = [self.white(n, other) for other in self.sample.keys[self.names[n]]]
+        own, highest = self.white(n, key), 0.0
+        for tokens, other in zip(self.sample.tokens.tolist(), self.corpus[n], strict=True):
             if not any(tokens[-len(form) :] == form for form in forms):
-                highest = max(highest, self.cosine(n, key, other))
+                highest = max(highest, torch.cosine_similarity(own, other, 0).item())
         return highest
 
     @torch.no_grad()

@@ -30,6 +30,7 @@ from comeba_ext.experiments.table import markdown
 from comeba_ext.methods import default_config
 from comeba_ext.report import build, read
 from comeba_ext.storage import MANIFEST
+from comeba_ext.testbed import build_facts, train
 
 ISSUE = {"defaults", "table1", "table2", "fig3", "fig4", "fig5", "fig6", "fig7", "fig10", "fig11", "scope"}
 SMALL = {
@@ -73,6 +74,19 @@ def covariance(tmp_path_factory):
     editor = Editor(*testbed.load())
     editor.collect_covariance(testbed.texts(), tokens=3000, path=path, progress=False)
     return path
+
+
+@pytest.fixture(scope="module")
+def barely_trained(tmp_path_factory):
+    """An embedded model of a tenth of the facts and a fraction of the size, and its covariance: for what asks little of answers."""
+    path = tmp_path_factory.mktemp("barely_trained")
+    (path / "texts.csv").write_text("text\n" + "The town lies on a river and has a market. Many people go there.\n" * 20)
+    build_facts.write(testbed.all_facts()[::10], path / "facts.json")
+    given = ("--text", path / "texts.csv", "--facts", path / "facts.json", "--out", path / "model", "--steps", 2, "--batch-size", 4)
+    train.main([*map(str, given), "--width", "64", "--mlp", "96", "--vocabulary", "600"])
+    editor = Editor(*testbed.load(path / "model"))
+    editor.collect_covariance(testbed.texts(folder=path / "model"), tokens=3000, path=path / "covariance.safetensors", progress=False)
+    return path / "model", path / "covariance.safetensors"
 
 
 # -- definitions ----------------------------------------------------------------------------------------------------
@@ -364,11 +378,12 @@ def hasty(settings):
 
 
 @pytest.mark.parametrize("name", sorted(ISSUE))
-def test_every_shipped_experiment_runs(name, covariance, tmp_path, monkeypatch, few_texts):
+def test_every_shipped_experiment_runs(name, barely_trained, tmp_path, monkeypatch, few_texts):
     short = property(lambda own: None if own.answer_tokens == 0 else Writing(6, own.chat, own.long))
     monkeypatch.setattr("comeba_ext.experiments.definition.Experiment.writing", short)  # what is written is looked at elsewhere
     monkeypatch.setattr(definition.Case, "config", hasty(definition.Case.config))  # and so is what is learned
-    result = output("experiment", name, "--samples", 2, "--covariance", covariance, "--out", tmp_path)
+    model, covariance = barely_trained
+    result = output("experiment", name, "--samples", 2, "--model", model, "--covariance", covariance, "--out", tmp_path)
     cases = [case.label for case in experiments.load(name).cases]
     assert list(dict.fromkeys(row["case"] for row in result["rows"])) == cases
     assert all(0 <= row["reliability"] <= 1 for row in result["rows"]) and not any("error" in row for row in result["rows"])
@@ -406,7 +421,7 @@ def test_scores_of_cases_with_different_layers(tmp_path):
     figure.savefig(tmp_path / "scores.png")
 
 
-def test_every_measure_and_plot(covariance, tmp_path, few_texts):
+def test_every_measure_and_plot(covariance, barely_trained, tmp_path, few_texts):
     path = tmp_path / "all.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -424,13 +439,14 @@ def test_every_measure_and_plot(covariance, tmp_path, few_texts):
         assert row[f"{name}_slowdown"] == row[f"{name}_seconds"] / row[f"{name}_seconds_before"] and 0.2 < row[f"{name}_slowdown"] < 20
     assert 0 < row["edits_bytes"] < row["saved_bytes"]
     assert 0 <= row["other_facts"] <= 1 and len(row["other_facts_interval"]) == 2 and row["other_facts_records"] == 4
+    model, covariance = barely_trained
     for plot in ("bars", "settings"):
         path.write_text(yaml.safe_dump(SMALL | {"samples": 2, "evaluations": 1, "plot": plot, "title": plot, "protocol": "single_round"}))
-        result = output("experiment", path, "--covariance", covariance, "--out", tmp_path / plot)
+        result = output("experiment", path, "--model", model, "--covariance", covariance, "--out", tmp_path / plot)
         assert [r["edits"] for r in result["rows"]] == [2, 2] and result["plots"] == ["all-testbed.png", "all-testbed-forced.png"]
 
 
-def test_abilities_over_the_edits(tmp_path, monkeypatch, few_texts):
+def test_abilities_over_the_edits(barely_trained, tmp_path, monkeypatch, few_texts):
     """Tasks with the edits and without, at every checkpoint; a measure that fails costs only itself."""
     seen = []
 
@@ -442,7 +458,8 @@ def test_abilities_over_the_edits(tmp_path, monkeypatch, few_texts):
     path = tmp_path / "e.yaml"
     able = {"measures": ["abilities", "text"], "tasks": ["a", "b"], "task_folder": "here", "task_limit": 7}
     path.write_text(yaml.safe_dump(SMALL | able | {"methods": ["GRACE", "FT"], "samples": 4}))
-    rows = output("experiment", path, "--out", tmp_path / "out")["rows"]
+    model, _ = barely_trained
+    rows = output("experiment", path, "--model", model, "--out", tmp_path / "out")["rows"]
     assert seen == [(("a", "b"), "here", 7)] * 5  # two checkpoints of two cases, and, after the first, once unedited
     assert [row["abilities"]["a"]["edited"] for row in rows] == pytest.approx([0.26, 0.28, 0.29, 0.30])
     assert all(row["abilities"]["b"] == row["abilities"]["a"] and row["abilities"]["a"]["unedited"] == pytest.approx(0.27) for row in rows)
@@ -455,7 +472,7 @@ def test_abilities_over_the_edits(tmp_path, monkeypatch, few_texts):
         raise OSError("no data")
 
     monkeypatch.setattr("comeba_ext.experiments.measures.harness", broken)
-    row, *_ = output("experiment", path, "--out", tmp_path / "broken", "--samples", 2)["rows"]
+    row, *_ = output("experiment", path, "--model", model, "--out", tmp_path / "broken", "--samples", 2)["rows"]
     assert row["abilities_error"] == "OSError: no data" and "abilities" not in row and 0 <= row["text_changed"] <= 1
 
 

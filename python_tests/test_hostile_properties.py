@@ -139,6 +139,7 @@ def test_files_of_texts(tmp_path, data):
 
 
 CONFIG = EditConfig(layers=(0, 1)).to_dict()
+ONE_TEXT = ("The mother tongue of Danielle Darrieux is",)  # that an edit answers: the models are asked some five thousand times
 
 
 @cases(max_examples=2500)
@@ -179,7 +180,7 @@ def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     make_editor(make, words, scope=request.param).save_pretrained(path / "edits")
     model = small_model(make)
-    return path, model, words, logits(model, words)
+    return path, model, words, logits(model, words, ONE_TEXT)
 
 
 def copied(folder):
@@ -199,14 +200,14 @@ def refused(folder, bad) -> bool:
             warnings.simplefilter("ignore")
             try:
                 edited = read()
-                assert all(torch.isfinite(x).all() for x in logits(edited, words))
+                assert all(torch.isfinite(x).all() for x in logits(edited, words, ONE_TEXT))
             except ComebaError as error:
                 assert str(error)
                 assert not any(isinstance(module, HookedLinear) for module in model.modules())
                 errors += 1
             finally:
                 detach(model)
-        assert all(torch.equal(a, b) for a, b in zip(logits(model, words), before, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(logits(model, words, ONE_TEXT), before, strict=True))
     assert sorted((path.name, path.stat().st_size) for path in files(bad)) == found
     return errors == 2
 
