@@ -2,7 +2,8 @@
 
     python bench/one_setting.py models/smollm2-135m-instruct UltraEdit lr 3e-5 1e-4 3e-4 1e-3
     python bench/one_setting.py models/smollm2-135m-instruct MEMIT-seq lam 1e3 1e4 1e5 --covariance smollm2.safetensors
-    python bench/one_setting.py models/smollm2-135m-instruct AlphaEdit ridge 10 100 1000 --covariance smollm2.safetensors
+    python bench/one_setting.py models/smollm2-135m-instruct AlphaEdit ridge 10 100 --with clamp=0.75 --covariance smollm2.safetensors
+    python bench/one_setting.py models/smollm2-135m-instruct COMEBA-HK clamp 0.75 4 --with scope=zscore --covariance smollm2.safetensors
 
 The records of CounterFact's training file from the 700th on (from 0), in batches of ten, everything asked after the last:
 teacher-forced, and as written. The value taken has the highest mean of reliability, generality and locality, teacher-forced. StableEdit is
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("method")
     parser.add_argument("setting", help="as in the method's configuration")
     parser.add_argument("values", nargs="+", type=value)
+    parser.add_argument("--with", dest="others", action="append", default=[], metavar="SETTING=VALUE", help="the same for all values")
     parser.add_argument("--records", type=int, default=100)
     parser.add_argument("--covariance", help="of comeba covariance, where the method needs one")
     parser.add_argument("--quick", action="store_true", help="two records, the first value, no warm-up")
@@ -58,10 +60,12 @@ def main() -> None:
     covariance = None if args.covariance is None else Covariance.load(args.covariance)
     how = {"generate": False, "writing": Writing(answer_tokens=12)}
     base = predict_base(model, tokenizer, requests, **how)
+    others = {name: value(own) for name, _, own in (text.partition("=") for text in args.others)}
     warm = WARM if args.method == "StableEdit" and not args.quick else {}
     known, rows = None, []
     for own in args.values[: 1 if args.quick else None]:
-        editor = Editor(model, tokenizer, default_config(args.method, model, **warm, **{args.setting: own}), method=args.method)
+        changes = warm | others | {args.setting: own}
+        editor = Editor(model, tokenizer, default_config(args.method, model, **changes), method=args.method)
         if warm and known is None:  # the same for every value
             editor.method.warm_up()
             known = editor.method.state()
@@ -73,10 +77,11 @@ def main() -> None:
             pass
         found = evaluate(model, tokenizer, requests, base, **how)
         scores = {name: found[name] for name in FORCED} | {f"{name}_written": found[f"{name}_written"] for name in FORCED}
-        rows.append({"method": args.method, args.setting: own, "records": count, "layers": len(editor.layers), **scores})
+        rows.append({"method": args.method, args.setting: own, **others, "records": count, "layers": len(editor.layers), **scores})
         editor.close()
         if not args.json:
-            print(f"{args.method} {args.setting} {own}:", ", ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
+            named = " ".join(f"{name} {fixed}" for name, fixed in {args.setting: own, **others}.items())
+            print(f"{args.method} {named}:", ", ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
     finish(rows, [], args.json)
 
 

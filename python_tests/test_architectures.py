@@ -12,6 +12,7 @@ from comeba_ext.editing.config import EditConfig
 from comeba_ext.errors import ArchitectureError, ConfigError
 from comeba_ext.forward.architectures import FAMILIES, Architecture
 from comeba_ext.forward.partial import inputs_at_ends
+from comeba_ext.methods import default_config
 
 WIDTH, BLOCKS = 16, 3
 GPT = {"n_embd": WIDTH, "n_layer": BLOCKS, "n_head": 2, "n_positions": 32}
@@ -230,11 +231,13 @@ def test_published_settings(stem, config, layers, clamp, scope):
 
 @pytest.mark.parametrize("depth, layers", [(30, (4, 5, 6, 7, 8)), (18, (2, 3, 4)), (12, (2, 3))])
 def test_other_models_get_settings_without_a_scale(depth, layers):
-    """``nearest`` edits the last of the blocks that the scores of the response edit together."""
+    """``nearest`` edits the last of the blocks that the scores of the response, and methods without one, edit together and by less."""
     model = build("Llama", LLAMA | {"num_hidden_layers": depth}, device="meta")
     found = EditConfig.for_model(model)
-    assert (found.layers, found.lam, found.lr_unit, found.scope) == (layers[-1:], None, "hidden_rms", "nearest")
-    assert EditConfig.for_model(model, scope="zscore").layers == layers
+    assert (found.layers, found.clamp, found.lam, found.lr_unit, found.scope) == (layers[-1:], 4.0, None, "hidden_rms", "nearest")
+    for other in (EditConfig.for_model(model, scope="zscore"), default_config("AlphaEdit", model)):
+        assert (other.layers, other.clamp, other.lam) == (layers, 0.75, None)
+    assert EditConfig.for_model(model, scope="zscore", clamp=2.0).clamp == 2.0
 
 
 @pytest.mark.parametrize("stem, key", [("GPT2", "n_layer"), ("GPTJ", "n_layer"), ("Llama", "num_hidden_layers")])

@@ -186,7 +186,8 @@ class EditConfig:
         for just this model (GPT2-XL and GPT-J: the paper; Llama 2/3, Mistral and Qwen of 7B and more: EasyEdit's for
         MEMIT); elsewhere settings without a scale, which follow from the model's depth, widths and hidden states. A
         published λ is for scores of the response, where any token may meet the edits; with nearest λ follows from
-        ``leverage_ratio``, and target values are asked to end (``end_factor``), which no published objective is. Target values
+        ``leverage_ratio``, and target values are asked to end (``end_factor``), which no published objective is. Where nothing is
+        published, nearest has one layer, and a score of the response, or none, several layers and smaller target values. Target values
         have matrix products in bfloat16 where the device has them (:func:`~comeba_ext.forward.half_compute.fast_product_dtype`).
         ``comeba tune`` finds better ones for one model.
 
@@ -201,7 +202,7 @@ class EditConfig:
             depth = architecture.num_blocks(model)
             values = _settings(model.config.get_text_config(), depth)
             if architecture.after_norm(model, depth - 1) is not None:
-                values |= {"layers": values["layers"][-1:], "spread": None, **AFTER_NORM}
+                values |= {"layers": values["layers"][-1:], "anywhere": {}, **AFTER_NORM}
             values["compute_dtype"] = fast_product_dtype(model)
         return cls.from_dict(changed(values, changes))
 
@@ -282,18 +283,18 @@ class EditConfig:
 def changed(values: dict, changes: dict) -> dict:
     """Settings with changes; another scope without λ or layers of its own takes what is published for it, or its own."""
     values = dict(values)
-    published, spread = values.pop("published_lam", None), values.pop("spread", None)
+    published, anywhere = values.pop("published_lam", None), values.pop("anywhere", {})
     before = values.get("scope", EditConfig.scope)
     scope = changes.get("scope", before)
     if scope != before:
         values.pop("lam", None)
-    anywhere = scope not in score_names() or not score_named(scope).compares_keys  # whether any token may meet the edits
-    if spread is not None and anywhere:
-        values["layers"] = spread
+    met_anywhere = scope not in score_names() or not score_named(scope).compares_keys
+    if met_anywhere:
+        values |= anywhere
     both = {**values, **changes}
-    if published is not None and anywhere and both.get("lam") is None and both.get("leverage_ratio") is None:
+    if published is not None and met_anywhere and both.get("lam") is None and both.get("leverage_ratio") is None:
         both["lam"] = published
-    if published is not None and not anywhere:  # nothing is published for it
+    if published is not None and not met_anywhere:  # nothing is published for it
         both.setdefault("end_factor", END_FACTOR)
     return both
 
@@ -316,9 +317,9 @@ def _settings(config, depth: int) -> dict:
     if known and depth >= known[0] and config.hidden_size >= known[1]:
         return {"layers": tuple(range(4, 9)), "clamp": 4.0, "published_lam": 15_000.0}
     layers = _by_depth(depth)
-    # Where any token may meet the edits, each layer's share is to be small. Where the right tokens do, one layer gives what
-    # target values were found for: those of several change the hidden states between them, too.
-    return {"layers": layers[-1:], "spread": layers, **SCALE_FREE}
+    # Where any token may meet the edits, each layer's share is to be small, and so are values (bench/results/clamp.json). Where the right
+    # tokens do, one layer gives what target values were found for: those of several change the hidden states between them, too.
+    return {"layers": layers[-1:], "anywhere": {"layers": layers, "clamp": EditConfig.clamp}, **SCALE_FREE}
 
 
 END_FACTOR = 0.25
