@@ -64,8 +64,8 @@ def main() -> None:
     warm = WARM if args.method == "StableEdit" and not args.quick else {}
     known, rows = None, []
     for own in args.values[: 1 if args.quick else None]:
-        changes = warm | others | {args.setting: own}
-        editor = Editor(model, tokenizer, default_config(args.method, model, **changes), method=args.method)
+        chosen = others | {args.setting: own}
+        editor = Editor(model, tokenizer, default_config(args.method, model, **warm | chosen), method=args.method)
         if warm and known is None:  # the same for every value
             editor.method.warm_up()
             known = editor.method.state()
@@ -77,10 +77,10 @@ def main() -> None:
             pass
         found = evaluate(model, tokenizer, requests, base, **how)
         scores = {name: found[name] for name in FORCED} | {f"{name}_written": found[f"{name}_written"] for name in FORCED}
-        rows.append({"method": args.method, args.setting: own, **others, "records": count, "layers": len(editor.layers), **scores})
+        rows.append({"method": args.method, **chosen, "records": count, "layers": len(editor.layers), **scores})
         editor.close()
         if not args.json:
-            named = " ".join(f"{name} {fixed}" for name, fixed in {args.setting: own, **others}.items())
+            named = " ".join(f"{name} {setting}" for name, setting in chosen.items())
             print(f"{args.method} {named}:", ", ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
     finish(rows, [], args.json)
 

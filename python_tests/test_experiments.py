@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from test_cli import output, run
+from test_testbed import SMALL_SHAPE, two_steps
 
 from comeba_ext import EditConfig, Editor, EditRequest, experiments, methods, testbed
 from comeba_ext.errors import ConfigError
@@ -30,7 +31,7 @@ from comeba_ext.experiments.table import markdown
 from comeba_ext.methods import default_config
 from comeba_ext.report import build, read
 from comeba_ext.storage import MANIFEST
-from comeba_ext.testbed import build_facts, train
+from comeba_ext.testbed import train
 
 ISSUE = {"defaults", "table1", "table2", "fig3", "fig4", "fig5", "fig6", "fig7", "fig10", "fig11", "scope"}
 SMALL = {
@@ -78,15 +79,13 @@ def covariance(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def barely_trained(tmp_path_factory):
-    """An embedded model of a tenth of the facts and a fraction of the size, and its covariance: for what asks little of answers."""
+    """Options that name an embedded model of a tenth of the facts and a fraction of the size, and its covariance: for what asks little
+    of answers."""
     path = tmp_path_factory.mktemp("barely_trained")
-    (path / "texts.csv").write_text("text\n" + "The town lies on a river and has a market. Many people go there.\n" * 20)
-    build_facts.write(testbed.all_facts()[::10], path / "facts.json")
-    given = ("--text", path / "texts.csv", "--facts", path / "facts.json", "--out", path / "model", "--steps", 2, "--batch-size", 4)
-    train.main([*map(str, given), "--width", "64", "--mlp", "96", "--vocabulary", "600"])
-    editor = Editor(*testbed.load(path / "model"))
-    editor.collect_covariance(testbed.texts(folder=path / "model"), tokens=3000, path=path / "covariance.safetensors", progress=False)
-    return path / "model", path / "covariance.safetensors"
+    model, covariance = path / "model", path / "covariance.safetensors"
+    train.main([*two_steps(path, testbed.all_facts()[::10]), "--out", str(model), *SMALL_SHAPE])
+    Editor(*testbed.load(model)).collect_covariance(testbed.texts(folder=model), tokens=3000, path=covariance, progress=False)
+    return "--model", model, "--covariance", covariance
 
 
 # -- definitions ----------------------------------------------------------------------------------------------------
@@ -382,8 +381,7 @@ def test_every_shipped_experiment_runs(name, barely_trained, tmp_path, monkeypat
     short = property(lambda own: None if own.answer_tokens == 0 else Writing(6, own.chat, own.long))
     monkeypatch.setattr("comeba_ext.experiments.definition.Experiment.writing", short)  # what is written is looked at elsewhere
     monkeypatch.setattr(definition.Case, "config", hasty(definition.Case.config))  # and so is what is learned
-    model, covariance = barely_trained
-    result = output("experiment", name, "--samples", 2, "--model", model, "--covariance", covariance, "--out", tmp_path)
+    result = output("experiment", name, "--samples", 2, *barely_trained, "--out", tmp_path)
     cases = [case.label for case in experiments.load(name).cases]
     assert list(dict.fromkeys(row["case"] for row in result["rows"])) == cases
     assert all(0 <= row["reliability"] <= 1 for row in result["rows"]) and not any("error" in row for row in result["rows"])
@@ -439,10 +437,9 @@ def test_every_measure_and_plot(covariance, barely_trained, tmp_path, few_texts)
         assert row[f"{name}_slowdown"] == row[f"{name}_seconds"] / row[f"{name}_seconds_before"] and 0.2 < row[f"{name}_slowdown"] < 20
     assert 0 < row["edits_bytes"] < row["saved_bytes"]
     assert 0 <= row["other_facts"] <= 1 and len(row["other_facts_interval"]) == 2 and row["other_facts_records"] == 4
-    model, covariance = barely_trained
     for plot in ("bars", "settings"):
         path.write_text(yaml.safe_dump(SMALL | {"samples": 2, "evaluations": 1, "plot": plot, "title": plot, "protocol": "single_round"}))
-        result = output("experiment", path, "--model", model, "--covariance", covariance, "--out", tmp_path / plot)
+        result = output("experiment", path, *barely_trained, "--out", tmp_path / plot)
         assert [r["edits"] for r in result["rows"]] == [2, 2] and result["plots"] == ["all-testbed.png", "all-testbed-forced.png"]
 
 
@@ -458,8 +455,7 @@ def test_abilities_over_the_edits(barely_trained, tmp_path, monkeypatch, few_tex
     path = tmp_path / "e.yaml"
     able = {"measures": ["abilities", "text"], "tasks": ["a", "b"], "task_folder": "here", "task_limit": 7}
     path.write_text(yaml.safe_dump(SMALL | able | {"methods": ["GRACE", "FT"], "samples": 4}))
-    model, _ = barely_trained
-    rows = output("experiment", path, "--model", model, "--out", tmp_path / "out")["rows"]
+    rows = output("experiment", path, *barely_trained, "--out", tmp_path / "out")["rows"]
     assert seen == [(("a", "b"), "here", 7)] * 5  # two checkpoints of two cases, and, after the first, once unedited
     assert [row["abilities"]["a"]["edited"] for row in rows] == pytest.approx([0.26, 0.28, 0.29, 0.30])
     assert all(row["abilities"]["b"] == row["abilities"]["a"] and row["abilities"]["a"]["unedited"] == pytest.approx(0.27) for row in rows)
@@ -472,7 +468,7 @@ def test_abilities_over_the_edits(barely_trained, tmp_path, monkeypatch, few_tex
         raise OSError("no data")
 
     monkeypatch.setattr("comeba_ext.experiments.measures.harness", broken)
-    row, *_ = output("experiment", path, "--model", model, "--out", tmp_path / "broken", "--samples", 2)["rows"]
+    row, *_ = output("experiment", path, *barely_trained, "--out", tmp_path / "broken", "--samples", 2)["rows"]
     assert row["abilities_error"] == "OSError: no data" and "abilities" not in row and 0 <= row["text_changed"] <= 1
 
 

@@ -11,6 +11,15 @@ from comeba_ext.errors import ComebaError
 from comeba_ext.testbed import build_facts, train
 from comeba_ext.testbed.diagnose import LIMITS, diagnose, single_edits
 
+SMALL_SHAPE = ("--width", "64", "--mlp", "96", "--vocabulary", "600")
+
+
+def two_steps(folder, facts) -> list[str]:
+    """How to train on some facts for two steps, but for where to and the shape; writes what that reads into a folder."""
+    (folder / "texts.csv").write_text("text\n" + "The town lies on a river and has a market. Many people go there.\n" * 20)
+    build_facts.write(facts, folder / "facts.json")
+    return ["--text", str(folder / "texts.csv"), "--facts", str(folder / "facts.json"), "--steps", "2", "--batch-size", "4"]
+
 
 @pytest.fixture(scope="module")
 def loaded():
@@ -76,11 +85,8 @@ def test_facts_and_texts_are_deterministic():
 
 def test_other_facts_and_shapes_make_other_testbeds(tmp_path):
     """Two steps of training: the folder is known by its facts, and everything that takes the embedded model takes it."""
-    texts, second, out = tmp_path / "texts.csv", tmp_path / "facts.json", tmp_path / "small"
-    texts.write_text("text\n" + "The town lies on a river and has a market. Many people go there.\n" * 20)
-    build_facts.write(build_facts.with_second(testbed.all_facts()[::10]), second)
-    arguments = ("--text", str(texts), "--out", str(out), "--facts", str(second), "--steps", "2", "--batch-size", "4")
-    train.main([*arguments, "--width", "64", "--mlp", "96", "--blocks", "4", "--vocabulary", "600"])
+    out, arguments = tmp_path / "small", two_steps(tmp_path, build_facts.with_second(testbed.all_facts()[::10]))
+    train.main([*arguments, "--out", str(out), *SMALL_SHAPE, "--blocks", "4"])
     assert testbed.folder_of(str(out)) == out and testbed.folder_of(str(tmp_path)) is None
     model, _ = testbed.load(testbed.folder_of(str(out)))
     assert model.config.hidden_size == 64 and EditConfig.for_model(model).layers == (0, 1, 2)
