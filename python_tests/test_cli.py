@@ -222,18 +222,19 @@ def test_eval_of_unrelated_text_and_of_answers_that_cannot_be_written(edited, tm
     assert "names an edited subject" in result["text_error"] and result["reliability_prompts"] == 3
 
 
-def test_a_task_that_fails_costs_no_perplexity(edited, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error, words", [(ComebaError("no such task"), "no such task"), (OSError("offline"), "OSError: offline")])
+def test_a_task_that_fails_costs_no_perplexity(edited, tmp_path, monkeypatch, error, words):
     def broken(*args, **options):
-        raise ComebaError("no such task")
+        raise error
 
     monkeypatch.setattr("comeba_ext.evaluation.harness", broken)
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(itertools.islice(testbed.texts(9), 3)))
     result = output("ability", "testbed", "--edits", edited[0], "--texts", texts, "--tasks", "nothing")
-    assert {own["tasks_error"] for own in (result["unedited"], result["edited"])} == {"no such task"}
+    assert {own["tasks_error"] for own in (result["unedited"], result["edited"])} == {words}
     assert result["edited"]["perplexity"] > 1
     failed = run("ability", "testbed", "--tasks", "nothing", "--json")
-    assert failed.exit_code == 1 and json.loads(failed.stdout)["error"] == "no such task"
+    assert failed.exit_code == 1 and json.loads(failed.stdout)["error"] == words
 
 
 def test_generate_shows_both(edited):

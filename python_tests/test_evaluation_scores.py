@@ -4,6 +4,7 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from comeba_ext import EditConfig, Editor, EditRequest
 from comeba_ext.errors import ComebaError, RequestError
 from comeba_ext.evaluation import counterfact_scores, fluency, harness, ngram_entropy, perplexity, read_text
+from comeba_ext.strict_json import strict_json
 
 pytestmark = pytest.mark.usefixtures("one_block")
 
@@ -76,6 +78,17 @@ def test_counterfact_score_of_a_model_of_known_probabilities(tokenizer):
     assert found.efficacy_score == 1 and found.neighborhood_score == 0
     assert found.efficacy_magnitude == pytest.approx(10 / total, rel=1e-5)
     assert found.neighborhood_magnitude == pytest.approx(-10 / total, rel=1e-5)
+    model.lm_head.weight.data[bad, 0] = float("nan")  # a destroyed model gives nothing a probability, and what it says is JSON
+    found = counterfact_scores(model, tokenizer, [record])
+    assert found.efficacy_score == found.efficacy_magnitude == 0 and found.efficacy_magnitude_interval == [0, 0]
+
+
+def test_json_that_any_reader_takes():
+    value = {"a": [float("nan"), float("inf"), (-float("inf"), 1.5)], "b": {"c": None, "d": True, "e": "NaN", "f": np.float64("nan")}}
+    text = strict_json(value, indent=1)
+    refuse = lambda word: pytest.fail(f"{word} is no JSON")  # noqa: E731
+    found = json.loads(text, parse_constant=refuse)
+    assert found == {"a": [None, "inf", ["-inf", 1.5]], "b": {"c": None, "d": True, "e": "NaN", "f": None}}
 
 
 def test_ngram_entropy_by_hand():

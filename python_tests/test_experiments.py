@@ -160,6 +160,7 @@ def test_grid_of_methods_and_settings(tmp_path):
         ("title: t\nmethods: [FT]\nmeasures: [abilities]", "need each other"),
         ("title: t\nmethods: [FT]\ntasks: [hellaswag]", "need each other"),
         ("title: t\nmethods: [FT]\nplot: scores", "needs the measure 'scores'"),
+        ("title: t\nmethods: [FT]\nexpected: [{case: FT, reliability: 94.6%}]", "reliability must be a number"),
         ("title: t\nmethods: [FT]\nprotocol: single_round\nmeasures: [text]", "single_round"),
         ("title: t\nmethods: [FT, FT]", "same label"),
     ],
@@ -257,6 +258,50 @@ def test_a_method_that_cannot_go_on_is_a_row(covariance, tmp_path):
 
 
 @pytest.mark.parametrize("plot", ["bars", "edits", "settings"])
+def test_a_case_that_cannot_take_the_records_costs_only_itself(covariance, tmp_path):
+    """WISE learns from prompts about other things, which these records lack; the others have their rows, and the exit code says it."""
+    facts, path = tmp_path / "facts.json", tmp_path / "mixed.yaml"
+    fields = ("prompt", "subject", "target_new")
+    facts.write_text(json.dumps([{name: getattr(fact, name) for name in fields} for fact in testbed.facts()[:2]]))
+    path.write_text(yaml.safe_dump(SMALL | {"methods": ["FT", "WISE", "ICE"], "evaluations": 1, "plot": "bars"}))
+    arguments = ("experiment", path, "--out", tmp_path / "out", "--records", f"mine={facts}")
+    for _ in range(2):
+        shown = run(*arguments)
+        assert shown.exit_code == 1 and "WISE" in shown.stderr and "1 case did not end" in shown.stderr
+        result = json.loads((tmp_path / "out/mixed.json").read_text())
+        assert [(row["case"], row["edits"], "error" in row) for row in result["rows"]] == [
+            ("FT", 2, False),
+            ("WISE", 0, True),
+            ("ICE", 2, False),
+        ]
+        assert len(result["not_run"]) == 1 and result["not_run"][0].startswith("mine, WISE: ")
+    table = (tmp_path / "out/mixed.md").read_text()
+    assert "WISE (failed after 0 edits)" in table and "Prompts asked: 2 (reliability)" in table
+
+
+def test_settings_that_do_not_fit_the_model_are_said_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("comeba_ext.experiments.runner.run_protocol", lambda *_, **__: pytest.fail("nothing was to run"))
+    path = tmp_path / "e.yaml"
+    path.write_text(yaml.safe_dump(SMALL | {"methods": ["FT", {"method": "MEMIT", "layers": [99]}]}))
+    failed = run("experiment", path, "--out", tmp_path / "out", "--json")
+    error = json.loads(failed.stdout)["error"]
+    assert failed.exit_code == 1 and "case 'MEMIT'" in error and "layers [99]: the model has blocks 0 to " in error
+
+
+def test_a_case_that_was_to_be_left_alone_stops_no_other(tmp_path):
+    """Its log is of other settings: it is left out. Of one that is to be run, that is said before the others are run."""
+    path, out = tmp_path / "two.yaml", tmp_path / "out"
+    one = SMALL | {"samples": 2, "evaluations": 1}
+    path.write_text(yaml.safe_dump(one | {"methods": ["ICE", {"method": "FT", "steps": 2}]}))
+    output("experiment", path, "--out", out, "--case", "FT")
+    path.write_text(yaml.safe_dump(one | {"methods": ["ICE", {"method": "FT", "steps": 3}]}))
+    refused = run("experiment", path, "--out", out, "--json")
+    assert refused.exit_code == 1 and "another run (config differ)" in json.loads(refused.stdout)["error"]
+    assert not (out / "two/testbed/ICE").exists() and len(json.loads((out / "two.json").read_text())["rows"]) == 1
+    rows = output("experiment", path, "--out", out, "--case", "ICE")["rows"]
+    assert [row["case"] for row in rows] == ["ICE"] and (out / "two/testbed/FT/log.jsonl").exists()
+
+
 def test_records_with_nothing_else_to_ask(tmp_path, plot):
     facts = tmp_path / "facts.json"
     fields = ("prompt", "subject", "target_new")
@@ -408,6 +453,7 @@ def test_scores_of_cases_with_different_layers(tmp_path):
         return {"case": case, "edits": 2, "peak_scores": dict.fromkeys(plots.KINDS, scores), "alpha": dict.fromkeys(scores, 0.4)}
 
     figure = plots._scores([row(case, blocks) for case, blocks in layers.items()])
+    assert plots.figures({"rows": [{"dataset": "d", "case": "MEMIT", "edits": 2, "reliability": 1.0}]}, "scores", "d") == {}
     titles = [[axis.get_visible() and axis.get_title() for axis in figure.axes[3 * n : 3 * n + 3]] for n in range(3)]
     assert titles == [
         [False, False, "one, block 10"],
@@ -454,6 +500,9 @@ def test_abilities_over_the_edits(barely_trained, tmp_path, monkeypatch, few_tex
     monkeypatch.setattr("comeba_ext.experiments.measures.harness", harness)
     path = tmp_path / "e.yaml"
     able = {"measures": ["abilities", "text"], "tasks": ["a", "b"], "task_folder": "here", "task_limit": 7}
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/a.yaml").write_text("task: a")
+    monkeypatch.chdir(tmp_path)
     path.write_text(yaml.safe_dump(SMALL | able | {"methods": ["GRACE", "FT"], "samples": 4}))
     rows = output("experiment", path, *barely_trained, "--out", tmp_path / "out")["rows"]
     assert seen == [(("a", "b"), "here", 7)] * 5  # two checkpoints of two cases, and, after the first, once unedited
@@ -463,6 +512,12 @@ def test_abilities_over_the_edits(barely_trained, tmp_path, monkeypatch, few_tex
     table = (tmp_path / "out/e.md").read_text()
     assert "| a (acc) | a (acc), unedited | b (acc) |" in table and "| saved MB, to go on |" in table
     assert "What the model can do beside its edits" in build(read(tmp_path / "out"))
+
+    for changed, words in (({"task_limit": 8}, "task_limit differ"), ({}, "task_folder differ")):  # other examples are another run
+        path.write_text(yaml.safe_dump(SMALL | able | changed | {"methods": ["GRACE", "FT"], "samples": 4}))
+        refused = run("experiment", path, *barely_trained, "--out", tmp_path / "out", "--json")
+        assert refused.exit_code == 1 and words in json.loads(refused.stdout)["error"]
+        (tmp_path / "here/a.yaml").write_text("task: a, otherwise")
 
     def broken(*args, **options):
         raise OSError("no data")
@@ -561,6 +616,39 @@ def test_records_of_a_file(tmp_path):
     assert [skip["line"] for skip in result["records"]["mine"]["skipped"]] == [2, 4]
     plain = run("experiment", small, "--out", tmp_path / "out", "--records", f"mine={path}")
     assert plain.exit_code == 0 and "FT" in plain.stdout and "  record 4 (line 4): " in plain.stdout
+
+
+def test_means_over_orders():
+    """Each of a mean's own order has an interval, which the mean can lie outside of; a number that one order lacks is the others'."""
+    orders = [
+        {
+            "efficacy_score": 0.9,
+            "efficacy_score_interval": [0.85, 0.95],
+            "abilities": {"a": {"metric": "acc", "edited": 0.5}},
+            "score": None,
+        },
+        {
+            "efficacy_score": 0.1,
+            "efficacy_score_interval": [0.05, 0.15],
+            "abilities": {"a": {"metric": "acc", "edited": 0.7}},
+            "score": 0.4,
+        },
+    ]
+    found = runner._mean_of(orders)
+    assert found.pop("efficacy_score_spread") == pytest.approx(statistics.stdev([0.9, 0.1]))
+    assert found == {"efficacy_score": 0.5, "abilities": {"a": {"metric": "acc", "edited": pytest.approx(0.6)}}, "score": 0.4}
+    assert runner._mean_of([{"text_changed": 0.25}, {"text_error": "none"}]) == {"text_changed": 0.25, "text_error": "none"}
+
+
+def test_a_table_of_cases_that_failed():
+    row = {"dataset": "d", "case": "A", "edits": 0, "reliability": None, "error": "infinities"}
+    good = [{"dataset": "d", "case": "B", "edits": n, "reliability": 0.5, "reliability_prompts": n} for n in (2, 4)]
+    result = {"title": "t", "paper": "", "note": "", "protocol": "consecutive", "samples": 4, "rows": [row, *good], "expected": []}
+    text = markdown(result | {"records": {"d": {"used": 4, "skipped": []}}})
+    assert "| B | 2 | 0.500 |" in text and "| B | 4 | 0.500 |" in text and "Prompts asked: 4 (reliability)." in text
+    text = markdown(result | {"rows": [*good, row], "records": {"d": {"used": 4, "skipped": []}}})
+    assert "Prompts asked: 4 (reliability)." in text
+    assert "## e (1 records" in markdown(result | {"records": {"e": {"used": 1, "skipped": []}}})  # nothing is complete of it yet
 
 
 def test_published_numbers_stand_beside_the_measured_ones():

@@ -1,6 +1,7 @@
 """What experiments measure beside the metrics, against literal loops over single prompts and texts."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from comeba_ext import EditConfig, Editor, testbed
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation import perplexity
+from comeba_ext.evaluation.ability import UnrelatedText
 from comeba_ext.experiments import measures
 from comeba_ext.experiments.table import markdown
 from comeba_ext.methods import default_config
@@ -89,6 +91,21 @@ def test_plain_text_that_names_no_edited_subject(edited):
     editor.layers["model.layers.0.mlp.down_proj"].delta.sub_(0.5)
     assert worse["text_changed"] > 0.2 and worse["perplexity_before"] == found["perplexity_before"]
     assert "names an edited subject" in measures.make(("text",), TEXTS[:3])(editor, requests)["text_error"]
+
+
+@torch.no_grad()
+def test_a_changed_model_without_edits_to_switch_off_is_compared_with_what_its_base_said():
+    model, tokenizer = testbed.load()
+    requests, chosen = testbed.facts()[:6], TEXTS[3:]
+    reading = UnrelatedText(TEXTS)
+    reading.read_base(model, tokenizer, requests)
+    editor = types.SimpleNamespace(model=model, tokenizer=tokenizer)
+    nll, said = literal(editor, chosen)
+    model.get_submodule("model.layers.1.mlp.down_proj").weight.mul_(-3)
+    found = reading(model, tokenizer, requests)
+    changed = sum(a != b for a, b in zip(said, literal(editor, chosen)[1], strict=True)) / len(said)
+    assert found["text_changed"] == pytest.approx(changed) and changed > 0.2
+    assert found["perplexity_before"] == pytest.approx(math.exp(nll), rel=1e-4)
 
 
 def literal(editor, texts):

@@ -14,7 +14,7 @@ from comeba_ext.methods import METHODS
 ROOT = Path(comeba_ext.__file__).parent
 # From the ground up; a room may use those in the rows before its own.
 FLOORS = [
-    {"errors", "interrupts", "row_blocks", "machine"},
+    {"errors", "interrupts", "row_blocks", "machine", "strict_json"},
     {"storage", "kernels", "distributed", "text", "registry"},
     {"forward", "ops", "data", "hub"},
     {"scores"},

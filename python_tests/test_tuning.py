@@ -145,6 +145,10 @@ def test_a_search_finds_settings_and_goes_on(tmp_path, small, monkeypatch):
     assert not any(type(module).__name__ == "HookedLinear" for module in model.modules())
     with pytest.raises(ComebaError, match="another run"):
         search.tune(model, tokenizer, None, **(args | {"edits": 3}))
+    other = testbed.covariance(model, tokenizer)
+    other.moments = {name: 2 * moment for name, moment in other.moments.items()}
+    with pytest.raises(ComebaError, match="covariance differ"):
+        search.tune(model, tokenizer, None, **(args | {"covariance": other}))
     with pytest.raises(ComebaError, match="no record"):
         search.tune(model, tokenizer, None, records=[])
 
@@ -154,9 +158,12 @@ def test_the_command_writes_a_config_that_edits(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "RATIOS", (4.0,))
     monkeypatch.setattr(covariance, "TOKENS_PER_DIMENSION", 3)
     records = tmp_path / "records.json"
-    records.write_text(json.dumps([r.to_record() for r in testbed.facts()[:4]]))
+    long = {"prompt": "{} " + "very " * 200, "subject": "x", "target_new": "y"}  # for the embedded model's context
+    records.write_text(json.dumps([long, *(r.to_record() for r in testbed.facts()[:4])]))
     result = output("tune", "testbed", "--out", tmp_path / "t", "--records", records, "--edits", 3)
     assert yaml.safe_load((tmp_path / "t" / "config.yaml").read_text()) == result["best"]
+    counts = result["records"]
+    assert (counts["read"], counts["used"], [skip["index"] for skip in counts["skipped"]]) == (5, 4, [0])
     assert (tmp_path / "t" / "tune.png").read_bytes()[:4] == b"\x89PNG" and json.loads((tmp_path / "t" / "tune.json").read_text())
     edited = output(
         "edit",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import shlex
 import sys
@@ -17,6 +16,7 @@ from comeba_ext.cli.app import Device, Dtype, Edits, Json, Limit, Model, Trust, 
 from comeba_ext.cli.inputs import beside, fitting, loaded, some_usable
 from comeba_ext.cli.terminal import METRICS, counted, flattened, metric_table, reporting, say_counts
 from comeba_ext.errors import ComebaError
+from comeba_ext.strict_json import strict_json
 
 PLAIN_TEXTS = 400  # at most, to measure perplexity on in experiments
 
@@ -63,24 +63,33 @@ def evaluate_(
     from comeba_ext.evaluation.ability import UnrelatedText
     from comeba_ext.evaluation.probabilities import NAMES
     from comeba_ext.evaluation.ways import FORCED, HALLUCINATION, WRITTEN
-    from comeba_ext.evaluation.written import ANSWER_TOKENS, LONG_TOKENS
+    from comeba_ext.evaluation.written import ANSWER_TOKENS, LONG_TOKENS, likeness
     from comeba_ext.experiments.table import cell
-    from comeba_ext.storage import write_text
+    from comeba_ext.storage import writable, write_text
 
     with reporting(as_json) as report:
-        if predictions is not None and not predictions.parent.is_dir():
-            raise ComebaError(f"--predictions {predictions}: there is no folder {predictions.parent}")
+        if predictions is not None:
+            writable(predictions)
         tokens = answer_tokens if answer_tokens is not None else LONG_TOKENS if long else ANSWER_TOKENS
         if judge is not None and (judge_model is None or not tokens):
             raise ComebaError("--judge needs --judge-model, and written answers (--answer-tokens)")
         asked = None if judge is None else Judge(judge, judge_model, os.environ.get(judge_key), kept=verdicts)
+        if not tokens and (long or chat):
+            raise ComebaError("--long and --chat are about written answers, and --answer-tokens 0 asks for none")
+        if long:
+            likeness()  # what it needs may not be installed, which is to be said before the model is asked
         plain = None if texts is None else list(itertools.islice(read_texts(texts), PLAIN_TEXTS))
+        reading = None if plain is None else UnrelatedText(plain, progress=not as_json)
         read = read_requests(records, limit, unstructured=unstructured)
-        writing, against = Writing(tokens, chat, long) if tokens else None, None
+        writing, against, about = Writing(tokens, chat, long) if tokens else None, None, None
+        beyond: dict = {}  # measured beside; what was measured so far is not to be lost to what comes behind
         foreign = beside(model, base, edits)
         if base is not None and foreign is None:  # before MODEL is there, so that one at a time takes memory
             net, asking = loaded(base, device, dtype, trust=trust)
-            against = predict_base(net, asking, fitting(net, asking, read)[0], generate=generate, writing=writing, progress=not as_json)
+            about = fitting(net, asking, read)[0]
+            against = predict_base(net, asking, about, generate=generate, writing=writing, progress=not as_json)
+            if reading is not None:
+                beyond |= _or_error("text", lambda: reading.read_base(net, asking, about) or {})
             del net
         net, tokenizer = loaded(model if foreign is None else base, device, dtype, edits, trust=trust)
         if foreign is not None:
@@ -93,13 +102,11 @@ def evaluate_(
         some_usable(records, read.read, used, skipped)
         metrics = evaluate(net, tokenizer, used, against, generate=generate, writing=writing, judge=asked, progress=not as_json)
         if predictions is not None:
-            write_text(predictions, "".join(json.dumps(row) + "\n" for row in metrics.per_record))
-        beyond: dict = {}  # what was measured so far is not to be lost to what comes behind
+            write_text(predictions, "".join(strict_json(row) + "\n" for row in metrics.per_record))
         if any(request.ground_truth for request in used):
             beyond |= _or_error("success", lambda: counterfact_scores(net, tokenizer, used).to_dict())
-        if plain is not None:
-            reading = UnrelatedText(plain, progress=not as_json)
-            beyond |= _or_error("text", lambda: reading(net, tokenizer, used))
+        if reading is not None and "text_error" not in beyond:
+            beyond |= _or_error("text", lambda: reading(net, tokenizer, about or used))
         names = [m for m in (*METRICS, "portability") if metrics.get(m) is not None]
         for ways in (WRITTEN, FORCED):
             metric_table(report, metrics, names, ways, explained=True)
@@ -154,6 +161,8 @@ def _or_error(name: str, measure) -> dict:
         return measure()
     except ComebaError as error:
         return {f"{name}_error": str(error)}
+    except Exception as error:  # of the harness, the hub, the device: what others measured is not to be lost to it
+        return {f"{name}_error": f"{type(error).__name__}: {error}"}
 
 
 @app.command()
@@ -321,5 +330,6 @@ def experiment(
             say_counts(report, counts)
         report.say(f"Written to {out}: " + ", ".join([f"{chosen.name}.json", f"{chosen.name}.md", *result["plots"]]))
         report.result = {**result, "out": str(out)}
+        failed += result["not_run"]
         if failed:
             raise ComebaError(f"{counted(len(failed), 'case')} did not end, the same command goes on with them. " + " ".join(failed))

@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from comeba_ext.cli.app import Config, Device, Dtype, Json, Model, Scope, Trust, app
-from comeba_ext.cli.inputs import loaded, settings_of
+from comeba_ext.cli.inputs import fitting, loaded, settings_of, some_usable
 from comeba_ext.cli.terminal import reporting, size_of
 from comeba_ext.errors import ComebaError
 
@@ -103,7 +103,10 @@ def tune(
         if texts is None and covariance is None and not home:
             raise ComebaError("no corpus: add --texts TEXTS (plain text such as Wikipedia articles), or --covariance FILE")
         corpus = read_texts(texts) if texts else testbed.texts(folder=home) if home else None
-        read = read_requests(records) if records else None
+        read, used, skipped = read_requests(records) if records else None, None, []
+        if read is not None:
+            used, skipped = fitting(net, tokenizer, read)
+            some_usable(records, read.read, used, skipped)
         report.say(f"{model}: {size_of(net)}")
         names = ("trial", "block", "optimiser", "  ratio", "reliability", "written", "generality", "locality", "s/edit")
         report.table_head(*names, least=6, gap=1)
@@ -119,7 +122,7 @@ def tune(
             net,
             tokenizer,
             corpus,
-            records=read.requests if read else None,
+            records=used,
             scope=scope,
             folder=out,
             edits=edits,
@@ -140,11 +143,7 @@ def tune(
             )
         report.say(f"Best: {found.best}")
         report.say(f"{found.seconds:.0f} s. Written to {out}: config.yaml (for --config), tune.json, tune.png.")
-        counts = (
-            {"read": read.read, "used": len(read.requests), "skipped": read.skipped}
-            if read
-            else {"read": found.facts, "used": found.facts, "skipped": []}
-        )
+        counts = {"read": found.facts, "used": found.facts, "skipped": []} if read is None else read.counts(used, skipped)
         report.result = {**found.to_dict(), "records": counts, "out": str(out)}
 
 

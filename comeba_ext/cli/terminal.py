@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import sys
 
@@ -12,6 +11,7 @@ from tqdm.auto import tqdm
 
 from comeba_ext import __version__
 from comeba_ext.errors import ComebaError
+from comeba_ext.strict_json import strict_json
 
 METRICS = ("reliability", "generality", "locality")  # of every table
 
@@ -36,7 +36,7 @@ class Report:
     def announce(self) -> None:
         """The result now, of a command that goes on until it is stopped."""
         if self.as_json:
-            print(json.dumps({"version": __version__, **self.result}), flush=True)
+            print(strict_json({"version": __version__, **self.result}), flush=True)
         self.announced = True
 
     def table(self, head: tuple, rows: list[tuple]) -> None:
@@ -84,18 +84,20 @@ def reporting(as_json: bool, parallel: bool = False):
         except (typer.Exit, typer.Abort):
             raise
         except OSError as error:
+            if error.errno is None:  # no file: what libraries raise where a server is not reached
+                fail(as_json and not report.announced, f"{type(error).__name__}: {error}", 1, who)
             fail(as_json and not report.announced, f"{error.filename or 'file system'}: {error.strerror or error}", 1, who)
         except Exception as error:
             fail(as_json and not report.announced, unforeseen(error), 1, who)
     if as_json and report.first and not report.announced:
-        print(json.dumps({"version": __version__, **report.result}))
+        print(strict_json({"version": __version__, **report.result}))
     if report.code:
         raise typer.Exit(report.code)
 
 
 def fail(as_json: bool, message: str, code: int, who: str = "") -> None:
     if as_json and not who:
-        print(json.dumps({"version": __version__, "error": message}))
+        print(strict_json({"version": __version__, "error": message}))
     else:
         print(f"error{who}: {message}", file=sys.stderr)
     raise typer.Exit(code) from None

@@ -46,6 +46,7 @@ def train(
     from comeba_ext.data import ReadResult, read_requests
     from comeba_ext.editor import Editor
     from comeba_ext.methods import method_named
+    from comeba_ext.text.request import EditRequest
     from comeba_ext.training import TrainConfig, Trainer
 
     with reporting(as_json, parallel=True) as report:
@@ -70,19 +71,27 @@ def train(
             raise ComebaError("no records to learn from: add --train FILE (with locality prompts, as ZsRE and CounterFact have)")
         net, tokenizer = loaded(model, device, dtype, trust=trust)
         editor = Editor(net, tokenizer, settings_of(net, config, kind), method=kind)
-        check = lambda _, request: editor.check([request])  # noqa: E731
+        own = None if val is None else read_requests(val)
+        apart, more = ([], []) if own is None else own.usable(lambda _, request: editor.check([request]))
+        known = {request.fact for request in apart}
+
+        def check(_: int, request: EditRequest) -> None:
+            if request.fact in known:
+                raise ComebaError("--val holds the same fact")
+            editor.check([request])
+
         usable = [read.usable(check, progress=not as_json and report.first) for read in files]
-        used = [own for turn in zip_longest(*(found for found, _ in usable)) for own in turn if own is not None]
+        learned = [request for turn in zip_longest(*(found for found, _ in usable)) for request in turn if request is not None]
         skipped = [
             {**({"file": str(records[n])} if len(files) > 1 else {}), **skip} for n, (_, skips) in enumerate(usable) for skip in skips
         ]
-        if val is not None:
-            apart, more = read_requests(val).usable(check)
+        counts = [read.counts(*found) for read, found in zip(files, usable, strict=True)]
+        if own is None:
+            apart = learned[::VALIDATED]
             known = {request.fact for request in apart}
+            learned = [request for request in learned if request.fact not in known]
         else:
-            apart, more = used[::VALIDATED], []
-            known = {request.fact for request in apart}
-        learned = [request for request in used if request.fact not in known]
+            counts.append(own.counts(apart, more))
         blocks = list(editor.config.layers)
         report.say(f"{kind.name} learns from {counted(len(learned), 'record')}, validated on {len(apart)}; blocks {blocks}.")
         trainer = Trainer(editor, learned, apart, out, settings)
@@ -99,5 +108,5 @@ def train(
                 f"Best after {best['step']} steps; {result['seconds']:.0f} s, {result['parameters'] / 1e6:.1f}M parameters, "
                 f"{result['bytes'] / 1e6:.0f} MB. Written to {out}: editor.safetensors, train.json, log.jsonl, curve.png."
             )
-        counts = {"read": sum(read.read for read in files), "used": len(learned) + len(apart), "skipped": skipped + more}
-        report.result = {**result, "records": counts, "out": str(out)}
+        records_of = {name: sum(one[name] for one in counts) for name in ("read", "used")}
+        report.result = {**result, "records": {**records_of, "skipped": skipped + more}, "out": str(out)}

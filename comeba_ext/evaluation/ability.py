@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -114,15 +113,9 @@ class UnrelatedText:
         Raises:
             ComebaError: every text names an edited subject.
         """
-        subjects = {request.subject for request in requests}
-        chosen = tuple(text for text in self.texts if not any(subject in text for subject in subjects))
-        if not chosen:
-            raise ComebaError(f"each of the {len(self.texts)} texts names an edited subject; more texts are needed")
-        run = functools.partial(read_text, model, tokenizer, chosen, tokens=self.tokens, progress=self.progress)
-        after = run()
-        if chosen not in self.before:
-            with unedited(model):
-                self.before[chosen] = run()
+        chosen = self._chosen(requests)
+        after = self._read(model, tokenizer, chosen)
+        self._know(model, tokenizer, chosen)
         before = self.before[chosen]
         return {
             "texts": len(chosen),
@@ -131,6 +124,29 @@ class UnrelatedText:
             "perplexity_before": before.perplexity,
             "text_changed": (after.next_tokens != before.next_tokens).float().mean().item(),
         }
+
+    def read_base(self, model: torch.nn.Module, tokenizer, requests: Iterable[EditRequest]) -> None:
+        """Let the unedited model read them, where the edited one holds no edits that could be switched off: then before it is called.
+
+        Raises:
+            ComebaError: every text names an edited subject.
+        """
+        self._know(model, tokenizer, self._chosen(requests))
+
+    def _chosen(self, requests: Iterable[EditRequest]) -> tuple[str, ...]:
+        subjects = {request.subject for request in requests}
+        chosen = tuple(text for text in self.texts if not any(subject in text for subject in subjects))
+        if not chosen:
+            raise ComebaError(f"each of the {len(self.texts)} texts names an edited subject; more texts are needed")
+        return chosen
+
+    def _know(self, model: torch.nn.Module, tokenizer, chosen: tuple[str, ...]) -> None:
+        if chosen not in self.before:
+            with unedited(model):
+                self.before[chosen] = self._read(model, tokenizer, chosen)
+
+    def _read(self, model: torch.nn.Module, tokenizer, chosen: tuple[str, ...]) -> Reading:
+        return read_text(model, tokenizer, chosen, tokens=self.tokens, progress=self.progress)
 
 
 def perplexity(model: torch.nn.Module, tokenizer, texts: Iterable[str], **options) -> float:

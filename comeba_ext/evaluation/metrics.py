@@ -15,7 +15,7 @@ from comeba_ext.evaluation.judge import Judge
 from comeba_ext.evaluation.queries import METRICS, check_context, question_queries, record_queries
 from comeba_ext.evaluation.scoring import Prediction, predict
 from comeba_ext.evaluation.ways import FORCED, WAYS, WRITTEN
-from comeba_ext.evaluation.written import Writing
+from comeba_ext.evaluation.written import Writing, likeness
 from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.text.encoding import pad_id
 from comeba_ext.text.request import as_requests
@@ -101,12 +101,15 @@ def evaluate(
 
     Raises:
         ConfigError: there is a judge, and nothing is written for it.
+        ComebaError: the likeness of long answers is asked for, and ``rouge_score`` is not installed; nothing was run.
         RequestError: a record cannot be used, a text is longer than the model's context, or the base predictions do
             not fit the records, or the model has adapters that cannot be switched off and no base is given; nothing was run.
     """
     requests = as_requests(records)
     if judge is not None and writing is None:
         raise ConfigError("a judge reads what the model writes: give writing=Writing() too")
+    if writing is not None and writing.long:
+        likeness()  # what it needs may not be installed
     queries = [record_queries(tokenizer, request, index) for index, request in enumerate(requests)]
     rewrite = prompt_rewriter(model)  # of in-context methods; base predictions are of the prompts as they are
     asked = queries if rewrite is None else [record_queries(tokenizer, r, n, rewrite) for n, r in enumerate(requests)]

@@ -79,7 +79,8 @@ def probabilities(model, queries, *, pad_token: int, max_tokens: int) -> dict[Qu
                 logits = logits_at(model, {"input_ids": ids, "attention_mask": mask}, columns)
             for read, q in zip(logits, batch, strict=True):
                 target = torch.tensor(q.target_ids, device=device)
-                found[q] = math.exp(-F.cross_entropy(read.to(torch.promote_types(read.dtype, torch.float32)), target).item())
+                nll = F.cross_entropy(read.to(torch.promote_types(read.dtype, torch.float32)), target).item()
+                found[q] = 0.0 if math.isnan(nll) else math.exp(-nll)  # a destroyed model's logits are no numbers
     return found
 
 

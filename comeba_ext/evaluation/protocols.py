@@ -37,7 +37,7 @@ from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageErr
 from comeba_ext.evaluation.base import BasePredictions, predict_base
 from comeba_ext.evaluation.metrics import Metrics, evaluate, summarise
 from comeba_ext.evaluation.run_log import RunLog
-from comeba_ext.evaluation.written import Writing
+from comeba_ext.evaluation.written import Writing, likeness
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.methods import Method, default_config, method_named
 from comeba_ext.storage import MANIFEST, alone, digest_of
@@ -139,24 +139,24 @@ def run_protocol(
     Args:
         model: unedited; hooked meanwhile, and given back as it came.
         requests: anything :func:`as_requests` accepts.
-        method: name or class of one of :mod:`comeba_ext.methods`.
-        config: default: the method's own for the model.
+        method: name or class of one of :mod:`comeba_ext.methods`; config: default: its own for the model.
         covariance: needed by every method but fine-tuning.
         base: predictions of the unedited model for these requests, where they are known already; or what makes them, called if
             anything is left to run.
         measure: called with the editor and the requests edited so far at every checkpoint of a consecutive run; returns
             a plain JSON-serialisable mapping.
-        identity: what else tells this run from others, beside what is known here (model, records, covariance, settings,
-            this package's version); JSON-serialisable.
+        identity: what else tells this run from others, beside model, records, covariance, settings, version; JSON-serialisable.
 
     Raises:
         StorageError: the folder holds another run, or another process is running in it.
-        RequestError: a request cannot be used; nothing was run.
+        ComebaError: a request cannot be used, or what the likeness of long answers needs is not installed; nothing was run.
     """
     requests = as_requests(requests)
     if not requests:
         raise RequestError("there is no request to edit")
     Ids(requests)
+    if protocol.writing is not None and protocol.writing.long:
+        likeness()
     method = method_named(method)
     config = config or default_config(method, model)
     header = _header(model, requests, protocol, method, config, covariance, identity)
@@ -215,8 +215,8 @@ def _header(model, requests, protocol, method, config, covariance, identity) -> 
         "config": config.to_dict(),
         "files": {name: digest_of(file) for name, file in method.files(config).items()} or None,  # may come to hold something else
         "version": __version__,
-        "model": _model(model, config),
-        "covariance": _covariance(covariance),
+        "model": digest_of_model(model, config),
+        "covariance": digest_of_covariance(covariance),
         **(identity or {}),
     }
 
@@ -344,13 +344,15 @@ def _finished(records: list[dict], count: int) -> bool:
     return any(r["event"] == "failed" or (r["event"] == "checkpoint" and r["edits"] == count) for r in records)
 
 
-def _model(model: torch.nn.Module, config: EditConfig) -> str:
+def digest_of_model(model: torch.nn.Module, config: EditConfig) -> str:
+    """What tells a model from others, by the layers that are edited, and by its precision."""
     architecture = Architecture.of(model, blocks=config.blocks, projection=config.projection)
     known = identity_of(model, [architecture.projection_name(n) for n in config.layers])
     return digest([known, str(model.dtype)])
 
 
-def _covariance(covariance: Covariance | None) -> str | None:
+def digest_of_covariance(covariance: Covariance | None) -> str | None:
+    """What tells a covariance from others."""
     if covariance is None:
         return None
     return digest([covariance.tokens, {name: moments.diagonal().tolist() for name, moments in covariance.moments.items()}])

@@ -147,6 +147,10 @@ def load(name_or_file: str | Path) -> Experiment:
         raise ConfigError(f"{path}: the plot 'scores' needs the measure 'scores'")
     if ("abilities" in values.get("measures", ())) != bool(values.get("tasks")):
         raise ConfigError(f"{path}: the measure 'abilities' and 'tasks' need each other")
+    for row in values.get("expected", ()):
+        for key, value in row.items():
+            if key not in _ABOUT_EXPECTED and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ConfigError(f"{path}: expected: {key} must be a number, got {value!r}")
     cases = _cases(values.pop("methods"), values.pop("settings", [{}]), path)
     for key in ("measures", "expected", "tasks"):
         values[key] = tuple(values.get(key, ()))
@@ -192,6 +196,7 @@ _KINDS = {  # key -> what its value must be, in words and as a check
     "methods": ("a list of names, or of a method with settings", lambda value: _is_list(value, str, dict)),
     "settings": ("a list of one or more groups of settings", lambda value: bool(value) and _is_list(value, dict)),
 }
+_ABOUT_EXPECTED = ("dataset", "case", "source")  # of a published row, what is no number
 _CASE_KINDS = {  # what a case's settings hold beside the method's config
     "batch_size": _SIZE,
     "last_layers": _COUNT,

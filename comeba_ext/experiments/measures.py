@@ -166,8 +166,9 @@ class _Abilities:
         """Every task's first metric."""
         with contextlib.redirect_stdout(sys.stderr):  # the harness writes to it
             found = harness(editor.model, editor.tokenizer, list(self.tasks.names), self.tasks.folder, limit=self.tasks.limit)
-        first = lambda own: next((n, v) for n, v in own.items() if isinstance(v, (int, float)) and "," in n and "stderr" not in n)  # noqa: E731
-        return {task: (first(own)[0].partition(",")[0], first(own)[1]) for task, own in found.items()}
+        numbers = lambda own: [(n, v) for n, v in own.items() if isinstance(v, (int, float)) and "," in n and "stderr" not in n]  # noqa: E731
+        first = {task: numbers(own)[0] for task, own in found.items() if numbers(own)}  # a group of tasks may have none of its own
+        return {task: (name.partition(",")[0], value) for task, (name, value) in first.items()}
 
 
 def _probabilities(editor: Editor, requests: list[EditRequest]) -> dict:

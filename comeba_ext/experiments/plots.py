@@ -43,7 +43,7 @@ def figures(result: dict, kind: str, dataset: str) -> dict:
     if not rows:
         return {}
     if kind == "scores":
-        return {"": _scores(rows)}
+        return {"": _scores(rows)} if any("peak_scores" in row for row in rows) else {}
     make = KINDS_OF_PLOT[kind]
     asked = [row for row in rows if row.get("reliability_written") is not None]
     found = {"": make(_scored(asked, "_written"), "share of answers right, as written")} if asked else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,7 +45,8 @@ def in_processes(cases: list[str], jobs: int, out: Path, name: str, progress: bo
 def _run(number: int, case: str, jobs: int, log: Path, running: list[subprocess.Popen]) -> str | None:
     """Why it failed, if it did."""
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
-    if "CUDA_VISIBLE_DEVICES" not in os.environ and (count := torch.cuda.device_count()) > 1:
+    named = any(re.fullmatch(r"(--device=)?cuda:\d+", argument) for argument in sys.argv)  # that one is for all
+    if not named and "CUDA_VISIBLE_DEVICES" not in os.environ and (count := torch.cuda.device_count()) > 1:
         environment["CUDA_VISIBLE_DEVICES"] = str(number % count)
     command = [sys.executable, "-m", "comeba_ext.cli", *_without(sys.argv[1:], "--jobs", "--case"), "--case", case]
     with log.open("w") as text:

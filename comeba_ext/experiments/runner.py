@@ -7,10 +7,10 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import logging
 import random
 import re
+import statistics
 from pathlib import Path
 
 import torch
@@ -21,20 +21,22 @@ from comeba_ext.covariance import Covariance, covariance_of_blocks
 from comeba_ext.data import ReadResult
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editor import Editor
-from comeba_ext.errors import ComebaError
+from comeba_ext.errors import ComebaError, ConfigError, StorageError
 from comeba_ext.evaluation import Protocol, Result, run_protocol
 from comeba_ext.evaluation.comparing import AGE, pairs, retention_over
 from comeba_ext.evaluation.metrics import METRICS, Metrics, averaged, record_means
 from comeba_ext.evaluation.protocols import complete_result
 from comeba_ext.evaluation.queries import check_record
 from comeba_ext.evaluation.ways import WAYS
+from comeba_ext.evaluation.written import likeness
 from comeba_ext.experiments import measures, table
 from comeba_ext.experiments.definition import ALL, Case, Experiment
 from comeba_ext.experiments.kept_base import kept_base
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.layers.hooked_linear import shape_of
 from comeba_ext.machine import machine, versions
-from comeba_ext.storage import make_folder, write_text
+from comeba_ext.storage import digest_of, make_folder, write_text
+from comeba_ext.strict_json import strict_json
 from comeba_ext.text.request import EditRequest, cases_of
 
 log = logging.getLogger(__name__)
@@ -78,21 +80,25 @@ def run(
         ``edits``, every metric with its interval, ``None`` where there is nothing to ask, efficiency, what was measured beside, at the
         end of a consecutive run ``retention`` (:func:`~comeba_ext.evaluation.comparing.retention`); where a method could not go on, a
         last row with ``error``), ``differences`` by data set (:func:`~comeba_ext.evaluation.comparing.pairs`, of the scores that
-        lead), ``records`` by data set, ``plots`` (file names).
+        lead), ``not_run`` (a sentence for every case that could not take a data set's records, or for which memory did not suffice; its
+        row says so too, and the same command tries it again), ``records`` by data set, ``plots`` (file names).
 
     Raises:
-        ComebaError: no usable record, no covariance, no texts to measure on, or ``out`` holds another run.
+        ComebaError: no usable record, no covariance, no texts to measure on, a case's settings do not fit the model, or ``out`` holds
+            another run of a case; nothing was run.
     """
     out = make_folder(out)
+    if experiment.long and experiment.writing is not None:
+        likeness()  # what it needs may not be installed
     if "text" in experiment.measures and not plain_texts:
         raise ComebaError("the measure 'text' needs texts: add --texts")
     samples = samples or experiment.samples
     chosen = _chosen(experiment, cases)
-    configs = {case.label: case.config(model) for case in chosen}
+    configs = {case.label: _checked_config(model, case) for case in chosen}
     for case in experiment.cases:
         if case not in chosen:  # only read, where it is complete
             with contextlib.suppress(ComebaError):  # its settings name a file that is not here
-                configs[case.label] = case.config(model)
+                configs[case.label] = _checked_config(model, case)
     there = [case for case in experiment.cases if case.label in configs]
     kept = out / "covariance.safetensors"
     asking = there if kept.exists() else chosen  # to read the logs of the others takes the same
@@ -104,11 +110,13 @@ def run(
     identity = {
         "measures": list(experiment.measures),
         "tasks": list(experiment.tasks) or None,
+        "task_limit": experiment.task_limit,
+        "task_folder": _digest_of_folder(experiment.task_folder),
         "texts": hashlib.sha256("\n".join(plain_texts).encode()).hexdigest()[:16],
     }
     tasks = measures.Tasks(experiment.tasks, experiment.task_folder, experiment.task_limit)
     measure = measures.make(experiment.measures, list(plain_texts), progress, tasks)
-    used, records, ran = {}, {}, {}
+    used, records, ran, not_run = {}, {}, {}, []
 
     def results_of(dataset: str, case: Case, **asking) -> list[Result | None]:
         """A case's result of every order: run, where it is said what with; else read, ``None`` where it is not complete."""
@@ -122,18 +130,31 @@ def run(
     for dataset, read in datasets.items():
         used[dataset], skipped = _usable(model, tokenizer, dataset, read, samples, seed)
         records[dataset] = read.counts(used[dataset], skipped)
+    for dataset, case in itertools.product(datasets, chosen):
+        results_of(dataset, case)  # a log of another run is said before the first case is run
+    for dataset in datasets:
         how = {"generate": experiment.generate, "writing": experiment.writing, "progress": progress}
         told = out / experiment.name / slug(dataset) / "base.json"
         # Not asked where every log is complete.
         base = functools.cache(functools.partial(kept_base, told, model, tokenizer, used[dataset], **how))
         for case in chosen:
-            ran[dataset, case.label] = results_of(dataset, case, base=base, measure=measure, progress=progress)
+            try:
+                ran[dataset, case.label] = results_of(dataset, case, base=base, measure=measure, progress=progress)
+            except StorageError:
+                raise
+            except (ComebaError, torch.OutOfMemoryError) as error:  # the others' hours are not to be lost to it
+                not_run.append(f"{dataset}, {case.label}: {error}")
+                ran[dataset, case.label] = [Result(failed=0, error=f"not run: {error}")]
     rows, last = [], {}
     for dataset, case in itertools.product(datasets, there):  # what other processes ran is read last, when most of it is complete
         method = methods.method_named(case.method)
         if case not in chosen and covariance is None and method.needs_covariance:
             continue
-        results = ran.get((dataset, case.label)) or results_of(dataset, case)
+        try:
+            results = ran.get((dataset, case.label)) or results_of(dataset, case)
+        except StorageError as error:  # of a case that was not to be run
+            log.warning("%s, %s is left out: %s", dataset, case.label, error)
+            continue
         if None in results:
             continue
         about = {
@@ -168,6 +189,7 @@ def run(
         "plot": experiment.plot,
         "rows": rows,
         "differences": {dataset: pairs(own, _leading(rows, dataset)) for dataset, own in last.items() if len(own) > 1},
+        "not_run": not_run,
         "records": records,
         "expected": list(experiment.expected),
         "plots": [],
@@ -186,8 +208,33 @@ def _chosen(experiment: Experiment, labels: list[str] | None) -> tuple[Case, ...
     return tuple(case for case in experiment.cases if labels is None or case.label in labels)
 
 
+def _checked_config(model: torch.nn.Module, case: Case) -> EditConfig:
+    """A case's settings for a model.
+
+    Raises:
+        ConfigError: one that is unknown, out of range, or does not fit the model.
+    """
+    config = case.config(model)
+    try:
+        methods.method_named(case.method).check(config, model, Architecture.of(model, config.blocks, config.projection))
+    except ConfigError as error:
+        raise ConfigError(f"case {case.label!r}: {error}") from None
+    return config
+
+
+def _digest_of_folder(folder: str | None) -> str | None:
+    """What tells the files of a folder from others."""
+    if folder is None:
+        return None
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    known = hashlib.sha256()
+    for path in files:
+        known.update(f"{path.relative_to(folder)}\n{digest_of(path)}\n".encode())
+    return known.hexdigest()[:16]
+
+
 def _write(result: dict, out: Path) -> None:
-    write_text(out / f"{result['experiment']}.json", json.dumps(result, indent=1) + "\n")
+    write_text(out / f"{result['experiment']}.json", strict_json(result, indent=1) + "\n")
     write_text(out / f"{result['experiment']}.md", table.markdown(result))
 
 
@@ -286,15 +333,20 @@ def _checkpoints(results: list[Result]) -> list[list[tuple[int, Result]]]:
 
 
 def _mean_of(found: list[dict]) -> dict:
-    """The means of what are numbers in all, also inside of mappings; what is none, as the first has it that has it."""
+    """The means of what are numbers, also inside of mappings, of those that have them; what is none, as the first has it that has it.
+    Intervals are of one order's records, so instead of one a mean has its ``…_spread`` over the orders."""
     means = {}
     for key in dict.fromkeys(key for own in found for key in own):
-        values = [own[key] for own in found if key in own]
-        if all(isinstance(value, dict) for value in values):
+        values = [own[key] for own in found if own.get(key) is not None]
+        if not values:
+            means[key] = None
+        elif all(isinstance(value, dict) for value in values):
             means[key] = _mean_of(values)
         elif all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
             means[key] = sum(values) / len(values)
-        else:
+            if len(values) > 1 and any(f"{key}_interval" in own for own in found):
+                means[f"{key}_spread"] = statistics.stdev(values)
+        elif not key.endswith("_interval"):
             means[key] = values[0]
     return means
 

@@ -84,7 +84,7 @@ def markdown(result: dict) -> str:
 
 def _asked(rows: list[dict]) -> list[str]:
     """How many prompts a score is of, and how many of them no right answer can be written to."""
-    row = rows[-1]
+    row = next((row for row in reversed(rows) if "error" not in row), {})
     parts = [f"{row[f'{name}_prompts']} ({name})" for name in METRICS if row.get(f"{name}_prompts")]
     found = [f"Prompts asked: {', '.join(parts)}."] if parts else []
     left = [f"{count} ({name})" for name in METRICS if (count := row.get(f"{name}_unwritable"))]
@@ -155,7 +155,7 @@ def _table(rows: list[dict], result: dict) -> list[str]:
     known = [(f"{criterion}_{way}", f"{criterion}, {way}") for way in ("written", "contained") for criterion in criteria]
     able = dict.fromkeys(name for row in rows for name in _of_tasks(row.get("abilities", {})))
     columns = [(key, title) for key, title in (*known, *COLUMNS, *zip(able, able)) if any(row.get(key) is not None for row in rows)]
-    several = len({row["edits"] for row in rows if row["case"] == rows[0]["case"]}) > 1
+    several = len(rows) > len({row["case"] for row in rows})
     head = ["case", *(["edits"] if several else []), *(title for _, title in columns)]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:

@@ -105,7 +105,8 @@ def _orders(result: dict, home: Path) -> dict[str, dict[str, list[list[dict]]]]:
                 found[row["dataset"]][row["case"]] = [rows]
         elif row.get("log"):
             folder, whole = home / row["log"], result["protocol"] == "single_round"  # every batch was evaluated on its own
-            runs = [_last_rows(path, whole) for path in (folder / "log.jsonl", *sorted(folder.glob("order-*/log.jsonl"))) if path.is_file()]
+            logs = [folder / (f"order-{n}" if n else "") / "log.jsonl" for n in range(row.get("orders", 1))]
+            runs = [_last_rows(path, whole) for path in logs if path.is_file()]
             if runs := [rows for rows in runs if rows]:
                 found[row["dataset"]][row["case"]] = runs
     return found

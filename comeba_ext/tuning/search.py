@@ -10,11 +10,13 @@ from pathlib import Path
 from torch import nn
 from tqdm.auto import tqdm
 
+from comeba_ext import __version__
 from comeba_ext.covariance import Covariance, covariance_of_blocks
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError
 from comeba_ext.evaluation import evaluate, predict_base
+from comeba_ext.evaluation.protocols import digest_of_covariance, digest_of_model
 from comeba_ext.evaluation.run_log import RunLog
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.text.request import EditRequest
@@ -117,14 +119,23 @@ def tune(
     width = min(SPAN, len(default.layers))
     spans = [tuple(range(max(0, value - width + 1), value + 1)) for value in values]
     layers = sorted({layer for span in spans for layer in span} | set(default.layers))
-    log, made_before = None, []
-    if folder is not None:
-        log = RunLog(Path(folder) / "trials.jsonl", {"edits": [r.to_record() for r in chosen], "scope": default.scope})
-        log.keep(log.records)
-        made_before = [Trial(**record["trial"]) for record in log.records]
     if covariance is None:
         path = None if folder is None else Path(folder) / "covariance.safetensors"
         covariance = covariance_of_blocks(model, tokenizer, texts or [], layers, architecture, path=path, progress=progress)
+    log, made_before = None, []
+    if folder is not None:
+        log = RunLog(
+            Path(folder) / "trials.jsonl",
+            {
+                "edits": [r.to_record() for r in chosen],
+                "scope": default.scope,
+                "model": digest_of_model(model, default),
+                "covariance": digest_of_covariance(covariance),
+                "version": __version__,
+            },
+        )
+        log.keep(log.records)
+        made_before = [Trial(**record["trial"]) for record in log.records]
     base = predict_base(model, tokenizer, chosen, generate=False)
     stages = [
         [{"layers": list(span)} for span in spans],
