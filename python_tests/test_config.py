@@ -128,6 +128,35 @@ def test_one_layer_where_keys_are_compared(scope, layers):
     assert list(default_config("ROME", model).layers) == [6]
 
 
+@pytest.mark.parametrize("scope", ["nearest", "zscore"])
+def test_a_ratio_takes_the_place_of_a_published_lambda(scope):
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    with torch.device("meta"):
+        xl = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_head=1, n_layer=48))
+    for made in (
+        EditConfig.for_model(xl, scope=scope, leverage_ratio=4.0),
+        default_config("COMEBA-HK", xl, scope=scope, leverage_ratio=4.0),
+    ):
+        assert made.lam is None and made.lam_of(6400) == 1600
+    assert default_config("COMEBA-HK", xl, scope=scope, lam=7.0).lam_of(6400) == 7
+    assert default_config("COMEBA-HK", xl, scope="zscore").lam_of(6400) == default_config("MEMIT-seq", xl).lam_of(6400) == 15_000
+
+
+@pytest.mark.parametrize("kind, depth, width", [("LlamaConfig", 32, 4096), ("MistralConfig", 32, 4096), ("Qwen2Config", 28, 3584)])
+def test_large_models_have_easyedits_settings_as_one(kind, depth, width):
+    """hparams/MEMIT/llama-7b, mistral-7b and qwen2.5-7b.yaml: with a norm of 4 goes a small penalty of it."""
+    import transformers
+
+    config = getattr(transformers, kind)(
+        num_hidden_layers=depth, hidden_size=width, intermediate_size=8, num_attention_heads=8, vocab_size=32
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    found = default_config("MEMIT", model)
+    assert (list(found.layers), found.clamp, found.weight_decay, found.lam) == ([4, 5, 6, 7, 8], 4, 1e-3, 15_000)
+
+
 def test_published_objectives_do_not_ask_for_an_end():
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 

@@ -253,7 +253,10 @@ def test_what_needs_the_model(file, base):
         EditConfig.from_easyedit(file(small.replace("model.layers.{}.mlp.down_proj", "transformer.h.{}.mlp.c_proj")), base[0])
 
 
+EMMET = MEMIT.replace('"MEMIT"', "EMMET") + "update_norm_lambda: 0\nemmet_lambda: 0.2\n"
 REFUSED = [
+    (EMMET, r"layers \[4, 5, 6, 7, 8\]: EMMET writes one layer"),
+    (EMMET.replace("[4, 5, 6, 7, 8]", "[5]").replace("lambda: 0\n", "lambda: 1\n"), "update_norm_lambda 1"),
     (MEMIT.replace("subject_last", "subject_first"), "fact_token 'subject_first': .*subject's last token"),
     (MEMIT.replace('"all"', '"random"'), "layer_selection 'random': only 'all'"),
     (MEMIT.replace("kl_factor: 0.0625", "kl_factor: much"), "kl_factor must be a finite number"),
@@ -278,6 +281,11 @@ REFUSED = [
     ("alg_name: [\n", "not valid .yaml"),
     ("- 1\n", "expected keys and values"),
 ]
+
+
+def test_emmets_ridge(file):
+    config = EditConfig.from_easyedit(file(EMMET.replace("[4, 5, 6, 7, 8]", "[5]")))
+    assert (list(config.layers), config.ridge, config.clamp) == ([5], 0.2, EditConfig.from_easyedit(file(MEMIT)).clamp)
 
 
 @pytest.mark.parametrize("text, message", REFUSED)

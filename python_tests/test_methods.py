@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,6 +181,7 @@ class Dense:
         K = torch.stack([k for k, _, _ in read], 1)
         R = torch.stack([v - h for (_, _, h), v in zip(read, values, strict=True)], 1)
         inverse = torch.linalg.inv(self.lam * self.c0[n])
+        ridge = ridge if len(requests) > 1 else 0  # as the authors' code
         self.write(n, R @ torch.linalg.inv(K.T @ inverse @ K + ridge * torch.eye(len(requests))) @ K.T @ inverse)
 
     def alphaedit(self, requests, values, share, ridge, preserve=0.0, refresh=None, threshold=None):
@@ -610,6 +612,28 @@ def test_what_fine_tuning_cannot_do(tiny_model, tokenizer, monkeypatch):
     for request in some_requests(2):  # what was made before the rollback is no step any more
         editor.edit([request])
     editor.rollback(1)
+
+
+def test_states_that_a_rollback_can_reach_are_bounded_in_memory(tiny_model, tokenizer, monkeypatch):
+    """The latest two are there whatever they take; a matrix before any edit takes nothing."""
+    editor = make_method("FT", small_model(tiny_model), tokenizer)
+    size = sum(layer.delta.nbytes for layer in editor.layers.values())
+    bytes_of = lambda kept: sum({own.untyped_storage().data_ptr(): own.untyped_storage().nbytes() for own in kept}.values())  # noqa: E731
+    assert bytes_of(editor.method.first[0].values()) < 100
+    for bound, reached in ((3 * size + 100, [0, 3, 4]), (size, [0, 4])):
+        monkeypatch.setattr("comeba_ext.methods.snapshots.KEPT_BYTES", bound)
+        editor.rollback(0)
+        for request in some_requests(5):
+            editor.edit([request])
+        kept = [own for state, _ in editor.method.kept.values() for own in state.values()]
+        assert bytes_of(kept) <= max(bound, 2 * size + 100)
+        with pytest.raises(RequestError, match=re.escape(str(reached))):
+            editor.rollback(1)
+        before = {name: layer.delta.clone() for name, layer in editor.layers.items()}
+        editor.rollback(4)
+        assert any(not torch.equal(layer.delta, before[name]) for name, layer in editor.layers.items())
+        editor.rollback(0)
+        assert not any(layer.delta.any() for layer in editor.layers.values())
 
 
 def test_fine_tuning_rolls_back_to_the_step_that_was_loaded(tiny_model, tokenizer, tmp_path):

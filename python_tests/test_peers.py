@@ -81,10 +81,14 @@ def test_experiments_of_bench_can_be_built(tiny_model, file):
         method_named(case.method).check(dataclasses.replace(case, settings=own).config(model), model, Architecture.of(model))
 
 
+SEVEN = {"num_hidden_layers": 32, "hidden_size": 4096}
 MODELS = {
-    "Llama-2-7B": {"model_type": "llama", "num_hidden_layers": 32, "vocab_size": 32000, "max_position_embeddings": 4096},
-    "Llama-3-8B": {"model_type": "llama", "num_hidden_layers": 32, "vocab_size": 128256, "max_position_embeddings": 8192},
-    "Llama-3.1-8B": {"model_type": "llama", "num_hidden_layers": 32, "vocab_size": 128256, "max_position_embeddings": 131072},
+    "Llama-2-7B": {"model_type": "llama", **SEVEN, "vocab_size": 32000, "max_position_embeddings": 4096},
+    "Sheared-LLaMA-2.7B": {"model_type": "llama", **SEVEN, "hidden_size": 2560, "vocab_size": 32000, "max_position_embeddings": 4096},
+    "Llama-3-8B": {"model_type": "llama", **SEVEN, "vocab_size": 128256, "max_position_embeddings": 8192},
+    "Llama-3.1-8B": {"model_type": "llama", **SEVEN, "vocab_size": 128256, "max_position_embeddings": 131072},
+    "Mistral-7B": {"model_type": "mistral", **SEVEN, "vocab_size": 32000, "max_position_embeddings": 32768},
+    "GPT-J": {"model_type": "gptj", "num_hidden_layers": 28, "vocab_size": 50400},
     "Qwen2.5-7B": {"model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 3584, "vocab_size": 152064},
     "Qwen2.5-1.5B": {"model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 1536, "vocab_size": 151936},
 }
@@ -93,13 +97,17 @@ MODELS = {
 @pytest.mark.parametrize(
     "name, sources",
     [
-        ("WISE", ["WISE/llama-7b.yaml;", "llama3-8b", "llama3.1-8b", "qwen2.5-7b", "same share"]),
-        ("AlphaEdit", ["as COMEBA-HK", "Llama3-8B.json", "llama3.1-8b", "qwen2.5-7b", "as COMEBA-HK"]),
-        ("GRACE", ["llama-7b.yaml", "same share", "same share", "qwen2.5-7b", "same share"]),
-        ("MEMOIR", ["same shares", "Llama-3-8B (", "Llama-3-8B (", "same shares", "same shares"]),
-        ("UltraEdit", ["same share", "llama-3-instruct", "llama-3-instruct", "qwen2.5-7b", "same share"]),
-        ("StableEdit", ["same share", "Llama-3-8B", "Llama-3-8B", "Qwen2.5-7B", "same share"]),
-        ("ROME", ["llama-7b", "llama3-8b", "llama3-8b", "the middle one", "the middle one"]),
+        (
+            "WISE",
+            ["WISE/llama-7b.yaml;", "same share", "llama3-8b", "llama3.1-8b", "WISE/mistral-7b", "gpt-j-6B", "qwen2.5-7b", "same share"],
+        ),
+        ("AlphaEdit", [*["as COMEBA-HK"] * 2, "Llama3-8B.json", "llama3.1-8b", "as COMEBA-HK", "gpt-j-6B", "qwen2.5-7b", "as COMEBA-HK"]),
+        ("BetaEdit", [*["COMEBA-HK"] * 2, *["Llama3-8B.json"] * 2, "COMEBA-HK", "gpt-j-6B", *["COMEBA-HK"] * 2]),
+        ("GRACE", ["llama-7b.yaml", *["same share"] * 4, "gpt-j-6b", "qwen2.5-7b", "same share"]),
+        ("MEMOIR", [*["same shares"] * 2, *["Llama-3-8B ("] * 2, "same shares", "GPT-J (", *["same shares"] * 2]),
+        ("UltraEdit", [*["same share"] * 2, *["llama-3-instruct"] * 2, "Mistral-7B", "gpt-j.yaml", "qwen2.5-7b", "same share"]),
+        ("StableEdit", [*["same share"] * 2, *["Llama-3-8B"] * 2, "Mistral-7B", "GPT-J", "Qwen2.5-7B", "same share"]),
+        ("ROME", ["llama-7b", "the middle", "llama3-8b", "llama3-8b", "mistral-7b", "gpt-j-6B", "qwen2.5-7b", "the middle"]),
     ],
 )
 def test_published_settings_go_to_the_model_they_were_published_for(name, sources):
@@ -188,10 +196,11 @@ def test_ultraedit_is_its_equations(tiny_model, tokenizer, tmp_path, name, ridge
         changes = {"warm_up_records": str(tmp_path / "warm.json")}
     editor = make_method(name, model, tokenizer, lr=1e-2, layers=blocks, **changes)
     assert editor.config.ridge == ridge
+    reports = []
     start = factors(plain, tokenizer, requests[12:], blocks)
     seen, whitened = {n: [start[n]] if warm else [] for n in blocks}, []
     for batch in (requests[:3], requests[3:12]):
-        editor.edit(batch)
+        reports.append(editor.edit(batch))
         for n, rows in factors(plain, tokenizer, batch, blocks).items():
             seen[n].append(rows)
             everything = torch.cat(seen[n])
@@ -207,6 +216,11 @@ def test_ultraedit_is_its_equations(tiny_model, tokenizer, tmp_path, name, ridge
             change = torch.linalg.inv(raw.T @ raw + ridge * torch.eye(48)) @ raw.T @ values  # (d_in, d_out), as Conv1D holds it
             with torch.no_grad():
                 plain.transformer.h[n].mlp.c_proj.weight += change
+        for request, loss in zip(batch, reports[-1].losses, strict=True):  # what is reported is of the edited model
+            asked, target = (tokenizer(text)["input_ids"] for text in (request.text, f" {request.target_new}"))
+            with torch.no_grad():
+                logits = plain(torch.tensor([asked + target])).logits[0, len(asked) - 1 : -1]
+            assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor(target)).item(), rel=1e-3)
     assert whitened == {"UltraEdit": [], "StableEdit": [1, 2, 1, 2] if warm else [1, 2]}[name]
     ids = ids_of(model, tokenizer)
     with torch.no_grad():

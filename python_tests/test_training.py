@@ -197,6 +197,16 @@ def test_mend_needs_an_editor_that_fits(tiny_model, tokenizer, tmp_path):
         mend(tiny_model, tokenizer, parts=("mlp.nothing",))
 
 
+@pytest.mark.parametrize("name", ["MEND", "KE"])
+def test_the_users_generators_are_left_alone(tiny_model, tokenizer, monkeypatch, name):
+    model = small_model(tiny_model, "llama")
+    editor = Editor(model, tokenizer, default_config(name, model), method=name)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's generator was seeded"))
+    before = torch.get_rng_state()
+    first, again = (editor.method.new_learner().state_dict() for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before) and all(torch.equal(own, again[key]) for key, own in first.items())
+
+
 def test_edits_are_taken_back_without_the_trained_editor(tiny_model, tokenizer, tmp_path):
     model = small_model(tiny_model)
     ids = ids_of(model, tokenizer)
@@ -943,6 +953,11 @@ def test_files_to_learn_from_take_turns(tmp_path):
     assert (found["records"]["read"], found["records"]["used"]) == (7, 6)
     (skipped,) = found["records"]["skipped"]
     assert skipped["file"] == str(tmp_path / "b.json") and skipped["index"] == 1
+    (tmp_path / "val.json").write_text(json.dumps([facts[0], {"prompt": "nobody"}]))
+    counts = output("train", "MEND", "testbed", "--out", tmp_path / "val", *given, *several, "--val", tmp_path / "val.json")["records"]
+    assert (counts["read"], counts["used"]) == (9, 6)
+    assert [skip["reason"] for skip in counts["skipped"] if skip["index"] == 0] == ["--val holds the same fact"]
+    assert len(counts["skipped"]) == 3
 
 
 def test_from_the_command_line(tmp_path):

@@ -315,7 +315,7 @@ def _settings(config, depth: int) -> dict:
         return {"layers": tuple(range(3, 9)), "published_lam": 15_000.0}
     known = _EASYEDIT.get(kind)
     if known and depth >= known[0] and config.hidden_size >= known[1]:
-        return {"layers": tuple(range(4, 9)), "clamp": 4.0, "published_lam": 15_000.0}
+        return {"layers": tuple(range(4, 9)), "clamp": 4.0, "weight_decay": 1e-3, "published_lam": 15_000.0}
     layers = _by_depth(depth)
     # Where any token may meet the edits, each layer's share is to be small, and so are values (bench/results/clamp.json). Where the right
     # tokens do, one layer gives what target values were found for: those of several change the hidden states between them, too.

@@ -92,7 +92,7 @@ class AlphaEdit(Additive):
 
     def _projector(self, name: str) -> torch.Tensor:
         """``P`` of a layer, found anew after every ``refresh`` edits."""
-        config, moment = self.config, self.covariance[name].double()
+        config, moment = self.config, self.covariance[name].to(self.layers[name].delta.device, torch.float64)
         seen = 0 if config.refresh is None else len(self.standing) // config.refresh * config.refresh
         if self.projectors.get(name, (-1,))[0] != seen:
             if seen:

@@ -245,6 +245,15 @@ def _alphaedit(fields: _Fields) -> str:
     return _located("AlphaEdit")(fields)
 
 
+def _emmet(fields: _Fields) -> str:
+    fields.take("emmet_lambda", "ridge")
+    fields.only("update_norm_lambda", 0, 0.0, why="the update's norm has no weight of its own")
+    layers = fields.values.get("layers")
+    if isinstance(layers, list) and len(layers) > 1:
+        raise ConfigError(f"layers {layers}: EMMET writes one layer, as its authors' settings do; name one")
+    return _located("EMMET")(fields)
+
+
 def _pmet(fields: _Fields) -> str:
     names = fields.take("rewrite_module_tmps")
     if names is not None:
@@ -345,7 +354,7 @@ _READERS = {
     "memit": _located("MEMIT"),
     "rome": _located("ROME"),
     "rrome": _located("R-ROME"),
-    "emmet": _located("EMMET"),
+    "emmet": _emmet,
     "pmet": _pmet,
     "alphaedit": _alphaedit,
     "ft": _ft,

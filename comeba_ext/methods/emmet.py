@@ -27,7 +27,7 @@ class EmmetConfig(EditConfig):
 
 class EMMET(Additive):
     """One layer; per batch ``Δ = R (Kᵀ C⁻¹ K + ridge·I)⁻¹ Kᵀ C⁻¹`` with ``C = λ·C0`` (equation 9), so that without the ridge every key
-    of the batch gets its value exactly. With one request it is ROME.
+    of the batch gets its value exactly. With one request, which needs no ridge and in the authors' code gets none, it is ROME.
 
     Raises:
         ConfigError: the settings name more than one layer.
@@ -40,5 +40,6 @@ class EMMET(Additive):
     def _directions(self, name: str, keys: torch.Tensor, plain: torch.Tensor, residual: torch.Tensor):
         solved = self.key_memory[name].solve(keys)  # C⁻¹ K
         among = keys.mT @ solved
-        among.diagonal().add_(self.config.ridge)
+        if len(among) > 1:
+            among.diagonal().add_(self.config.ridge)
         return torch.linalg.solve(among, solved.mT).mT, residual

@@ -49,7 +49,7 @@ class FT(Deltas):
     difference.) Adam starts anew with every batch. Nothing of the covariance is used.
 
     A trained weight has no share of a single request: retraction is refused, an earlier request about the same fact is simply
-    trained over, and a rollback reaches step 0 and the latest ten steps, as far back as the one that was loaded.
+    trained over, and a rollback reaches step 0 and the latest ten steps or fewer, as far back as the one that was loaded.
 
     Raises:
         ConfigError: the settings name more than one layer.

@@ -49,7 +49,7 @@ class KnowledgeEditorLearner(FactorLearner):
         config: KnowledgeEditorConfig = session.config
         self.shapes = {name: shape_of(getattr(layer, "base_layer", layer)) for name, layer in layers.items()}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)  # the CPU's, not those of the user's GPUs
             width = session.model.get_input_embeddings().weight.shape[1]
             self.lstm = nn.LSTM(width, config.hidden, batch_first=True, bidirectional=True)
             self.condense = nn.Sequential(nn.Linear(2 * config.hidden, config.condition), nn.Tanh())

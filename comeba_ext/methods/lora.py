@@ -72,7 +72,7 @@ class LoRA(Snapshots):
     """Adam on one adapter, at most ``steps`` passes over a batch, until its mean loss falls below ``early_stop``; the next batch trains
     on where the last one ended, with a new optimiser. The loss is the new object's NLL behind the prompt alone.
 
-    A trained adapter has no share of a single request: retraction is refused, and a rollback reaches the latest ten steps.
+    A trained adapter has no share of a single request: retraction is refused, and a rollback reaches the latest ten steps or fewer.
     """
 
     name = "LoRA"

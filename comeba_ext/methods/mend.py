@@ -88,7 +88,7 @@ class MendLearner(FactorLearner):
         alike = {shape: [name for name in layers if shapes[name] == shape] for shape in kinds}
         self.places = {name: (kinds.index(shape), alike[shape].index(name)) for name, shape in shapes.items()}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)  # the CPU's, not those of the user's GPUs
             self.networks = nn.ModuleList([Transform(sum(shape), len(alike[shape]), config.rank) for shape in kinds])
         self.rates = nn.Parameter(torch.full((len(layers),), config.edit_rate))
         self.to(session.device)

@@ -34,17 +34,14 @@ class TrainingRows:
                 run_until(session.decoder, session.blocks[block - 1], inputs, {}, lambda output, below=below: below.__setitem__(0, output))
             self.groups.append((group, inputs, below[0]))
 
-    def losses(self, *, backward: bool = False, about: Callable[[list[int]], None] | None = None) -> list[float]:
+    def losses(self, *, backward: bool = False) -> list[float]:
         """NLL of every row's target, mean over its tokens.
 
         Args:
             backward: leave the gradient of the rows' mean where gradients are kept.
-            about: told the numbers of the rows before they are run.
         """
         found = [0.0] * len(self.rows)
         for group, inputs, below in self.groups:
-            if about is not None:
-                about(group)
             with torch.set_grad_enabled(backward):
                 read = self._logits(inputs, below, [self.rows[n].predicts for n in group])
                 wide = torch.promote_types(read[0].dtype, torch.float32)

@@ -1,7 +1,7 @@
 """Default settings of a method on a model, from ``defaults/<method>.yaml`` beside its file.
 
-Each file is a list of entries; the first one whose ``match`` agrees with the model's ``config.json`` counts. An entry
-names its ``source`` and its ``settings``; what these leave out is COMEBA-HK's setting on the same model
+Each file is a list of entries; the first one whose ``match`` agrees with the model's ``config.json`` counts (a list names several values
+that do). An entry names its ``source`` and its ``settings``; what these leave out is COMEBA-HK's setting on the same model
 (:meth:`EditConfig.for_model`). ``layers: middle`` or ``layers: last`` picks one of COMEBA-HK's layers, ``layers: last 3``
 the model's last three blocks, ``layers: all`` all, ``layers: 0.84`` the block at that share of the model's depth,
 ``layers: [0.64, 0.93]`` those from one share to another.
@@ -51,7 +51,7 @@ def default_config(method: str | type[Method], model: nn.Module, **changes) -> E
         first = ends[0] if isinstance(layers, float) else max(0, min(ends[0], ends[-1] - 1))  # two shares: two blocks at least
         own["layers"] = list(range(first, ends[-1] + 1))  # never the last block, after which nothing reads the edit
     own = {**settings, **own}
-    if scoreless and {"lam", "leverage_ratio"} & set(changes):  # one takes the place of the other
+    if {"lam", "leverage_ratio"} & set(changes):  # one takes the place of the other
         own |= {"lam": None, "leverage_ratio": None}
     return method.config_class.from_dict({**own, **changes} if scoreless else changed(own, changes), method.name)
 
@@ -60,7 +60,7 @@ def entry(method: type[Method], config) -> dict:
     """The entry of a method's file that matches a model's configuration; the last one matches every model. A method without a file
     has COMEBA-HK's settings."""
     for found in _entries(method):
-        if all(getattr(config, key, None) == value for key, value in found["match"].items()):
+        if all(getattr(config, key, None) in (value if isinstance(value, list) else [value]) for key, value in found["match"].items()):
             return found
     return {"source": "those of COMEBA-HK (EditConfig.for_model)", "settings": {}}
 

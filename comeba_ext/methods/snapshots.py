@@ -15,10 +15,11 @@ from comeba_ext.methods.base import Method, OnProgress, Outcome, of_layer
 from comeba_ext.text.request import EditRequest
 
 KEPT = 10  # latest steps a rollback can reach, each a copy of the state on the host
+KEPT_BYTES = 4 << 30  # that all copies may take; of what is larger the latest two are kept: before a step and after it
 
 
 class Snapshots(Method):
-    """Keeps the state at step 0 and after the latest ten steps, as far back as the one that was loaded.
+    """Keeps the state at step 0 and after the latest ten steps (of large models fewer), as far back as the one that was loaded.
 
     A subclass edits with :meth:`apply`, and names its state with :meth:`memory` where that is more than its attachments' buffers,
     and with ``notes`` where it is no tensors. It may take single edits out with :meth:`take_out`, which then also happens to those
@@ -87,7 +88,7 @@ class Snapshots(Method):
             return
         if step and step not in self.kept:
             there = [s for s in sorted(self.kept) if s < self.session.step]
-            raise RequestError(f"{self.name} keeps the latest {KEPT} steps; cannot roll back to step {step}, only to {[0, *there]}")
+            raise RequestError(f"{self.name} keeps the latest steps; cannot roll back to step {step}, only to {[0, *there]}")
         tensors, self.notes = copy.deepcopy(self.kept[step] if step else self.first)
         self.recall(tensors)
         self.kept = {kept: state for kept, state in self.kept.items() if kept <= step}
@@ -117,7 +118,10 @@ class Snapshots(Method):
             own, before = own.detach().cpu(), last.get(name)
             alike = before is not None and before.dtype == own.dtype and before.dim() == own.dim() > 0 and len(before) <= len(own)
             begins = alike and before.shape[1:] == own.shape[1:] and torch.equal(before, own[: len(before)])
-            found[name] = before if begins and len(before) == len(own) else own.clone()
+            if not own.any():
+                found[name] = own.new_zeros(()).expand(own.shape)  # a matrix before any edit takes no memory
+            else:
+                found[name] = before if begins and len(before) == len(own) else own.clone()
             if begins and 0 < len(before) < len(own):
                 last[name] = found[name][: len(before)]
         return found, copy.deepcopy(self.notes)
@@ -126,5 +130,11 @@ class Snapshots(Method):
         """Note the state as it is now, after ``step`` (of which there is one already in the course of a run)."""
         if step and step not in self.kept:  # step 0 is `first`
             self.kept[step] = self._copy()
-            for old in sorted(self.kept)[:-KEPT]:
-                del self.kept[old]
+            for old in sorted(self.kept)[:-2]:
+                if len(self.kept) > KEPT or self._bytes() > KEPT_BYTES:
+                    del self.kept[old]
+
+    def _bytes(self) -> int:
+        """Of all states that are kept, what they share counted once."""
+        tensors = (own.untyped_storage() for tensors, _ in self.kept.values() for own in tensors.values())
+        return sum({own.data_ptr(): own.nbytes() for own in tensors}.values())

@@ -104,7 +104,8 @@ class FactorLearner(Learner):
         """What each layer's weight changes by for edits that are made together; ``logits``: see :func:`factors_of`."""
         with evaluating(self.session.model), frozen(self.session.model), torch.enable_grad():
             found, _ = factors_of(self.session, self.layers, rows, everywhere=True, logits=logits)
-        return self.rewrite(rows, {name: (x.float(), g.float() * len(rows)) for name, (x, g) in found.items()})
+        here = lambda own: own.to(self.session.device, torch.float32)  # noqa: E731  (layers may be on several GPUs)
+        return self.rewrite(rows, {name: (here(x), here(g) * len(rows)) for name, (x, g) in found.items()})
 
     def forward(self, episodes: list[Episode]) -> tuple[torch.Tensor, dict[str, float]]:
         edit, far, _ = self._run(episodes)
@@ -322,7 +323,7 @@ def added(layers: dict[str, nn.Module], changes: dict[str, tuple[torch.Tensor, t
     gradients flow to these."""
 
     def adding(x: torch.Tensor, g: torch.Tensor):
-        return lambda module, args, output: output + ((args[0].to(x.dtype) @ x.mT) @ g).to(output.dtype)
+        return lambda module, args, output: output + ((args[0].to(x) @ x.mT) @ g).to(output)
 
     handles = [layers[name].register_forward_hook(adding(*change)) for name, change in changes.items()]
     try:

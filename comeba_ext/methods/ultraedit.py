@@ -16,9 +16,9 @@ from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.deltas import Deltas
 from comeba_ext.methods.in_context import read_records
-from comeba_ext.methods.row_passes import factors_of
+from comeba_ext.methods.row_passes import TrainingRows, factors_of
 from comeba_ext.text.request import EditRequest
-from comeba_ext.text.rows import answer_rows
+from comeba_ext.text.rows import Row, answer_rows
 
 CLOSE = torch.finfo(torch.float32).eps  # added to a spread that is divided by
 LEAST = 1e-6  # of the largest variance: bound on what is divided by when whitening (the authors' code bounds the variances themselves)
@@ -140,10 +140,13 @@ class UltraEdit(Deltas):
         with phases("calibrate"):
             self.warm_up()
         with phases("keys"):
-            found, losses = self._factors(batch)
+            found = self._factors(batch)
         with phases("update"):
             for name, (inputs, gradients) in found.items():
                 self._write_layer(name, inputs.double(), gradients.double())
+            first = min(block for blocks in (self.config.modules.values() or [self.config.layers]) for block in blocks)
+            with torch.no_grad(), evaluating(self.session.model):
+                losses = TrainingRows(self.session, self._rows(batch), first).losses()
         on_progress(len(batch), sum(losses) / len(losses))
         return losses, [1] * len(batch)
 
@@ -155,7 +158,7 @@ class UltraEdit(Deltas):
         """
         records = self._records() if self._cold() else []
         for start in range(0, len(records), WARMED):
-            for name, (inputs, gradients) in self._factors(records[start : start + WARMED])[0].items():
+            for name, (inputs, gradients) in self._factors(records[start : start + WARMED]).items():
                 self._note(name, torch.cat([inputs, gradients], 1).double())
 
     def _cold(self) -> bool:
@@ -165,12 +168,15 @@ class UltraEdit(Deltas):
     def _records(self) -> list[EditRequest]:
         return read_records(self.config.warm_up_records, "warm_up_records", self.config.warm_up_count)
 
-    def _factors(self, requests: list[EditRequest]) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[float]]:
-        """Layer name to ``h (tokens, d_in)`` and ``g (tokens, d_out)``, each of its request's loss; and the losses."""
+    def _rows(self, requests: list[EditRequest]) -> list[Row]:
+        return answer_rows(self.session.tokenizer, [(request.text, request.target_new) for request in requests])
+
+    def _factors(self, requests: list[EditRequest]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Layer name to ``h (tokens, d_in)`` and ``g (tokens, d_out)``, each of its request's loss."""
         with evaluating(self.session.model), frozen(self.session.model):
-            rows = answer_rows(self.session.tokenizer, [(request.text, request.target_new) for request in requests])
-            found, losses = factors_of(self.session, self.layers, rows)
-        return {name: (inputs, len(rows) * gradients) for name, (inputs, gradients) in found.items()}, losses
+            rows = self._rows(requests)
+            found, _ = factors_of(self.session, self.layers, rows)
+        return {name: (inputs, len(rows) * gradients) for name, (inputs, gradients) in found.items()}
 
     def _note(self, name: str, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Take tokens ``[h, g]`` into the statistics; count, mean and sum of squares then, of every feature."""
