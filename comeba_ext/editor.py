@@ -39,8 +39,7 @@ def _step(method: Function) -> Function:
 
     @functools.wraps(method)
     def whole(self, *args, **kwargs):
-        with self._one_step:
-            work = self.apart()
+        with self._on_twin() as work:
             result = method(work, *args, **kwargs)
             self._adopt(work)
             return result
@@ -124,11 +123,11 @@ class Editor:
         """Layer name to :class:`KeyMemory`; empty until a covariance is there, and with methods that keep none."""
         return getattr(self.method, "key_memory", {})
 
+    # -- covariance ---------------------------------------------------------------------------------------------
+
     @property
     def covariance(self) -> Covariance | None:
         return getattr(self.method, "covariance", None)
-
-    # -- covariance ---------------------------------------------------------------------------------------------
 
     def collect_covariance(
         self, texts: Iterable[str], tokens: int | None = None, path: str | Path | None = None, progress: bool = True
@@ -147,20 +146,9 @@ class Editor:
         """
         if not self.method.needs_covariance:
             return
+        how = {"tokens": tokens, "max_tokens": self.max_tokens, "path": path, "progress": progress}
         with self.disabled():
-            self.set_covariance(
-                collect_covariance(
-                    self.model,
-                    self.tokenizer,
-                    texts,
-                    self.layers,
-                    self.session.decoder,
-                    tokens=tokens,
-                    max_tokens=self.max_tokens,
-                    path=path,
-                    progress=progress,
-                )
-            )
+            self.set_covariance(collect_covariance(self.model, self.tokenizer, texts, self.layers, self.session.decoder, **how))
 
     def load_covariance(self, path: str | Path) -> None:
         """Raises :class:`CovarianceError`/:class:`StorageError` for another model's, a broken or a foreign file."""
@@ -284,9 +272,10 @@ class Editor:
 
     def target_values(self, requests: Iterable[EditRequest | Mapping], *, progress: bool = False) -> torch.Tensor:
         """``v*`` of every request against the model as edited so far, ``(u, d_model)``; nothing is edited."""
-        batch = self._prepare(requests)
-        with values_bar(len(batch), progress) as on_progress:
-            return self.method.target_values(batch, on_progress)
+        with self._on_twin() as work:
+            batch = work._prepare(requests)
+            with values_bar(len(batch), progress) as on_progress:
+                return work.method.target_values(batch, on_progress)
 
     @_step
     def retract(self, request_ids: str | Iterable[str]) -> None:
@@ -327,8 +316,9 @@ class Editor:
             yield self.model
 
     def close(self) -> None:
-        """Take everything out again: the model as it came."""
-        detach(self.model)
+        """Take everything out again: the model as it came. Waits for other threads' steps and passes."""
+        with self._one_step, between_passes(self.model):
+            detach(self.model)
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -384,6 +374,18 @@ class Editor:
         work.method = self.method.on(work.session)
         work.log = list(self.log)
         return work
+
+    @contextlib.contextmanager
+    def _on_twin(self) -> Iterator[Editor]:
+        """Inside, this editor :meth:`apart`, one step at a time. The twin's parts know each other: they are taken apart afterwards, and so
+        freed then, not when Python looks for such circles, which a full GPU does not make it do."""
+        with self._one_step:
+            work = self.apart()
+            try:
+                yield work
+            finally:
+                detach(work.model)
+                vars(work.method).clear()
 
     def _adopt(self, work: Editor) -> None:
         """Take over what a step has made; readers of the model see it between two passes, and an interruption waits."""

@@ -20,13 +20,28 @@ struct Layout {
   }
 };
 
+// As many keys as the shared memory of a block has room for: of float64 half of them where that is 99 KB (8.6, 8.9, 12.0).
+template <typename T>
+int keys_at_once() {
+  int device = 0, room = 0, u = kKeys;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const auto fits = [&] {
+    const size_t most = static_cast<size_t>(room);
+    return transform_shared(kPanel, u, sizeof(T)) <= most && apply_shared(kPanel + u, sizeof(T)) <= most;
+  };
+  while (u > 1 && !fits()) u /= 2;
+  return u;
+}
+
 template <typename T>
 cudaError_t run(T* factor, const T* k, int batch, int d, int all, int sign, int* info, void* workspace,
                 cudaStream_t stream) {
   const Layout<T> parts(workspace, batch, d, all);
   const T* source = factor;
-  for (int first = 0; first < all; first += kKeys) {
-    const int u = all - first < kKeys ? all - first : kKeys;
+  const int most = keys_at_once<T>();
+  for (int first = 0; first < all; first += most) {
+    const int u = all - first < most ? all - first : most;
     cudaError_t error = launch(take_keys_kernel<T>, dim3(d, batch), dim3(32), 0, stream, parts.x, k, all, first, u);
     for (int start = 0; start < d && error == cudaSuccess; start += kPanel) {
       const int width = d - start < kPanel ? d - start : kPanel, tiles = (d - start - width + kTileRows - 1) / kTileRows;

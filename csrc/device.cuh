@@ -40,7 +40,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::si
   if (shared > (48u << 10)) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return cudaGetLastError(), error;  // else whoever asks next is told of it
   }
 #if defined(COMEBA_EMULATE)
   static_cast<void>(stream);

@@ -3,6 +3,7 @@ least squares they should be; what cannot be exported is said and leaves nothing
 
 import copy
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from test_cli import output, run
 from test_continuation import CONFIGS, family_model
 from test_editor import TEXTS, make_editor, random_values, small_model, some_requests
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2LMHeadModel, StaticCache
 
 from comeba_ext import EditConfig, Editor, load_edits, testbed
 from comeba_ext.errors import ArchitectureError, ComebaError, StorageError
@@ -122,6 +123,25 @@ def test_a_text_in_pieces_and_taken_back(tiny_model, tokenizer, tmp_path):
         cache.crop(-4)
         cache.reorder_cache(torch.tensor([1, 0]))
         torch.testing.assert_close(model(rows.flip(0)[:, 4:], past_key_values=cache).logits, whole.flip(0)[:, 4:], rtol=0, atol=1e-9)
+
+
+def test_a_static_cache_taken_back(tiny_model, tokenizer, tmp_path):
+    """Its length is a tensor that changes in place; and a name's beginning is known however much is taken back."""
+    base = base_of(tiny_model, tokenizer, "llama")
+    edited(base, tokenizer, tmp_path / "edits", unnamed_floor=1.1)  # only the name tells
+    export_folder(base, tokenizer, tmp_path / "edits", tmp_path / "out")
+    model = loaded(tmp_path / "out")
+    rows = torch.tensor([tokenizer(ASKED[8])["input_ids"]])
+    with torch.no_grad():
+        whole, plain = model(rows).logits, base(rows).logits
+        last = int(((whole - plain).abs().amax(-1) > 1e-3)[0].nonzero()[0])  # of the name
+        for length in (3, 80):
+            cache = StaticCache(config=model.config, max_cache_len=128)
+            model(rows[:, :last], past_key_values=cache, use_cache=True)
+            model(torch.full((1, length), 5), past_key_values=cache, use_cache=True)
+            cache.crop(-length)
+            again = model(rows[:, last:], past_key_values=cache, use_cache=True).logits
+            torch.testing.assert_close(again, whole[:, last:], rtol=1e-4, atol=1e-4)
 
 
 def test_other_ways_to_run_it(tiny_model, tokenizer, tmp_path):
@@ -496,10 +516,10 @@ def test_the_command_says_what_it_costs(embedded, tmp_path):
     assert unedited["locality"] == 1.0 and before["reliability"] == 1.0 and unedited["reliability"] < 0.5 < after["reliability"]
     assert "other tokens" in result["notes"][0]  # Transformers takes the embedded model's tokenizer for Qwen2's
     # The other way: a changed checkpoint is measured against its base.
-    own = output(
-        "eval", tmp_path / "merged", path / "records.json", "--base", "testbed", "--limit", 4, "--no-generate", "--answer-tokens", 0
-    )
-    assert own["base"] == "testbed"
+    (tmp_path / "texts.txt").write_text("\n".join(itertools.islice(testbed.texts(9), 8)))
+    given = ("--base", "testbed", "--limit", 4, "--no-generate", "--answer-tokens", 0, "--texts", tmp_path / "texts.txt")
+    own = output("eval", tmp_path / "merged", path / "records.json", *given)
+    assert own["base"] == "testbed" and own["text_changed"] > 0 and own["perplexity"] != own["perplexity_before"]
     assert own["reliability"] == after["reliability"] and own["locality"] == after["locality"]
 
 

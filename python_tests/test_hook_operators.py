@@ -255,6 +255,17 @@ def test_an_edit_of_another_dtype(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("score", ["zscore", "reference"])
+def test_gated_hook_under_autocast(score, device):
+    """Inside a float32 model inputs are of half precision, and edits are not."""
+    case = Case((2, 7, 40, 33), torch.bfloat16, score, device, sketched=True)
+    output = F.linear(case.x, case.weight, case.bias)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        found, after = ops.gated_hook(output, case.x, case.delta.float(), case.sketch.float(), *case.decision)
+    case.check(found, after)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("score", ["zscore", "reference"])
 def test_opcheck(score, device):
     case = Case((2, 5, 16, 9), torch.float32, score, device, sketched=True)
     output = F.linear(case.x, case.weight, case.bias)

@@ -390,6 +390,17 @@ def test_a_compiled_model_reads_ids_too(tiny_model, tokenizer, eager_first):
     assert torch.equal(dynamic, static)
 
 
+@torch.no_grad()
+def test_ids_of_half_the_width(tiny_model, tokenizer):
+    """Models take int32 ids as well."""
+    editor, requests = named_editor(tiny_model, tokenizer, "llama")
+    ids = torch.tensor([tokenizer(f"People say that {requests[0].subject} sings")["input_ids"]])
+    wanted = editor.model(ids).logits
+    assert torch.equal(editor.model(ids.int()).logits, wanted)
+    with editor.disabled():
+        assert not torch.equal(editor.model(ids.int()).logits, wanted)
+
+
 def test_subjects_that_a_text_names_in_letters():
     subjects = {"New York", "New York City", "Ann", "C++", "Turkey", "St. John's", "the Eiffel Tower", "iron"}
     wanted = {

@@ -54,6 +54,31 @@ def hook(model, family, scope, alpha=None):
     return layers
 
 
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
+@each_scope
+@torch.no_grad()
+def test_windows_in_a_static_cache(kind, scope, tokenizer):
+    """Where every layer has one, the mask that the decoder is handed ends where the window does."""
+    import transformers
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    window = {"sliding_window": 8} | ({"use_sliding_window": True, "max_window_layers": 0} if kind == "Qwen2" else {})
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), initializer_range=0.3, **shape, **window)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind}ForCausalLM")(config).double().eval()
+    layers = hook(model, "llama", scope)
+    ids = torch.stack([sequences()[0][:6], sequences()[2][:6]])
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False, "pad_token_id": 0}
+    dynamic = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, **options, cache_implementation="static"), dynamic)
+    for layer in layers.values():
+        layer.mode = "off"
+    assert not torch.equal(model.generate(ids, **options), dynamic)
+
+
 def make(tiny_model, family, scope, **config):
     model = tiny_model(family, **config).double()
     return model, hook(model, family, scope)

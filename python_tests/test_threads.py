@@ -5,6 +5,7 @@ before: Hugging Face's fast tokenizers keep padding and truncation as state, so 
 """
 
 import copy
+import gc
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -130,6 +131,92 @@ def _unedited(editor):
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return model
+
+
+def test_readers_see_nothing_of_a_search_for_target_values(edited, tokenizer):
+    batch, done, seen = encoded(tokenizer, TEXTS), threading.Event(), []
+    before, requests = answers(edited.model, batch), some_requests(6)[4:]
+    expected = edited.target_values(requests)
+
+    def read():
+        while not done.is_set():
+            seen.append(torch.allclose(answers(edited.model, batch), before, **CLOSE))
+
+    with ThreadPoolExecutor(2) as threads:
+        readers = [threads.submit(read) for _ in range(2)]
+        try:
+            found = edited.target_values(requests)
+        finally:
+            done.set()
+        for reader in readers:
+            reader.result()
+    assert len(seen) > 2 and all(seen)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def test_what_a_step_worked_on_is_freed_with_it(edited):
+    """Not whenever Python looks for objects that know each other: what they hold is a GPU's memory."""
+    alive = lambda: sum(isinstance(own, HookedLinear) for own in gc.get_objects())  # noqa: E731
+    gc.collect()
+    before, requests = alive(), some_requests(10)[4:]
+    gc.disable()
+    try:
+        edited.edit(requests[:2], random_values(2))
+        edited.edit(requests[2:4])
+        edited.target_values(requests[4:])
+        edited.retract("edit-0")
+        edited.rollback(1)
+        assert alive() == before
+    finally:
+        gc.enable()
+
+
+def test_closing_waits_for_passes(edited, tokenizer):
+    inside, order = threading.Event(), []
+    batch = encoded(tokenizer, TEXTS)
+
+    def slow(*_):
+        inside.set()
+        order.append("pass" if not closing.wait(0.3) else "closed within a pass")
+
+    closing = threading.Event()
+    next(iter(edited.layers.values())).register_forward_pre_hook(slow)
+    with ThreadPoolExecutor(1) as threads:
+        reader = threads.submit(answers, edited.model, batch)
+        inside.wait(5)
+        edited.close()
+        closing.set()
+        order.append("closed")
+        reader.result()
+    assert order == ["pass", "closed"]
+
+
+def test_a_pass_that_was_interrupted_holds_up_nobody(edited, tokenizer):
+    """Torch tells no hook of Ctrl-C. The thread lives on, and runs no other pass."""
+    batch, over, interrupted = encoded(tokenizer, TEXTS), threading.Event(), threading.Event()
+
+    def read():
+        inner = next(iter(edited.layers.values())).register_forward_pre_hook(stop)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                answers(edited.model, batch)
+        finally:
+            inner.remove()
+        interrupted.set()
+        over.wait(20)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert interrupted.wait(10)
+    changer = threading.Thread(target=edited.retract, args=("edit-0",), daemon=True)
+    changer.start()
+    changer.join(5)
+    over.set()
+    assert not changer.is_alive() and edited.step == 2
+    reader.join()
 
 
 def test_disabled_is_this_threads_own(edited, tokenizer):

@@ -16,7 +16,7 @@ from transformers import LlamaConfig as BaseConfig
 from transformers import LlamaForCausalLM as BaseModel
 
 LONGEST = 16  # tokens of a name that are compared, its last ones
-KEPT = 4 * LONGEST  # earlier tokens that a cache remembers: one that is cropped still knows the last ones
+KEPT = 16 * LONGEST  # earlier tokens that a cache remembers: one that is cropped still knows the last ones
 UNKNOWN = -1  # token id of padding, and of what came before the text that is known
 HASH_BASE = 0x9E3779B97F4A7C15 - (1 << 64)  # as int64
 COARSE, ABOVE = 96, 0.17  # directions of a first look at a key, and how far above it the cosine may lie
@@ -132,7 +132,8 @@ def real_tokens(mask, past, length):
         return None
     if mask.dim() == 4:  # (batch, 1, query, key): a real token is seen by some query
         mask = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0].any(1)
-    return (mask if mask.shape[1] == length else mask[:, past : past + length]).bool()
+    start = min(past, mask.shape[1] - length)  # a prepared one of sliding windows ends where a window does
+    return mask[:, start : start + length].bool()
 
 
 REMEMBERING = {}
@@ -155,9 +156,9 @@ def remembering(kind):
             self.comeba_ids = self.comeba_ids[indices.to(self.comeba_ids.device)]
 
         def crop(self, *args, **kwargs):
-            before = self.get_seq_length()
+            before = int(self.get_seq_length())  # a static cache's is a tensor that changes in place
             super().crop(*args, **kwargs)
-            gone = min(before - self.get_seq_length(), KEPT)
+            gone = min(before - int(self.get_seq_length()), KEPT)
             self.comeba_ids = F.pad(self.comeba_ids[:, : KEPT - gone], (gone, 0), value=UNKNOWN)
 
         def reset(self):
@@ -181,7 +182,7 @@ def restored(kind, state):
 
 def suffix_hashes(ids, past):
     """``h_n(t) = Σ_{j<n} (id_{t−j} + 1) B^j mod 2⁶⁴`` of the last 1 … LONGEST tokens up to every one, ``(batch, seq, LONGEST)``."""
-    whole = torch.cat([past[:, -(LONGEST - 1) :], ids], 1) - UNKNOWN  # 0 where unknown
+    whole = torch.cat([past[:, -(LONGEST - 1) :], ids.long()], 1) - UNKNOWN  # 0 where unknown
     powers = torch.tensor([1] + [HASH_BASE] * (LONGEST - 1), device=ids.device).cumprod(0)
     return (whole.unfold(1, LONGEST, 1).flip(-1) * powers).cumsum(-1)
 

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import sys
 import threading
 
 import torch
@@ -112,7 +113,7 @@ class SequenceContext:
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not torch.compiler.is_compiling():
-            self.passes.begin()
+            self.passes.begin(sys._getframe(1))  # of torch, which calls the decoder in it
         here = self.here
         given = {**dict(zip(self._names[: len(args)], args)), **kwargs}
         cache = cache_of(given)
@@ -231,12 +232,18 @@ def _real_tokens(attention_mask, past, length: int) -> torch.Tensor | None:
         attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
     if attention_mask is None:
         return None
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ComebaError(
+            f"the model was given a prepared mask, a {type(attention_mask).__name__}, that does not tell which tokens are padding; "
+            "choose attn_implementation='sdpa' or 'eager', or a dynamic cache"
+        )
     if attention_mask.dim() == 4:  # prepared (batch, 1, query, key): a real token is seen by some query
         seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
         attention_mask = seen[:, 0].any(1)
     if attention_mask.shape[1] == length:
         return attention_mask.bool()
-    return attention_mask[:, past : past + length].bool()
+    start = min(past, attention_mask.shape[1] - length)  # a prepared one of sliding windows ends where a window does
+    return attention_mask[:, start : start + length].bool()
 
 
 @functools.cache

@@ -90,7 +90,8 @@ def gated_hook(
     if _needs_grad(output, x, delta):
         return gated_hook_ref(output, x, delta, sketch, *arguments)
     output = output if inplace else output.clone()
-    operator = torch.ops.comeba.gated_hook_ if _dispatched(output) else _gated_hook_
+    same = x.dtype == delta.dtype == sketch.dtype  # not under autocast
+    operator = torch.ops.comeba.gated_hook_ if same and _dispatched(output) else _gated_hook_
     after = operator(output, x, delta, sketch, *arguments)
     return output, after if score == "zscore" else None
 

@@ -36,9 +36,10 @@ def suffix_hashes(ids: torch.Tensor, past: torch.Tensor | None = None) -> torch.
     """The hash of the last 1, 2, … ``LONGEST`` tokens up to every one, ``(batch, seq, LONGEST)`` int64.
 
     Args:
-        ids: ``(batch, seq)`` int64 token ids; ``UNKNOWN`` for padding.
+        ids: ``(batch, seq)`` token ids; ``UNKNOWN`` for padding.
         past: ``(batch, n)`` the tokens before them; ``None``: none.
     """
+    ids = ids.long()  # models take int32 as well
     before = ids[:, :0] if past is None else past[:, -(LONGEST - 1) :]
     before = F.pad(before, (LONGEST - 1 - before.shape[1], 0), value=UNKNOWN)
     whole = torch.cat([before, ids], 1) - UNKNOWN  # 0 where unknown

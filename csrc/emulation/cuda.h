@@ -267,7 +267,7 @@ inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 template <typename K>
 cudaError_t cudaFuncSetAttribute(K*, cudaFuncAttribute attribute, int value) {
   const bool possible = attribute != cudaFuncAttributeMaxDynamicSharedMemorySize ||
-                        (value >= 0 && std::size_t(value) <= comeba::emulation::kMaxSharedBytes);
+                        (value >= 0 && std::size_t(value) <= comeba::emulation::max_shared_bytes());
   return possible ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -279,7 +279,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = 48 << 10;
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = comeba::emulation::kMaxSharedBytes;
+      *value = static_cast<int>(comeba::emulation::max_shared_bytes());
       break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = 228 << 10;
@@ -303,7 +303,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 template <typename K>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, K*, int threads, std::size_t shared) {
-  const bool possible = threads >= 1 && threads <= 1024 && shared <= comeba::emulation::kMaxSharedBytes;
+  const bool possible = threads >= 1 && threads <= 1024 && shared <= comeba::emulation::max_shared_bytes();
   *blocks = possible ? static_cast<int>(comeba::emulation::kBlocksPerMultiprocessor) : 0;
   return cudaSuccess;
 }

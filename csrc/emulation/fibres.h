@@ -30,6 +30,11 @@ namespace COMEBA_HIDDEN emulation {
 
 constexpr unsigned kMultiprocessors = 3, kBlocksPerMultiprocessor = 2;  // as many blocks are resident at once
 constexpr std::size_t kStackBytes = 128 << 10, kMaxSharedBytes = 227 << 10, kGuardBytes = 256;
+// What a block may have: a large GPU's, or what another one has, in KiB.
+inline std::size_t max_shared_bytes() {
+  const char* const given = std::getenv("COMEBA_EMULATION_SHARED");
+  return given == nullptr ? kMaxSharedBytes : std::strtoul(given, nullptr, 10) << 10;
+}
 constexpr unsigned kMaxIdleSpins = 1000000;
 constexpr unsigned kStackMark = 0xc0ebau;
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
