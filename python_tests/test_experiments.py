@@ -24,9 +24,10 @@ from comeba_ext.evaluation import Writing, bootstrap_interval, predict_base
 from comeba_ext.evaluation.metrics import summarise
 from comeba_ext.evaluation.protocols import Result, run_protocol
 from comeba_ext.evaluation.written import is_contained, normalised
-from comeba_ext.experiments import definition, measures, plots, runner
+from comeba_ext.experiments import definition, measures, plots
 from comeba_ext.experiments.kept_base import kept_base
 from comeba_ext.experiments.measures import told_apart
+from comeba_ext.experiments.rows import mean_of, rows_of
 from comeba_ext.experiments.table import markdown
 from comeba_ext.methods import default_config
 from comeba_ext.report import build, read
@@ -257,7 +258,6 @@ def test_a_method_that_cannot_go_on_is_a_row(covariance, tmp_path):
     assert output("experiment", path, "--out", tmp_path / "other")["plots"] == []  # there is nothing to draw
 
 
-@pytest.mark.parametrize("plot", ["bars", "edits", "settings"])
 def test_a_case_that_cannot_take_the_records_costs_only_itself(covariance, tmp_path):
     """WISE learns from prompts about other things, which these records lack; the others have their rows, and the exit code says it."""
     facts, path = tmp_path / "facts.json", tmp_path / "mixed.yaml"
@@ -302,6 +302,7 @@ def test_a_case_that_was_to_be_left_alone_stops_no_other(tmp_path):
     assert [row["case"] for row in rows] == ["ICE"] and (out / "two/testbed/FT/log.jsonl").exists()
 
 
+@pytest.mark.parametrize("plot", ["bars", "edits", "settings"])
 def test_records_with_nothing_else_to_ask(tmp_path, plot):
     facts = tmp_path / "facts.json"
     fields = ("prompt", "subject", "target_new")
@@ -598,7 +599,7 @@ def test_who_is_ahead_stands_in_the_result(tmp_path):
 def test_a_method_that_fails_behind_a_checkpoint_has_no_retention():
     row = {"request_id": None, "prompt": "p", "subject": "s", "target_new": "t", "reliability": 1.0, "answers": []}
     result = Result({2: summarise([row, row | {"prompt": "q"}])}, {2: {"saved_bytes": 1}}, [], 2, "infinities")
-    kept, failed = runner._rows([result], 0)
+    kept, failed = rows_of([result], 0)
     assert (kept["edits"], kept["reliability"]) == (2, 1.0) and "retention" not in kept and failed["error"] == "infinities"
 
 
@@ -634,10 +635,10 @@ def test_means_over_orders():
             "score": 0.4,
         },
     ]
-    found = runner._mean_of(orders)
+    found = mean_of(orders)
     assert found.pop("efficacy_score_spread") == pytest.approx(statistics.stdev([0.9, 0.1]))
     assert found == {"efficacy_score": 0.5, "abilities": {"a": {"metric": "acc", "edited": pytest.approx(0.6)}}, "score": 0.4}
-    assert runner._mean_of([{"text_changed": 0.25}, {"text_error": "none"}]) == {"text_changed": 0.25, "text_error": "none"}
+    assert mean_of([{"text_changed": 0.25}, {"text_error": "none"}]) == {"text_changed": 0.25, "text_error": "none"}
 
 
 def test_a_table_of_cases_that_failed():

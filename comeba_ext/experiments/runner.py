@@ -10,7 +10,6 @@ import itertools
 import logging
 import random
 import re
-import statistics
 from pathlib import Path
 
 import torch
@@ -23,15 +22,15 @@ from comeba_ext.editing.config import EditConfig
 from comeba_ext.editor import Editor
 from comeba_ext.errors import ComebaError, ConfigError, StorageError
 from comeba_ext.evaluation import Protocol, Result, run_protocol
-from comeba_ext.evaluation.comparing import AGE, pairs, retention_over
-from comeba_ext.evaluation.metrics import METRICS, Metrics, averaged, record_means
+from comeba_ext.evaluation.comparing import pairs
+from comeba_ext.evaluation.metrics import METRICS, record_means
 from comeba_ext.evaluation.protocols import complete_result
 from comeba_ext.evaluation.queries import check_record
-from comeba_ext.evaluation.ways import WAYS
 from comeba_ext.evaluation.written import likeness
 from comeba_ext.experiments import measures, table
 from comeba_ext.experiments.definition import ALL, Case, Experiment
 from comeba_ext.experiments.kept_base import kept_base
+from comeba_ext.experiments.rows import rows_of
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.layers.hooked_linear import shape_of
 from comeba_ext.machine import machine, versions
@@ -107,73 +106,15 @@ def run(
         covariance.check(model, _widths(model, config))
     if needing and covariance is None:
         covariance = _collect(model, tokenizer, texts, needing, kept, progress)
-    identity = {
-        "measures": list(experiment.measures),
-        "tasks": list(experiment.tasks) or None,
-        "task_limit": experiment.task_limit,
-        "task_folder": _digest_of_folder(experiment.task_folder),
-        "texts": hashlib.sha256("\n".join(plain_texts).encode()).hexdigest()[:16],
-    }
-    tasks = measures.Tasks(experiment.tasks, experiment.task_folder, experiment.task_limit)
-    measure = measures.make(experiment.measures, list(plain_texts), progress, tasks)
-    used, records, ran, not_run = {}, {}, {}, []
-
-    def results_of(dataset: str, case: Case, **asking) -> list[Result | None]:
-        """A case's result of every order: run, where it is said what with; else read, ``None`` where it is not complete."""
-        method = methods.method_named(case.method)
-        what = {"method": method, "config": configs[case.label], "covariance": covariance if method.needs_covariance else None}
-        result_of = functools.partial(run_protocol, model, tokenizer, **asking) if asking else functools.partial(complete_result, model)
-        protocol, own = _protocol(experiment, case, len(used[dataset]), seed), out / _place(experiment, dataset, case)
-        given = [(_in_order(used[dataset], n), protocol, own / (f"order-{n}" if n else "")) for n in range(experiment.orders)]
-        return [result_of(*one, **what, identity=identity) for one in given]
-
+    used, records = {}, {}
     for dataset, read in datasets.items():
         used[dataset], skipped = _usable(model, tokenizer, dataset, read, samples, seed)
         records[dataset] = read.counts(used[dataset], skipped)
+    work = _Work(experiment, model, tokenizer, out, seed, covariance, configs, used, _identity(experiment, plain_texts))
     for dataset, case in itertools.product(datasets, chosen):
-        results_of(dataset, case)  # a log of another run is said before the first case is run
-    for dataset in datasets:
-        how = {"generate": experiment.generate, "writing": experiment.writing, "progress": progress}
-        told = out / experiment.name / slug(dataset) / "base.json"
-        # Not asked where every log is complete.
-        base = functools.cache(functools.partial(kept_base, told, model, tokenizer, used[dataset], **how))
-        for case in chosen:
-            try:
-                ran[dataset, case.label] = results_of(dataset, case, base=base, measure=measure, progress=progress)
-            except StorageError:
-                raise
-            except (ComebaError, torch.OutOfMemoryError) as error:  # the others' hours are not to be lost to it
-                not_run.append(f"{dataset}, {case.label}: {error}")
-                ran[dataset, case.label] = [Result(failed=0, error=f"not run: {error}")]
-    rows, last = [], {}
-    for dataset, case in itertools.product(datasets, there):  # what other processes ran is read last, when most of it is complete
-        method = methods.method_named(case.method)
-        if case not in chosen and covariance is None and method.needs_covariance:
-            continue
-        try:
-            results = ran.get((dataset, case.label)) or results_of(dataset, case)
-        except StorageError as error:  # of a case that was not to be run
-            log.warning("%s, %s is left out: %s", dataset, case.label, error)
-            continue
-        if None in results:
-            continue
-        about = {
-            "dataset": dataset,
-            "method": case.method,
-            "case": case.label,
-            "log": _place(experiment, dataset, case).as_posix(),
-            "batch_size": _protocol(experiment, case, len(used[dataset]), seed).batch_size,
-            "settings": configs[case.label].to_dict(),
-            **method.preparation(configs[case.label]),
-        }
-        rows += [{**about, **row} for row in _rows(results, seed)]
-        if all(result.error is None for result in results):  # one that failed was asked after fewer edits
-            last.setdefault(dataset, {})[case.label] = record_means([result.final.per_record for result in results])
-        for result in results:
-            if result.error is None:
-                log.info("%s, %s: reliability %.3f", dataset, case.label, result.final.reliability)
-            else:
-                log.warning("%s, %s: failed after %d edits: %s", dataset, case.label, result.failed, result.error)
+        work.results_of(dataset, case)  # a log of another run is said before the first case is run
+    ran, not_run = work.run(chosen, list(plain_texts), progress)
+    rows, last = work.rows(there, chosen, ran)
     result = {
         "experiment": experiment.name,
         "title": experiment.title,
@@ -198,6 +139,107 @@ def run(
     result["plots"] = _plots(result, experiment, out)
     _write(result, out)
     return result
+
+
+@dataclasses.dataclass
+class _Work:
+    """Cases on data sets: run, or read from their logs.
+
+    Args:
+        configs: of every case that can be run or read, by its label.
+        used: the records of every data set.
+        identity: what tells a run from others beside what :func:`run_protocol` knows.
+    """
+
+    experiment: Experiment
+    model: torch.nn.Module
+    tokenizer: object
+    out: Path
+    seed: int
+    covariance: Covariance | None
+    configs: dict[str, EditConfig]
+    used: dict[str, list[EditRequest]]
+    identity: dict
+
+    def results_of(self, dataset: str, case: Case, **asking) -> list[Result | None]:
+        """A case's result of every order: run, where it is said what with; else read, ``None`` where it is not complete.
+
+        Raises:
+            StorageError: a log is of another run.
+        """
+        method, records = methods.method_named(case.method), self.used[dataset]
+        what = {"method": method, "config": self.configs[case.label], "covariance": self.covariance if method.needs_covariance else None}
+        run = functools.partial(run_protocol, self.model, self.tokenizer, **asking)
+        result_of = run if asking else functools.partial(complete_result, self.model)
+        protocol, own = _protocol(self.experiment, case, len(records), self.seed), self.out / _place(self.experiment, dataset, case)
+        given = [(_in_order(records, n), protocol, own / (f"order-{n}" if n else "")) for n in range(self.experiment.orders)]
+        return [result_of(*one, **what, identity=self.identity) for one in given]
+
+    def run(self, cases: tuple[Case, ...], plain_texts: list[str], progress: bool) -> tuple[dict, list[str]]:
+        """Results by data set and label; and a sentence for each that could not be run."""
+        own = self.experiment
+        tasks = measures.Tasks(own.tasks, own.task_folder, own.task_limit)
+        measure = measures.make(own.measures, plain_texts, progress, tasks)
+        how = {"generate": own.generate, "writing": own.writing, "progress": progress}
+        ran, not_run = {}, []
+        for dataset, records in self.used.items():
+            told = self.out / own.name / slug(dataset) / "base.json"
+            # Not asked where every log is complete.
+            base = functools.cache(functools.partial(kept_base, told, self.model, self.tokenizer, records, **how))
+            for case in cases:
+                try:
+                    ran[dataset, case.label] = self.results_of(dataset, case, base=base, measure=measure, progress=progress)
+                except StorageError:
+                    raise
+                except (ComebaError, torch.OutOfMemoryError) as error:  # the others' hours are not to be lost to it
+                    not_run.append(f"{dataset}, {case.label}: {error}")
+                    ran[dataset, case.label] = [Result(failed=0, error=f"not run: {error}")]
+        return ran, not_run
+
+    def rows(self, cases: list[Case], chosen: tuple[Case, ...], ran: dict) -> tuple[list[dict], dict[str, dict[str, list[dict]]]]:
+        """The table's rows, and by data set and label the records' own of those that did not fail: of what was ``ran``, and of what other
+        processes have completed."""
+        rows, last = [], {}
+        for dataset, case in itertools.product(self.used, cases):  # what others ran is read last, when most of it is complete
+            method, config = methods.method_named(case.method), self.configs[case.label]
+            if case not in chosen and self.covariance is None and method.needs_covariance:
+                continue
+            try:
+                results = ran.get((dataset, case.label)) or self.results_of(dataset, case)
+            except StorageError as error:  # of a case that was not to be run
+                log.warning("%s, %s is left out: %s", dataset, case.label, error)
+                continue
+            if None in results:
+                continue
+            about = {
+                "dataset": dataset,
+                "method": case.method,
+                "case": case.label,
+                "log": _place(self.experiment, dataset, case).as_posix(),
+                "batch_size": _protocol(self.experiment, case, len(self.used[dataset]), self.seed).batch_size,
+                "settings": config.to_dict(),
+                **method.preparation(config),
+            }
+            rows += [{**about, **row} for row in rows_of(results, self.seed)]
+            if all(result.error is None for result in results):  # one that failed was asked after fewer edits
+                last.setdefault(dataset, {})[case.label] = record_means([result.final.per_record for result in results])
+            for result in results:
+                if result.error is None:
+                    log.info("%s, %s: reliability %.3f", dataset, case.label, result.final.reliability)
+                else:
+                    log.warning("%s, %s: failed after %d edits: %s", dataset, case.label, result.failed, result.error)
+        return rows, last
+
+
+def _identity(experiment: Experiment, plain_texts: list[str]) -> dict:
+    """What tells its runs from others beside what :func:`run_protocol` knows."""
+    return {
+        "measures": list(experiment.measures),
+        "tasks": list(experiment.tasks) or None,
+        "task_limit": experiment.task_limit,
+        "task_folder": _digest_of_folder(experiment.task_folder),
+        "texts": hashlib.sha256("\n".join(plain_texts).encode()).hexdigest()[:16],
+    }
 
 
 def _chosen(experiment: Experiment, labels: list[str] | None) -> tuple[Case, ...]:
@@ -296,67 +338,6 @@ def _leading(rows: list[dict], dataset: str) -> list[str]:
     """The scores that lead, of a data set."""
     way = table.leading_way([row for row in rows if row["dataset"] == dataset])
     return [*(name + way for name in METRICS), "hallucination"]
-
-
-def _rows(results: list[Result], seed: int) -> list[dict]:
-    """What a case measured, in one order or on the average of several: a row a checkpoint, and where the method could not go on a
-    last one that says why."""
-    rows = []
-    for there in _checkpoints(results):
-        extras = [{k: v for k, v in result.extra.get(edits, {}).items() if k != "per_record"} for edits, result in there]
-        costs = [result.efficiency(edits) for edits, result in there]
-        found = [result.checkpoints[edits] for edits, result in there]
-        edits = round(sum(edits for edits, _ in there) / len(there))
-        if len(results) == 1:
-            rows.append({"edits": edits, **_plain(found[0]), **costs[0], **extras[0]})
-        else:
-            peaks = [own["peak_memory"] for own in costs if own["peak_memory"] is not None]
-            own = _mean_of(costs) | {"peak_memory": max(peaks, default=None)}
-            rows.append({"edits": edits, "orders": len(there), **_plain(averaged(found, seed)), **own, **_mean_of(extras)})
-    if rows and "saved_bytes" in rows[-1]:  # of one model that keeps its edits
-        runs = [result.final.per_record for result in results if result.error is None]
-        if max(map(len, runs), default=0) >= 2 * AGE:  # none where the method could not go on
-            rows[-1]["retention"] = retention_over(runs, f"reliability{table.leading_way(rows[-1:])}")
-    for result in results:
-        if result.error is not None:
-            rows.append({"edits": result.failed, **_plain(Metrics()), **result.efficiency(result.failed), "error": result.error})
-            break
-    return rows
-
-
-def _checkpoints(results: list[Result]) -> list[list[tuple[int, Result]]]:
-    """Of every checkpoint, each run's number of edits there. Cases are not split, so that orders may stop a little apart."""
-    stops = [sorted(result.checkpoints) for result in results]
-    if len(set(map(len, stops))) == 1:
-        return [list(zip(own, results, strict=True)) for own in zip(*stops, strict=True)]
-    return [[(edits, result) for result in results if edits in result.checkpoints] for edits in sorted(set().union(*stops))]
-
-
-def _mean_of(found: list[dict]) -> dict:
-    """The means of what are numbers, also inside of mappings, of those that have them; what is none, as the first has it that has it.
-    Intervals are of one order's records, so instead of one a mean has its ``…_spread`` over the orders."""
-    means = {}
-    for key in dict.fromkeys(key for own in found for key in own):
-        values = [own[key] for own in found if own.get(key) is not None]
-        if not values:
-            means[key] = None
-        elif all(isinstance(value, dict) for value in values):
-            means[key] = _mean_of(values)
-        elif all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-            means[key] = sum(values) / len(values)
-            if len(values) > 1 and any(f"{key}_interval" in own for own in found):
-                means[f"{key}_spread"] = statistics.stdev(values)
-        elif not key.endswith("_interval"):
-            means[key] = values[0]
-    return means
-
-
-def _plain(metrics) -> dict:
-    names = [f"{name}{suffix}" for name in METRICS for suffix in WAYS]
-    found = {key: metrics.get(key) for name in (*names, "hallucination") for key in (name, f"{name}_interval")}
-    more = ("_spread", "_prompts", "_unwritable")
-    found |= {key: value for key, value in metrics.items() if key.endswith(more) or key == "questions"}
-    return {"records": metrics.get("records", 0), **found}
 
 
 def slug(text: str) -> str:

@@ -99,13 +99,14 @@ def tokenizer_router(service: EditingService) -> APIRouter:
         words = {name: getattr(own, name, None) for name in ("bos_token", "eos_token", "pad_token")}
         return {"tokenizer_class": type(own).__name__, **words, "chat_template": getattr(own, "chat_template", None)}
 
+    # Not in the event loop: a long text takes a second.
     @router.post("/tokenize")
-    async def tokenize(body: _Text) -> dict:
+    def tokenize(body: _Text) -> dict:
         tokens = service.tokens(body.prompt, add_special_tokens=body.add_special_tokens)
         return {"tokens": tokens, "count": len(tokens)}
 
     @router.post("/detokenize")
-    async def detokenize(body: _Numbers) -> dict:
+    def detokenize(body: _Numbers) -> dict:
         if body.tokens and max(body.tokens) >= len(service.tokenizer):
             raise Refused(400, f"the tokenizer has {len(service.tokenizer)} tokens, from 0 on", "tokens")
         return {"prompt": service.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False)}
