@@ -157,6 +157,18 @@ def test_large_models_have_easyedits_settings_as_one(kind, depth, width):
     assert (list(found.layers), found.clamp, found.weight_decay, found.lam) == ([4, 5, 6, 7, 8], 4, 1e-3, 15_000)
 
 
+def test_blocks_that_are_named_take_the_place_of_published_modules():
+    import transformers
+
+    config = transformers.LlamaConfig(num_hidden_layers=32, hidden_size=4096, intermediate_size=8, num_attention_heads=8, vocab_size=128256)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert set(default_config("UltraEdit", model).modules) == {"mlp.gate_proj", "mlp.up_proj"}
+    found = default_config("UltraEdit", model, layers=[5, 6])
+    assert list(found.layers) == [5, 6] and not found.modules
+    assert default_config("UltraEdit", model, layers=[5], modules={"mlp.up_proj": [5]}).modules == {"mlp.up_proj": [5]}
+
+
 def test_published_objectives_do_not_ask_for_an_end():
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 

@@ -177,7 +177,15 @@ FILES = {
         WiseConfig,
         {
             **{"layers": (27,), "lr": 0.9, "steps": 60, "mask_ratio": 0.2, "norm_constraint": 1.1, "low": 5.0, "high": 20.0},
-            **{"margin_loss": 10.0, "threshold_share": 0.88, "save_every": 400, "merge_every": 800, "density": 0.53, **TRAINED},
+            **{
+                "margin_loss": 10.0,
+                "threshold_share": 0.88,
+                "save_every": 400,
+                "merge_every": 800,
+                "density": 0.53,
+                "prefixes": 10,
+                **TRAINED,
+            },
         },
         set(),
     ),

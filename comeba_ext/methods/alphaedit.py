@@ -99,14 +99,15 @@ class AlphaEdit(Additive):
                 past = self._past(name, self.standing[:seen], moment) / seen
                 moment = (past + config.preserve * moment) / (config.preserve + 1)
             values, vectors = torch.linalg.eigh(moment)  # increasing
-            count = round(config.null_share * len(values)) if config.null_share else int((values < config.null_threshold).sum())
+            share, below = config.null_share, config.null_threshold
+            count = max(1, round(share * len(values))) if share else int((values < below).sum())
             if not count:
                 raise CovarianceError(
                     f"{name}: no direction has an eigenvalue below {config.null_threshold} (they are {values[0]:.3g} to {values[-1]:.3g}), "
                     "so nothing may be written; give null_share instead of null_threshold"
                 )
             null = vectors[:, :count]
-            self.projectors[name] = (seen, null @ null.mT)
+            self.projectors[name] = (seen, (null @ null.mT).to(self.covariance[name].device))  # found on the layer's, kept beside C0
         return self.projectors[name][1]
 
     def on(self, session: Session) -> AlphaEdit:

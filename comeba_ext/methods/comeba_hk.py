@@ -316,16 +316,16 @@ class ComebaHK(Method):
         if added or removed:
             self._exchange(name, remove=added, add=removed)
 
-    def factors(self, name: str, live: list[Entry]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """``delta = V Kᵀ C⁻¹`` over the live requests (see ledger) as ``V (d_out, n)`` and ``(C⁻¹ K)ᵀ (n, d_in)`` for n keys; ``None``
-        where it has no such factors. (Where every subject has its own delta, this is that of all of them together.)"""
+    def factors(self, name: str, live: list[Entry]) -> tuple[torch.Tensor, torch.Tensor]:
+        """``delta = V Kᵀ C⁻¹`` over the live requests (see ledger) as ``V (d_out, n)`` and ``(C⁻¹ K)ᵀ (n, d_in)`` for n keys. (Where every
+        subject has its own delta, this is that of all of them together.)"""
         keys, responses = stacked(live, name)
         memory = copy.copy(self.key_memory[name])
         return responses, (memory.update(keys) if self.recognition.compares else memory.solve(keys)).mT
 
     def weight_change(self, name: str):
         live = self.session.ledger.live()
-        return (self.factors(name, live) if live else None) or self.masters[name]
+        return self.factors(name, live) if live else self.masters[name]
 
     def _shift(self, name: str, change: torch.Tensor) -> None:
         """``delta ← delta + change``."""

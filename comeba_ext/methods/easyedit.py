@@ -331,6 +331,7 @@ def _wise(fields: _Fields) -> str:
         if not isinstance(margins, list) or len(margins) != 3 or not all(map(is_number, margins)):
             raise ConfigError(f"act_margin must be three numbers, got {margins!r}")
         fields.settings |= dict(zip(("low", "high", "margin_loss"), margins))
+    fields.settings["prefixes"] = 10  # five of five tokens and five of ten, which no file names
     fields.only("merge_alg", "ties", why="shards are merged by TIES")
     fields.only("weights", 1, 1.0, why="shards count alike in a merge")
     fields.only("replay", False, None, why="earlier edits are not replayed")

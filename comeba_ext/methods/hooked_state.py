@@ -98,9 +98,8 @@ def adapter(method: ComebaHK) -> dict[str, torch.Tensor]:
             and not method.recognition.compares
             and sum(len(entry.keys.get(name, ())) for entry in live) * (d_out + d_in) < d_out * d_in
         )
-        factors = method.factors(name, live) if small else None
-        if factors is not None:
-            own["left"], own["right"] = (factor.to(delta.dtype) for factor in factors)  # (d_out, n), (n, d_in)
+        if small:
+            own["left"], own["right"] = (factor.to(delta.dtype) for factor in method.factors(name, live))  # (d_out, n), (n, d_in)
         elif live and not method.recognition.compares:
             own["delta"] = delta
         tensors |= {f"{name}.{what}": tensor for what, tensor in own.items()}

@@ -78,13 +78,19 @@ class UltraEdit(Deltas):
 
     Values are found from what is normalised; ``H``, which they are regressed on, is the inputs as the layer is given them, in the paper
     and in the authors' code. Statistics are each layer's own (the code's are shared by layers of one shape), and of every request's own
-    loss, so that they do not depend on how many share a batch.
+    loss, so that they do not depend on how many share a batch. A first batch of one token has no spread, and moves nothing: take
+    several requests for it, or ``warm_up_records``.
 
     A batch is one forward and one backward pass; requests are not looked at one by one, so none can be taken back alone.
     """
 
     name = "UltraEdit"
     config_class = UltraEditConfig
+
+    @classmethod
+    def implied(cls, changes: dict) -> dict:
+        """Blocks that a user names are those of the output projections, whatever modules are published."""
+        return {"modules": {}} if "layers" in changes else {}
 
     @classmethod
     def files(cls, config: UltraEditConfig) -> dict[str, Path]:
