@@ -14,7 +14,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 def is_hub_name(name: str | Path) -> bool:
     """Whether something is written as a repository's name is (``"user/name"``), and no file or folder has that name."""
-    return re.fullmatch(_NAME, Path(name).as_posix()) is not None and not Path(name).exists()
+    return re.fullmatch(_NAME, str(name)) is not None and not Path(name).exists()  # as it was given: "./user/name" is a path
 
 
 def where_to_load(name: str) -> str:
@@ -52,7 +52,7 @@ def local_folder(folder: str | Path, *kinds: str, revision: str | None = None, t
         return folder
     from huggingface_hub import snapshot_download
 
-    name = Path(folder).as_posix()
+    name = str(folder)
     try:
         return snapshot_download(name, revision=revision, token=token, allow_patterns=[MANIFEST, *file_patterns(*kinds)])
     except Exception as error:  # of the network, of the hub, of the name: each library on the way has kinds of its own

@@ -85,13 +85,16 @@ def test_logits_where_they_are_read_are_the_models_own(tiny_model, family):
     with torch.no_grad():
         whole = model(input_ids=ids, attention_mask=mask).logits
         found = logits_at(model, {"input_ids": ids, "attention_mask": mask}, places)
+        model.hf_device_map = {"a": 0, "b": 1}  # of several GPUs: its places are not those of the inputs
+        spread = logits_at(model, {"input_ids": ids, "attention_mask": mask}, places)
+        del model.hf_device_map
         real = model.forward
         model.forward = lambda input_ids, attention_mask, use_cache: real(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
         )
         without = logits_at(model, {"input_ids": ids, "attention_mask": mask}, places)  # of a model that cannot leave any out
     for n, row in enumerate(places):
-        for own in (found, without):
+        for own in (found, spread, without):
             assert own[n].shape == (len(row), whole.shape[-1]) and torch.allclose(own[n], whole[n, list(row)], atol=1e-10)
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from comeba_ext.cli.inputs import check_same
 from comeba_ext.errors import ComebaError, ConfigError, RequestError
 from comeba_ext.text.chat import chat_wording
+from comeba_ext.text.request import EditRequest
 from comeba_ext.text.rows import target_rows
 
 TURN = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] }}\n{% endfor %}"
@@ -45,6 +46,15 @@ def test_rows_are_the_templates_own_tokens(instruct):
         up_to = instruct.decode(row.ids[: row.subject_last + 1])
         assert up_to.endswith(request.subject) and text.startswith(up_to.split("[user]\n")[1])
     assert target_rows(instruct, [request], [""], wordings=True, whole=True) == [plain, question]
+
+
+def test_a_subject_that_the_template_says_too(tokenizer, monkeypatch):
+    """ "a" heads the answer's turn; what is edited is the word in what the user says, and not a letter of another one."""
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    request = EditRequest("Is that a cat", "a", "dog")
+    assert request.prompt == "Is that {} cat"
+    *_, chat = target_rows(tokenizer, [request], [""], wordings=True, whole=True, chat=True)
+    assert tokenizer.decode(chat.ids[: chat.subject_last + 1]).endswith("Is that a")
 
 
 def test_an_edit_holds_in_the_chat_as_well(tiny_model, instruct):

@@ -275,7 +275,7 @@ def test_other_texts_are_refused_whatever_is_left_to_do(tiny_model, tokenizer, t
     same.collect_covariance(iter(TEXTS), tokens=200, path=path, progress=False)
     assert path.read_bytes() == content and same.covariance.tokens == 200
     for tokens in (200, 100, 400):
-        for others in (TEXTS[1:], [TEXTS[0] + "?", *TEXTS[1:]]):
+        for others in (TEXTS[1:], [TEXTS[0] + "?", *TEXTS[1:]], TEXTS[:1]):
             with pytest.raises(CovarianceError, match="choose another file"):
                 make_editor(tiny_model, tokenizer).collect_covariance(others, tokens=tokens, path=path, progress=False)
     assert path.read_bytes() == content

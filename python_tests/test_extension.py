@@ -142,7 +142,13 @@ def start(tmp_path, delay: float, **environment) -> subprocess.Popen:
     compiler = script(tmp_path / "slow", body)
     environment = {**os.environ, "CXX": compiler, "MAX_JOBS": "8"} | environment
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        umask=0o002,  # a usual one: what is made is not for the group to write all the same
     )
 
 
@@ -177,6 +183,9 @@ def test_two_processes_compile_once(tmp_path):
     assert len(progress) == 1 and progress[0].count("\n") == 2  # one line before, one after
     built = list((tmp_path / "cache").glob("emulated-*/*"))
     assert sorted(path.name for path in built) == ["_kernels.so", "build.json", "log.txt"]
+    later = start(tmp_path, 0, CXX=compiler)
+    out, err = later.communicate(timeout=120)
+    assert not out and "compiling" not in err and sum("-shared" in call for call in calls(tmp_path)) == 1
 
 
 def extension_of_nothing(tmp_path) -> Path:

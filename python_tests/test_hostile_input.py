@@ -191,6 +191,11 @@ def test_a_library_that_others_could_have_planted_is_not_loaded(tmp_path, monkey
     for place in (cache, path.parent):
         place.chmod(0o700)
     loader._require_own(path)
+    monkeypatch.setattr(Path, "stat", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(BuildFailure, match="cannot be used"):  # another user's, where one may not even look
+        loader._require_own(path)
+    monkeypatch.undo()
+    monkeypatch.setenv("COMEBA_CACHE_DIR", str(cache))
     {"cache": cache, "folder": path.parent, "library": path}[where].chmod(0o777)
     with pytest.raises(BuildFailure, match="others may write"):
         loader._require_own(path)

@@ -144,7 +144,20 @@ def test_folders_come_before_names(editor, hub, tiny_model, tokenizer, tmp_path,
     load_edits(small_model(tiny_model), Path("me/edits"))
     assert not hub.calls
     assert is_hub_name("me/other") and is_hub_name(Path("m-e/o.t_h"))
-    for name in ("edits", "/me/edits", "./edits", "../edits", "a/b/c", "me/", "me/o ther", "", "me/edits"):
+    for name in (
+        "edits",
+        "/me/edits",
+        "./edits",
+        "../edits",
+        "a/b/c",
+        "me/",
+        "me/o ther",
+        "",
+        "me/edits",
+        "./me/other",
+        "me/other/",
+        "~/me",
+    ):
         assert not is_hub_name(name)
 
 

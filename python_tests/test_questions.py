@@ -112,6 +112,12 @@ def test_akews_paragraphs_are_edited_behind_their_questions(tmp_path):
     assert request.questions[0].probes[0] == Probe("Ellie Kemper is a citizen of", ("Croatia", "Hrvatska"))
     assert [skip["index"] for skip in read.skipped] == [1, 2] and all("unstructured" in skip["reason"] for skip in read.skipped)
     assert len(read_requests(path).requests) == 4
+    inside = {"prompt": "{} speaks", "subject": "Ellie", "target_new": {"str": "Czech"}, "question": "What does Ellie speak?"}
+    record = {"case_id": 3, "requested_rewrite": inside | {"fact_new_uns": "She speaks Czech."}, "paraphrase_prompts": ["Ellie says"]}
+    path.write_text(json.dumps([record]))  # its CounterFact's form
+    (request,) = read_requests(path, unstructured=True).requests
+    assert (request.text, request.target_new, request.fact_token) == ("What does Ellie speak?", "She speaks Czech.", "last")
+    assert not request.rephrase_prompts and read_requests(path).requests[0].target_new == "Czech"
 
 
 def test_ripple_edits_names_nobody():
@@ -137,6 +143,18 @@ def test_ripple_edits_names_nobody():
     assert (request.subject, request.target_new, request.ground_truth) == ("University of Oxford", "Spain", "Sweden")
     (named,) = as_requests([{"edit": edit | {"subject": "Oxford"}}])
     assert named.subject == "Oxford"
+    # Two answers that begin alike; a fact that is only recent; the name that upstream's later versions have for what was true.
+    cities = {"prompt": f"{anthem} New York.", "original_fact": {"prompt": f"{anthem} New Delhi."}}
+    recent = {"prompt": f"{anthem} God Save the King."}
+    renamed = {"prompt": edit["prompt"], "previous_fact": edit["original_fact"]}
+    found = as_requests([{"edit": own, "Forgetfulness": tests} for own in (cities, recent, renamed)])
+    assert [(own.prompt, own.target_new, own.ground_truth) for own in found] == [
+        ("The name of the anthem of {} is", "New York", "New Delhi"),
+        ("The name of the anthem of {} is", "God Save the King", None),
+        ("The name of the anthem of {} is", "Spain", "Sweden"),
+    ]
+    with pytest.raises(RequestError, match="neither an 'original_fact'"):
+        as_requests([{"edit": {"prompt": "Nothing at all"}}])
 
 
 @pytest.mark.parametrize("listed", [True, False])

@@ -273,9 +273,12 @@ def test_saved_and_packed(desk, embedded, tmp_path):
     folder = desk.save(str(tmp_path / "kept"))
     assert desk.save(str(folder)) == folder  # again
     (tmp_path / "downloads").mkdir()
-    whole, small = (desk.pack(tmp_path / "downloads", complete).stat().st_size for complete in (True, False))
-    assert small < whole / 5 and [path.name for path in (tmp_path / "downloads").iterdir()] == ["edits.zip"]
-    zipfile.ZipFile(tmp_path / "downloads" / "edits.zip").extractall(tmp_path / "unpacked")
+    (first, second) = (desk.pack(tmp_path / "downloads", complete) for complete in (True, False))  # each to who asked for it
+    assert second.stat().st_size < first.stat().st_size / 5 and {first.name, second.name} == {"edits.zip"}
+    zipfile.ZipFile(second).extractall(tmp_path / "unpacked")
+    os.utime(first.parent, (0, 0))
+    third = desk.pack(tmp_path / "downloads")
+    assert {path for path in (tmp_path / "downloads").iterdir()} == {second.parent, third.parent}
     ids = torch.tensor([desk.service.tokenizer(TEXT)["input_ids"]])
     with torch.no_grad(), desk.service.generating() as model:
         live = model(ids).logits
@@ -340,6 +343,9 @@ def test_the_command(embedded, tmp_path, monkeypatch):
     found = output("ui", "--covariance", tmp_path / "covariance", "--edits", tmp_path / "edits", "--host", "0.0.0.0", "--port", port)
     assert not found["local"] and found["url"].endswith(f":{port}") and found["edits"] == 0
     parts = {own["props"].get("elem_id"): own["props"] for own in seen["components"]}
+    numbers = {own["props"].get("elem_id"): own["id"] for own in seen["components"]}
+    asked = {target[0] for own in seen["dependencies"] for target in own["targets"]}
+    assert numbers["pack"] in asked and numbers["save"] not in asked  # nor can it be called without being seen
     assert not parts["folder"]["visible"] and not parts["save"]["visible"] and parts["pack"]["visible"]
     assert "Open to whoever reaches 0.0.0.0" in parts["about"]["value"] and str(tmp_path / "edits") in str(seen)
     assert seen["analytics_enabled"] is False and not seen["scratch"].exists() and "GRADIO_TEMP_DIR" not in os.environ

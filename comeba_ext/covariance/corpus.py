@@ -46,12 +46,13 @@ class Unfinished:
 
 
 class Digest:
-    """SHA-256 of texts, one after the other."""
+    """SHA-256 of texts, one after the other, and their ``count``."""
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+        self._hash, self.count = hashlib.sha256(), 0
 
     def add(self, text: str) -> None:
+        self.count += 1
         self._hash.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
 
     def __str__(self) -> str:
@@ -118,6 +119,8 @@ class Units:
                 rows, pooled = [], 0
             if not left:
                 return
+        if self.where.corpus and self.corpus.count < self.where.first_text:  # fewer than it was begun with
+            raise self._other_texts()
         if rows:
             yield rows
 

@@ -22,6 +22,10 @@ def logits_at(model: nn.Module, inputs: dict[str, torch.Tensor], places: Sequenc
         logits = model(**inputs, use_cache=False).logits
         return [own[list(row)] for own, row in zip(logits, places, strict=True)]
     kept = sorted({place for row in places for place in row})
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:  # where the last states are, is not where the inputs are
+        first = kept[0]
+        logits = model(**inputs, use_cache=False, logits_to_keep=next(iter(inputs.values())).shape[1] - first).logits
+        return [own[[place - first for place in row]] for own, row in zip(logits, places, strict=True)]
     number = {place: n for n, place in enumerate(kept)}
     device = next(iter(inputs.values())).device
     logits = model(**inputs, use_cache=False, logits_to_keep=torch.tensor(kept, device=device)).logits  # (rows, kept, vocabulary)

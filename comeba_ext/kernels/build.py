@@ -78,7 +78,7 @@ class Recipe:
         root = Path(self.torch["folder"])
         include = [root / "include", root / "include/torch/csrc/api/include", Path(sysconfig.get_path("include"))]
         if not self.emulated:
-            include.append(_cuda_root(self.nvcc) / "include")
+            include += [folder for folder in _headers(_cuda_root(self.nvcc)) if folder != Path("/usr/include")]  # searched anyway, later
         flags = EMULATED_FLAGS if self.emulated else HOST_FLAGS
         if self.emulated and "clang" not in _version(self.compiler):
             flags = [*flags, *GCC_EMULATED_FLAGS]
@@ -98,7 +98,7 @@ class Recipe:
         if not self.emulated:
             libraries += ["-lc10_cuda", "-ltorch_cuda", "-lcudart"]
             root = _cuda_root(self.nvcc)
-            folders += [folder for name in ("lib64", "lib") if (folder := root / name).is_dir()]
+            folders += [folder for folder in (root / "lib64", root / "lib", *root.glob("targets/*/lib")) if folder.is_dir()]
         search = [f"-L{folder}" for folder in folders] + [f"-Wl,-rpath,{folder}" for folder in folders[:1]]
         return [self.compiler, "-shared", *map(str, objects), *search, *libraries, "-pthread", "-o", str(to)]
 
@@ -242,6 +242,11 @@ def _checked_nvcc(torch: dict, archs: tuple[str, ...]) -> str:
     if too_old:
         raise BuildFailure(f"the kernels need compute capability 8.0, this is {too_old[0]}", "Plain torch does the same work")
     return nvcc
+
+
+def _headers(root: Path) -> list[Path]:
+    """Where a toolkit has them: in ``include``, and conda-forge's in a folder a platform."""
+    return [folder for folder in (root / "include", *root.glob("targets/*/include")) if folder.is_dir()] or [root / "include"]
 
 
 def _cuda_root(nvcc: str) -> Path:

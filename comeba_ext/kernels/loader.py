@@ -100,6 +100,7 @@ def status() -> dict:
             return {"state": "ahead of time", "cause": None, "remedy": None, "path": str(ahead)}
         archs = build.asked_archs() or _local_archs()
         path = _library(build.recipe(False, archs or ("80",)))
+        _require_own(path)
         if path.exists():
             return {"state": "cached", "cause": None, "remedy": None, "path": str(path)}
         if not archs:
@@ -151,12 +152,12 @@ def _load(emulated: bool) -> State:
     if not emulated and not recipe.archs:
         raise BuildFailure("no GPU is visible to torch", "Check the driver, or set COMEBA_CUDA_ARCH to compile all the same")
     path = _library(recipe)
-    _require_own(path)
-    with contextlib.suppress(ImportError):  # damaged: compiled again below
-        if path.exists():  # whole, since it is put in place in one step; needs no lock and no writable folder
-            return _import(path, "cached")
     try:
-        path.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_own(path)
+        with contextlib.suppress(ImportError):  # damaged: compiled again below
+            if path.exists():  # whole, since it is put in place in one step; needs no lock and no writable folder
+                return _import(path, "cached")
+        path.parent.parent.mkdir(mode=0o755, parents=True, exist_ok=True)  # for other users to read, where it is everybody's
         with _lock(path):
             _require_own(path)
             if path.exists():
@@ -180,8 +181,15 @@ def _require_own(path: Path) -> None:
     if os.name != "posix":
         return
     for place in (cache_folder(), path.parent, path):
-        if place.exists():
+        try:
             facts = place.stat()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise BuildFailure(
+                f"the cache folder {place} cannot be used ({error.strerror})", "Set COMEBA_CACHE_DIR to another one"
+            ) from None
+        else:
             if facts.st_uid not in (os.getuid(), 0) or facts.st_mode & 0o022:
                 raise BuildFailure(
                     f"others may write to {place}, so what lies there is not loaded",
@@ -203,6 +211,8 @@ def _compile(recipe: build.Recipe, path: Path) -> None:
         build.compile_library(recipe, work, work / path.name, log)
         for made in work.glob("*.o"):
             made.unlink()
+        (work / path.name).chmod(0o755)  # whatever the user's mask lets the linker do: what others may write is not loaded
+        work.chmod(0o755)
         (work / "build.json").write_text(json.dumps({"torch": recipe.torch, "archs": recipe.archs}))
         if final.exists():
             shutil.rmtree(final)

@@ -160,7 +160,7 @@ def covariance(model, tokenizer, folder: str | Path = FOLDER, *, progress: bool 
         return covariance_of_blocks(model, tokenizer, texts(folder=folder), blocks, architecture, path=path, progress=progress)
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)  # not for others to write: compiled kernels lie there, too
         # One of several commands collects, the others find it; the processes of one collect together.
         with FileLock(path.with_suffix(".lock")) if distributed.rank() == 0 else nullcontext():
             try:

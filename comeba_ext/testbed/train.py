@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from transformers import AutoTokenizer
 
 from comeba_ext import testbed
 from comeba_ext.testbed.build_facts import FACTS_FILE, write
@@ -217,16 +218,15 @@ def train(model, documents: Documents, tokenizer, out: Path, steps: int, batch_s
             )
         if step % 200 == 199:
             model.save_pretrained(out)
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step + 1,
-                    "schedule": schedule.state_dict(),
-                    "rng": documents.rng.getstate(),
-                },
-                state_file,
-            )
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+                "schedule": schedule.state_dict(),
+                "rng": documents.rng.getstate(),
+            }
+            torch.save(state, beside := state_file.with_suffix(".new"))
+            beside.replace(state_file)  # killed while it is written, training goes on from the one before
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -251,6 +251,9 @@ def main(arguments: list[str] | None = None) -> None:
     sentences = read_sentences(args.text)
     if args.start:
         model, tokenizer = testbed.load(testbed.folder_of(args.start) or args.start)
+    elif args.resume and (args.out / "tokenizer.json").exists():  # of other sentences it would be another one
+        tokenizer = AutoTokenizer.from_pretrained(args.out)
+        model = build_model(tokenizer, args.width, args.mlp, args.blocks)
     else:
         tokenizer = train_tokenizer(facts, sentences, args.vocabulary)
         model = build_model(tokenizer, args.width, args.mlp, args.blocks)

@@ -63,8 +63,10 @@ def unknown_fields(record: Mapping, known: Iterable[str]) -> list[str]:
 def _published(record: Mapping) -> Callable[[Mapping], list[dict]] | None:
     """The reader of the published form that a record has; ``None``: this package's own, or EasyEdit's."""
     rewrites = record.get("requested_rewrite")
+    if record.get(UNSTRUCTURED) and isinstance(rewrites, Mapping):
+        return lambda record: [_counterfact(record, rewrites) | _paragraph(rewrites)]
     if record.get(UNSTRUCTURED) and not isinstance(rewrites, (list, tuple)):
-        raise RequestError("only AKEW's records have unstructured counterparts ('requested_rewrite', a list)")
+        raise RequestError("only AKEW's records have unstructured counterparts ('fact_new_uns' in their 'requested_rewrite')")
     if isinstance(rewrites, (list, tuple)):
         return lambda record: _mquake(record, rewrites)
     if rewrites is not None:
@@ -181,18 +183,24 @@ def _paragraph(rewrite: Mapping) -> dict:
 
 
 def _ripple_edits(record: Mapping, edit: Mapping) -> dict:
-    """RippleEdits (arXiv 2307.12976): the edit is one sentence, which ends where the fact that was true says something else."""
-    new, true = (text.strip().rstrip(".") for text in (edit["prompt"], edit["original_fact"]["prompt"]))
-    # Up to the word in which they part ("… is Syria", "… is Spain").
-    head = _common(f"{new} ", f"{true} ")
+    """RippleEdits (arXiv 2307.12976): the edit is one sentence, which ends where the fact that was true says something else. A fact that is
+    only recent replaces none: its sentence is parted behind its verb."""
+    earlier = edit.get("original_fact") or edit.get("previous_fact")
+    new, true = (text.strip().rstrip(".") for text in (edit["prompt"], earlier["prompt"] if earlier else edit["prompt"]))
+    # Up to the word in which they part ("… is Syria", "… is Spain"); but for what both answers begin with ("… is New York", "… New Delhi").
+    head = _common(f"{new} ", f"{true} ") if earlier else new
     head = head[: head.rfind(" ") + 1]
+    verb = re.match(r".*\s(is|are|was|were)\s", head)
+    head = verb[0] if verb else head
+    if not earlier and not verb:
+        raise RequestError(f"cannot tell what {new!r} is edited to say: there is neither an 'original_fact' beside it nor a verb in it")
     tests = {kind: record[kind] for kind in RIPPLES if record.get(kind)}
     prompts = [query["prompt"] for items in tests.values() for item in items for query in (*item["test_queries"], *_conditions(item))]
     return {
         "prompt": head.rstrip(),
         "subject": edit.get("subject") or _subject(head, prompts),
         "target_new": new[len(head) :],
-        "ground_truth": true[len(head) :],
+        "ground_truth": true[len(head) :] if earlier else None,
         "request_id": _name(record, "case_id"),
         "questions": [
             Question(

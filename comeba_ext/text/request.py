@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class EditRequest:
             set_("request_id", str(self.request_id))
         prompt = self.prompt.rstrip()
         if SLOT not in prompt:
-            start = prompt.rfind(self.subject)
+            start = last_place(self.subject, prompt)
             if start < 0:
                 raise RequestError(f"{where}: subject {self.subject!r} is not in the prompt {prompt!r}; write {SLOT} where it stands")
             prompt = prompt[:start] + SLOT + prompt[start + len(self.subject) :]
@@ -269,6 +270,12 @@ def consecutive_batches(requests: list[EditRequest], size: int) -> list[list[Edi
                 found.append([])
             found[-1].append(request)
     return found
+
+
+def last_place(subject: str, text: str) -> int:
+    """Where a subject stands last in a text, as a word of its own if it does ("i" in "i want to be with you"); −1: nowhere."""
+    whole = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text))
+    return whole[-1].start() if whole else text.rfind(subject)
 
 
 def _fill(prompt: str, subject: str) -> str:

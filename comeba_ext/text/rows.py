@@ -10,7 +10,7 @@ import torch
 from comeba_ext.errors import RequestError
 from comeba_ext.text.chat import chat_wording
 from comeba_ext.text.encoding import Encoded, encode_all, pad
-from comeba_ext.text.request import EditRequest
+from comeba_ext.text.request import EditRequest, last_place
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,13 @@ def _encode(
     places = [(n, number) for n in range(len(requests)) for number in range(len(prefixes))]
     texts = [(prefixes[p] + requests[n].text, target(requests[n]), len(prefixes[p]) + requests[n].place) for n, p in places]
     for n, request in enumerate(requests if wordings else ()):
-        turns = [chat_wording(tokenizer, text) for text in (request.text, *request.wordings)] if chat else []
-        for number, text in enumerate([*(own.rstrip() for own in request.wordings), *turns], len(prefixes)):
+        own = [(wording.rstrip(), wording.rstrip()) for wording in request.wordings]
+        own += [(said, chat_wording(tokenizer, said)) for said in (request.text, *request.wordings)] if chat else []
+        for number, (said, text) in enumerate(own, len(prefixes)):
             places.append((n, number))
-            texts.append((text, target(request), request.place_in(text, text.rindex(request.subject))))
+            start = text.rfind(said.strip())  # of what is said there: a template's own words ("model") may be a subject's
+            within = last_place(request.subject, said.strip() if start >= 0 else text)
+            if within < 0:
+                raise RequestError(f"the chat template leaves the subject {request.subject!r} out of {said!r}; edit without 'chat'")
+            texts.append((text, target(request), request.place_in(text, max(0, start) + within)))
     return places, encode_all(tokenizer, texts)

@@ -136,12 +136,19 @@ def patching(model: nn.Module, tokenizer, architecture: Architecture, facts: lis
     taken: dict[int, torch.Tensor] = {}
 
     def take(n):
-        return lambda module, args, output: taken.__setitem__(n, hidden_of(output)[rows, places[1]].clone())
+        def hook(module, args, output):
+            hidden = hidden_of(output)
+            taken[n] = hidden[at(1, hidden)].clone()
+
+        return hook
+
+    def at(side: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows.to(hidden.device), places[side].to(hidden.device)  # blocks may be on several GPUs
 
     def put(n):
         def hook(module, args, output):
             hidden = hidden_of(output).clone()
-            hidden[rows, places[0]] = taken[n].to(hidden)
+            hidden[at(0, hidden)] = taken[n].to(hidden)
             return with_hidden(output, hidden)
 
         return hook

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import shutil
 import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from comeba_ext.text.request import SLOT, EditRequest, consecutive_batches
 
 Result = TypeVar("Result")
 ANSWER_TOKENS = 24  # of what is shown before and after an edit
+OLD = 600.0  # seconds after which an archive was downloaded or will not be
 MEASURED_TOGETHER = 10  # records between two signs of progress
 
 
@@ -253,15 +257,20 @@ class Desk:
         return path
 
     def pack(self, into: Path, complete: bool = False) -> Path:
-        """The folder of edits as ``edits.zip`` in a folder ``into``, in place of the one before; ``complete``: with what is needed to go
-        on editing."""
+        """The folder of edits as ``edits.zip`` in a folder of its own in ``into``, where several may ask at once; ``complete``: with what
+        is needed to go on editing. Archives of ten minutes ago are gone."""
+        for old in into.glob("zip-*"):
+            with contextlib.suppress(OSError):
+                if time.time() - old.stat().st_mtime > OLD:
+                    shutil.rmtree(old)
+        archive = Path(tempfile.mkdtemp(prefix="zip-", dir=into)) / "edits.zip"
         with tempfile.TemporaryDirectory(dir=into) as made:
-            folder, archive = self.service.save(Path(made) / "edits", inference_only=not complete), Path(made) / "edits.zip"
+            folder = self.service.save(Path(made) / "edits", inference_only=not complete)
             with zipfile.ZipFile(archive, "w") as whole:  # as they are: weights hardly shrink
                 for file in sorted(folder.iterdir()):
                     if file.name != LOCK:
                         whole.write(file, f"edits/{file.name}")
-            return archive.replace(into / archive.name)
+        return archive
 
 
 def lines(text: str) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ def build(desk: Desk, relations: list[Relation], about: About, scratch: Path) ->
         relations: what is proposed.
         scratch: folder for what is downloaded.
     """
-    with gr.Blocks(title=f"Edit facts in {about.title}", analytics_enabled=False) as page:
+    with gr.Blocks(title=f"Edit facts in {about.title}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         where = "Bound to this machine only" if about.local else f"Open to whoever reaches {about.host}"
         gr.Markdown(
             f"# Edit facts in {about.title}\n\n{about.size}. {where}; nothing is sent anywhere. The weights are never written: "
@@ -226,7 +226,8 @@ def _edits_tab(desk: Desk, about: About, scratch: Path) -> Callable:
     retract.click(_sentences(take_back), [chosen, search], [*table, result], **ASKING)
     undo.click(_sentences(step_back), search, [*table, result], **ASKING)
     measure.click(_sentences(measured), None, result, **ASKING)
-    save.click(_sentences(write), folder, saved, **ASKING)
+    if about.local:  # what is not shown could be called all the same
+        save.click(_sentences(write), folder, saved, **ASKING)
     pack.click(_sentences(zipped), complete, packed, **ASKING)
     return lambda event: event(listed, search, table, **AT_ONCE)
 
