@@ -211,8 +211,8 @@ def _compile(recipe: build.Recipe, path: Path) -> None:
         build.compile_library(recipe, work, work / path.name, log)
         for made in work.glob("*.o"):
             made.unlink()
-        (work / path.name).chmod(0o755)  # whatever the user's mask lets the linker do: what others may write is not loaded
-        work.chmod(0o755)
+        for made in (work, *work.glob(path.name)):  # whatever the user's mask lets the linker do: what others may write is not loaded
+            made.chmod(0o755)
         (work / "build.json").write_text(json.dumps({"torch": recipe.torch, "archs": recipe.archs}))
         if final.exists():
             shutil.rmtree(final)
