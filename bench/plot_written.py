@@ -21,14 +21,14 @@ METHODS = {
     "GRACE": ("GRACE", (8, -12)),
     "SERAC": ("SERAC", (22, 2)),
     "ICE": ("ICE", (18, 2)),
-    "IKE": ("IKE, and inside it MEMOIR", (23, -2)),
+    "IKE": ("IKE; inside it MEMOIR, MEMIT-seq", (24, 8)),
     "MEMOIR": ("", (0, 0)),
-    "COMEBA-HK (z-score)": ("COMEBA-HK (z-score)", (18, -4)),
+    "COMEBA-HK (z-score)": ("COMEBA-HK (z-score)", (18, -12)),
     "UltraEdit": ("UltraEdit", (11, -4)),
     "WISE": ("WISE", (8, 3)),
     "FT-L": ("FT-L", (8, 0)),
-    "MEMIT-seq (COMEBA without hooks)": ("MEMIT-seq, AlphaEdit", (9, -11)),
-    "AlphaEdit": ("", (0, 0)),
+    "MEMIT-seq (COMEBA without hooks)": ("", (0, 0)),
+    "AlphaEdit": ("AlphaEdit", (9, -11)),
 }
 
 
