@@ -28,7 +28,7 @@ METHODS = {
     "WISE": ("WISE", (8, 3)),
     "FT-L": ("FT-L", (8, 0)),
     "MEMIT-seq (COMEBA without hooks)": ("", (0, 0)),
-    "AlphaEdit": ("AlphaEdit", (9, -11)),
+    "AlphaEdit": ("AlphaEdit", (14, -12)),
 }
 
 
