@@ -92,9 +92,10 @@ class AlphaEdit(Additive):
 
     def _projector(self, name: str) -> torch.Tensor:
         """``P`` of a layer, found anew after every ``refresh`` edits."""
-        config, moment = self.config, self.covariance[name].to(self.layers[name].delta.device, torch.float64)
+        config, covariance = self.config, self.covariance[name]
         seen = 0 if config.refresh is None else len(self.standing) // config.refresh * config.refresh
         if self.projectors.get(name, (-1,))[0] != seen:
+            moment = covariance.to(self.layers[name].delta.device, torch.float64)  # there it takes seconds
             if seen:
                 past = self._past(name, self.standing[:seen], moment) / seen
                 moment = (past + config.preserve * moment) / (config.preserve + 1)
@@ -107,7 +108,7 @@ class AlphaEdit(Additive):
                     "so nothing may be written; give null_share instead of null_threshold"
                 )
             null = vectors[:, :count]
-            self.projectors[name] = (seen, (null @ null.mT).to(self.covariance[name].device))  # found on the layer's, kept beside C0
+            self.projectors[name] = (seen, (null @ null.mT).to(covariance.device))  # kept beside C0
         return self.projectors[name][1]
 
     def on(self, session: Session) -> AlphaEdit:
