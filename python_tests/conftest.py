@@ -10,6 +10,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # read when torch is loaded, here and in processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import small_testbed
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -123,6 +124,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set COMEBA_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def barely_trained(tmp_path_factory):
+    """Options that name an embedded model of a tenth of the facts and a fraction of the size, and its covariance: for what asks little
+    of answers."""
+    model, covariance = small_testbed.make(tmp_path_factory.mktemp("barely_trained"))
+    return "--model", model, "--covariance", covariance
 
 
 @pytest.fixture(scope="module")

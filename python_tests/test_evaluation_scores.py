@@ -202,12 +202,6 @@ def preferred(model, tokenizer, row) -> bool:
     return found[0] > found[1]
 
 
-def test_a_task_that_the_harness_does_not_know(tmp_path, offline, tiny_model, tokenizer):
-    name = own_task(tmp_path / "task", [{"prompt": "x", "new": "y", "old": "z"}])
-    with pytest.raises(ComebaError, match="no task 'nothing'"):
-        harness(tiny_model("gpt2"), tokenizer, [name, "nothing"], tmp_path / "task")
-
-
 @pytest.mark.parametrize("scope", ["nearest", "zscore"])  # one looks at tokens alone, one at whole rows
 def test_the_harness_measures_the_edited_model(tmp_path, offline, scope):
     from comeba_ext.testbed import covariance, facts, load
@@ -221,6 +215,8 @@ def test_the_harness_measures_the_edited_model(tmp_path, offline, scope):
     measured = lambda: harness(model, tokenizer, [name], tmp_path / "task")[name]["acc,none"]  # noqa: E731
     oracle = lambda: sum(preferred(model, tokenizer, row) for row in rows) / len(rows)  # noqa: E731
     assert measured() == oracle() < 0.2
+    with pytest.raises(ComebaError, match="no task 'nothing'"):
+        harness(model, tokenizer, [name, "nothing"], tmp_path / "task")
     editor.edit(chosen[:6])
     assert measured() == pytest.approx(oracle()) and 0.4 < oracle() < 0.7
     with editor.disabled():

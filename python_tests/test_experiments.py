@@ -16,7 +16,6 @@ import pytest
 import torch
 import yaml
 from test_cli import output, run
-from test_testbed import SMALL_SHAPE, two_steps
 
 from comeba_ext import EditConfig, Editor, EditRequest, experiments, methods, testbed
 from comeba_ext.errors import ConfigError
@@ -32,7 +31,6 @@ from comeba_ext.experiments.table import markdown
 from comeba_ext.methods import default_config
 from comeba_ext.report import build, read
 from comeba_ext.storage import MANIFEST
-from comeba_ext.testbed import train
 
 ISSUE = {"defaults", "table1", "table2", "fig3", "fig4", "fig5", "fig6", "fig7", "fig10", "fig11", "scope"}
 SMALL = {
@@ -76,17 +74,6 @@ def covariance(tmp_path_factory):
     editor = Editor(*testbed.load())
     editor.collect_covariance(testbed.texts(), tokens=3000, path=path, progress=False)
     return path
-
-
-@pytest.fixture(scope="module")
-def barely_trained(tmp_path_factory):
-    """Options that name an embedded model of a tenth of the facts and a fraction of the size, and its covariance: for what asks little
-    of answers."""
-    path = tmp_path_factory.mktemp("barely_trained")
-    model, covariance = path / "model", path / "covariance.safetensors"
-    train.main([*two_steps(path, testbed.all_facts()[::10]), "--out", str(model), *SMALL_SHAPE])
-    Editor(*testbed.load(model)).collect_covariance(testbed.texts(folder=model), tokens=3000, path=covariance, progress=False)
-    return "--model", model, "--covariance", covariance
 
 
 # -- definitions ----------------------------------------------------------------------------------------------------
@@ -203,8 +190,8 @@ def test_unknown_names(tmp_path):
 # -- running --------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_experiment_ends_in_the_same_table(small, covariance, tmp_path):
-    given = (small, "--covariance", covariance, "--samples", 4)
+def test_a_killed_experiment_ends_in_the_same_table(small, barely_trained, tmp_path):
+    given = (small, *barely_trained, "--samples", 4)
     whole = output("experiment", *given, "--out", tmp_path / "whole")
     assert [(r["case"], r["edits"]) for r in whole["rows"]] == [(c, n) for c in ("COMEBA-HK", "MEMIT") for n in (2, 4)]
     for row in whole["rows"]:
@@ -243,7 +230,7 @@ def test_a_killed_experiment_ends_in_the_same_table(small, covariance, tmp_path)
     assert other.exit_code == 1 and "another run" in json.loads(other.stdout)["error"]
 
 
-def test_a_method_that_cannot_go_on_is_a_row(covariance, tmp_path):
+def test_a_method_that_cannot_go_on_is_a_row(tmp_path):
     path = tmp_path / "mixed.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"methods": [{"method": "FT", "lr": 1e37, "label": "wild"}, "FT"], "plot": "bars"}))
     for _ in range(2):  # complete as it is
@@ -258,13 +245,13 @@ def test_a_method_that_cannot_go_on_is_a_row(covariance, tmp_path):
     assert output("experiment", path, "--out", tmp_path / "other")["plots"] == []  # there is nothing to draw
 
 
-def test_a_case_that_cannot_take_the_records_costs_only_itself(covariance, tmp_path):
+def test_a_case_that_cannot_take_the_records_costs_only_itself(barely_trained, tmp_path):
     """WISE learns from prompts about other things, which these records lack; the others have their rows, and the exit code says it."""
     facts, path = tmp_path / "facts.json", tmp_path / "mixed.yaml"
     fields = ("prompt", "subject", "target_new")
     facts.write_text(json.dumps([{name: getattr(fact, name) for name in fields} for fact in testbed.facts()[:2]]))
     path.write_text(yaml.safe_dump(SMALL | {"methods": ["FT", "WISE", "ICE"], "evaluations": 1, "plot": "bars"}))
-    arguments = ("experiment", path, "--out", tmp_path / "out", "--records", f"mine={facts}")
+    arguments = ("experiment", path, *barely_trained, "--out", tmp_path / "out", "--records", f"mine={facts}")
     for _ in range(2):
         shown = run(*arguments)
         assert shown.exit_code == 1 and "WISE" in shown.stderr and "1 case did not end" in shown.stderr
@@ -288,50 +275,50 @@ def test_settings_that_do_not_fit_the_model_are_said_before_anything_runs(tmp_pa
     assert failed.exit_code == 1 and "case 'MEMIT'" in error and "layers [99]: the model has blocks 0 to " in error
 
 
-def test_a_case_that_was_to_be_left_alone_stops_no_other(tmp_path):
+def test_a_case_that_was_to_be_left_alone_stops_no_other(barely_trained, tmp_path):
     """Its log is of other settings: it is left out. Of one that is to be run, that is said before the others are run."""
     path, out = tmp_path / "two.yaml", tmp_path / "out"
     one = SMALL | {"samples": 2, "evaluations": 1}
     path.write_text(yaml.safe_dump(one | {"methods": ["ICE", {"method": "FT", "steps": 2}]}))
-    output("experiment", path, "--out", out, "--case", "FT")
+    output("experiment", path, *barely_trained, "--out", out, "--case", "FT")
     path.write_text(yaml.safe_dump(one | {"methods": ["ICE", {"method": "FT", "steps": 3}]}))
-    refused = run("experiment", path, "--out", out, "--json")
+    refused = run("experiment", path, *barely_trained, "--out", out, "--json")
     assert refused.exit_code == 1 and "another run (config differ)" in json.loads(refused.stdout)["error"]
     assert not (out / "two/testbed/ICE").exists() and len(json.loads((out / "two.json").read_text())["rows"]) == 1
-    rows = output("experiment", path, "--out", out, "--case", "ICE")["rows"]
+    rows = output("experiment", path, *barely_trained, "--out", out, "--case", "ICE")["rows"]
     assert [row["case"] for row in rows] == ["ICE"] and (out / "two/testbed/FT/log.jsonl").exists()
 
 
 @pytest.mark.parametrize("plot", ["bars", "edits", "settings"])
-def test_records_with_nothing_else_to_ask(tmp_path, plot):
+def test_records_with_nothing_else_to_ask(barely_trained, tmp_path, plot):
     facts = tmp_path / "facts.json"
     fields = ("prompt", "subject", "target_new")
     facts.write_text(json.dumps([{name: getattr(fact, name) for name in fields} for fact in testbed.facts()[:4]]))
     path = tmp_path / "bare.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"methods": ["FT"], "plot": plot}))
-    result = output("experiment", path, "--out", tmp_path / "out", "--records", f"a/b={facts}")
+    result = output("experiment", path, *barely_trained, "--out", tmp_path / "out", "--records", f"a/b={facts}")
     assert [row["generality"] for row in result["rows"]] == [None, None] and result["rows"][0]["reliability"] is not None
     assert result["plots"] == ["bare-a-b-c14cdd.png", "bare-a-b-c14cdd-forced.png"]
     assert all((tmp_path / "out" / plotted).stat().st_size > 5_000 for plotted in result["plots"])
 
 
-def test_experiments_share_a_folder(small, tmp_path):
+def test_experiments_share_a_folder(small, barely_trained, tmp_path):
     for name in ("one", "two"):
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(SMALL | {"methods": [{"method": "FT", "steps": 2 if name == "one" else 3}], "evaluations": 1}))
-        assert output("experiment", path, "--out", tmp_path / "out")["rows"]
+        assert output("experiment", path, *barely_trained, "--out", tmp_path / "out")["rows"]
     assert {"one.json", "two.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
     labels = [{"method": "FT", "steps": n + 1, "label": label} for n, label in enumerate(("λ/3", "λ-3", "..", "FT"))]
     path.write_text(yaml.safe_dump(SMALL | {"samples": 2, "methods": labels, "evaluations": 1}))
-    again = output("experiment", path, "--out", tmp_path / "labels")
+    again = output("experiment", path, *barely_trained, "--out", tmp_path / "labels")
     assert [row["case"] for row in again["rows"]] == ["λ/3", "λ-3", "..", "FT"]
     assert sum(1 for _ in (tmp_path / "labels").glob("two/testbed/*/log.jsonl")) == 4
 
 
-def test_cases_run_apart_and_make_one_table(tmp_path, monkeypatch):
+def test_cases_run_apart_and_make_one_table(barely_trained, tmp_path, monkeypatch):
     small = tmp_path / "small.yaml"
     small.write_text(yaml.safe_dump(SMALL | {"methods": ["GRACE", {"method": "FT", "steps": 2}], "samples": 2, "evaluations": 1}))
-    given = (small, "--out")
+    given = (small, *barely_trained, "--out")
     whole = output("experiment", *given, tmp_path / "whole")
     out = tmp_path / "apart"
     first = output("experiment", *given, out, "--case", "FT")
@@ -385,14 +372,14 @@ def test_the_unedited_model_is_asked_once_an_experiment(tmp_path, monkeypatch, w
     assert len(calls) == count + 2
 
 
-def test_cases_in_processes(tmp_path):
+def test_cases_in_processes(barely_trained, tmp_path):
     """As a user calls it; the covariance is collected by one of them; a case that fails costs only itself."""
     path, out = tmp_path / "several.yaml", tmp_path / "out"
     cases = ["COMEBA-HK", {"method": "MEMIT", "steps": 8}, {"method": "IKE", "demonstrations": str(tmp_path / "nothing.json")}]
     path.write_text(yaml.safe_dump(SMALL | {"methods": cases, "samples": 2, "evaluations": 1}))
     (tmp_path / "texts.txt").write_text("\n".join(itertools.islice(testbed.texts(), 200)))
     command = [sys.executable, "-m", "comeba_ext.cli", "experiment", str(path), "--out", str(out), "--jobs", "2", "--json"]
-    command += ["--texts", str(tmp_path / "texts.txt")]
+    command += ["--model", str(barely_trained[1]), "--texts", str(tmp_path / "texts.txt")]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "1 case did not end" in json.loads(done.stdout)["error"], done.stderr
@@ -401,15 +388,15 @@ def test_cases_in_processes(tmp_path):
     assert [row["case"] for row in rows] == ["COMEBA-HK", "MEMIT"]
 
 
-def test_a_seed_is_another_choice_of_records(tmp_path):
+def test_a_seed_is_another_choice_of_records(barely_trained, tmp_path):
     path = tmp_path / "e.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"methods": ["FT"], "evaluations": 1, "samples": 2}))
     asked = {}
     for seed in (0, 1, 1):
-        output("experiment", path, "--out", tmp_path / f"{seed}", "--seed", seed)
+        output("experiment", path, *barely_trained, "--out", tmp_path / f"{seed}", "--seed", seed)
         rows = map(json.loads, (tmp_path / f"{seed}/e/testbed/FT/log.jsonl").read_text().splitlines())
         asked[seed] = [row["subject"] for row in rows if row["event"] == "record"]
-    assert asked[0] == [fact.subject for fact in testbed.facts()[:2]] and not set(asked[0]) & set(asked[1])
+    assert asked[0] == [fact.subject for fact in testbed.facts(barely_trained[1])[:2]] and not set(asked[0]) & set(asked[1])
 
 
 def hasty(settings):
@@ -560,18 +547,18 @@ def test_other_facts_are_asked_one_by_one(tmp_path):
     assert prompts == ["The headquarters of Oslo are in", "The twin city of Oslo is", "The year in which Oslo began is"]
 
 
-def test_all_records_in_one_batch(tmp_path):
+def test_all_records_in_one_batch(barely_trained, tmp_path):
     path = tmp_path / "e.yaml"
     path.write_text(
         yaml.safe_dump(SMALL | {"methods": ["GRACE", {"method": "FT", "batch_size": 2, "steps": 2}], "batch_size": "all", "evaluations": 1})
     )
-    result = output("experiment", path, "--out", tmp_path / "out")
+    result = output("experiment", path, *barely_trained, "--out", tmp_path / "out")
     assert [(row["case"], row["batch_size"]) for row in result["rows"]] == [("GRACE", 6), ("FT", 2)]
     assert result["differences"] == {"testbed": {}}  # of six records nothing is said
     path.write_text(yaml.safe_dump(SMALL | {"batch_size": "every"}))
     assert (
         "batch_size must be a whole number of 1 or more, or 'all'"
-        in json.loads(run("experiment", path, "--out", tmp_path / "o", "--json").stdout)["error"]
+        in json.loads(run("experiment", path, *barely_trained, "--out", tmp_path / "o", "--json").stdout)["error"]
     )
 
 
@@ -695,12 +682,12 @@ def test_several_orders_are_averaged_record_by_record(tmp_path, few_texts):
     assert first["reliability"] == pytest.approx(sum(own["reliability"] for own in asked[0].values()) / 8) and "orders" not in first
 
 
-def test_tables_begin_with_what_was_written(tmp_path):
+def test_tables_begin_with_what_was_written(barely_trained, tmp_path):
     path = tmp_path / "e.yaml"
     for tokens in (12, 0):
         path.write_text(yaml.safe_dump(SMALL | {"methods": ["FT"], "evaluations": 1, "samples": 2, "answer_tokens": tokens}))
         out = tmp_path / str(tokens)
-        (row,) = output("experiment", path, "--out", out)["rows"]
+        (row,) = output("experiment", path, *barely_trained, "--out", out)["rows"]
         lines = (out / "e.md").read_text().splitlines()
         (head,) = [line for line in lines if line.startswith("| case")]
         assert head.startswith(
@@ -711,10 +698,10 @@ def test_tables_begin_with_what_was_written(tmp_path):
         written = [a.get("written") for a in json.loads((out / "e/testbed/FT/log.jsonl").read_text().splitlines()[-2])["answers"]]
         assert all(isinstance(text, str) for text in written) if tokens else set(written) == {None}
         assert (row["reliability_written"] is not None) == bool(tokens)
-        shown = run("experiment", path, "--out", out).stdout
+        shown = run("experiment", path, *barely_trained, "--out", out).stdout
         assert ("written: what the model writes" in shown) == bool(tokens) and ("teacher-forced: share" in shown) != bool(tokens)
     path.write_text(yaml.safe_dump(SMALL | {"methods": ["FT"], "evaluations": 1, "samples": 2, "chat": True}))
-    refused = run("experiment", path, "--out", tmp_path / "chat", "--json")  # the embedded model is not one to chat with
+    refused = run("experiment", path, *barely_trained, "--out", tmp_path / "chat", "--json")  # the embedded model is not one to chat with
     assert refused.exit_code == 1 and "no chat template" in json.loads(refused.stdout)["error"]
 
 
@@ -729,7 +716,7 @@ def test_one_clear_error(tmp_path):
         assert result.exit_code == 1 and words in json.loads(result.stdout)["error"]
 
 
-def test_a_case_whose_files_are_missing_stops_no_other(covariance, tmp_path):
+def test_a_case_whose_files_are_missing_stops_no_other(tmp_path):
     path = tmp_path / "some.yaml"
     cases = ["GRACE", {"method": "MEND", "editor": str(tmp_path / "nowhere")}]
     path.write_text(yaml.safe_dump(SMALL | {"samples": 2, "evaluations": 1, "methods": cases}))

@@ -4,10 +4,10 @@ Good input is taken apart: one value of a record, a configuration, a manifest is
 of a folder is cut, stretched or overwritten. What may come out is named in every test; any other exception fails it.
 """
 
+import contextlib
 import copy
 import functools
 import json
-import shutil
 import warnings
 
 import pytest
@@ -172,27 +172,22 @@ def test_files_of_settings(tmp_path, data):
 
 @pytest.fixture(scope="module", params=["zscore", "nearest"])
 def folder(request, tmp_path_factory):
-    """Saved edits, the model and what it says unedited and edited."""
+    """Where saved edits lie (in bad, to be damaged), the model, its tokenizer, what it says unedited, and its tensors."""
     from conftest import tiny_model, tokenizer
 
     words = tokenizer.__wrapped__()
     make = tiny_model.__wrapped__(words)
     path = tmp_path_factory.mktemp(request.param)
-    make_editor(make, words, scope=request.param).save_pretrained(path / "edits")
+    make_editor(make, words, scope=request.param).save_pretrained(path / "bad")
     model = small_model(make)
-    return path, model, words, logits(model, words, ONE_TEXT)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return path, model, words, logits(model, words, ONE_TEXT), state
 
 
-def copied(folder):
-    """The sound folder once more, to be damaged."""
-    path = folder[0]
-    shutil.rmtree(path / "bad", ignore_errors=True)
-    return shutil.copytree(path / "edits", path / "bad")
-
-
-def refused(folder, bad) -> bool:
-    """Load a folder for use and to go on editing: either works on sound numbers, or it is refused and the model as it was."""
-    _, model, words, before = folder
+def refused(folder) -> bool:
+    """Load the damaged folder for use and to go on editing: either works on sound numbers, or it is refused and the model as it was."""
+    path, model, words, before, state = folder
+    bad = path / "bad"
     found = sorted((path.name, path.stat().st_size) for path in files(bad))
     errors = 0
     for read in (lambda: load_edits(model, bad), lambda: Editor.from_pretrained(model, words, bad).model):
@@ -207,33 +202,46 @@ def refused(folder, bad) -> bool:
                 errors += 1
             finally:
                 detach(model)
-        assert all(torch.equal(a, b) for a, b in zip(logits(model, words, ONE_TEXT), before, strict=True))
+        own = model.state_dict()
+        assert own.keys() == state.keys() and all(torch.equal(tensor, state[name]) for name, tensor in own.items())
+    assert all(torch.equal(a, b) for a, b in zip(logits(model, words, ONE_TEXT), before, strict=True))
     assert sorted((path.name, path.stat().st_size) for path in files(bad)) == found
     return errors == 2
+
+
+@contextlib.contextmanager
+def replaced(file, content):
+    """A file of the folder, until the end of the block."""
+    sound = file.read_bytes()
+    file.write_bytes(content)
+    try:
+        yield
+    finally:
+        file.write_bytes(sound)
 
 
 @cases(max_examples=600)
 @given(st.data())
 def test_manifests(folder, data):
-    bad = copied(folder)
-    manifest = next(file for file in files(bad) if file.suffix == ".json")
-    manifest.write_text(json.dumps(damaged(data.draw, json.loads(manifest.read_text()))))
-    refused(folder, bad)
+    (manifest,) = [file for file in files(folder[0] / "bad") if file.suffix == ".json"]
+    sound = json.loads(manifest.read_text())
+    with replaced(manifest, json.dumps(damaged(data.draw, sound)).encode()):
+        refused(folder)
 
 
 @cases(max_examples=150)
 @given(st.data())
 def test_files_of_a_folder(folder, data):
-    bad = copied(folder)
-    file = data.draw(st.sampled_from(sorted(files(bad))))
+    file = data.draw(st.sampled_from(sorted(files(folder[0] / "bad"))))
     content = file.read_bytes()
     at = data.draw(st.integers(0, len(content) - 1))
-    file.write_bytes(content[:at] if data.draw(st.booleans()) else content + data.draw(st.binary(min_size=1, max_size=9)))
-    refused(folder, bad)
+    cut = content[:at] if data.draw(st.booleans()) else content + data.draw(st.binary(min_size=1, max_size=9))
+    with replaced(file, cut):
+        refused(folder)
 
 
 def test_the_sound_folder_loads(folder):
-    assert not refused(folder, folder[0] / "edits")
+    assert not refused(folder)
 
 
 def test_what_the_damage_starts_from_is_sound():

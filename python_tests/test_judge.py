@@ -28,7 +28,7 @@ WARSAW = Answer("She was born in", ("Warsaw", "Warszawa"), "the Polish capital, 
 def served(handler):
     """Its address, while it answers."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1"
     finally:

@@ -4,21 +4,13 @@ import itertools
 
 import pytest
 import torch
+from small_testbed import SMALL_SHAPE, two_steps
 from test_cli import output
 
 from comeba_ext import EditConfig, covariance, testbed
 from comeba_ext.errors import ComebaError
 from comeba_ext.testbed import build_facts, train
 from comeba_ext.testbed.diagnose import LIMITS, diagnose, single_edits
-
-SMALL_SHAPE = ("--width", "64", "--mlp", "96", "--vocabulary", "600")
-
-
-def two_steps(folder, facts) -> list[str]:
-    """How to train on some facts for two steps, but for where to and the shape; writes what that reads into a folder."""
-    (folder / "texts.csv").write_text("text\n" + "The town lies on a river and has a market. Many people go there.\n" * 20)
-    build_facts.write(facts, folder / "facts.json")
-    return ["--text", str(folder / "texts.csv"), "--facts", str(folder / "facts.json"), "--steps", "2", "--batch-size", "4"]
 
 
 @pytest.fixture(scope="module")
