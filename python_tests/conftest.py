@@ -134,6 +134,12 @@ def barely_trained(tmp_path_factory):
     return "--model", model, "--covariance", covariance
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Plots are files with nothing in them: to draw them takes a third of a small experiment, for nothing where nobody looks."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: Path(path).touch())
+
+
 @pytest.fixture(scope="module")
 def one_block():
     """The embedded model's settings name the last of its edited blocks alone, which is quicker: for tests of what lies around an edit."""

@@ -230,6 +230,7 @@ def test_a_killed_experiment_ends_in_the_same_table(small, barely_trained, tmp_p
     assert other.exit_code == 1 and "another run" in json.loads(other.stdout)["error"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_method_that_cannot_go_on_is_a_row(tmp_path):
     path = tmp_path / "mixed.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"methods": [{"method": "FT", "lr": 1e37, "label": "wild"}, "FT"], "plot": "bars"}))
@@ -245,6 +246,7 @@ def test_a_method_that_cannot_go_on_is_a_row(tmp_path):
     assert output("experiment", path, "--out", tmp_path / "other")["plots"] == []  # there is nothing to draw
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_case_that_cannot_take_the_records_costs_only_itself(barely_trained, tmp_path):
     """WISE learns from prompts about other things, which these records lack; the others have their rows, and the exit code says it."""
     facts, path = tmp_path / "facts.json", tmp_path / "mixed.yaml"
@@ -275,6 +277,7 @@ def test_settings_that_do_not_fit_the_model_are_said_before_anything_runs(tmp_pa
     assert failed.exit_code == 1 and "case 'MEMIT'" in error and "layers [99]: the model has blocks 0 to " in error
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_case_that_was_to_be_left_alone_stops_no_other(barely_trained, tmp_path):
     """Its log is of other settings: it is left out. Of one that is to be run, that is said before the others are run."""
     path, out = tmp_path / "two.yaml", tmp_path / "out"
@@ -302,6 +305,7 @@ def test_records_with_nothing_else_to_ask(barely_trained, tmp_path, plot):
     assert all((tmp_path / "out" / plotted).stat().st_size > 5_000 for plotted in result["plots"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_experiments_share_a_folder(small, barely_trained, tmp_path):
     for name in ("one", "two"):
         path = tmp_path / f"{name}.yaml"
@@ -315,6 +319,7 @@ def test_experiments_share_a_folder(small, barely_trained, tmp_path):
     assert sum(1 for _ in (tmp_path / "labels").glob("two/testbed/*/log.jsonl")) == 4
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_cases_run_apart_and_make_one_table(barely_trained, tmp_path, monkeypatch):
     small = tmp_path / "small.yaml"
     small.write_text(yaml.safe_dump(SMALL | {"methods": ["GRACE", {"method": "FT", "steps": 2}], "samples": 2, "evaluations": 1}))
@@ -388,6 +393,7 @@ def test_cases_in_processes(barely_trained, tmp_path):
     assert [row["case"] for row in rows] == ["COMEBA-HK", "MEMIT"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_seed_is_another_choice_of_records(barely_trained, tmp_path):
     path = tmp_path / "e.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"methods": ["FT"], "evaluations": 1, "samples": 2}))
@@ -547,6 +553,7 @@ def test_other_facts_are_asked_one_by_one(tmp_path):
     assert prompts == ["The headquarters of Oslo are in", "The twin city of Oslo is", "The year in which Oslo began is"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_all_records_in_one_batch(barely_trained, tmp_path):
     path = tmp_path / "e.yaml"
     path.write_text(
@@ -562,6 +569,7 @@ def test_all_records_in_one_batch(barely_trained, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_who_is_ahead_stands_in_the_result(tmp_path):
     path = tmp_path / "e.yaml"
     path.write_text(
@@ -590,6 +598,7 @@ def test_a_method_that_fails_behind_a_checkpoint_has_no_retention():
     assert (kept["edits"], kept["reliability"]) == (2, 1.0) and "retention" not in kept and failed["error"] == "infinities"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_records_of_a_file(tmp_path):
     path = tmp_path / "facts.jsonl"
     good = [r.to_record() for r in testbed.facts()[:2]]
@@ -655,6 +664,7 @@ def test_published_numbers_stand_beside_the_measured_ones():
     assert "| MEMIT | 0.500 [0.400, 0.600] | 0.100 |" in text and "| · made up | 0.700 |  |" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_orders_are_averaged_record_by_record(tmp_path, few_texts):
     path = tmp_path / "e.yaml"
     one = SMALL | {"methods": [{"method": "FT", "steps": 5}], "evaluations": 1, "samples": 8, "answer_tokens": 6, "measures": ["text"]}
@@ -682,6 +692,7 @@ def test_several_orders_are_averaged_record_by_record(tmp_path, few_texts):
     assert first["reliability"] == pytest.approx(sum(own["reliability"] for own in asked[0].values()) / 8) and "orders" not in first
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tables_begin_with_what_was_written(barely_trained, tmp_path):
     path = tmp_path / "e.yaml"
     for tokens in (12, 0):
@@ -716,6 +727,7 @@ def test_one_clear_error(tmp_path):
         assert result.exit_code == 1 and words in json.loads(result.stdout)["error"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_case_whose_files_are_missing_stops_no_other(tmp_path):
     path = tmp_path / "some.yaml"
     cases = ["GRACE", {"method": "MEND", "editor": str(tmp_path / "nowhere")}]
