@@ -135,9 +135,11 @@ def barely_trained(tmp_path_factory):
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """Plots are files with nothing in them: to draw them takes a third of a small experiment, for nothing where nobody looks."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: Path(path).touch())
+def undrawn(request, monkeypatch):
+    """Plots are files with nothing in them: to draw them takes a third of a small experiment, for nothing where nobody looks. Tests marked
+    ``drawn`` do."""
+    if request.node.get_closest_marker("drawn") is None:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: Path(path).touch())
 
 
 @pytest.fixture(scope="module")

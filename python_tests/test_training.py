@@ -35,6 +35,7 @@ from comeba_ext.text.rows import answer_rows
 from comeba_ext.training import TrainConfig, Trainer
 from comeba_ext.training import trainer as training
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 SETTINGS = {"layers": (1, 2), "edit_rate": 0.03, "rank": 6}
 
 
@@ -757,6 +758,7 @@ def test_what_a_training_took_stands_in_the_table(tiny_model, tokenizer, tmp_pat
     assert method_named("MEND").preparation(config) == {} == method_named("ROME").preparation(default_config("ROME", model))
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("moment", [1, 3, 4, 5])
 def test_a_killed_training_ends_with_the_same_bits(tiny_model, tokenizer, tmp_path, moment, monkeypatch):
     whole = trainer(tiny_model, tokenizer, tmp_path / "whole").run(progress=False)
@@ -960,6 +962,7 @@ def test_files_to_learn_from_take_turns(tmp_path):
     assert len(counts["skipped"]) == 3
 
 
+@pytest.mark.drawn
 def test_from_the_command_line(tmp_path):
     """Minutes with its defaults; here a few steps, after which single edits work already (the embedded model was made to be edited)."""
     folder, edits = tmp_path / "mend", tmp_path / "edits"
