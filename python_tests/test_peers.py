@@ -198,7 +198,7 @@ def test_ultraedit_is_its_equations(tiny_model, tokenizer, tmp_path, name, ridge
     assert editor.config.ridge == ridge
     reports = []
     start = factors(plain, tokenizer, requests[12:], blocks)
-    seen, whitened = {n: [start[n]] if warm else [] for n in blocks}, []
+    seen, whitened, fewer = {n: [start[n]] if warm else [] for n in blocks}, [], []
     for batch in (requests[:3], requests[3:12]):
         reports.append(editor.edit(batch))
         for n, rows in factors(plain, tokenizer, batch, blocks).items():
@@ -213,6 +213,7 @@ def test_ultraedit_is_its_equations(tiny_model, tokenizer, tmp_path, name, ridge
                 whitened.append(n)  # a norm follows the blocks: in the direction of ones there are no gradients
             values = -1e-2 * h.norm(dim=1, keepdim=True) ** 2 * g
             raw = rows[:, :48]
+            fewer.append(len(raw) <= 48)
             change = torch.linalg.inv(raw.T @ raw + ridge * torch.eye(48)) @ raw.T @ values  # (d_in, d_out), as Conv1D holds it
             with torch.no_grad():
                 plain.transformer.h[n].mlp.c_proj.weight += change
@@ -221,6 +222,7 @@ def test_ultraedit_is_its_equations(tiny_model, tokenizer, tmp_path, name, ridge
             with torch.no_grad():
                 logits = plain(torch.tensor([asked + target])).logits[0, len(asked) - 1 : -1]
             assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor(target)).item(), rel=1e-3)
+    assert fewer == [True, True, False, False]  # tokens than inputs: a smaller system gives the same
     assert whitened == {"UltraEdit": [], "StableEdit": [1, 2, 1, 2] if warm else [1, 2]}[name]
     ids = ids_of(model, tokenizer)
     with torch.no_grad():

@@ -146,13 +146,14 @@ class UltraEdit(Deltas):
         with phases("calibrate"):
             self.warm_up()
         with phases("keys"):
-            found = self._factors(batch)
+            rows = self._rows(batch)
+            found = self._factors(rows)
         with phases("update"):
             for name, (inputs, gradients) in found.items():
                 self._write_layer(name, inputs.double(), gradients.double())
             first = min(block for blocks in (self.config.modules.values() or [self.config.layers]) for block in blocks)
             with torch.no_grad(), evaluating(self.session.model):
-                losses = TrainingRows(self.session, self._rows(batch), first).losses()
+                losses = TrainingRows(self.session, rows, first).losses()
         on_progress(len(batch), sum(losses) / len(losses))
         return losses, [1] * len(batch)
 
@@ -164,7 +165,7 @@ class UltraEdit(Deltas):
         """
         records = self._records() if self._cold() else []
         for start in range(0, len(records), WARMED):
-            for name, (inputs, gradients) in self._factors(records[start : start + WARMED]).items():
+            for name, (inputs, gradients) in self._factors(self._rows(records[start : start + WARMED])).items():
                 self._note(name, torch.cat([inputs, gradients], 1).double())
 
     def _cold(self) -> bool:
@@ -177,10 +178,9 @@ class UltraEdit(Deltas):
     def _rows(self, requests: list[EditRequest]) -> list[Row]:
         return answer_rows(self.session.tokenizer, [(request.text, request.target_new) for request in requests])
 
-    def _factors(self, requests: list[EditRequest]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def _factors(self, rows: list[Row]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Layer name to ``h (tokens, d_in)`` and ``g (tokens, d_out)``, each of its request's loss."""
         with evaluating(self.session.model), frozen(self.session.model):
-            rows = self._rows(requests)
             found, _ = factors_of(self.session, self.layers, rows)
         return {name: (inputs, len(rows) * gradients) for name, (inputs, gradients) in found.items()}
 
@@ -207,12 +207,21 @@ class UltraEdit(Deltas):
             spread, axes = torch.linalg.eigh(self.scatters[name].to(both) / free)
             g = (both - mean)[:, d_in:] @ (axes * spread.clamp(min=LEAST * spread.max()).rsqrt()) @ axes.mT
         values = -self.config.lr * h.square().sum(1, keepdim=True) * g
-        system = inputs.mT @ inputs
-        system.diagonal().add_(self.config.ridge)
-        change = torch.linalg.solve(system, inputs.mT @ values).mT  # (d_out, d_in)
+        change = _ridge(inputs, values, self.config.ridge).mT  # (d_out, d_in)
         if not torch.isfinite(change).all():
             raise RequestError(f"the update of {name} is not finite")
         self.write(name, self.masters[name] + change.to(self.masters[name]))
+
+
+def _ridge(inputs: torch.Tensor, values: torch.Tensor, ridge: float) -> torch.Tensor:
+    """``(Hᵀ H + ridge·I)⁻¹ Hᵀ V``, ``(d_in, d_out)``, of ``inputs`` H ``(tokens, d_in)`` and ``values`` V ``(tokens, d_out)``.
+
+    Of few tokens ``Hᵀ (H Hᵀ + ridge·I)⁻¹ V``, which is the same: a system of as many unknowns as there are tokens.
+    """
+    few = len(inputs) <= inputs.shape[1]
+    system = inputs @ inputs.mT if few else inputs.mT @ inputs
+    system.diagonal().add_(ridge)
+    return inputs.mT @ torch.linalg.solve(system, values) if few else torch.linalg.solve(system, inputs.mT @ values)
 
 
 class StableEdit(UltraEdit):
