@@ -101,7 +101,7 @@ def family_model(family, tokenizer, dtype=torch.float64, **changes):
 def settings(**changes):
     basic = {
         "layers": (0, 1),
-        "steps": 20,
+        "steps": 14,
         "lr": 0.1,
         "lr_unit": "hidden_rms",
         "kl_factor": 0.5,
@@ -165,6 +165,6 @@ def test_target_values_are_those_of_the_plain_procedure(family, tokenizer, plain
     found = optimise_target_values(model, tokenizer, Architecture.of(model), config, REQUESTS, PREFIXES)
     for request, value, loss in zip(REQUESTS, found.values, found.losses, strict=True):
         wanted, wanted_loss, steps = plain.target_value(model, tokenizer, config, request, PREFIXES)
-        assert steps == 19
+        assert steps == 13
         assert relative(value, wanted) < (1e-3 if single else 1e-6)
         assert loss == pytest.approx(wanted_loss, rel=1e-3 if single else 1e-6, abs=1e-6)

@@ -3,11 +3,10 @@
 import contextlib
 import itertools
 import json
-import os
+import multiprocessing
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -43,6 +42,7 @@ SMALL = {
     "methods": ["COMEBA-HK", {"method": "MEMIT", "steps": 8}],
     "plot": "edits",
 }
+FORKS = multiprocessing.get_context("fork")  # which begin at once, with everything imported
 TIMES = ("seconds_per_edit", "peak_memory", "saved_bytes")  # the last: the log that is saved holds times
 
 
@@ -57,6 +57,12 @@ def small(tmp_path):
 def few_texts(monkeypatch):
     """To read as text that names nobody, where how much of it is of no matter."""
     monkeypatch.setattr("comeba_ext.cli.measuring.PLAIN_TEXTS", 12)
+
+
+def in_one_thread(*arguments):
+    """A command in a process that was forked, where there is none of the other threads of what it was forked from."""
+    torch.set_num_threads(1)
+    run(*arguments)
 
 
 def metrics_of(result):
@@ -206,17 +212,17 @@ def test_a_killed_experiment_ends_in_the_same_table(small, barely_trained, tmp_p
             "locality_interval",
         } <= set(row)
     assert whole["records"]["testbed"]["used"] == 4
-    command = [sys.executable, "-m", "comeba_ext.cli", "experiment", *map(str, given), "--out", str(tmp_path / "killed"), "--json"]
-    root = Path(__file__).resolve().parents[1]
     case = tmp_path / "killed/small/testbed/COMEBA-HK"
     logged = lambda text: (case / "log.jsonl").exists() and text in (case / "log.jsonl").read_text()  # noqa: E731
     for moment in (lambda: logged('"edit"'), (case / "edits" / MANIFEST).exists, lambda: logged('"checkpoint"')):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(root)})
+        process = FORKS.Process(target=in_one_thread, args=("experiment", *given, "--out", tmp_path / "killed"))
+        process.start()
         deadline = time.time() + 120
-        while process.poll() is None and time.time() < deadline and not moment():
+        while process.is_alive() and time.time() < deadline and not moment():
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert not (tmp_path / "killed/small.json").exists()
     resumed = output("experiment", *given, "--out", tmp_path / "killed")
     assert metrics_of(resumed) == metrics_of(whole)
@@ -377,17 +383,17 @@ def test_the_unedited_model_is_asked_once_an_experiment(tmp_path, monkeypatch, w
     assert len(calls) == count + 2
 
 
-def test_cases_in_processes(barely_trained, tmp_path):
-    """As a user calls it; the covariance is collected by one of them; a case that fails costs only itself."""
+def test_cases_in_processes(barely_trained, tmp_path, monkeypatch):
+    """The covariance is collected by one of them; a case that fails costs only itself."""
     path, out = tmp_path / "several.yaml", tmp_path / "out"
     cases = ["COMEBA-HK", {"method": "MEMIT", "steps": 8}, {"method": "IKE", "demonstrations": str(tmp_path / "nothing.json")}]
     path.write_text(yaml.safe_dump(SMALL | {"methods": cases, "samples": 2, "evaluations": 1}))
     (tmp_path / "texts.txt").write_text("\n".join(itertools.islice(testbed.texts(), 200)))
-    command = [sys.executable, "-m", "comeba_ext.cli", "experiment", str(path), "--out", str(out), "--jobs", "2", "--json"]
-    command += ["--model", str(barely_trained[1]), "--texts", str(tmp_path / "texts.txt")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 1 and "1 case did not end" in json.loads(done.stdout)["error"], done.stderr
+    arguments = ["experiment", path, "--out", out, "--jobs", 2, "--json", "--model", barely_trained[1], "--texts", tmp_path / "texts.txt"]
+    monkeypatch.setattr(sys, "argv", ["comeba", *map(str, arguments)])
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+    done = run(*arguments)
+    assert done.exit_code == 1 and "1 case did not end" in json.loads(done.stdout)["error"], done.output
     assert "IKE" in json.loads(done.stdout)["error"] and "nothing.json" in (out / "several/IKE.txt").read_text()
     rows = json.loads((out / "several.json").read_text())["rows"]
     assert [row["case"] for row in rows] == ["COMEBA-HK", "MEMIT"]

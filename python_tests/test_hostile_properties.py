@@ -173,7 +173,7 @@ def test_files_of_settings(tmp_path, data):
 @pytest.fixture(scope="module", params=["zscore", "nearest"])
 def folder(request, tmp_path_factory):
     """Where saved edits lie (in bad, to be damaged), the model, its tokenizer, what it says unedited, and its tensors."""
-    from conftest import tiny_model, tokenizer
+    from shared_fixtures import tiny_model, tokenizer
 
     words = tokenizer.__wrapped__()
     make = tiny_model.__wrapped__(words)

@@ -1,10 +1,11 @@
 """Written answers against a loop that writes one prompt at a time, and rules by examples worked out by hand."""
 
+import functools
 import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluation import FAMILIES, NAMES, RECORDS, asked, pair  # noqa: F401  (a fixture)
 
@@ -209,24 +210,25 @@ def lcs(one, other):
 
 
 WORDS = st.lists(st.sampled_from(["paris", "rome", "city", "京"]), max_size=6)
-LIKENESS = likeness()
+alike = functools.cache(likeness)  # made where it is asked for, as it takes two seconds
 
 
+@settings(deadline=None)
 @given(WORDS, WORDS)
 def test_likeness_is_rouge_l(one, other):
     shared = lcs(one, other)
     precision, recall = (shared / max(1, len(own)) for own in (one, other))
     expected = 2 * precision * recall / (precision + recall) if shared else 0.0
-    assert LIKENESS(" ".join(one), " ".join(other)) == pytest.approx(expected)
+    assert alike()(" ".join(one), " ".join(other)) == pytest.approx(expected)
 
 
 def test_paragraphs(pair, tokenizer):  # noqa: F811
     """Written on past what ends a sentence, and as like the answer as ROUGE-L says; exact in an example worked out by hand."""
-    assert likeness()("The cat sat. On a mat!", "the cat is on the mat") == pytest.approx(2 * (3 / 4) * (3 / 4) / (3 / 4 + 3 / 4))
+    assert alike()("The cat sat. On a mat!", "the cat is on the mat") == pytest.approx(2 * (3 / 4) * (3 / 4) / (3 / 4 + 3 / 4))
     edited, base = pair("gpt2")
     metrics = evaluate(edited, tokenizer, RECORDS, base, generate=False, writing=Writing(9, long=True))
     for record, row in zip(RECORDS, metrics.per_record, strict=True):
-        answers, like = iter(row["answers"]), likeness()
+        answers, like = iter(row["answers"]), alike()
         for name in NAMES:
             scores = []
             for prompt, target in asked(record)[name]:
