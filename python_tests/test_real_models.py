@@ -32,7 +32,7 @@ def editor(smollm2, shared_data):
 
 @pytest.fixture(scope="module")
 def edited(editor, shared_data):
-    records = json.loads((shared_data / "counterfact" / "counterfact-train.json").read_text())[300:305]
+    records = json.loads((shared_data / "counterfact" / "counterfact-train.json").read_text())[300:303]
     requests = [EditRequest.from_record(record) for record in records]
     return requests, editor.edit([*requests, ONE_THAT_SAYS_NOTHING])
 
