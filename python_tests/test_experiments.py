@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import multiprocessing
 import random
 import signal
@@ -463,6 +464,32 @@ def test_scores_of_cases_with_different_layers(tmp_path):
     assert [axis.get_ylabel() != "" for axis in figure.axes] == [False, False, True, True, False, False, False, True, False]
     assert len(figure.legends[0].get_texts()) == 3
     figure.savefig(tmp_path / "scores.png")
+
+
+def test_bars_of_what_was_asked():
+    """Questions behind several edits beside the metrics; nothing where no case was asked."""
+
+    def row(case, way, locality=None, **questions):
+        own = {"reliability": 0.9, "generality": 0.25, "locality": locality}
+        scores = {**own, **{f"{name}{way}": value for name, value in own.items()}}
+        ends = {f"{name}_interval": value and [value / 2, value] for name, value in scores.items()}
+        asked = {
+            name: {"questions": 4, "counted": 4, "written": value, "written_interval": [0.0, 1.0]} for name, value in questions.items()
+        }
+        return {"dataset": "d", "case": case, "edits": 2, **scores, **ends, **({"questions": asked} if asked else {})}
+
+    def drawn(*rows):
+        found = plots.figures({"rows": rows}, "bars", "d")
+        (axis,) = found[""].axes
+        heights = [[float(bar.get_height()) for bar in own] for own in axis.containers if hasattr(own, "patches")]
+        (forced,) = found["-forced"].axes
+        return [label.get_text() for label in axis.get_xticklabels()], heights, [label.get_text() for label in forced.get_xticklabels()]
+
+    names, heights, forced = drawn(row("A", "_written", hops=0.5, aliases=0.75), row("B", "_written", hops=1.0))
+    assert names == ["reliability", "generality", "hops", "aliases"] and forced == names[:2]
+    assert heights[0] == [0.9, 0.25, 0.5, 0.75] and heights[1][:3] == [0.9, 0.25, 1.0] and math.isnan(heights[1][3])
+    names, heights, forced = drawn(row("A", "_written", locality=0.5))
+    assert names == forced == ["reliability", "generality", "locality"] and heights == [[0.9, 0.25, 0.5]]
 
 
 def test_every_measure_and_plot(covariance, barely_trained, tmp_path, few_texts):

@@ -51,8 +51,10 @@ def figures(result: dict, kind: str, dataset: str) -> dict:
 
 
 def _scored(rows: list[dict], way: str) -> list[dict]:
-    """Rows whose metrics are those scored in one way."""
-    return [row | {f"{m}{end}": row.get(f"{m}{way}{end}") for m in METRICS for end in ("", "_interval")} for row in rows]
+    """Rows whose metrics, and whose questions by their names, are those scored in one way."""
+    ends = ("", "_interval")
+    questions = [{f"{name}{end}": own.get(way[1:] + end) for name, own in row.get("questions", {}).items() for end in ends} for row in rows]
+    return [row | own | {f"{m}{end}": row.get(f"{m}{way}{end}") for m in METRICS for end in ends} for row, own in zip(rows, questions)]
 
 
 def _last(rows: list[dict]) -> list[dict]:
@@ -61,23 +63,26 @@ def _last(rows: list[dict]) -> list[dict]:
 
 
 def _bars(rows: list[dict], label: str):
+    """What was asked of any case: a group of bars for each, questions behind several edits (``questions``) too."""
     rows = _last(rows)
-    figure, axis = plt.subplots(figsize=(10, 5.2), layout="constrained")
+    asked = dict.fromkeys([*METRICS, *(name for row in rows for name in row.get("questions", {}))])
+    groups = [name for name in asked if any(row.get(name) is not None for row in rows)]
+    figure, axis = plt.subplots(figsize=(max(10, 2 * len(groups)), 5.2), layout="constrained")
     width = 0.84 / len(rows)
     for n, row in enumerate(rows):
-        places = np.arange(len(METRICS)) + (n - (len(rows) - 1) / 2) * width
-        values = [_value(row, m) for m in METRICS]
+        places = np.arange(len(groups)) + (n - (len(rows) - 1) / 2) * width
+        values = [_value(row, m) for m in groups]
         bars = axis.bar(
             places,
             values,
             width * 0.92,
-            yerr=_errors([row], METRICS),
+            yerr=_errors([row], groups),
             color=_colour(n),
             label=row["case"],
             error_kw={"lw": 1, "capsize": 2},
             hatch="//" if n >= len(COLOURS) else None,
         )
-        high = [_interval(row, m)[1] for m in METRICS]
+        high = [_interval(row, m)[1] for m in groups]
         for bar, value, top in zip(bars, values, high, strict=True):
             if np.isnan(value):
                 continue
@@ -90,7 +95,7 @@ def _bars(rows: list[dict], label: str):
                 fontsize=7,
                 rotation=90 if len(rows) > 5 else 0,
             )
-    axis.set_xticks(range(len(METRICS)), METRICS)
+    axis.set_xticks(range(len(groups)), groups)
     _shares(axis, label, 1.1)
     columns = _legend_columns([row["case"] for row in rows])
     axis.legend(ncols=columns, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), frameon=False)
@@ -255,11 +260,11 @@ def _errors(rows: list[dict], metrics) -> np.ndarray:
 
 def _value(row: dict, metric: str) -> float:
     """Not a number where there was nothing to ask."""
-    return np.nan if row[metric] is None else row[metric]
+    return np.nan if row.get(metric) is None else row[metric]
 
 
 def _interval(row: dict, metric: str) -> list[float]:
-    return row[f"{metric}_interval"] or [np.nan, np.nan]
+    return row.get(f"{metric}_interval") or [np.nan, np.nan]
 
 
 def _shares(axis, label: str, top: float = 1.03) -> None:
