@@ -20,7 +20,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def diagnosis(loaded):
-    return diagnose(*loaded, patched=("last",))  # what has a limit
+    return diagnose(*loaded)
 
 
 @pytest.mark.parametrize("name", [n for n in LIMITS if not n.startswith("single_edit")])

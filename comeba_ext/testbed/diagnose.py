@@ -33,9 +33,6 @@ LIMITS = {
 }
 
 
-PATCHES = {"last": "patch_last_subject_token", "final": "patch_final_token"}
-
-
 class Probe:
     """Prompts about facts, run through a model in padded batches."""
 
@@ -132,15 +129,8 @@ class Probe:
         return [torch.nn.functional.normalize(grabbed[n][rows, last], dim=-1) for n in range(len(self.blocks))]
 
 
-def diagnose(
-    model, tokenizer, folder: str | Path = testbed.FOLDER, seed: int = 0, sample: int = 400, patched: tuple[str, ...] = ("last", "final")
-) -> dict:
-    """All diagnostics that need no editor; blocks are indexed from 0, the last (global) block is left out.
-
-    Args:
-        sample: facts that recall is asked of.
-        patched: at which tokens, the subject's last and the prompt's final one.
-    """
+def diagnose(model, tokenizer, folder: str | Path = testbed.FOLDER, seed: int = 0, sample: int = 400) -> dict:
+    """All diagnostics that need no editor; blocks are indexed from 0, the last (global) block is left out."""
     facts = testbed.all_facts(folder)
     rng = random.Random(seed)
     probe = Probe(model, tokenizer, facts)
@@ -163,7 +153,8 @@ def diagnose(
     return {
         "recall_stated": probe.recall(chosen, False, rng),
         "recall_held_out": probe.recall(chosen, True, rng),
-        **{PATCHES[where]: share(probe.patching(pairs, where)) for where in patched},
+        "patch_last_subject_token": share(probe.patching(pairs, "last")),
+        "patch_final_token": share(probe.patching(pairs, "final")),
         "key_cosine_same_subject": [sum(r[b] for r in same) / len(same) for b in blocks],
         "key_cosine_other_subject": [sum(r[b] for r in other) / len(other) for b in blocks],
     }
