@@ -32,6 +32,7 @@ from comeba_ext.methods import default_config
 from comeba_ext.report import build, read
 from comeba_ext.storage import MANIFEST
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 ISSUE = {"defaults", "table1", "table2", "fig3", "fig4", "fig5", "fig6", "fig7", "fig10", "fig11", "scope"}
 SMALL = {
     "title": "A small one",
@@ -197,6 +198,7 @@ def test_unknown_names(tmp_path):
 # -- running --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.drawn
 def test_a_killed_experiment_ends_in_the_same_table(small, barely_trained, tmp_path):
     given = (small, *barely_trained, "--samples", 4)
     whole = output("experiment", *given, "--out", tmp_path / "whole")
@@ -237,7 +239,6 @@ def test_a_killed_experiment_ends_in_the_same_table(small, barely_trained, tmp_p
     assert other.exit_code == 1 and "another run" in json.loads(other.stdout)["error"]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_method_that_cannot_go_on_is_a_row(tmp_path):
     path = tmp_path / "mixed.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"methods": [{"method": "FT", "lr": 1e37, "label": "wild"}, "FT"], "plot": "bars"}))
@@ -253,7 +254,6 @@ def test_a_method_that_cannot_go_on_is_a_row(tmp_path):
     assert output("experiment", path, "--out", tmp_path / "other")["plots"] == []  # there is nothing to draw
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_case_that_cannot_take_the_records_costs_only_itself(barely_trained, tmp_path):
     """WISE learns from prompts about other things, which these records lack; the others have their rows, and the exit code says it."""
     facts, path = tmp_path / "facts.json", tmp_path / "mixed.yaml"
@@ -284,7 +284,6 @@ def test_settings_that_do_not_fit_the_model_are_said_before_anything_runs(tmp_pa
     assert failed.exit_code == 1 and "case 'MEMIT'" in error and "layers [99]: the model has blocks 0 to " in error
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_case_that_was_to_be_left_alone_stops_no_other(barely_trained, tmp_path):
     """Its log is of other settings: it is left out. Of one that is to be run, that is said before the others are run."""
     path, out = tmp_path / "two.yaml", tmp_path / "out"
@@ -299,6 +298,7 @@ def test_a_case_that_was_to_be_left_alone_stops_no_other(barely_trained, tmp_pat
     assert [row["case"] for row in rows] == ["ICE"] and (out / "two/testbed/FT/log.jsonl").exists()
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("plot", ["bars", "edits", "settings"])
 def test_records_with_nothing_else_to_ask(barely_trained, tmp_path, plot):
     facts = tmp_path / "facts.json"
@@ -312,7 +312,6 @@ def test_records_with_nothing_else_to_ask(barely_trained, tmp_path, plot):
     assert all((tmp_path / "out" / plotted).stat().st_size > 5_000 for plotted in result["plots"])
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_experiments_share_a_folder(small, barely_trained, tmp_path):
     for name in ("one", "two"):
         path = tmp_path / f"{name}.yaml"
@@ -326,7 +325,6 @@ def test_experiments_share_a_folder(small, barely_trained, tmp_path):
     assert sum(1 for _ in (tmp_path / "labels").glob("two/testbed/*/log.jsonl")) == 4
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_cases_run_apart_and_make_one_table(barely_trained, tmp_path, monkeypatch):
     small = tmp_path / "small.yaml"
     small.write_text(yaml.safe_dump(SMALL | {"methods": ["GRACE", {"method": "FT", "steps": 2}], "samples": 2, "evaluations": 1}))
@@ -400,7 +398,6 @@ def test_cases_in_processes(barely_trained, tmp_path, monkeypatch):
     assert [row["case"] for row in rows] == ["COMEBA-HK", "MEMIT"]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_seed_is_another_choice_of_records(barely_trained, tmp_path):
     path = tmp_path / "e.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"methods": ["FT"], "evaluations": 1, "samples": 2}))
@@ -422,6 +419,7 @@ def hasty(settings):
     return config
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", sorted(ISSUE))
 def test_every_shipped_experiment_runs(name, barely_trained, tmp_path, monkeypatch, few_texts):
     short = property(lambda own: None if own.answer_tokens == 0 else Writing(6, own.chat, own.long))
@@ -445,6 +443,7 @@ def test_the_chance_that_edited_prompts_score_higher():
     assert told_apart({"edited": {"x": own}, "other": {"x": []}}) is None
 
 
+@pytest.mark.drawn
 def test_scores_of_cases_with_different_layers(tmp_path):
     """A column a layer; a case's panels stand in its own."""
     layers = {"one": [10], "two": [2, 4, 10], "three": [4]}
@@ -492,6 +491,7 @@ def test_bars_of_what_was_asked():
     assert names == forced == ["reliability", "generality", "locality"] and heights == [[0.9, 0.25, 0.5]]
 
 
+@pytest.mark.drawn
 def test_every_measure_and_plot(covariance, barely_trained, tmp_path, few_texts):
     path = tmp_path / "all.yaml"
     path.write_text(
@@ -516,6 +516,7 @@ def test_every_measure_and_plot(covariance, barely_trained, tmp_path, few_texts)
         assert [r["edits"] for r in result["rows"]] == [2, 2] and result["plots"] == ["all-testbed.png", "all-testbed-forced.png"]
 
 
+@pytest.mark.drawn
 def test_abilities_over_the_edits(barely_trained, tmp_path, monkeypatch, few_texts):
     """Tasks with the edits and without, at every checkpoint; a measure that fails costs only itself."""
     seen = []
@@ -586,7 +587,6 @@ def test_other_facts_are_asked_one_by_one(tmp_path):
     assert prompts == ["The headquarters of Oslo are in", "The twin city of Oslo is", "The year in which Oslo began is"]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_all_records_in_one_batch(barely_trained, tmp_path):
     path = tmp_path / "e.yaml"
     path.write_text(
@@ -602,7 +602,6 @@ def test_all_records_in_one_batch(barely_trained, tmp_path):
     )
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_who_is_ahead_stands_in_the_result(tmp_path):
     path = tmp_path / "e.yaml"
     path.write_text(
@@ -631,7 +630,6 @@ def test_a_method_that_fails_behind_a_checkpoint_has_no_retention():
     assert (kept["edits"], kept["reliability"]) == (2, 1.0) and "retention" not in kept and failed["error"] == "infinities"
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_records_of_a_file(tmp_path):
     path = tmp_path / "facts.jsonl"
     good = [r.to_record() for r in testbed.facts()[:2]]
@@ -697,7 +695,6 @@ def test_published_numbers_stand_beside_the_measured_ones():
     assert "| MEMIT | 0.500 [0.400, 0.600] | 0.100 |" in text and "| · made up | 0.700 |  |" in text
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_several_orders_are_averaged_record_by_record(tmp_path, few_texts):
     path = tmp_path / "e.yaml"
     one = SMALL | {"methods": [{"method": "FT", "steps": 5}], "evaluations": 1, "samples": 8, "answer_tokens": 6, "measures": ["text"]}
@@ -725,7 +722,6 @@ def test_several_orders_are_averaged_record_by_record(tmp_path, few_texts):
     assert first["reliability"] == pytest.approx(sum(own["reliability"] for own in asked[0].values()) / 8) and "orders" not in first
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_tables_begin_with_what_was_written(barely_trained, tmp_path):
     path = tmp_path / "e.yaml"
     for tokens in (12, 0):
@@ -760,7 +756,6 @@ def test_one_clear_error(tmp_path):
         assert result.exit_code == 1 and words in json.loads(result.stdout)["error"]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_case_whose_files_are_missing_stops_no_other(tmp_path):
     path = tmp_path / "some.yaml"
     cases = ["GRACE", {"method": "MEND", "editor": str(tmp_path / "nowhere")}]

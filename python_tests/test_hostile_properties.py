@@ -139,7 +139,7 @@ def test_files_of_texts(tmp_path, data):
 
 
 CONFIG = EditConfig(layers=(0, 1)).to_dict()
-ONE_TEXT = ("The mother tongue of Danielle Darrieux is",)  # that an edit answers: the models are asked some five thousand times
+ONE_TEXT = ("The mother tongue of Danielle Darrieux is",)  # that an edit answers: the models are asked some two thousand times
 
 
 @cases(max_examples=2500)
@@ -172,17 +172,17 @@ def test_files_of_settings(tmp_path, data):
 
 @pytest.fixture(scope="module", params=["zscore", "nearest"])
 def folder(request, tmp_path_factory):
-    """Where saved edits lie (in bad, to be damaged), the model, its tokenizer, and its tensors."""
+    """Saved edits, to be damaged; the model, its tokenizer, what it says unedited, and its tensors."""
     from shared_fixtures import tiny_model, tokenizer
 
     words = tokenizer.__wrapped__()
     make = tiny_model.__wrapped__(words)
     path = tmp_path_factory.mktemp(request.param)
-    make_editor(make, words, scope=request.param).save_pretrained(path / "bad")
+    make_editor(make, words, scope=request.param).save_pretrained(path)
     model = small_model(make)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert hooks(model) == []
-    return path, model, words, state
+    return path, model, words, logits(model, words, ONE_TEXT), state
 
 
 def hooks(model) -> list:
@@ -192,11 +192,10 @@ def hooks(model) -> list:
 
 def refused(folder) -> bool:
     """Load the damaged folder for use and to go on editing: either works on sound numbers, or it is refused and the model as it was."""
-    path, model, words, state = folder
-    bad = path / "bad"
-    found = sorted((path.name, path.stat().st_size) for path in files(bad))
+    path, model, words, before, state = folder
+    found = sorted((file.name, file.stat().st_size) for file in files(path))
     errors = 0
-    for read in (lambda: load_edits(model, bad), lambda: Editor.from_pretrained(model, words, bad).model):
+    for read in (lambda: load_edits(model, path), lambda: Editor.from_pretrained(model, words, path).model):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -211,7 +210,8 @@ def refused(folder) -> bool:
         own = model.state_dict()
         assert own.keys() == state.keys() and all(torch.equal(tensor, state[name]) for name, tensor in own.items())
         assert hooks(model) == []
-    assert sorted((path.name, path.stat().st_size) for path in files(bad)) == found
+    assert all(torch.equal(a, b) for a, b in zip(logits(model, words, ONE_TEXT), before, strict=True))
+    assert sorted((file.name, file.stat().st_size) for file in files(path)) == found
     return errors == 2
 
 
@@ -229,7 +229,7 @@ def replaced(file, content):
 @cases(max_examples=600)
 @given(st.data())
 def test_manifests(folder, data):
-    (manifest,) = [file for file in files(folder[0] / "bad") if file.suffix == ".json"]
+    (manifest,) = [file for file in files(folder[0]) if file.suffix == ".json"]
     sound = json.loads(manifest.read_text())
     with replaced(manifest, json.dumps(damaged(data.draw, sound)).encode()):
         refused(folder)
@@ -238,7 +238,7 @@ def test_manifests(folder, data):
 @cases(max_examples=150)
 @given(st.data())
 def test_files_of_a_folder(folder, data):
-    file = data.draw(st.sampled_from(sorted(files(folder[0] / "bad"))))
+    file = data.draw(st.sampled_from(sorted(files(folder[0]))))
     content = file.read_bytes()
     at = data.draw(st.integers(0, len(content) - 1))
     cut = content[:at] if data.draw(st.booleans()) else content + data.draw(st.binary(min_size=1, max_size=9))
