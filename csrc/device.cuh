@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "dtype.h"
@@ -92,6 +93,29 @@ __host__ __device__ __forceinline__ __half from_float<__half>(float value) {
 template <>
 __host__ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
+}
+
+template <typename T>
+constexpr DType kTypeOf = std::is_same_v<T, float> ? DType::f32 : std::is_same_v<T, __half> ? DType::f16 : DType::bf16;
+
+// Numbers of a type that is known only when a kernel runs: outputs are written through it, as kernels for every pair of types
+// of output and edit would be three times as many.
+struct Values {
+  void* data;
+  DType type;
+};
+
+// values[at] += edit, as if the edit had been stored in that type first.
+__device__ __forceinline__ void add_to(const Values& values, size_t at, float edit) {
+  const auto add = [edit](auto* value) {
+    using T = std::remove_reference_t<decltype(*value)>;
+    *value = from_float<T>(to_float(*value) + to_float(from_float<T>(edit)));
+  };
+  switch (values.type) {
+    case DType::f16: return add(static_cast<__half*>(values.data) + at);
+    case DType::bf16: return add(static_cast<__nv_bfloat16*>(values.data) + at);
+    default: return add(static_cast<float*>(values.data) + at);
+  }
 }
 
 // --- Sums; every lane or thread gets the result, in the same order of additions for all of them.

@@ -79,11 +79,11 @@ cudaError_t launch_scope(const T* response, int width, Decision d, const ScopeLa
                 width, d, layout.progress, action);
 }
 
-template <typename Out, typename T>
-cudaError_t launch_add_edits(Out* output, const T* x, const T* delta, const ScopeLayout& layout, int d_in, int d_out,
+template <typename T>
+cudaError_t launch_add_edits(Values output, const T* x, const T* delta, const ScopeLayout& layout, int d_in, int d_out,
                              cudaStream_t stream) {
   const int tiles = (d_out + 15) / 16, resident = 2 * multiprocessors();
-  return launch(add_edits_kernel<Out, T>, dim3(tiles < resident ? tiles : resident), dim3(kThreads), 0, stream, output, x,
+  return launch(add_edits_kernel<T>, dim3(tiles < resident ? tiles : resident), dim3(kThreads), 0, stream, output, x,
                 delta, static_cast<const int*>(layout.listed), static_cast<const unsigned*>(layout.count), d_in, d_out);
 }
 
@@ -115,14 +115,11 @@ size_t decode_hook_workspace(int tokens, int d_out, int sketch_rows, DType type)
 const char* exact_hook(DType output_type, void* output, DType edit_type, const void* edit, int d_out, Decision d,
                        void* workspace, void* stream) {
   const ScopeLayout layout = scope_layout(workspace, d.batch * d.seq, d.batch);
-  return with_type(output_type, [&](auto out_tag) {
-    return with_type(edit_type, [&](auto edit_tag) {
-      using Out = decltype(out_tag);
-      using Edit = decltype(edit_tag);
-      const Edit* from = static_cast<const Edit*>(edit);
-      const AddEdit<Out, Edit> action{static_cast<Out*>(output), from, d_out};
-      return reason(launch_scope(from, d_out, d, layout, action, static_cast<cudaStream_t>(stream)));
-    });
+  return with_type(edit_type, [&](auto tag) {
+    using T = decltype(tag);
+    const T* from = static_cast<const T*>(edit);
+    const AddEdit<T> action{{output, output_type}, from, d_out};
+    return reason(launch_scope(from, d_out, d, layout, action, static_cast<cudaStream_t>(stream)));
   });
 }
 
@@ -130,16 +127,13 @@ const char* gated_hook(DType output_type, void* output, DType type, const void* 
                        int d_in, int d_out, int sketch_rows, Decision d, void* workspace, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   const ScopeLayout layout = scope_layout(workspace, d.batch * d.seq, d.batch);
-  return with_type(output_type, [&](auto out_tag) {
-    return with_type(type, [&](auto tag) {
-      using Out = decltype(out_tag);
-      using T = decltype(tag);
-      const Collect action{layout.listed, layout.count};
-      const cudaError_t error = launch_scope(static_cast<const T*>(response), sketch_rows, d, layout, action, stream);
-      if (error != cudaSuccess) return reason(error);
-      return reason(launch_add_edits(static_cast<Out*>(output), static_cast<const T*>(x), static_cast<const T*>(delta),
-                                     layout, d_in, d_out, stream));
-    });
+  return with_type(type, [&](auto tag) {
+    using T = decltype(tag);
+    const Collect action{layout.listed, layout.count};
+    const cudaError_t error = launch_scope(static_cast<const T*>(response), sketch_rows, d, layout, action, stream);
+    if (error != cudaSuccess) return reason(error);
+    return reason(launch_add_edits(Values{output, output_type}, static_cast<const T*>(x), static_cast<const T*>(delta), layout,
+                                   d_in, d_out, stream));
   });
 }
 
@@ -153,13 +147,10 @@ const char* add_edits(DType output_type, void* output, DType type, const void* x
   error = launch(list_kernel, dim3(blocks < resident ? blocks : resident), dim3(kThreads), 0, stream, scope, tokens,
                  layout.listed, layout.count);
   if (error != cudaSuccess) return reason(error);
-  return with_type(output_type, [&](auto out_tag) {
-    return with_type(type, [&](auto tag) {
-      using Out = decltype(out_tag);
-      using T = decltype(tag);
-      return reason(launch_add_edits(static_cast<Out*>(output), static_cast<const T*>(x), static_cast<const T*>(delta),
-                                     layout, d_in, d_out, stream));
-    });
+  return with_type(type, [&](auto tag) {
+    using T = decltype(tag);
+    return reason(launch_add_edits(Values{output, output_type}, static_cast<const T*>(x), static_cast<const T*>(delta), layout,
+                                   d_in, d_out, stream));
   });
 }
 

@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(kThreads) list_kernel(const bool* scope, int t
     if (scope[token]) listed[atomicAdd(count, 1u)] = token;
 }
 
-template <typename Out, typename T, int NT>
-__device__ void add_edits(Out* output, const T* x, const T* delta, const int* listed, int first, int count, int d_in,
+template <typename T, int NT>
+__device__ void add_edits(Values output, const T* x, const T* delta, const int* listed, int first, int count, int d_in,
                           int d_out, int row0, float* shared) {
   using S = Shape<NT>;
   const int g = threadIdx.x % 32 / 4, tile = threadIdx.x / 32 / S::kSlices;
@@ -134,30 +134,30 @@ __device__ void add_edits(Out* output, const T* x, const T* delta, const int* li
     const int row = e % (S::kTiles * 16), token = e / (S::kTiles * 16);
     if (row0 + row >= d_out || first + token >= count) continue;
     const float edit = to_float(from_float<T>(sum_of<NT>(shared, row / 16, row % 16, token)));
-    Out* out = output + static_cast<size_t>(listed[first + token]) * d_out + row0 + row;
-    *out = from_float<Out>(to_float(*out) + to_float(from_float<Out>(edit)));
+    add_to(output, static_cast<size_t>(listed[first + token]) * d_out + row0 + row, edit);
   }
 }
 
 // All tokens of the list, in groups of 8·NT.
-template <typename Out, typename T, int NT>
-__device__ void add_listed(Out* output, const T* x, const T* delta, const int* listed, int count, int d_in, int d_out,
+template <typename T, int NT>
+__device__ void add_listed(Values output, const T* x, const T* delta, const int* listed, int count, int d_in, int d_out,
                            float* shared) {
   constexpr int kRows = Shape<NT>::kTiles * 16, kTokens = Shape<NT>::kTokens;
   const int groups = (count + kTokens - 1) / kTokens, row_tiles = (d_out + kRows - 1) / kRows;
   for (int tile = blockIdx.x; tile < groups * row_tiles; tile += gridDim.x)  // neighbours share rows of delta
-    add_edits<Out, T, NT>(output, x, delta, listed, tile % groups * kTokens, count, d_in, d_out, tile / groups * kRows, shared);
+    add_edits<T, NT>(output, x, delta, listed, tile % groups * kTokens, count, d_in, d_out, tile / groups * kRows, shared);
 }
 
-template <typename Out, typename T>
-__global__ void __launch_bounds__(kThreads, Shape<8>::kResident) add_edits_kernel(Out* output, const T* x, const T* delta, const int* listed,
-                                                             const unsigned* listed_count, int d_in, int d_out) {
+template <typename T>
+__global__ void __launch_bounds__(kThreads, Shape<8>::kResident)
+    add_edits_kernel(Values output, const T* x, const T* delta, const int* listed, const unsigned* listed_count, int d_in,
+                     int d_out) {
   __shared__ float shared[Shape<8>::kShared];
   const int count = static_cast<int>(*listed_count);
-  if (count <= 8) return add_listed<Out, T, 1>(output, x, delta, listed, count, d_in, d_out, shared);
-  if (count <= 16) return add_listed<Out, T, 2>(output, x, delta, listed, count, d_in, d_out, shared);
-  if (count <= 32) return add_listed<Out, T, 4>(output, x, delta, listed, count, d_in, d_out, shared);
-  add_listed<Out, T, 8>(output, x, delta, listed, count, d_in, d_out, shared);
+  if (count <= 8) return add_listed<T, 1>(output, x, delta, listed, count, d_in, d_out, shared);
+  if (count <= 16) return add_listed<T, 2>(output, x, delta, listed, count, d_in, d_out, shared);
+  if (count <= 32) return add_listed<T, 4>(output, x, delta, listed, count, d_in, d_out, shared);
+  add_listed<T, 8>(output, x, delta, listed, count, d_in, d_out, shared);
 }
 
 }  // namespace comeba

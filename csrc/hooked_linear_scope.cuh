@@ -23,25 +23,26 @@ __device__ float row_norm(const T* row, int width) {
 }
 
 // What happens to a token in scope: its edit is added to the base output ...
-template <typename Out, typename Edit>
+template <typename T>
 struct AddEdit {
-  Out* output;
-  const Edit* edit;
+  Values output;
+  const T* edit;
   int d_out;
   __device__ void operator()(int token) const {
-    Out* out = output + static_cast<size_t>(token) * d_out;
-    const Edit* add = edit + static_cast<size_t>(token) * d_out;
-    if constexpr (sizeof(Out) == sizeof(Edit)) {
+    const size_t first = static_cast<size_t>(token) * d_out;
+    const T* add = edit + first;
+    if (output.type == kTypeOf<T>) {
+      T* out = static_cast<T*>(output.data) + first;
       const uintptr_t places = reinterpret_cast<uintptr_t>(out) | reinterpret_cast<uintptr_t>(add);
       if (d_out % kWide == 0 && places % 16 == 0) return wide(out, add);
     }
-    for (int i = threadIdx.x % 32; i < d_out; i += 32) out[i] = sum(out[i], add[i]);
+    for (int i = threadIdx.x % 32; i < d_out; i += 32) add_to(output, first + i, to_float(add[i]));
   }
 
  private:
-  static constexpr int kWide = 16 / sizeof(Out), kAhead = 4;  // a warp has only its own loads to hide their latency behind
+  static constexpr int kWide = 16 / sizeof(T), kAhead = 4;  // a warp has only its own loads to hide their latency behind
 
-  __device__ void wide(Out* out, const Edit* add) const {
+  __device__ void wide(T* out, const T* add) const {
     for (int first = threadIdx.x % 32 * kWide; first < d_out; first += 32 * kWide * kAhead) {
       uint4 base[kAhead], more[kAhead];
 #pragma unroll
@@ -54,16 +55,13 @@ struct AddEdit {
       for (int n = 0; n < kAhead; ++n) {
         const int i = first + n * 32 * kWide;
         if (i >= d_out) break;
-        Out* values = reinterpret_cast<Out*>(&base[n]);
-        const Edit* edits = reinterpret_cast<const Edit*>(&more[n]);
+        T* values = reinterpret_cast<T*>(&base[n]);
+        const T* edits = reinterpret_cast<const T*>(&more[n]);
 #pragma unroll
-        for (int j = 0; j < kWide; ++j) values[j] = sum(values[j], edits[j]);
+        for (int j = 0; j < kWide; ++j) values[j] = from_float<T>(to_float(values[j]) + to_float(edits[j]));
         *reinterpret_cast<uint4*>(out + i) = base[n];
       }
     }
-  }
-  static __device__ __forceinline__ Out sum(Out value, Edit edit) {
-    return from_float<Out>(to_float(value) + to_float(from_float<Out>(to_float(edit))));
   }
 };
 

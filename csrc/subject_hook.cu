@@ -6,14 +6,11 @@ namespace comeba {
 const char* subject_hook(DType output_type, void* output, DType type, const void* x, SubjectScope scope, Subjects subjects,
                          Factors factors, int tokens, int d_in, int d_out, void* stream) {
   const size_t shared = (static_cast<size_t>(scope.rows) + factors.width) * sizeof(float);
-  return with_type(output_type, [&](auto out_tag) {
-    return with_type(type, [&](auto tag) {
-      using Out = decltype(out_tag);
-      using T = decltype(tag);
-      return reason(launch(subject_hook_kernel<Out, T>, dim3(tokens), dim3(kSubjectThreads), shared,
-                           static_cast<cudaStream_t>(stream), static_cast<Out*>(output), static_cast<const T*>(x), scope,
-                           subjects, factors, d_in, d_out));
-    });
+  return with_type(type, [&](auto tag) {
+    using T = decltype(tag);
+    return reason(launch(subject_hook_kernel<T>, dim3(tokens), dim3(kSubjectThreads), shared,
+                         static_cast<cudaStream_t>(stream), Values{output, output_type}, static_cast<const T*>(x), scope,
+                         subjects, factors, d_in, d_out));
   });
 }
 

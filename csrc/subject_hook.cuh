@@ -47,9 +47,9 @@ __device__ __forceinline__ bool better(const Best& one, const Best& other) {
 // A named subject's score that is in scope comes before all others: cosines differ by less.
 constexpr float kNamedFirst = 4.f;
 
-template <typename Out, typename T>
+template <typename T>
 __global__ void __launch_bounds__(kSubjectThreads)
-    subject_hook_kernel(Out* output, const T* x, SubjectScope scope, Subjects s, Factors factors, int d_in, int d_out) {
+    subject_hook_kernel(Values output, const T* x, SubjectScope scope, Subjects s, Factors factors, int d_in, int d_out) {
   COMEBA_DYNAMIC_SHARED(float, unit);  // (rows), then (factors.width) what each factor gives
   __shared__ float scratch[32];
   __shared__ Best bests[kSubjectWarps];
@@ -120,12 +120,11 @@ __global__ void __launch_bounds__(kSubjectThreads)
     if (threadIdx.x == 0) share[j] = sum;
   }
   __syncthreads();
-  Out* out = output + static_cast<size_t>(token) * d_out;
   for (int i = threadIdx.x; i < d_out; i += kSubjectThreads) {
     float edit = 0;
     for (int j = 0; j < factors.width; ++j)
       if (rows[j] >= 0) edit += to_float((static_cast<const T*>(factors.left) + rows[j] * d_out)[i]) * share[j];
-    out[i] = from_float<Out>(to_float(out[i]) + to_float(from_float<Out>(to_float(from_float<T>(edit)))));
+    add_to(output, static_cast<size_t>(token) * d_out + i, to_float(from_float<T>(edit)));
   }
 }
 

@@ -242,15 +242,23 @@ def test_odd_widths(d_in, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_an_edit_of_another_dtype(device):
-    case = Case((2, 5, 16, 9), torch.float32, "reference", device)
-    output = F.linear(case.x, case.weight, case.bias).bfloat16()
-    base, edit = output.clone(), F.linear(case.x, case.delta)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("of_output", DTYPES)
+@pytest.mark.parametrize("d_out", [9, 48])  # one value at a time, and sixteen bytes where both are of one type
+def test_an_edit_of_another_dtype(dtype, of_output, d_out, device):
+    case = Case((2, 5, 16, d_out), dtype, "reference", device)
+    base, edit = F.linear(case.x, case.weight, case.bias).to(of_output), F.linear(case.x, case.delta)
+    expected = torch.where(case.scope.to(device)[..., None], base + edit.to(of_output), base)
+    output = base.clone()
     torch.ops.comeba.exact_hook_(output, edit, *case.decision)
-    expected = torch.where(case.scope.to(device)[..., None], base + edit.bfloat16(), base)
     assert torch.equal(output, expected)
-    torch.ops.comeba.add_edits_(base, case.x, case.delta, case.scope.to(device))
-    assert torch.allclose(base, expected, rtol=2**-7)  # the sums' order differs
+    rounding = 2 * max(torch.finfo(dtype).eps, torch.finfo(of_output).eps) * expected.float().abs().max().item()
+    output = base.clone()
+    torch.ops.comeba.add_edits_(output, case.x, case.delta, case.scope.to(device))
+    assert torch.allclose(output.float(), expected.float(), rtol=0, atol=rounding)  # the sums' order differs
+    output = base.clone()
+    torch.ops.comeba.gated_hook_(output, case.x, case.delta, case.delta, *case.decision)
+    assert torch.allclose(output.float(), expected.float(), rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -406,6 +414,19 @@ def test_subject_hook(shape, dtype, device, masked):
     exact, own = case.expected(torch.float64), case.expected(dtype).double()
     floor = torch.finfo(dtype).eps * exact.abs().max().item()
     assert (output.cpu().double() - exact).abs().max().item() <= max(2 * (own - exact).abs().max().item(), 4 * floor)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("of_output", DTYPES)
+def test_subject_hook_beside_an_output_of_another_dtype(dtype, of_output, device):
+    case = NamedCase((2, 17, 130, 33), dtype, device)
+    case.base = case.base.to(of_output)
+    output = case.base.clone().to(device)
+    torch.ops.comeba.subject_hook_(output, *case.arguments)
+    exact, rough = case.expected(torch.float64), max(torch.finfo(dtype).eps, torch.finfo(of_output).eps)
+    assert not torch.equal(output.cpu(), case.base)
+    assert (output.cpu().double() - exact).abs().max().item() <= 4 * rough * exact.abs().max().item()
 
 
 @pytest.mark.parametrize("device", DEVICES)
