@@ -260,6 +260,62 @@ def test_closed_forms(tiny_model, tokenizer, name, procedure):
         assert torch.allclose(model(ids).logits, plain(ids).logits, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize(
+    "name, settings, sizes",
+    [
+        ("AlphaEdit", {"null_share": 0.3, "ridge": 3.0}, (3, 2)),
+        ("BetaEdit", {"null_share": 0.3, "ridge": 3.0, "preserve": 2.0, "refresh": 3}, (4, 2)),  # refresh divides no batch
+        ("BetaEdit", {"null_threshold": "median", "null_share": None, "preserve": 2.0, "refresh": 3}, (3, 2)),
+        ("EMMET", {"ridge": 0.7}, (3, 2)),
+    ],
+)
+def test_closed_forms_with_other_settings(tiny_model, tokenizer, name, settings, sizes):
+    model = small_model(tiny_model).double()
+    oracle = Dense(copy.deepcopy(model), tokenizer, (1,) if name == "EMMET" else (1, 2), [""], 20.0)
+    if settings.get("null_threshold"):
+        settings = settings | {"null_threshold": 1.01 * torch.linalg.eigvalsh(oracle.c0[1]).median().item()}
+    editor = make_method(name, model, tokenizer, prefixes=0, **settings)
+    start = {n: p.weight.detach().clone() for n, p in oracle.projections.items()}
+    requests, config = some_requests(sum(sizes)), editor.config
+    for number, size in enumerate(sizes):
+        batch, requests = requests[:size], requests[size:]
+        values = random_values(size, seed=number)
+        editor.edit(batch, target_values=values)
+        if name == "EMMET":
+            oracle.emmet(batch, values, 0.7)
+        else:
+            oracle.alphaedit(batch, values, config.null_share, config.ridge, config.preserve, config.refresh, config.null_threshold)
+    for n, layer in zip(config.layers, editor.layers.values(), strict=True):
+        assert relative(layer.delta, (oracle.projections[n].weight - start[n]).T) < 1e-7
+
+
+def test_a_new_covariance_has_a_new_null_space(tiny_model, tokenizer):
+    editor = make_method("AlphaEdit", small_model(tiny_model).double(), tokenizer)
+    editor.collect_covariance(TEXTS[len(TEXTS) // 2 :], tokens=10**6, progress=False)
+    for name in editor.layers:
+        vectors = torch.linalg.eigh(editor.method.covariance[name].double()).eigenvectors[:, :24]
+        assert (editor.method.projectors[name][1].double() - vectors @ vectors.T).norm() < 1e-6
+
+
+@pytest.mark.parametrize("undo", ["retract", "supersede"])
+def test_betaedits_null_space_is_of_the_live_edits(tiny_model, tokenizer, tmp_path, undo):
+    """What was taken back is not in it, as it is not in that of an editor which is made from the folder and finds it anew."""
+    requests = some_requests(5)
+    editor = make_method("BetaEdit", small_model(tiny_model).double(), tokenizer)  # refresh: 3
+    editor.edit(requests[:3], target_values=random_values(3))
+    editor.edit(requests[3:4], target_values=random_values(1, seed=1))
+    if undo == "retract":
+        editor.retract("edit-0")
+    else:
+        editor.edit([dataclasses.replace(requests[0], target_new="Lima", request_id=None)], target_values=random_values(1, seed=3))
+    editor.save_pretrained(tmp_path / "edits")
+    loaded = Editor.from_pretrained(small_model(tiny_model).double(), tokenizer, tmp_path / "edits")
+    for one in (editor, loaded):
+        one.edit(requests[4:], target_values=random_values(1, seed=2))
+    for name in editor.layers:
+        assert relative(loaded.layers[name].delta, editor.layers[name].delta) < 1e-6
+
+
 def test_alphaedits_null_space_by_a_threshold(tiny_model, tokenizer):
     """What lies below it may be written to: in the middle of the spectrum, where every layer has another number of directions."""
     model = small_model(tiny_model).double()

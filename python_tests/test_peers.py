@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,20 +13,17 @@ import torch
 from test_editor import ids_of, small_model, some_requests
 from test_methods import SETTINGS, demonstrations, held, make_method, requests_of  # noqa: F401  (a fixture)
 
-from comeba_ext import Editor, EditRequest, evaluate, experiments, load_edits
-from comeba_ext.errors import ComebaError, ConfigError, RequestError, StorageError
-from comeba_ext.evaluation import Writing, predict_base
-from comeba_ext.forward.architectures import Architecture, context_length
-from comeba_ext.layers.attachment import disabled
-from comeba_ext.layers.prompts import prompt_rewriter
+from comeba_ext import Editor, EditRequest, experiments
+from comeba_ext.errors import ComebaError, ConfigError
+from comeba_ext.forward.architectures import Architecture
 from comeba_ext.methods import method_named
 from comeba_ext.methods.grace import Codebook
 from comeba_ext.methods.melo import WAY, LoraBlocks, Router
 from comeba_ext.methods.memoir import MemoirMemory
 from comeba_ext.methods.settings import entry
+from comeba_ext.methods.side_memory import mean_over_tokens
 from comeba_ext.methods.wise import WiseMemory, ties
-from comeba_ext.text.questions import Probe, Question
-from comeba_ext.text.retrieval import BM25
+from comeba_ext.text.prefixes import sample_prefixes
 
 
 def layer_io(model, tokenizer, text, block=1):
@@ -258,6 +254,31 @@ def test_a_warm_up_is_made_once(tiny_model, tokenizer, tmp_path):
         assert all(layer.delta.any() for layer in own.layers.values())
 
 
+def test_a_warm_up_in_parts(tiny_model, tokenizer, tmp_path, monkeypatch):
+    """Comes to the same as at once, and takes ``warm_up_count`` records."""
+    (tmp_path / "others.json").write_text(json.dumps([request.to_record() for request in some_requests(8)[3:]]))
+    found, settings = [], {"lr": 1e-2, "warm_up_records": str(tmp_path / "others.json")}
+    for size in (100, 2):
+        monkeypatch.setattr("comeba_ext.methods.ultraedit.WARMED", size)
+        editor = make_method("StableEdit", small_model(tiny_model).double(), tokenizer, **settings)
+        editor.method.warm_up()
+        found.append((editor.method.statistics, editor.method.scatters))
+    for one, other in zip(*found, strict=True):
+        assert all((one[name] - other[name]).norm() < 1e-9 * one[name].norm() for name in one)
+    editor = make_method("StableEdit", small_model(tiny_model), tokenizer, warm_up_count=2, **settings)
+    editor.method.warm_up()
+    tokens = sum(len(tokenizer(f" {request.target_new}")["input_ids"]) for request in some_requests(8)[3:5])
+    assert all(own[0, 0] == tokens for own in editor.method.statistics.values())
+
+
+def test_ultraedit_of_named_modules(tiny_model, tokenizer):
+    modules = {"mlp.gate_proj": [0, 1], "mlp.up_proj": [2]}
+    editor = make_method("UltraEdit", small_model(tiny_model, "llama"), tokenizer, modules=modules)
+    assert sorted(editor.layers) == [f"model.layers.{n}.{name}" for n, name in enumerate(("mlp.gate_proj", "mlp.gate_proj", "mlp.up_proj"))]
+    editor.edit(some_requests(3))
+    assert all(layer.delta.any() for layer in editor.layers.values())
+
+
 def test_folders_of_earlier_versions(tiny_model, tokenizer):
     """What WISE noted before it told merges apart, and UltraEdit's setting that is gone."""
     wise = make_method("WISE", small_model(tiny_model), tokenizer, layers=(1,)).method
@@ -297,6 +318,52 @@ def test_grace_places_keys_as_algorithm_1(tiny_model, tokenizer):
         method._place(request("b", target), start + distance * direction)
         assert book.radii.tolist() == pytest.approx(wanted[0], abs=1e-6) and len(book.keys) == len(book.values) == wanted[1]
         assert method.notes["owners"] == ([["a"], ["b"]] if wanted[1] == 2 else [["a", "b"]])
+
+
+def test_grace_goes_by_the_radius_that_the_ball_has(tiny_model, tokenizer):
+    """Near is within the ball's own radius and a new one's; a ball that grew holds what it grew for; objects are compared whole."""
+    editor = make_method("GRACE", small_model(tiny_model), tokenizer, radius=1.0, steps=1)
+    method, book = editor.method, editor.method.attachment
+    start, way = torch.randn(48), torch.nn.functional.normalize(torch.randn(48), dim=0)
+    request = lambda name, target: EditRequest("{} is", name, target, request_id=name)  # noqa: E731
+    for own, distance, target, radii in (
+        (0.3, 1.4, "Rome", [0.3, 1.0]),  # further than 0.3 + 1
+        (0.3, 1.2, "Rome", [1.2]),
+        (2.5, 3.2, "Rome", [3.2]),
+        (0.3, 1.2, "Romania", [0.6 - 1e-5, 0.6]),
+    ):
+        method.notes, book.keys, book.values, book.radii = method.blank(), torch.zeros(0, 48), torch.zeros(0, 32), torch.zeros(0)
+        method._place(request("a", "Rome"), start)
+        book.radii[0] = own
+        method._place(request("b", target), start + distance * way)
+        assert book.radii.tolist() == pytest.approx(radii, abs=1e-5)
+        if len(radii) == 1:
+            assert torch.equal(book((start + distance * way)[None, None])[0, 0], book.values[0])  # on the edge
+
+
+def test_grace_a_value_of_two_batches(tiny_model, tokenizer):
+    """It goes on from the first's, for the second's loss alone, and stays until both are taken back."""
+    editor = make_method("GRACE", small_model(tiny_model), tokenizer, radius=1e3, steps=3, lr=0.3, early_stop=0.0)
+    first, second = (dataclasses.replace(request, target_new="Rome") for request in some_requests(2))
+    editor.edit([first])
+    value, plain, memory = editor.method.attachment.values[0].double(), untrained_model(tiny_model), {}
+    editor.edit([second])
+    book = editor.method.attachment
+    assert len(book.keys) == 1
+    prompt, whole = (tokenizer(text)["input_ids"] for text in (second.text, f"{second.text} Rome"))
+    start = value
+    inside = lambda x: (x.float() - book.keys[0]).norm(dim=1, keepdim=True) <= book.radii[0]  # noqa: E731
+    for _ in range(3):
+        value.requires_grad_(True)
+        handle = changing(plain, 1, lambda x, out, value=value: torch.where(inside(x), value, out))
+        (gradient,) = torch.autograd.grad(nll(plain, prompt, whole), value)
+        handle.remove()
+        value = adam(value.detach(), gradient, memory, 0.3)
+    assert (value - start).norm() > 0.1 and torch.allclose(book.values[0].double(), value, atol=1e-3)
+    editor.retract("edit-0")
+    assert editor.method.notes["owners"] == [["edit-1"]] and len(editor.method.attachment.keys) == 1
+    editor.retract("edit-1")
+    assert not len(editor.method.attachment.keys)
 
 
 def test_grace_replaces_the_output_of_tokens_in_a_ball(tiny_model, tokenizer):
@@ -446,6 +513,60 @@ def test_wise_routes_by_activation(tiny_model, tokenizer):
     assert ways >= {0, 1}
 
 
+def test_wise_batches_of_one_shard(tiny_model, tokenizer):
+    """They share its mask, and its threshold is the lowest of all, the first's here; of the locality prompts the first is trained on."""
+    requests = requests_of(3)[::-1]
+    editor = make_method("WISE", small_model(tiny_model), tokenizer, save_every=10, mask_ratio=0.2, weight_decay=0.0)
+    mask = torch.rand(32, 48, generator=torch.Generator().manual_seed(0)) < 0.2
+    plain, limits = small_model(tiny_model), []
+    for request in requests:
+        editor.edit([request])
+        side = editor.method.attachment
+        texts = [f"{prefix}{request.text} {request.target_new}" for prefix in editor.prefixes]
+        far = [(layer_io(plain, tokenizer, text)[0][:-1] @ side.delta[0].T).norm(dim=1).mean().item() for text in texts]
+        limits.append(0.5 * sum(far) / len(far))
+        assert side.thresholds.tolist() == pytest.approx([min(limits)], rel=1e-4)
+        assert not side.delta[0][~mask].any()
+    assert min(limits) == limits[0] < 0.95 * limits[-1]
+    more = dataclasses.replace(requests[0], locality_prompts=(*requests[0].locality_prompts, ("The sea is", "blue")))
+    found = []
+    for request in (requests[0], more):
+        editor = make_method("WISE", small_model(tiny_model), tokenizer)
+        editor.edit([request])
+        found.append(editor.method.attachment.delta)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("stop, steps", [(100.0, 5), (1e4, 0)])
+def test_wise_stops_by_both_losses(tiny_model, tokenizer, stop, steps):
+    editor = make_method("WISE", small_model(tiny_model), tokenizer, high=1000.0, early_stop=stop)
+    assert editor.edit(requests_of(1)).optimizer_steps == [steps]
+
+
+def test_wise_merges_before_a_shard_is_full(tiny_model, tokenizer):
+    editor = make_method("WISE", small_model(tiny_model), tokenizer, save_every=4, merge_every=2)
+    requests = requests_of(3)
+    editor.edit(requests[:2])
+    before = editor.method.attachment.delta.clone()
+    editor.edit(requests[2:])
+    assert editor.method.notes == {"shards": [2, 1], "merged": 1, "opened": 2}
+    assert torch.equal(editor.method.attachment.delta[0], before[0])  # what is merged takes no more
+
+
+def test_padding_decides_no_way():
+    values, mask = torch.tensor([[1.0, 3.0, 100.0], [2.0, 100.0, 100.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    assert mean_over_tokens(values, mask).tolist() == [2.0, 2.0]
+    assert mean_over_tokens(values[..., None], mask).tolist() == [[2.0], [2.0]]
+    wise, padded = WiseMemory(torch.nn.Linear(4, 3)), torch.tensor([[True, True, False]])
+    wise.delta, wise.thresholds = torch.eye(3, 4)[None], torch.tensor([2.5])
+    x = torch.tensor([[[2.0, 0, 0, 0], [0, 2.0, 0, 0], [9.0, 0, 0, 0]]])
+    assert wise.route(x, padded).tolist() == [-1] and wise.route(x, None).tolist() == [0]
+    memoir, x = MemoirMemory(torch.nn.Linear(8, 3), 0.25, 0.6, 0), torch.zeros(1, 3, 8)
+    x[0, :2, :2], x[0, 2, 5:7] = 1, 50
+    memoir.masks = memoir.mask_of(x[:, :2].mean(1))
+    assert memoir.route(x, padded).tolist() == [0] and memoir.route(x, None).tolist() == [-1]
+
+
 def test_wise_takes_the_highest_activation_not_the_highest_share():
     """Of those that exceed their own threshold the largest, though another exceeds its own by more; one below it does not count."""
     side = WiseMemory(torch.nn.Linear(4, 3))
@@ -538,6 +659,26 @@ def test_memoir_masks_and_overlap(tiny_model, tokenizer):
             _, base = layer_io(plain, tokenizer, text)
             _, out = layer_io(SimpleModel(editor.model), tokenizer, text)
             assert torch.allclose(out, base + (x * seen) @ side.delta[0].T, atol=1e-5)
+
+
+def test_memoirs_order_is_random_and_a_share_is_enough():
+    one, again, other = (MemoirMemory(torch.nn.Linear(64, 3), 0.5, 0.5, seed) for seed in (0, 0, 1))
+    assert sorted(one.order.tolist()) == list(range(64)) != one.order.tolist()
+    assert torch.equal(one.order, again.order) and not torch.equal(one.order, other.order)
+    side = MemoirMemory(torch.nn.Linear(8, 3), 0.5, 0.5, 0)
+    side.masks = side.mask_of(torch.tensor([[9.0, 9, 9, 9, 0, 0, 0, 0]]))
+    for features, way in (([9.0, 9, 0, 0, 9, 9, 0, 0], 0), ([9.0, 0, 0, 0, 9, 9, 9, 0], -1)):  # two and one of four
+        assert side.route(torch.tensor([[features]]), None).tolist() == [way]
+
+
+def test_memoirs_centre_is_the_mean_of_irrelevant_texts(tiny_model, tokenizer):
+    editor = make_method("MEMOIR", small_model(tiny_model), tokenizer, irrelevant=4, seed=3)
+    editor.edit(some_requests(1))
+    plain = small_model(tiny_model)
+    texts = sample_prefixes(plain, tokenizer, 4, editor.config.prefix_length, 4)[1:]
+    assert len(set(texts)) == 4
+    wanted = sum(layer_io(plain, tokenizer, text)[0].mean(0) for text in texts) / 4
+    assert wanted.norm() > 0.1 and torch.allclose(editor.method.attachment.centre, wanted, atol=1e-5)
 
 
 def test_memoir_touches_its_own_columns(tiny_model, tokenizer):
@@ -681,6 +822,34 @@ def test_melo_clusters(tiny_model, tokenizer):
     assert router.way(tokens[None]).tolist() == [[3, 1, -1, -1]]
 
 
+def test_melos_radius_grows(tiny_model, tokenizer):
+    """To its furthest point; a new point is near within that and the first radius."""
+    editor = make_method("MELO", small_model(tiny_model), tokenizer, radius=1.0)
+    method, router = editor.method, next(iter(editor.layers.values()))
+    way = torch.nn.functional.normalize(torch.randn(32), dim=0)
+    place = lambda at, target, n: method._place(router, at * way, EditRequest("{} is", str(n), target), n)  # noqa: E731
+    for n, at in enumerate((0.0, 1.9, 2.85)):
+        place(at, "Rome", n)
+    centre = (1.9 + 2.85) / 3
+    assert len(router.radii) == 1 and router.radii.item() == pytest.approx(centre, rel=1e-5)
+    place(centre + 2.4, "Rome", 3)  # within 1 + 1.58, beyond 2
+    assert len(router.radii) == 1
+    place(-1.0, "Romania", 4)
+    assert len(router.radii) == 2
+
+
+def test_melos_point_is_of_the_cluster():
+    router = Router(torch.nn.Linear(1, 1))
+    router.centres, router.radii = torch.tensor([[0.0], [1.0]]), torch.tensor([1.0, 1.0])
+    router.points, router.cluster, router.block = torch.tensor([[-0.9], [0.9], [0.5], [1.5]]), torch.tensor([0, 0, 1, 1]), torch.arange(4)
+    assert router.way(torch.tensor([[0.45], [0.55]])).tolist() == [1, 2]  # of the nearer centre, though a point of the other is nearer
+
+
+def test_melo_stops(tiny_model, tokenizer):
+    editor = make_method("MELO", small_model(tiny_model), tokenizer, early_stop=1e3)
+    assert editor.edit(some_requests(3)).optimizer_steps == [0] * 3
+
+
 def test_melo_adds_its_block_to_the_tokens_it_is_for(tiny_model, tokenizer):
     editor = make_method("MELO", small_model(tiny_model), tokenizer, radius=1e-3, edits_per_block=1, lr=0.05, steps=10)
     requests = some_requests(2)
@@ -793,6 +962,36 @@ def test_kn_attributions_add_up(tiny_model, tokenizer):
     assert all(torch.allclose(both[name], each[name], rtol=1e-10, atol=1e-14) for name in both)
 
 
+def test_kn_attributions_are_the_papers_sum(tiny_model, tokenizer):
+    """Equation 2 with its right ends: ``w/m · Σ ∂P(k/m · w)/∂w`` over k = 1 … m."""
+    editor = make_method("KN", small_model(tiny_model).double(), tokenizer, steps=2)
+    request, plain = some_requests(1)[0], untrained_model(tiny_model)
+    token = tokenizer(" " + request.target_new)["input_ids"][0]
+    ids = torch.tensor([tokenizer(request.text)["input_ids"]])
+    for block, name in zip((1, 2), editor.layers, strict=True):
+        own, total = layer_io(plain, tokenizer, request.text, block)[0][-1], 0
+        for share in (0.5, 1.0):
+            put = (share * own).requires_grad_(True)
+            last = lambda m, args, put=put: (torch.cat([args[0][:, :-1], put[None, None]], 1),)  # noqa: E731
+            handle = plain.transformer.h[block].mlp.c_proj.register_forward_pre_hook(last)
+            total = total + torch.autograd.grad(plain(ids).logits[0, -1].softmax(-1)[token], put)[0]
+            handle.remove()
+        assert torch.allclose(editor.method.attributions(request.text, token)[name], own * total / 2, rtol=1e-4, atol=1e-10)
+
+
+def test_kn_keeps_what_enough_of_the_prompts_agree_on(tiny_model, tokenizer, monkeypatch):
+    editor = make_method("KN", small_model(tiny_model), tokenizer, prefixes=1, agreement=0.5, adaptive_threshold=0.3)
+    first, second = editor.layers
+    given = iter([torch.eye(48)[0], -1 - torch.eye(48)[1]])  # of the second prompt nothing speaks for the object
+
+    def attributions(*_):
+        own = next(given)
+        return {first: own, second: own - 1}
+
+    monkeypatch.setattr(editor.method, "attributions", attributions)
+    assert len(editor.prefixes) == 2 and editor.method._find(some_requests(1)[0])[0] == [(first, 0)]
+
+
 def test_kn_writes_into_the_columns_of_the_neurons_it_keeps(tiny_model, tokenizer):
     editor = make_method("KN", small_model(tiny_model), tokenizer, adaptive_threshold=0.3, agreement=0.6, strength=2.0)
     request = dataclasses.replace(some_requests(1)[0], ground_truth="Oslo")
@@ -817,187 +1016,3 @@ def test_kn_writes_into_the_columns_of_the_neurons_it_keeps(tiny_model, tokenize
             assert torch.allclose(layer.delta[:, n], change, atol=1e-6)
     editor.retract("edit-0")
     assert all(layer.delta.abs().max() < 1e-6 for layer in editor.layers.values())
-
-
-# -- in context -----------------------------------------------------------------------------------------------------
-
-
-def test_bm25_is_its_formula():
-    texts = ["the cat sat on the mat", "a dog sat", "the dog and the cat and the dog"]
-    index = BM25(texts)
-    words = [text.split() for text in texts]
-    mean = sum(map(len, words)) / 3
-
-    def score(query, own):
-        total = 0.0
-        for word in set(query.split()):
-            n = sum(word in other for other in words)
-            count = own.count(word)
-            total += math.log(1 + (3 - n + 0.5) / (n + 0.5)) * count * 2.5 / (count + 1.5 * (0.25 + 0.75 * len(own) / mean))
-        return total
-
-    for query in ("dog", "cat sat", "mat", "the", "nothing"):
-        wanted = sorted(range(3), key=lambda n: -score(query, words[n]))
-        assert index.nearest(query, 3) == wanted
-        assert index.nearest(query, 2, [0, 2]) == [n for n in wanted if n != 1]
-        assert index.nearest(query, 2, []) == []
-    assert BM25([]).nearest("x", 2) == []
-
-
-def test_ice_and_ike_ask_as_the_paper_does(tiny_model, tokenizer):
-    first, second = (EditRequest("{} lives in", name, target) for name, target in (("Ann", "Rome"), ("Bob", "Oslo")))
-    editor = make_method("ICE", small_model(tiny_model), tokenizer)
-    assert prompt_rewriter(editor.model)("Bob lives in") == "Bob lives in"  # nothing edited yet
-    editor.edit([first, second])
-    rewrite = prompt_rewriter(editor.model)
-    assert rewrite("Bob lives in") == "New Fact: Bob lives in Oslo\nPrompt: Bob lives in"
-    assert rewrite("Where is Ann?") == "New Fact: Ann lives in Rome\nPrompt: Where is Ann?"
-    with editor.disabled():
-        assert prompt_rewriter(editor.model) is None
-    editor.close()
-    assert prompt_rewriter(editor.model) is None and not hasattr(editor.model, "comeba_facts")
-    shown = json.loads(Path(SETTINGS["IKE"]["demonstrations"]).read_text())
-    fact = lambda n: f"The capital of {shown[n]['subject']} is Rome"  # noqa: E731
-    copied = f"New Fact: {fact(0)}\nPrompt: {fact(0)}\n\n"
-    updated = [f"New Fact: {fact(n)}\nPrompt: {shown[n]['subject']}'s capital is Rome\n\n" for n in (1, 2)]
-    editor = make_method("IKE", small_model(tiny_model), tokenizer, shown=3)
-    assert editor.method.shown(first) == [updated[1], updated[0], copied]
-    with pytest.raises(RequestError, match="exceed the model's context"):
-        editor.edit([first])
-    editor.close()
-    editor = make_method("IKE", small_model(tiny_model), tokenizer, shown=1)
-    editor.edit([first])
-    assert prompt_rewriter(editor.model)("Ann lives in") == f"{copied}New Fact: Ann lives in Rome\nPrompt: Ann lives in"
-
-
-def test_ikes_kinds_and_their_order(tiny_model, tokenizer, tmp_path):
-    """By rank of likeness one copies, three are updated, four retained, and so on; the most similar one next to the fact."""
-    words = "red green blue black white brown amber ivory coral olive".split()
-    known = []
-    for rank in range(10):  # the first shares ten words with the fact, the last one
-        subject = " ".join([*words[: 10 - rank], *(f"x{rank}y{n}" for n in range(rank))])
-        local = [["Who is", ""], [f"Water {rank} is", "wet"]]  # the first has no answer to show
-        known.append({"prompt": "{} is", "subject": subject, "target_new": "Rome", "rephrase_prompts": [f"As for {rank}, {subject} is"]})
-        known[-1]["locality_prompts"] = local
-    del known[2]["rephrase_prompts"], known[5]["locality_prompts"]  # then the fact itself is shown
-    (tmp_path / "shown.json").write_text(json.dumps([known[n] for n in (7, 2, 9, 0, 4, 1, 8, 3, 6, 5)]))
-    editor = make_method("IKE", small_model(tiny_model), tokenizer, demonstrations=str(tmp_path / "shown.json"), shown=10)
-    fact = [f"{record['subject']} is Rome" for record in known]
-    asked = [fact[0], f"As for 1, {fact[1]}", fact[2], f"As for 3, {fact[3]}"]
-    asked += ["Water 4 is wet", fact[5], "Water 6 is wet", "Water 7 is wet", fact[8], f"As for 9, {fact[9]}"]
-    wanted = [f"New Fact: {own}\nPrompt: {question}\n\n" for own, question in zip(fact, asked, strict=True)]
-    assert editor.method.shown(EditRequest("{} is", " ".join(words), "Oslo")) == wanted[::-1]
-
-
-def test_a_named_fact_stands_before_what_names_its_subject(tiny_model, tokenizer, tmp_path):
-    editor = make_method("ICE", small_model(tiny_model), tokenizer, named=True)
-    for subject, text, target in (("Ann", "lives in", "Rome"), ("Ann", "plays the", "lute"), ("Bob", "lives in", "Oslo")):
-        editor.edit([EditRequest(f"{{}} {text}", subject, target)])
-    editor.edit([EditRequest("{} is in", "New York", "Peru")])
-    asked = {
-        "Bob lives in": "New Fact: Bob lives in Oslo\nPrompt: Bob lives in",
-        "What does Ann play, the": "New Fact: Ann plays the lute\nPrompt: What does Ann play, the",
-        "in new york, who": "New Fact: New York is in Peru\nPrompt: in new york, who",
-        "Annette lives in": "Annette lives in",  # in its letters only
-        "Eve lives in": "Eve lives in",
-    }
-    editor.save_pretrained(tmp_path)
-    loaded = load_edits(small_model(tiny_model), tmp_path)
-    for rewrite in (prompt_rewriter(editor.model), prompt_rewriter(loaded)):
-        assert {prompt: rewrite(prompt) for prompt in asked} == asked
-    requests = requests_of(2)
-    editor.rollback(0)
-    editor.edit(requests)
-    found = evaluate(editor.model, tokenizer, requests)
-    apart = [n for n, r in enumerate(requests) if not any(o.subject in p for o in requests for p, _ in r.locality_prompts)]
-    assert apart and all(found.per_record[n]["locality"] == 1 for n in apart)
-    editor.retract([entry.request.request_id for entry in editor.ledger.live()])
-    assert prompt_rewriter(editor.model)(requests[0].text) == requests[0].text
-
-
-@pytest.mark.parametrize(
-    "packed", ['[{"id": "a"}]', "[3]", '[{"id": "a", "fact": 3, "shown": []}]', '[{"id": "a", "fact": "b", "shown": "c"}]', "no"]
-)
-def test_facts_that_are_not_ours(tiny_model, tokenizer, tmp_path, packed):
-    editor = make_method("ICE", small_model(tiny_model), tokenizer)
-    editor.edit(some_requests(1))
-    editor.method.attachments["comeba_facts"].packed = torch.tensor(list(packed.encode()), dtype=torch.uint8)
-    editor.save_pretrained(tmp_path)
-    model = small_model(tiny_model)
-    for load in (lambda: load_edits(model, tmp_path), lambda: Editor.from_pretrained(model, tokenizer, tmp_path)):
-        with pytest.raises(StorageError, match="incomplete or damaged"):
-            load()
-        assert prompt_rewriter(model) is None
-
-
-def test_a_question_meets_the_facts_that_there_are(tiny_model, tokenizer):
-    """Whoever has asked before an edit, a retraction or a rollback is answered with what is there after it."""
-    editor = make_method("ICE", small_model(tiny_model), tokenizer)
-    asked = lambda: prompt_rewriter(editor.model)("Ann lives in")  # noqa: E731
-    one, other = (EditRequest("{} lives in", "Ann", target) for target in ("Rome", "Oslo"))
-    assert asked() == "Ann lives in"
-    editor.edit([one])
-    assert asked() == "New Fact: Ann lives in Rome\nPrompt: Ann lives in"
-    editor.edit([other])  # of the same length, so that the buffer's shape stays
-    assert asked() == "New Fact: Ann lives in Oslo\nPrompt: Ann lives in"
-    editor.rollback(1)
-    assert asked() == "New Fact: Ann lives in Rome\nPrompt: Ann lives in"
-    editor.retract("edit-0")
-    assert asked() == "Ann lives in"
-
-
-def test_all_the_facts_before_a_question_must_fit_the_context(tiny_model, tokenizer):
-    """Each fits alone; what was checked before others came is looked at again when it is edited."""
-    editor = make_method("ICE", small_model(tiny_model), tokenizer, facts=3)
-    requests = [EditRequest("The capital of {} is", s, " ".join(["Angola"] * 6)) for s in ("Norway", "Peru", "Angola")]
-    editor.check(requests)
-    for n in range(2):
-        editor.edit(requests[n : n + 1])
-    before = [prompt_rewriter(editor.model)(r.text) for r in requests]
-    limit = context_length(editor.model)
-    with pytest.raises(RequestError, match=f"exceed the model's context of {limit}"):
-        editor.edit(requests[2:])
-    assert [prompt_rewriter(editor.model)(r.text) for r in requests] == before and len(editor.ledger) == editor.step == 2
-
-
-def test_questions_are_checked_as_they_are_asked(tiny_model, tokenizer):
-    """Behind the facts; those to the unedited model as they are."""
-    limit = context_length(small_model(tiny_model))
-    words = limit - len(tokenizer("The capital of Norway is")["input_ids"]) - 4
-    long = "The capital of Norway is" + " a" * (words // 2)
-    asked = Question("x", (Probe(long, ("a",)),))
-    unedited = Question("x", (Probe("The", ("a",)),), conditions=(Probe(long, ("a",)),))
-    assert limit - 8 < len(tokenizer(long)["input_ids"]) <= limit
-    editor = make_method("ICE", small_model(tiny_model), tokenizer)
-    request = EditRequest("The capital of {} is", "Norway", "Angola", questions=(unedited,))
-    editor.edit([request])
-    writing = Writing(answer_tokens=1)
-    assert evaluate(editor.model, tokenizer, [request], writing=writing)["questions"]["x"]["questions"] == 1
-    with pytest.raises(RequestError, match="record 0.*the model's context"):
-        evaluate(editor.model, tokenizer, [dataclasses.replace(request, questions=(asked,))], writing=writing)
-    with disabled(editor.model):
-        evaluate(editor.model, tokenizer, [dataclasses.replace(request, questions=(asked,))], writing=writing)
-
-
-def test_evaluation_asks_what_an_in_context_method_says(tiny_model, tokenizer):
-    """Scores are those of the rewritten prompts; locality is against the plain prompts of the unedited model."""
-    model = small_model(tiny_model)
-    requests = requests_of(2)
-    base = predict_base(model, tokenizer, requests)
-    editor = make_method("ICE", model, tokenizer)
-    editor.edit(requests)
-    rewrite = prompt_rewriter(model)
-    found = evaluate(model, tokenizer, requests, base)
-    for request, row in zip(requests, found.per_record, strict=True):
-        with torch.no_grad():
-            ids = tokenizer(f"{rewrite(request.text)} {request.target_new}")["input_ids"]
-            asked = len(tokenizer(rewrite(request.text))["input_ids"])
-            said = model(torch.tensor([ids])).logits[0].argmax(-1)[asked - 1 : -1].tolist()
-            share = sum(a == b for a, b in zip(said, ids[asked:], strict=True)) / len(said)
-            assert row["reliability"] == share and row["predicted"] == tokenizer.decode(said).strip()
-            local, answer = request.locality_prompts[0]
-            both = []
-            for text in (local, rewrite(local)):
-                ids = tokenizer(f"{text} {answer}")["input_ids"]
-                both.append(model(torch.tensor([ids])).logits[0].argmax(-1)[len(tokenizer(text)["input_ids"]) - 1 : -1].tolist())
-            assert row["locality"] == sum(a == b for a, b in zip(*both, strict=True)) / len(both[0])

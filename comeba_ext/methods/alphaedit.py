@@ -62,7 +62,8 @@ class AlphaEdit(Additive):
 
     def __init__(self, session: Session):
         super().__init__(session)
-        self.projectors: dict[str, tuple[int, torch.Tensor]] = {}  # layer name to the edits it was found with, and P
+        # Layer name to P, and the keys of the edits that it was found with.
+        self.projectors: dict[str, tuple[list[torch.Tensor], torch.Tensor]] = {}
 
     def set_covariance(self, covariance: Covariance) -> None:
         super().set_covariance(covariance)
@@ -91,10 +92,13 @@ class AlphaEdit(Additive):
         return keys @ keys.mT
 
     def _projector(self, name: str) -> torch.Tensor:
-        """``P`` of a layer, found anew after every ``refresh`` edits."""
+        """``P`` of a layer, found anew after every ``refresh`` edits, with all but the latest ``len(standing) % refresh``, and where one
+        of those was taken back."""
         config, covariance = self.config, self.covariance[name]
         seen = 0 if config.refresh is None else len(self.standing) // config.refresh * config.refresh
-        if self.projectors.get(name, (-1,))[0] != seen:
+        keys = [entry.keys[name] for entry in self.standing[:seen]]
+        found = self.projectors.get(name)
+        if found is None or len(found[0]) != seen or any(a is not b for a, b in zip(found[0], keys)):
             moment = covariance.to(self.layers[name].delta.device, torch.float64)  # there it takes seconds
             if seen:
                 past = self._past(name, self.standing[:seen], moment) / seen
@@ -108,7 +112,7 @@ class AlphaEdit(Additive):
                     "so nothing may be written; give null_share instead of null_threshold"
                 )
             null = vectors[:, :count]
-            self.projectors[name] = (seen, (null @ null.mT).to(covariance.device))  # kept beside C0
+            self.projectors[name] = (keys, (null @ null.mT).to(covariance.device))  # kept beside C0
         return self.projectors[name][1]
 
     def on(self, session: Session) -> AlphaEdit:
@@ -119,6 +123,6 @@ class AlphaEdit(Additive):
 
 class BetaEdit(AlphaEdit):
     """AlphaEdit with ``λ₁·C0`` kept beside the earlier keys, and the null space found anew every ``refresh`` edits from
-    ``(Cp/n + λ₁·C0)/(λ₁ + 1)``."""
+    ``(Cp/n + λ₁·C0)/(λ₁ + 1)`` of the edits until then."""
 
     name = "BetaEdit"

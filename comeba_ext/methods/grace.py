@@ -88,7 +88,8 @@ class GRACE(Snapshots):
     Every token is its own query, so that teacher-forced and cached passes answer alike; the published code looks at the prompt's last
     token alone, whose position it is told. A batch's values are found together, which for each of them is the same as alone.
 
-    An edit that is taken out leaves its neighbours' balls as small as they have become.
+    An edit that is taken out leaves its neighbours' balls as small as they have become. Two objects for one and the same text leave no room
+    for either, as published.
 
     Raises:
         ConfigError: the settings name more than one layer.

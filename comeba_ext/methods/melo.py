@@ -133,7 +133,8 @@ class MELO(Snapshots):
     kept as points of clusters: a point near a cluster of the same object joins it (its centre becomes the mean, its radius grows), one near
     a cluster of another object halves the distance with it, and points that are then outside of that one are forgotten.
 
-    Every token is its own query (published: the prompt's last token, whose position it is told). Labels are compared as texts.
+    Every token is its own query (published: the prompt's last token, whose position it is told). Labels are compared as texts. An edit that
+    is taken out leaves its cluster's centre and radius as they have become.
 
     Raises:
         ConfigError: the settings name fewer than two layers.

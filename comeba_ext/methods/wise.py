@@ -91,7 +91,7 @@ class WISE(Snapshots):
     Requests are trained one after another, as published. The loss is the new object's NLL, mean over all context prefixes, plus, with d
     the activation of the edited text behind each and d̄ that of the record's locality prompt, the means of the positive entries of
     ``d̄ − d + γ``, ``d̄ − α`` and ``β − d`` (equation 6). A shard's threshold is a share of the lowest activation of its edits, each in the
-    mean over its prefixes.
+    mean over its prefixes. Training stops early by the whole loss.
 
     Where it differs from the authors' code (EasyEdit, models/wise): weight decay pulls W′ towards W; the code's pulls every entry to zero,
     those too that a shard is not to touch. Activations are the paper's; the code applies the model's activation function to both outputs
@@ -142,7 +142,7 @@ class WISE(Snapshots):
             allowed = self._mask() if allowed is None else allowed
             rows = target_rows(session.tokenizer, [request], session.prefixes)
             prompt, answer = request.locality_prompts[0]
-            local = answer_rows(session.tokenizer, [(prompt, answer or ".")])
+            local = answer_rows(session.tokenizer, [(prompt, answer or ".")])  # a row's last token is not read
             with phases("keys"), evaluating(session.model):
                 inputs, (other,) = ([x.float() for x in inputs_of(session, self.attachment, own)] for own in (rows, local))
             with phases("update"), evaluating(session.model), frozen(session.model):
