@@ -364,3 +364,10 @@ def test_bad_protocols():
     for bad in ({"name": "nonsense"}, {"batch_size": 0}, {"checkpoints": (0,)}, {"save_every": 1.5}):
         with pytest.raises(ConfigError):
             Protocol(**bad)
+
+
+def test_every_batch_of_a_single_round_finds_the_unedited_model(setting, tmp_path, monkeypatch):
+    real, steps = Editor.edit, []
+    monkeypatch.setattr(Editor, "edit", lambda self, batch: steps.append(self.step) or real(self, batch))
+    run(setting, tmp_path, requests_with_prompts(5), Protocol("single_round", batch_size=2, generate=False))
+    assert steps == [0, 0, 0]

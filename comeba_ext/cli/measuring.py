@@ -132,7 +132,8 @@ def evaluate_(
         if "judge_error" in metrics:
             report.say(f"! {metrics['judge_error']}")
         elif asked is not None:
-            report.say(f"Judge: {counted(asked.asked, 'verdict')} by {judge_model}, {asked.nothing} without one.")
+            of = metrics["judge"]["answers"]
+            report.say(f"Judge: {counted(of, 'answer')}, {asked.asked} of them asked of {judge_model}, {asked.nothing} without a verdict.")
         if questions := metrics.get("questions"):
             head = ("question", "written", "contained", "counted")
             rows = [

@@ -27,7 +27,8 @@ class WrittenAnswers:
 
     Attributes:
         total: how many prompts are asked.
-        judged: verdicts on what was written, if any were asked for.
+        judged: verdicts on what was written, if any were asked for; all_judged: the judge was asked about all of it. Else there is no score
+            of them: what needs no asking, right answers word for word among it, says nothing about the others.
     """
 
     def __init__(self, tokenizer, requests: list[EditRequest], writing: Writing, rewrite: Callable[[str], str] | None = None):
@@ -53,6 +54,7 @@ class WrittenAnswers:
         self.found: dict[str, Mapping[tuple[int, ...], str]] = {}
         self.before: Mapping[tuple[int, ...], str] = {}
         self.judged: dict[Answer, bool | None] | None = None
+        self.all_judged = False
         self.likeness = likeness() if writing.long else None
 
     def check(self, unedited: Mapping[tuple[int, ...], str]) -> None:
@@ -87,6 +89,7 @@ class WrittenAnswers:
         with tqdm(total=len(self.judged), disable=not progress, unit="answer", desc="judge") as bar:
             try:
                 self.judged |= judge.verdicts(asked, bar)
+                self.all_judged = True
             finally:
                 self.judged |= judge.known(asked)
 
@@ -112,8 +115,8 @@ class WrittenAnswers:
 
     def scores(self, record: int) -> dict[str, float | None]:
         """``<name>_written`` of every metric (with ``long`` ``<name>_similarity`` too), ``<name>_contained`` of all but locality, which
-        is about equal answers, and ``hallucination``: how often the new object stands in an answer about something else only since
-        the edits."""
+        is about equal answers, and ``hallucination``: how often the new object, if it can be written, stands in an answer about
+        something else only since the edits."""
         found: dict[str, float | None] = {}
         for name in METRICS:
             answers = self._answers(record, name)
@@ -123,14 +126,14 @@ class WrittenAnswers:
                     found["locality_similarity"] = mean(list(map(self.likeness, answers, self._before(record))))
                 own = _names(self.prompts[record]["reliability"][0])
                 new = [[is_contained(text, own) for text in pair] for pair in zip(answers, self._before(record), strict=True)]
-                found["hallucination"] = mean([after and not before for after, before in new])
+                found["hallucination"] = mean([after and not before for after, before in new]) if self.fits(own) else None
                 continue
             for suffix in _RULES:
                 found[name + suffix] = mean(self._right(record, name, suffix))
             if self.likeness is not None:
                 likest = lambda answer, own: max(self.likeness(answer, target) for target in _names(own))  # noqa: E731
                 found[name + "_similarity"] = mean(list(map(likest, answers, self.prompts[record][name])))
-            if self.judged is not None:
+            if self.all_judged:
                 found[name + "_judged"] = mean([self.judged[answer] for answer in self._judgeable(record, name)])
         return found
 

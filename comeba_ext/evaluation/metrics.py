@@ -79,7 +79,7 @@ def evaluate(
         generate: compute ``<name>_generation``; otherwise these are ``None``.
         writing: compute ``<name>_written`` and ``<name>_contained``, so; otherwise there are none.
         judge: asked about what was written, for ``<name>_judged``; needs ``writing``. One that cannot be reached or refuses costs
-            nothing else: ``judge_error`` says why.
+            nothing else: there is no ``<name>_judged``, and ``judge_error`` says why.
         progress: show a progress bar.
         seed: of the bootstrap; the global generators are not touched.
 
@@ -90,7 +90,9 @@ def evaluate(
         be written (:meth:`Writing.fits`), which are left out of ``<name>_written`` and ``<name>_contained``. A score without prompts is
         ``None``, and so is its interval. ``records`` is their number. With ``writing``, where records have questions, ``questions`` has
         for each criterion how many there are, how many are ``counted``, and the shares ``written`` and ``contained`` with their
-        intervals. With ``judge``, ``judge`` says how many answers it was ``asked`` about and how many are ``without_verdict``.
+        intervals. With ``judge``, ``judge`` says how many ``answers`` there were, and of the judge so far, how many
+        verdicts it gave when ``asked`` (what is right word for word or was judged before needs no asking) and how many answers are
+        ``without_verdict``.
 
         ``per_record`` lists, record by record, ``request_id``, ``prompt`` (with its slot), ``subject``, ``target_new``, the
         record's scores, ``predicted`` (text of the teacher-forced argmax) and ``generated`` (greedy text or ``None``), the last
@@ -194,7 +196,7 @@ def evaluate(
         rows.append(row)
     metrics = summarise(rows, seed)
     if judge is not None:
-        metrics["judge"] = {"asked": judge.asked, "without_verdict": judge.nothing}
+        metrics["judge"] = {"answers": len(written.judged or ()), "asked": judge.asked, "without_verdict": judge.nothing}
     if judge_error is not None:
         metrics["judge_error"] = judge_error
     return metrics

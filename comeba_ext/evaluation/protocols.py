@@ -242,9 +242,9 @@ def latest(requests: list[EditRequest]) -> list[EditRequest]:
     """One request a fact, the last, in the order in which they were made; with the questions of earlier ones that asked for the same,
     which keep their own votes (``Question.case``)."""
     found: dict[tuple[str, str], EditRequest] = {}
-    for n, request in enumerate(requests):
+    for request in requests:
         if request.questions:
-            name = request.case or request.request_id or str(n)
+            name = request.case or request.request_id or "\n".join(request.asked)  # the same in every order
             request = dataclasses.replace(
                 request, questions=tuple(dataclasses.replace(own, case=own.case or name) for own in request.questions)
             )

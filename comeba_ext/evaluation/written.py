@@ -111,7 +111,8 @@ def _without_articles(words: list[str]) -> str:
 def _agree(answer: str, names: Iterable[str], rule: Callable[[str, str], bool]) -> bool:
     """Whether a rule holds for an answer and one of the names, both with a space at the end, with articles or without."""
     for n, name in enumerate(names):
-        cased = n > 0 and len(name.strip()) <= SHORT and name.strip().isalpha()
+        letters = name.strip().replace(".", "")  # "U.S." is read as "US"
+        cased = n > 0 and len(letters) <= SHORT and letters.isalpha()
         own, whole = _words(name, cased), _words(answer, cased)
         if not own:  # signs only, which are compared as they are
             own, whole = name.split(), answer.split()

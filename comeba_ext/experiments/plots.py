@@ -149,9 +149,12 @@ KINDS_OF_PLOT = {"bars": _bars, "edits": _edits, "settings": _settings}  # of sc
 
 
 def retention(ages: dict[str, list[dict]]):
-    """Reliability of every case's edits by when they were made (:func:`comeba_ext.report.results.retention`)."""
+    """Reliability of every case's edits by when they were made (:func:`comeba_ext.evaluation.comparing.retention_over`); of those that
+    have a score."""
     figure, axis = plt.subplots(figsize=(9, 4.4), layout="constrained")
     for n, (case, groups) in enumerate(ages.items()):
+        if not groups:
+            continue
         x = [(group["first"] + group["last"]) / 2 for group in groups]
         axis.plot(x, [group["value"] for group in groups], label=case, **_style(n))
         low, high = zip(*(group["interval"] for group in groups), strict=True)

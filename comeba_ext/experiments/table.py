@@ -129,7 +129,7 @@ def _meanings(rows: list[dict]) -> list[str]:
         found.append(f"* hallucination: {HALLUCINATION}.")
     if there("other_facts"):
         found.append(
-            "* other facts: what is written to questions about the edited subjects that no edit is about (five for every subject)."
+            "* other facts: what is written to up to five questions about each of at most 100 edited subjects, which no edit is about."
         )
     if there("token_slowdown"):
         found.append(
@@ -142,7 +142,7 @@ def _meanings(rows: list[dict]) -> list[str]:
             "* edited above other: the chance that an edited prompt's highest score lies above another fact's prompt's, best layer."
         )
     if there("efficacy_score"):
-        found.append("* efficacy, paraphrase: the new answer is more likely than the old one; neighborhood: the old one is.")
+        found.append("* efficacy, paraphrase: the new answer is more likely than the old one; neighborhood: a locality prompt's own answer is.")
         found.append("* magnitude: by how much, in probability. CounterFact score: harmonic mean of the three shares.")
     if there("text_changed"):
         found.append("* text changed: share of plain text's next tokens that are others than the unedited model's.")
