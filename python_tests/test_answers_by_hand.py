@@ -5,9 +5,8 @@ from test_definitions import bigrams, words
 
 from comeba_ext import EditRequest
 from comeba_ext.evaluation import Judge, Writing, evaluate
-from comeba_ext.evaluation.protocols import latest
 from comeba_ext.evaluation.written import is_contained, is_written
-from comeba_ext.text.request import as_requests
+from comeba_ext.text.request import as_requests, latest
 
 
 def sure(**after):

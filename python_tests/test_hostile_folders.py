@@ -292,7 +292,7 @@ def test_resuming_makes_what_is_not_live(tmp_path):
     assert [edit(path)["edits"] for path in (forth, back, forth, forth, back)] == [1, 1, 1, 0, 1]
     assert (edit(both)["edits"], edit(both)["earlier_edits"]) == (0, 3)
     said = run("edit", "testbed", both, "--out", out, "--method", "GRACE", "--resume").stdout.replace("\n", " ")
-    assert "Records 0, 1 and 2 contradict each other" in said and "Records 1 and 2 say the same" in said and "live there already" in said
+    assert "Records 1, 2 and 3 contradict each other" in said and "Records 2 and 3 say the same" in said and "live there already" in said
     assert output("edits", "retract", "testbed", out, fact.subject)["live"] == 0
     again = edit(both)
     assert (again["edits"], again["repeated"], again["records"]["repeated"]) == (2, 1, 1)

@@ -18,7 +18,6 @@ from comeba_ext.evaluation import Result, perplexity
 from comeba_ext.evaluation.ability import UnrelatedText
 from comeba_ext.evaluation.comparing import differences, pairs, retention_over
 from comeba_ext.evaluation.metrics import averaged, summarise
-from comeba_ext.evaluation.protocols import latest
 from comeba_ext.experiments import measures, plots
 from comeba_ext.experiments.definition import Case, Experiment
 from comeba_ext.experiments.rows import rows_of
@@ -27,6 +26,7 @@ from comeba_ext.experiments.table import _ahead, _asked, cell
 from comeba_ext.methods import default_config
 from comeba_ext.report.page import _section
 from comeba_ext.report.results import Results, _orders
+from comeba_ext.text.request import latest
 
 
 def row(name=0, value=1.0, **more):

@@ -112,7 +112,9 @@ def say_clashes(report: Report, found: Clashes) -> None:
 
 
 def _listed(places: list[int]) -> str:
-    return f"{', '.join(map(str, places[:-1]))} and {places[-1]}"
+    """Counted from 1, as all that is printed of records."""
+    *others, last = [str(place + 1) for place in places]
+    return f"{', '.join(others)} and {last}"
 
 
 def _more(number: int) -> str:

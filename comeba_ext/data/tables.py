@@ -22,7 +22,7 @@ def table_records(path: Path, file) -> Iterator[tuple[int, dict | RequestError]]
     Raises:
         StorageError: the header lacks a column, has one twice, or one that holds more than texts.
     """
-    first = file.readline()
+    first = next((line for line in file if line.strip()), "")
     file.seek(0)
     separator = max(",;\t", key=first.count)
     rows, header, end = csv.reader(file, delimiter=separator, strict=True), None, 0

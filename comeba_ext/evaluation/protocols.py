@@ -42,7 +42,7 @@ from comeba_ext.forward.architectures import Architecture
 from comeba_ext.methods import Method, default_config, method_named
 from comeba_ext.storage import MANIFEST, alone, digest_of
 from comeba_ext.storage import identity as identity_of
-from comeba_ext.text.request import EditRequest, Ids, as_requests, consecutive_batches
+from comeba_ext.text.request import EditRequest, Ids, as_requests, consecutive_batches, latest
 
 PROTOCOLS = ("single_round", "consecutive", "sequential")
 SAVE_SECONDS = 300.0  # of editing that a killed run may have to do again
@@ -236,23 +236,6 @@ def read_result(records: list[dict], protocol: Protocol) -> Result:
         rows = {sum(map(len, rows.values())): [row for own in rows.values() for row in own]}
     result.checkpoints = {edits: summarise(own, protocol.seed) for edits, own in rows.items()}
     return result
-
-
-def latest(requests: list[EditRequest]) -> list[EditRequest]:
-    """One request a fact, the last, in the order in which they were made; with the questions of earlier ones that asked for the same,
-    which keep their own votes (``Question.case``)."""
-    found: dict[tuple[str, str], EditRequest] = {}
-    for request in requests:
-        if request.questions:
-            name = request.case or request.request_id or "\n".join(request.asked)  # the same in every order
-            request = dataclasses.replace(
-                request, questions=tuple(dataclasses.replace(own, case=own.case or name) for own in request.questions)
-            )
-        before = found.pop(request.fact, None)  # a dict keeps the place of the first
-        if before is not None and before.target_new == request.target_new:
-            request = dataclasses.replace(request, questions=tuple(dict.fromkeys((*before.questions, *request.questions))))
-        found[request.fact] = request
-    return list(found.values())
 
 
 def _single_round(model, tokenizer, requests, protocol, folder, log, method, config, covariance, base, measure, progress) -> None:

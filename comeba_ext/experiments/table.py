@@ -142,7 +142,9 @@ def _meanings(rows: list[dict]) -> list[str]:
             "* edited above other: the chance that an edited prompt's highest score lies above another fact's prompt's, best layer."
         )
     if there("efficacy_score"):
-        found.append("* efficacy, paraphrase: the new answer is more likely than the old one; neighborhood: a locality prompt's own answer is.")
+        found.append(
+            "* efficacy, paraphrase: the new answer is more likely than the old one; neighborhood: a locality prompt's own answer is."
+        )
         found.append("* magnitude: by how much, in probability. CounterFact score: harmonic mean of the three shares.")
     if there("text_changed"):
         found.append("* text changed: share of plain text's next tokens that are others than the unedited model's.")

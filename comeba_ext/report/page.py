@@ -47,7 +47,9 @@ def _section(results: Results, dataset: str, anchor: str) -> dict:
     ]
     failed = {row["case"]: row["error"] for row in result["rows"] if row["dataset"] == dataset and "error" in row}
     aged = len(records) > 0 and result["protocol"] not in ("single_round", EVALUATION) and max(map(len, records.values())) >= 2 * AGE
-    ages = {case: retention_over(results.orders[dataset][case], f"reliability{way}") for case in records if case not in failed} if aged else {}
+    ages = (
+        {case: retention_over(results.orders[dataset][case], f"reliability{way}") for case in records if case not in failed} if aged else {}
+    )
     return {
         "anchor": anchor,
         "title": result["title"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import re
 from collections import Counter
@@ -278,6 +279,25 @@ def last_place(subject: str, text: str) -> int:
     return whole[-1].start() if whole else text.rfind(subject)
 
 
+def latest(requests: list[EditRequest]) -> list[EditRequest]:
+    """One request a fact, the last, in the order in which they were made; with the questions of earlier ones that asked for the same,
+    which keep their own votes (``Question.case``)."""
+    found: dict[tuple[str, str], EditRequest] = {}
+    alike: Counter[tuple[str, str, str]] = Counter()
+    for request in requests:
+        if request.questions:
+            alike[request.asked] += 1  # a name that is the same in every order of the records
+            name = request.case or request.request_id or "\n".join((*request.asked, str(alike[request.asked])))
+            request = dataclasses.replace(
+                request, questions=tuple(dataclasses.replace(own, case=own.case or name) for own in request.questions)
+            )
+        before = found.pop(request.fact, None)  # a dict keeps the place of the first
+        if before is not None and before.target_new == request.target_new:
+            request = dataclasses.replace(request, questions=tuple(dict.fromkeys((*before.questions, *request.questions))))
+        found[request.fact] = request
+    return list(found.values())
+
+
 def _fill(prompt: str, subject: str) -> str:
     return prompt.replace(SLOT, subject, 1)
 
@@ -289,11 +309,11 @@ def _unfilled(text: str, subject: str) -> str:
 
 def _encodable(where: str, request: EditRequest) -> None:
     """Half a surrogate pair, which JSON can hold, is no text that a tokenizer takes."""
-    for field in dataclasses.fields(request):
+    for name, value in request.to_record().items():
         try:
-            "".join(strings(getattr(request, field.name))).encode()
+            json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise RequestError(f"{where}: {field.name!r} holds {error.object[error.start]!r}, which is half of a character") from None
+            raise RequestError(f"{where}: {name!r} holds {error.object[error.start]!r}, which is half of a character") from None
 
 
 def _texts(values, where: str) -> tuple[str, ...]:
