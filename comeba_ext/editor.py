@@ -146,6 +146,7 @@ class Editor:
         """
         if not self.method.needs_covariance:
             return
+        self._check_unedited()  # before the corpus is read
         how = {"tokens": tokens, "max_tokens": self.max_tokens, "path": path, "progress": progress}
         with self.disabled():
             self.set_covariance(collect_covariance(self.model, self.tokenizer, texts, self.layers, self.session.decoder, **how))
@@ -167,10 +168,13 @@ class Editor:
         """
         if not self.method.needs_covariance:
             return
-        if self.step:
-            raise CovarianceError("edits were made with another covariance already; start from a new Editor")
+        self._check_unedited()
         covariance.check(self.model, {name: layer.in_features for name, layer in self.layers.items()})
         self.method.set_covariance(covariance.of(self.layers))  # a file may hold a whole model's, which no folder of edits needs
+
+    def _check_unedited(self) -> None:
+        if self.step:
+            raise CovarianceError("edits were made with another covariance already; start from a new Editor")
 
     # -- editing ------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from test_anchors import with_a_common_key
 from test_asked import FACTS, gate_of
 from test_asked import edit as gated_edit
 from test_editor import (
@@ -33,6 +34,8 @@ from comeba_ext import EditConfig, Editor, EditRequest
 from comeba_ext.editing import answers
 from comeba_ext.editing.keys import LayerReading
 from comeba_ext.editing.optimisers import OPTIMISERS, Descent
+from comeba_ext.editing.recognition import KeyRecognition
+from comeba_ext.editing.target_values import optimise_target_values
 from comeba_ext.errors import ComebaError, CovarianceError, RequestError
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.forward.question_states import place_of, question_states
@@ -658,3 +661,80 @@ def test_losses_of_a_half_precision_model_are_no_half_precision(tiny_model, toke
     wanted = -sum(log_p[n - 1, whole[n]].item() for n in range(len(stem), len(whole))) / (len(whole) - len(stem))
     assert found.values.dtype == torch.float32 and found.losses[0] == pytest.approx(wanted, rel=1e-2)
     assert torch.tensor(found.losses).bfloat16().double().item() != found.losses[0]
+
+
+ABOUT = [("Danielle Darrieux", "Danielle Darrieux"), ("Marie Curie", "Marie Lennon")]
+
+
+def batch_about(subjects):
+    return [EditRequest("{} plays the", subjects[0], "piano"), EditRequest("{} works in the field of", subjects[1], "physics")]
+
+
+@pytest.mark.parametrize("subjects", ABOUT)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_keys_are_read_where_names_begin_in_what_rows_share(tiny_model, tokenizer, family, subjects, monkeypatch):
+    """Against one unpadded run a text, behind every prefix, at the second edited layer."""
+    editor = make_editor(small_model(tiny_model, family).double(), tokenizer, scope="nearest")
+    each, real = {}, KeyRecognition.keys
+
+    def keys(self, name, reading):
+        each[name] = reading.each.clone()
+        return real(self, name, reading)
+
+    monkeypatch.setattr(KeyRecognition, "keys", keys)
+    batch = batch_about(subjects)
+    editor.edit(batch, target_values=random_values(2))
+    name = list(editor.layers)[1]
+    for n, request in enumerate(batch):
+        for k, prefix in enumerate(editor.prefixes):
+            head, seen = prefix + request.subject, []
+            encoded = tokenizer(prefix + request.text, return_offsets_mapping=True)
+            last = max(i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < len(head))
+            handle = editor.layers[name].register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+            with torch.no_grad():
+                editor.model(torch.tensor([encoded["input_ids"]]))
+            handle.remove()
+            assert relative(each[name][n, k], seen[0].reshape(-1, seen[0].shape[-1])[last]) < 1e-9
+
+
+@pytest.mark.parametrize("subjects", ABOUT)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_losses_are_those_of_requests_alone(tiny_model, tokenizer, family, subjects):
+    """What a row's names are does not depend on its batch mates (alone, a request shares nothing)."""
+    editor = make_editor(small_model(tiny_model, family).double(), tokenizer, scope="nearest")
+    editor.edit([EditRequest("{} speaks", subject, "English") for subject in dict.fromkeys(subjects)], random_values(len(set(subjects))))
+    find = lambda batch: optimise_target_values(  # noqa: E731
+        editor.model, tokenizer, editor.architecture, editor.config.replace(steps=1), batch, editor.prefixes
+    )
+    batch = batch_about(subjects)
+    assert find(batch).losses == pytest.approx([find([request]).losses[0] for request in batch], rel=1e-6)
+
+
+def test_values_that_were_asked_for_are_those_that_an_edit_finds(tiny_model, tokenizer):
+    """A request that is moved to its prompt's last token, too."""
+    found = []
+    for asked in (False, True):
+        editor, common = with_a_common_key(tiny_model, tokenizer, last=False, steps=10)
+        report = editor.edit([common], target_values=editor.target_values([common]) if asked else None)
+        assert report.moved == ["edit-0"]
+        found.append(editor)
+    for name, layer in found[0].layers.items():
+        assert relative(edits_of(found[1].layers[name]), edits_of(layer)) < 1e-4
+
+
+def test_no_corpus_is_read_for_an_editor_that_cannot_take_it(tiny_model, tokenizer):
+    editor = make_editor(small_model(tiny_model), tokenizer)
+    editor.edit(some_requests(1), target_values=random_values(1))
+    with pytest.raises(CovarianceError, match="already"):
+        editor.collect_covariance((pytest.fail("read") for _ in TEXTS), progress=False)
+
+
+@pytest.mark.parametrize("mode", ["off", "temporary", "validated"])
+def test_backward_hooks_of_the_base_layer_are_called(tiny_model, tokenizer, mode):
+    editor = make_editor(small_model(tiny_model, "llama"), tokenizer, scope="zscore")
+    layer, called = next(iter(editor.layers.values())), []
+    layer.base_layer.register_full_backward_hook(lambda module, inputs, outputs: called.append(1))
+    layer.mode = mode
+    hidden = editor.model.get_input_embeddings()(torch.tensor([tokenizer("Marie Curie is")["input_ids"]])).detach().requires_grad_()
+    editor.model(inputs_embeds=hidden).logits.sum().backward()
+    assert called

@@ -150,7 +150,8 @@ class KeyReader:
                 if before is None:
                     before = Past({}, 0)
                     self._run(self.beginnings, number, before)
-                past = Past(self.shared_prefix.past(before.new, batch.rows), self.shared_prefix.length)
+                shared = self.shared_prefix
+                past = Past(shared.past(before.new, batch.rows), shared.length, shared.before(batch.rows))
             x, output = self._run(batch, number, past)
             requests = torch.tensor([row.request for row in batch.rows])
             index = torch.arange(len(batch.rows), device=x.device)
@@ -232,7 +233,8 @@ class KeyReader:
         if self.adds:
             mask = batch.inputs["attention_mask"][:, -batch.x.shape[1] :].bool()
             layer = self.projections[batch.seen]
-            with layer.context.reading(batch.inputs["input_ids"], mask):
+            before = self.shared_prefix.before(batch.rows) if any(batch.shared) else None
+            with layer.context.reading(batch.inputs["input_ids"], mask, before):
                 now = layer(batch.x, mask=mask)
             hidden = batch.after + (now - batch.y.reshape(now.shape)).to(batch.after)
         elif done:

@@ -240,7 +240,7 @@ class CachedRows:
         states = contexts.past(suffix.context_states, rows) if length else {}
         inputs = own_inputs(rows, [len(row.ids) for row in rows], shared, length, suffix.pad_token, suffix.device)
         block = suffix.blocks[suffix.value_layer]
-        cache = {cache_name(suffix.decoder): Past(states, length)} if length else {}
+        cache = {cache_name(suffix.decoder): Past(states, length, contexts.before(rows))} if length else {}
         with suffix.recorded(ActivationRecorder.rows, rows, shared), watched(block, suffix.projection) as seen:
             run_until(suffix.decoder, block, inputs | cache, {}, lambda output: caught.__setitem__("output", output))
         self.form = with_hidden(caught["output"], None)

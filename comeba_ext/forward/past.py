@@ -35,14 +35,15 @@ class Past(Cache):
         states: keys and values of every block that is going to run; right-aligned, so that the last column is the
             token before the first new one. Columns before a row's first token are zero and to be masked.
         length: number of columns; 0 for no past.
+        ids: their tokens, ``(rows, length)``, −1 before a row's first one: a name may begin there. ``None``: not known.
 
     Attributes:
         new: what the last run would have appended.
     """
 
-    def __init__(self, states: States, length: int):
+    def __init__(self, states: States, length: int, ids: torch.Tensor | None = None):
         super().__init__(layers=[])
-        self.states, self.length = states, length
+        self.states, self.length, self.ids = states, length, ids
         self.new: States = {}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):

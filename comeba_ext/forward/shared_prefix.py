@@ -44,6 +44,11 @@ class SharedPrefix:
         """Number of tokens that each row shares."""
         return [len(self.ids[self.place[row.prefix]]) if row.prefix in self.place else 0 for row in rows]
 
+    def before(self, rows: list[Row]) -> torch.Tensor:
+        """The token ids that each row shares, ``(rows, length)``, right-aligned, −1 before them: names may begin there."""
+        shared = [self.ids[self.place[row.prefix]] if row.prefix in self.place else [] for row in rows]
+        return torch.tensor([[-1] * (self.length - len(own)) + own for own in shared], device=self.device)
+
     def past(self, states: States, rows: list[Row]) -> States:
         """``states`` of the beginnings, ``(contexts, heads, length, width)``, laid out for rows, right-aligned."""
         counts = torch.tensor(self.counts(rows), device=self.device)

@@ -210,7 +210,8 @@ class HookedLinear(Attachment):
         """Whether the base layer is a product and nothing else: no hooks, no quantisation, no adapters."""
         base = self.base_layer
         product = type(base) is nn.Linear or type(base).__qualname__ == "Conv1D"
-        return product and not (base._forward_hooks or base._forward_pre_hooks or "_hf_hook" in base.__dict__)
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+        return product and not any(hooks) and "_hf_hook" not in base.__dict__
 
     def _decodes(self, x: torch.Tensor) -> bool:
         """Whether one fused pass over both weights takes this input; the base layer is known to be plain."""

@@ -125,6 +125,8 @@ class SequenceContext:
         here.shape = (tokens.shape[0], tokens.shape[1])
         here.mask = _real_tokens(given.get("attention_mask"), past, tokens.shape[1])
         here.statistics = getattr(cache, "comeba_statistics", {})
+        if (known := getattr(cache, "ids", None)) is not None:  # of what rows share
+            here.statistics = {IDS: known, **here.statistics}
         here.updated, here.fixed = {}, {}
         here.before = past.clone() if isinstance(past, torch.Tensor) else past  # a static cache counts on in place
         here.hashes = None
@@ -138,11 +140,11 @@ class SequenceContext:
         self.here.embedded = args[0] if args else None
 
     @contextlib.contextmanager
-    def reading(self, ids: torch.Tensor, mask: torch.Tensor):
+    def reading(self, ids: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None):
         """Inside, between passes, a layer that is called by hand knows the text its inputs are of: ``ids`` and ``mask`` of real tokens,
-        ``(batch, seq)``."""
+        ``(batch, seq)``, and the ids ``before`` them, ``(batch, any)``, −1 where there are none."""
         here = self.here
-        here.shape, here.mask, here.statistics = tuple(ids.shape), mask, {}
+        here.shape, here.mask, here.statistics = tuple(ids.shape), mask, {} if before is None else {IDS: before}
         if self.names:
             self._read(here, ids)
         try:

@@ -73,8 +73,7 @@ class ComebaHK(Method):
             raise ConfigError(f"question_floor: the score {config.scope!r} knows no subjects that could be muted; 'nearest' does")
         if len(config.layers) > 1 and architecture.after_norm(model, config.value_layer) is not None:
             raise ConfigError(
-                f"layers {list(config.layers)}: in {model.config.model_type} a norm follows every MLP, so edits of several "
-                "blocks do not add up; give one block"
+                f"layers {list(config.layers)}: a norm follows every MLP of {model.config.model_type}, and edits do not add up; give one"
             )
 
     @classmethod
@@ -174,7 +173,8 @@ class ComebaHK(Method):
         )
 
     def target_values(self, batch: list[EditRequest], on_progress: OnProgress) -> torch.Tensor:
-        return self.optimise(batch, on_progress).values
+        kept, placed, _ = self.recognition.placed(batch)  # as they would be edited
+        return self.optimise([dict(zip(kept, placed)).get(n, own) for n, own in enumerate(batch)], on_progress).values
 
     def optimise(self, batch: list[EditRequest], on_progress: OnProgress, trace: ActivationRecorder | None = None) -> TargetValues:
         """Target values of the batch, shared among processes; facts of one subject together (:meth:`Recognition.together`)."""
