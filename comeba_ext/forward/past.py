@@ -43,7 +43,7 @@ class Past(Cache):
 
     def __init__(self, states: States, length: int, ids: torch.Tensor | None = None):
         super().__init__(layers=[])
-        self.states, self.length, self.ids = states, length, ids
+        self.states, self.length, self.comeba_ids = states, length, ids
         self.new: States = {}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):

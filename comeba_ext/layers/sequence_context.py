@@ -125,7 +125,7 @@ class SequenceContext:
         here.shape = (tokens.shape[0], tokens.shape[1])
         here.mask = _real_tokens(given.get("attention_mask"), past, tokens.shape[1])
         here.statistics = getattr(cache, "comeba_statistics", {})
-        if (known := getattr(cache, "ids", None)) is not None:  # of what rows share
+        if (known := getattr(cache, "comeba_ids", None)) is not None:  # of what rows share
             here.statistics = {IDS: known, **here.statistics}
         here.updated, here.fixed = {}, {}
         here.before = past.clone() if isinstance(past, torch.Tensor) else past  # a static cache counts on in place

@@ -73,7 +73,7 @@ class ComebaHK(Method):
             raise ConfigError(f"question_floor: the score {config.scope!r} knows no subjects that could be muted; 'nearest' does")
         if len(config.layers) > 1 and architecture.after_norm(model, config.value_layer) is not None:
             raise ConfigError(
-                f"layers {list(config.layers)}: a norm follows every MLP of {model.config.model_type}, and edits do not add up; give one"
+                f"layers {list(config.layers)}: a norm follows every MLP of {model.config.model_type}, edits do not add up; give one block"
             )
 
     @classmethod
