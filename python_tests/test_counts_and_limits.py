@@ -146,21 +146,7 @@ def test_kernels_built_for_another_cuda_are_left_alone(tmp_path, monkeypatch):
 
 def test_a_case_is_run_by_the_same_command_without_jobs_and_cases():
     """However they are written: a process that was given --jobs again would start processes of its own, without end."""
-    typed = [
-        "experiment",
-        "e.yaml",
-        "--jobs=2",
-        "--case",
-        "a b",
-        "--case=c",
-        "--seed",
-        "1",
-        "--jobs",
-        "3",
-        "--out=o",
-        "--records",
-        "case=f",
-    ]
+    typed = [*"experiment e.yaml --jobs=2 --case".split(), "a b", *"--case=c --seed 1 --jobs 3 --out=o --records case=f".split()]
     assert _without(typed, "--jobs", "--case") == ["experiment", "e.yaml", "--seed", "1", "--out=o", "--records", "case=f"]
 
 

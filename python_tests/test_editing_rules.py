@@ -113,10 +113,7 @@ def test_a_step_that_was_made_anew_is_the_one_that_is_gone_back_to(tiny_model, t
 
 @pytest.mark.parametrize("name", ["GRACE", "SERAC", "MELO"])
 def test_a_loaded_step_holds_what_was_superseded_after_it(tiny_model, tokenizer, tmp_path, name):
-    try:
-        editor = make_method(name, small_model(tiny_model).double(), tokenizer)
-    except Exception as error:
-        pytest.skip(str(error))
+    editor = make_method(name, small_model(tiny_model).double(), tokenizer)
     first, second = requests_of(2)
     editor.edit([first, second])
     editor.save_pretrained(tmp_path / "edits")
@@ -167,8 +164,7 @@ def test_a_request_is_done_once_its_object_has_led_for_long_enough(lead_steps):
     for own in when:
         n = lambda k: all(k - back in own for back in range(lead_steps + 1))  # noqa: E731, B023
         expected.append(next((k for k in range(steps) if lead_steps is not None and n(k)), steps - 1))
-    assert (descent.steps.tolist() == expected and len(set(expected)) > 1) or lead_steps is None
-    assert descent.steps.tolist() == expected
+    assert descent.steps.tolist() == expected and (len(set(expected)) > 1 or lead_steps is None)
 
 
 def test_an_object_leads_where_it_is_likelier_than_not_to_end(tiny_model, tokenizer):

@@ -174,7 +174,7 @@ class ComebaHK(Method):
 
     def target_values(self, batch: list[EditRequest], on_progress: OnProgress) -> torch.Tensor:
         kept, placed, _ = self.recognition.placed(batch)  # as they would be edited
-        return self.optimise([dict(zip(kept, placed)).get(n, own) for n, own in enumerate(batch)], on_progress).values
+        return self.optimise([*(dict(enumerate(batch)) | dict(zip(kept, placed))).values()], on_progress).values
 
     def optimise(self, batch: list[EditRequest], on_progress: OnProgress, trace: ActivationRecorder | None = None) -> TargetValues:
         """Target values of the batch, shared among processes; facts of one subject together (:meth:`Recognition.together`)."""
