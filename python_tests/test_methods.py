@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_editor import TEXTS, ids_of, make_editor, random_values, relative, small_model, some_requests
+from transformers.pytorch_utils import Conv1D
 
 from comeba_ext import EditConfig, Editor, EditRequest, load_edits, methods, testbed
 from comeba_ext.errors import ArchitectureError, ConfigError, CovarianceError, RequestError
+from comeba_ext.forward import half_compute
 from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.methods.ft import FTConfig
 from comeba_ext.methods.settings import default_config, entry
@@ -392,6 +394,31 @@ def test_fine_tuning_is_the_plain_loop(tiny_model, tokenizer, bound, chunk):
     assert relative(layer.delta, (weight - first).T) < 1e-6
     if bound is not None:
         assert (layer.delta.abs() > bound).any() and layer.delta.abs().max() <= 2 * bound + 1e-12  # two batches
+
+
+@pytest.mark.parametrize("name", ["FT", "FT-L", "LoRA", "GRACE", "WISE", "MEMOIR", "MELO"])
+def test_products_in_bfloat16_behind_what_is_trained(tiny_model, tokenizer, monkeypatch, name):
+    """Behind the last layer that is trained, and nowhere else; close to float32, and the model is as before."""
+    made, multiplied, product = [], set(), half_compute._product
+
+    def noting(module, dtype):
+        forward = product(module, dtype)
+        made.append(dtype)
+        return lambda x: (multiplied.add(module.weight.data_ptr()), forward(x))[1]  # of the editor's twin, which shares weights
+
+    monkeypatch.setattr(half_compute, "_product", noting)
+    reports, held_by = [], []
+    for dtype in (None, "bfloat16"):
+        editor = make_method(name, small_model(tiny_model), tokenizer, compute_dtype=dtype, early_stop=1e-9)
+        assert not made
+        reports.append(editor.edit(requests_of(3)))
+        held_by.append(held(editor))
+    model = editor.model
+    behind = [m for block in model.transformer.h[editor.config.layers[-1] + 1 :] for m in block.modules() if isinstance(m, Conv1D)]
+    assert multiplied == {m.weight.data_ptr() for m in (*behind, model.lm_head)} and set(made) == {torch.bfloat16}
+    assert reports[1].losses == pytest.approx(reports[0].losses, rel=0.05, abs=0.05)
+    assert any(not torch.equal(own, held_by[1][name]) for name, own in held_by[0].items())
+    assert all("forward" not in vars(m) for m in model.modules()) and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("scope, alpha", [("reference", -torch.inf), ("always", None)])

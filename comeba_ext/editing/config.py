@@ -61,7 +61,8 @@ class EditConfig:
             never.
         optimizer: of target values: ``"adam"`` (the paper's) or ``"polyak"`` (steps from the loss alone, ``lr`` unused).
         compute_dtype: ``"bfloat16"`` to optimise target values with matrix products in that precision above the value
-            layer, with δ, loss and optimiser in float32; ``None`` for the model's own. (:meth:`for_model` chooses.)
+            layer, with δ, loss and optimiser in float32, and so what other methods train in ``layers``; ``None`` for the model's own.
+            (:meth:`for_model` chooses.)
         prefixes: number of sampled context prefixes (beside the empty one).
         prefix_length: tokens each.
         seed: of the sampled prefixes; the user's random state is never touched.

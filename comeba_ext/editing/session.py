@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,8 +12,9 @@ from torch import nn
 from comeba_ext.editing.config import EditConfig
 from comeba_ext.forward.architectures import Architecture
 from comeba_ext.forward.budget import token_budget
+from comeba_ext.forward.half_compute import products_behind
 from comeba_ext.forward.logits import logits_at
-from comeba_ext.forward.partial import evaluating
+from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.layers.attachment import disabled
 from comeba_ext.memory.ledger import Ledger
 from comeba_ext.text.encoding import input_device, pad_id
@@ -74,6 +77,14 @@ class Session:
     @property
     def blocks(self) -> list[nn.Module]:
         return list(self.model.get_submodule(self.architecture.blocks))
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Inside, what the settings' layers hold can be trained: the model is in eval mode, its parameters are frozen, and behind the last
+        of those layers it multiplies as ``compute_dtype`` says."""
+        behind = products_behind(max(self.config.layers), self.model, self.blocks, self.config.compute_dtype)
+        with evaluating(self.model), frozen(self.model), behind:
+            yield
 
     @property
     def device(self) -> torch.device:

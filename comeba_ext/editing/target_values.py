@@ -31,7 +31,7 @@ from comeba_ext.forward.activation_recorder import ActivationRecorder
 from comeba_ext.forward.architectures import Architecture, context_length
 from comeba_ext.forward.budget import token_budget
 from comeba_ext.forward.cached_suffix import CachedRows, Suffix
-from comeba_ext.forward.half_compute import products_in
+from comeba_ext.forward.half_compute import products_behind
 from comeba_ext.forward.partial import frozen
 from comeba_ext.text.encoding import dense_batches, pad_id
 from comeba_ext.text.ends import end_tokens
@@ -104,8 +104,6 @@ def optimise_target_values(
     budget = token_budget(model, config.max_tokens)
     suffix = Suffix(model, architecture, config.value_layer, pad_id(tokenizer), budget, trace)
     results: list[tuple[torch.Tensor, float, int, bool] | None] = [None] * len(requests)
-    products = getattr(torch, config.compute_dtype) if config.compute_dtype else None
-    reached = [*suffix.blocks[config.value_layer + 1 :], model.get_output_embeddings()]
 
     def solve(
         groups: list[list[int]], optimiser: str, progress: Callable[[int, float], None] = lambda done, loss: None, ends: bool = True
@@ -135,7 +133,7 @@ def optimise_target_values(
         """Those in whose rows the new object does not lead."""
         return [group for group in groups if not all(results[n][3] for n in group) and math.isfinite(results[group[0]][1])]
 
-    with frozen(model), products_in(products, reached):
+    with frozen(model), products_behind(config.value_layer, model, suffix.blocks, config.compute_dtype):
         suffix.prepare(rows + essence)
         solve(together, config.optimizer, on_progress)
         second = config.optimizer == "polyak" and config.steps > 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -51,6 +51,13 @@ def products_in(dtype: torch.dtype | None, modules: Iterable[nn.Module]):
     finally:
         for module, original in zip(found, originals, strict=True):
             restore(module, original)
+
+
+def products_behind(block: int, model: nn.Module, blocks: Sequence[nn.Module], compute_dtype: str | None):
+    """:func:`products_in` for the blocks behind number ``block`` and the head, in the dtype that settings name: what is trained in
+    that block, or before it, is computed with the model's own."""
+    dtype = getattr(torch, compute_dtype) if compute_dtype else None
+    return products_in(dtype, [*blocks[block + 1 :], model.get_output_embeddings()])
 
 
 def _product(module: nn.Module, dtype: torch.dtype):

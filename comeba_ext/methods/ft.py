@@ -9,7 +9,6 @@ import torch
 from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
 from comeba_ext.errors import ConfigError
-from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.deltas import Deltas
 from comeba_ext.methods.row_passes import TrainingRows
@@ -61,8 +60,7 @@ class FT(Deltas):
 
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         ((name, layer),) = self.layers.items()
-        model = self.session.model
-        with phases("update"), evaluating(model), frozen(model):
+        with phases("update"), self.session.training():
             found, passes = self._train(layer, self.masters[name], target_rows(self.session.tokenizer, batch, [""]))
         return found, [passes] * len(batch)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
-from comeba_ext.forward.partial import evaluating, frozen
+from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.attachment import Attachment
 from comeba_ext.layers.hooked_linear import device_of, shape_of
 from comeba_ext.memory.ledger import Entry
@@ -115,7 +115,7 @@ class GRACE(Snapshots):
         with phases("update"), torch.no_grad():
             for request, query in zip(batch, queries, strict=True):
                 self._place(request, query)
-        with phases("values"), evaluating(session.model), frozen(session.model):
+        with phases("values"), session.training():
             return self._train(rows, on_progress)
 
     def _keys_of(self, left: list[int]) -> torch.Tensor:

@@ -9,7 +9,6 @@ from torch import nn
 
 from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
-from comeba_ext.forward.partial import evaluating, frozen
 from comeba_ext.layers.attachment import Attachment
 from comeba_ext.layers.hooked_linear import device_of, shape_of
 from comeba_ext.methods.base import OnProgress
@@ -99,7 +98,7 @@ class LoRA(Snapshots):
         rows = answer_rows(session.tokenizer, [(request.text, request.target_new) for request in batch])
         trained = [own for adapter in self.attachments.values() for own in (adapter.down, adapter.up)]
         optimiser = torch.optim.Adam(trained, lr=config.lr)
-        with phases("update"), evaluating(session.model), frozen(session.model):
+        with phases("update"), session.training():
             running = TrainingRows(session, rows, config.layers[0])
             try:
                 for own in trained:

@@ -10,7 +10,7 @@ from torch import nn
 from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
 from comeba_ext.errors import ConfigError
-from comeba_ext.forward.partial import evaluating, frozen
+from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.attachment import Attachment
 from comeba_ext.layers.hooked_linear import device_of, shape_of
 from comeba_ext.memory.ledger import Entry
@@ -175,7 +175,7 @@ class MELO(Snapshots):
                     new = torch.randn(config.rank, layer.down.shape[-1], generator=generator) / layer.down.shape[-1] ** 0.5
                     layer.down = torch.cat([layer.down, new.to(layer.down)[None]])
                     layer.up = torch.cat([layer.up, layer.up.new_zeros(1, layer.up.shape[1], config.rank)])
-            with phases("values"), evaluating(session.model), frozen(session.model):
+            with phases("values"), session.training():
                 found, step = self._train(lora, rows[part])
             losses += found
             steps += [step] * len(found)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
-from comeba_ext.forward.partial import evaluating, frozen
+from comeba_ext.forward.partial import evaluating
 from comeba_ext.layers.attachment import disabled
 from comeba_ext.memory.ledger import Entry
 from comeba_ext.methods.base import OnProgress
@@ -123,7 +123,7 @@ class MEMOIR(Snapshots):
         for request, mask in zip(batch, side.mask_of(features), strict=True):
             side.masks = torch.cat([side.masks, mask[None]])
             self.notes["owners"].append(request.request_id)
-            with phases("update"), evaluating(session.model), frozen(session.model):
+            with phases("update"), session.training():
                 loss, step = self._train(request)
             losses.append(loss)
             steps.append(step)

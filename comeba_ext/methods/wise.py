@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
 from comeba_ext.errors import RequestError
-from comeba_ext.forward.partial import evaluating, frozen
+from comeba_ext.forward.partial import evaluating
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.row_passes import TrainingRows, inputs_of
 from comeba_ext.methods.side_memory import SideMemory, mean_over_tokens
@@ -145,7 +145,7 @@ class WISE(Snapshots):
             local = answer_rows(session.tokenizer, [(prompt, answer or ".")])  # a row's last token is not read
             with phases("keys"), evaluating(session.model):
                 inputs, (other,) = ([x.float() for x in inputs_of(session, self.attachment, own)] for own in (rows, local))
-            with phases("update"), evaluating(session.model), frozen(session.model):
+            with phases("update"), session.training():
                 loss, step = self._train(rows, inputs, other, allowed)
                 self._lower(inputs)
             notes["shards"][-1] += 1
