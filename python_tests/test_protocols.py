@@ -94,6 +94,15 @@ def test_consecutive_is_editing_and_evaluating_by_hand(setting, tmp_path):
     assert all(isinstance(a[text], str) for a in answers for text in ("predicted", "generated", "written"))
 
 
+def test_a_bar_for_all_that_takes_long(setting, tmp_path, capfd):
+    """Asking takes longer than editing with some methods: of the unedited model, and at every checkpoint."""
+    for progress in (False, True):
+        protocol = Protocol(batch_size=2, checkpoints=(2,), generate=False)
+        run(setting, tmp_path / str(progress), requests_with_prompts(4), protocol, progress=progress)
+        shown = {line.partition(":")[0] for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "100%" in line}
+        assert shown == ({"base", "COMEBA-HK", "evaluate"} if progress else set())
+
+
 def test_single_round_edits_every_batch_into_the_unedited_model(setting, tmp_path):
     model, tokenizer, covariance = setting
     requests = requests_with_prompts(5)

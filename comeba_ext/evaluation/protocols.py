@@ -167,7 +167,7 @@ def run_protocol(
         log = RunLog(folder / "log.jsonl", header)
         if not _finished(log.records, len(requests)):
             if base is None:
-                base = predict_base(model, tokenizer, requests, generate=protocol.generate, writing=protocol.writing)
+                base = predict_base(model, tokenizer, requests, generate=protocol.generate, writing=protocol.writing, progress=progress)
             elif callable(base):
                 base = base()
             run = _single_round if protocol.name == "single_round" else _consecutive
@@ -295,7 +295,8 @@ def _consecutive(model, tokenizer, requests, protocol, folder, log, method, conf
                         since = time.monotonic()
                 if end in stops and end not in evaluated:
                     asked = latest(requests[:end])
-                    metrics = evaluate(model, tokenizer, asked, base, generate=protocol.generate, writing=protocol.writing)
+                    how = {"generate": protocol.generate, "writing": protocol.writing, "progress": progress}
+                    metrics = evaluate(model, tokenizer, asked, base, **how)
                     size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
                     extra = {"saved_bytes": size, **(measure(editor, asked) if measure is not None else {})}
                     log.append([*_rows(metrics, end), _checkpoint(end, extra)])
