@@ -14,12 +14,14 @@ from test_editor import TEXTS, ids_of, make_editor, random_values, relative, sma
 from transformers.pytorch_utils import Conv1D
 
 from comeba_ext import EditConfig, Editor, EditRequest, load_edits, methods, testbed
+from comeba_ext.editing import session
 from comeba_ext.errors import ArchitectureError, ConfigError, CovarianceError, RequestError
 from comeba_ext.forward import half_compute
 from comeba_ext.layers.prompts import prompt_rewriter
 from comeba_ext.methods.ft import FTConfig
 from comeba_ext.methods.settings import default_config, entry
 from comeba_ext.methods.trained import FILE, save_learner
+from comeba_ext.text.prefixes import sample_prefixes
 
 NAMES = list(methods.method_names())
 SINGLE = ("ROME", "R-ROME", "EMMET", "FT", "FT-L", "GRACE", "WISE", "MEMOIR")
@@ -406,7 +408,12 @@ def test_products_in_bfloat16_behind_what_is_trained(tiny_model, tokenizer, monk
         made.append(dtype)
         return lambda x: (multiplied.add(module.weight.data_ptr()), forward(x))[1]  # of the editor's twin, which shares weights
 
+    def sampled(*how):  # context prefixes are what the model itself writes
+        assert not made
+        return sample_prefixes(*how)
+
     monkeypatch.setattr(half_compute, "_product", noting)
+    monkeypatch.setattr(session, "sample_prefixes", sampled)
     reports, held_by = [], []
     for dtype in (None, "bfloat16"):
         editor = make_method(name, small_model(tiny_model), tokenizer, compute_dtype=dtype, early_stop=1e-9)

@@ -295,8 +295,9 @@ def _consecutive(model, tokenizer, requests, protocol, folder, log, method, conf
                         since = time.monotonic()
                 if end in stops and end not in evaluated:
                     asked = latest(requests[:end])
-                    how = {"generate": protocol.generate, "writing": protocol.writing, "progress": progress}
-                    metrics = evaluate(model, tokenizer, asked, base, **how)
+                    metrics = evaluate(
+                        model, tokenizer, asked, base, generate=protocol.generate, writing=protocol.writing, progress=progress
+                    )
                     size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
                     extra = {"saved_bytes": size, **(measure(editor, asked) if measure is not None else {})}
                     log.append([*_rows(metrics, end), _checkpoint(end, extra)])

@@ -119,15 +119,15 @@ class MEMOIR(Snapshots):
                 side.centre = self._centre()
         with phases("keys"), evaluating(session.model):
             features = torch.stack([x.float().mean(0) for x in inputs_of(session, side, prompt_rows(session.tokenizer, batch, [""]))])
-        losses, steps = [], []
-        for request, mask in zip(batch, side.mask_of(features), strict=True):
-            side.masks = torch.cat([side.masks, mask[None]])
-            self.notes["owners"].append(request.request_id)
-            with phases("update"), session.training():
-                loss, step = self._train(request)
-            losses.append(loss)
-            steps.append(step)
-            on_progress(len(losses), sum(losses) / len(losses))
+        losses, steps, prefixes = [], [], session.prefixes  # as the model itself writes them
+        with phases("update"), session.training():
+            for request, mask in zip(batch, side.mask_of(features), strict=True):
+                side.masks = torch.cat([side.masks, mask[None]])
+                self.notes["owners"].append(request.request_id)
+                loss, step = self._train(target_rows(session.tokenizer, [request], prefixes))
+                losses.append(loss)
+                steps.append(step)
+                on_progress(len(losses), sum(losses) / len(losses))
         return losses, steps
 
     def _centre(self) -> torch.Tensor:
@@ -139,10 +139,9 @@ class MEMOIR(Snapshots):
             rows = [Row(n, ids, -1, [], -1) for n, ids in enumerate(encoded)]
             return torch.stack([x.float().mean(0) for x in inputs_of(session, self.attachment, rows)]).mean(0)
 
-    def _train(self, request: EditRequest) -> tuple[float, int]:
-        """SGD on the memory behind the last mask; the last loss, and the steps made."""
+    def _train(self, rows: list[Row]) -> tuple[float, int]:
+        """SGD on the memory behind the last mask, for one request's rows; the last loss, and the steps made."""
         config, side = self.config, self.attachment
-        rows = target_rows(self.session.tokenizer, [request], self.session.prefixes)
         running = TrainingRows(self.session, rows, config.layers[0])
         weight = side.delta[0].clone().requires_grad_(True)
         optimiser = torch.optim.SGD([weight], lr=config.lr, weight_decay=config.weight_decay)

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from comeba_ext.editing.config import EditConfig, check_fields
 from comeba_ext.editing.report import Phases
 from comeba_ext.errors import RequestError
-from comeba_ext.forward.partial import evaluating
 from comeba_ext.methods.base import OnProgress
 from comeba_ext.methods.row_passes import TrainingRows, inputs_of
 from comeba_ext.methods.side_memory import SideMemory, mean_over_tokens
@@ -134,26 +133,27 @@ class WISE(Snapshots):
 
     def apply(self, batch: list[EditRequest], phases: Phases, on_progress: OnProgress) -> tuple[list[float], list[int]]:
         session, notes, allowed = self.session, self.notes, None
-        losses, steps = [], []
-        for request in batch:
-            if len(notes["shards"]) == notes["merged"] or notes["shards"][-1] >= self.config.save_every:
-                self._open()
-                allowed = None
-            allowed = self._mask() if allowed is None else allowed
-            rows = target_rows(session.tokenizer, [request], session.prefixes)
-            prompt, answer = request.locality_prompts[0]
-            local = answer_rows(session.tokenizer, [(prompt, answer or ".")])  # a row's last token is not read
-            with phases("keys"), evaluating(session.model):
-                inputs, (other,) = ([x.float() for x in inputs_of(session, self.attachment, own)] for own in (rows, local))
-            with phases("update"), session.training():
-                loss, step = self._train(rows, inputs, other, allowed)
-                self._lower(inputs)
-            notes["shards"][-1] += 1
-            if sum(notes["shards"][notes["merged"] :]) >= self.config.merge_every:
-                self._merge()
-            losses.append(loss)
-            steps.append(step)
-            on_progress(len(losses), sum(losses) / len(losses))
+        losses, steps, prefixes = [], [], session.prefixes  # as the model itself writes them
+        with session.training():
+            for request in batch:
+                if len(notes["shards"]) == notes["merged"] or notes["shards"][-1] >= self.config.save_every:
+                    self._open()
+                    allowed = None
+                allowed = self._mask() if allowed is None else allowed
+                rows = target_rows(session.tokenizer, [request], prefixes)
+                prompt, answer = request.locality_prompts[0]
+                local = answer_rows(session.tokenizer, [(prompt, answer or ".")])  # a row's last token is not read
+                with phases("keys"):
+                    inputs, (other,) = ([x.float() for x in inputs_of(session, self.attachment, own)] for own in (rows, local))
+                with phases("update"):
+                    loss, step = self._train(rows, inputs, other, allowed)
+                    self._lower(inputs)
+                notes["shards"][-1] += 1
+                if sum(notes["shards"][notes["merged"] :]) >= self.config.merge_every:
+                    self._merge()
+                losses.append(loss)
+                steps.append(step)
+                on_progress(len(losses), sum(losses) / len(losses))
         return losses, steps
 
     def _train(self, rows: list[Row], inputs: list[torch.Tensor], other: torch.Tensor, allowed: torch.Tensor) -> tuple[float, int]:
